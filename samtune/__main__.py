@@ -1,0 +1,5 @@
+"""`python -m samtune`."""
+
+from samtune.cli import main
+
+main()

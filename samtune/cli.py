@@ -1,0 +1,200 @@
+"""The command line: parse, one call, print. Nothing heavy is imported before a command runs."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from samtune import __version__, config
+from samtune.config import RunConfig, flag_name
+from samtune.errors import SamtuneError, Stopped
+
+app = typer.Typer(
+    help="Fine-tune pretrained image models with Sharpness-Aware Minimization, and measure what it gained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}
+_UsageError: Any = typer.BadParameter.__base__  # of the click that this typer stands on
+_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"samtune {__version__}")
+        raise typer.Exit
+
+
+def _with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for each field of RunConfig; it receives those that were typed, as `flags`."""
+
+    @wraps(command)
+    def wrapped(**arguments: Any) -> None:
+        own = {key: arguments.pop(key) for key in list(arguments) if key not in RunConfig.model_fields}
+        command(**own, flags={key: value for key, value in arguments.items() if value is not None})
+
+    signature = inspect.signature(command)
+    parameters = [p for p in signature.parameters.values() if p.name != "flags"]
+    parameters += [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(key))
+        for key in RunConfig.model_fields
+    ]
+    parameters.sort(key=lambda p: p.kind)
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+def _annotation(key: str) -> Any:
+    field = RunConfig.model_fields[key]
+    given: Any = field.annotation
+    types = [t for t in get_args(given) if t is not type(None)] if type(None) in get_args(given) else [given]
+    kind = types[0] if types[0] in (bool, int, float) else str
+    choices = get_args(types[0]) if get_origin(types[0]) is Literal else ()
+    names = [flag_name(key)]
+    if kind is bool:
+        names = [f"{flag_name(key)}/{flag_name('no_' + key)}"]
+    elif key in _SHORT:
+        names.append(_SHORT[key])
+    extra: Any = field.json_schema_extra
+    default = None if field.is_required() or field.default is None else str(field.default)
+    if kind is bool:
+        default = flag_name(key if field.default else f"no_{key}").removeprefix("--")
+    option = typer.Option(
+        *names,
+        help=f"{field.description}." + (f" Default: {default}." if default is not None else ""),
+        show_default=False,
+        rich_help_panel=extra["panel"],
+        metavar="|".join(choices) or None,
+    )
+    return Annotated[kind | None, option]
+
+
+@app.command()
+@_with_config_flags
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="TOML file with any of the options below as keys.")] = None,
+    *,
+    as_json: _Json = False,
+    flags: dict[str, Any],
+) -> None:
+    """Fine-tune a pretrained model and report its top-1 error.
+
+    Example: samtune run --model tf_efficientnet_lite0 --dataset mnist5k --img-size 64 --epochs 2 --rho 0.05
+
+    A flag goes before the recipe, the recipe before the default. The run folder keeps the resolved settings (as a
+    recipe), metrics, checkpoints that load in timm, and the report. A GPU is used if there is one;
+    CUDA_VISIBLE_DEVICES chooses.
+    """
+    settings = config.load(recipe, flags)
+    _check_before_slow_work(settings)
+
+    from samtune import report, train
+
+    result = train.run(settings)
+    from samtune import console
+
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_table("Result", report.summary(result))
+
+
+def _check_before_slow_work(settings: RunConfig) -> None:
+    from samtune.data.source import locate
+    from samtune.errors import CheckpointError
+    from samtune.runlog import check_free
+
+    locate(settings.dataset)
+    if settings.weights is not None and not settings.weights.is_file():
+        raise CheckpointError(f"weights {settings.weights} are not there", mend="check the path of --weights")
+    if settings.output is not None:
+        check_free(settings.output)
+
+
+@app.command(name="eval")
+def evaluate(
+    run_or_checkpoint: Annotated[
+        Path, typer.Argument(help="A run folder, or a checkpoint folder inside one.", metavar="RUN_OR_CHECKPOINT")
+    ],
+    split: Annotated[
+        str, typer.Option(help="val and train as the run split them, or a split of the data set.")
+    ] = "test",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Name or path, if the data is no longer where the run read it.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Score a checkpoint: exact top-1, top-5 and mean per-class error, every image once.
+
+    Example: samtune eval runs/r1 --split val
+    """
+    from samtune.errors import UsageError
+
+    if checkpoint not in (None, "last", "best"):
+        raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
+
+    from samtune import console, report
+    from samtune.evaluate import evaluate_checkpoint
+
+    with console.RunProgress(0) as progress:
+        scored, about = evaluate_checkpoint(
+            run_or_checkpoint, name=checkpoint, split=split, dataset=dataset, progress=progress.score
+        )
+    result = scored.summary()
+    if as_json:
+        console.print_json(about | result)
+        return
+    others = f"{result['top5_error']:.2f} %, {result['mean_per_class_error']:.2f} %"
+    rows = {f"{split} top-1 error": report.score_line(result), "top-5, mean per class": others}
+    console.print_table("Result", rows | {key: str(value) for key, value in about.items()})
+
+
+def main() -> None:
+    """Run the command line and exit with the codes of `samtune.errors`."""
+    sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return 2
+        context = f"{error.ctx.command_path} --help" if error.ctx else "samtune --help"
+        _print_error(f"{error.format_message()}\n  mend: `{context}` shows what there is")
+        return 2
+    except SamtuneError as error:
+        _print_error(str(error))
+        return error.exit_code
+    except Stopped as error:
+        _print_error(f"{error}; checkpoints up to the last validation are in the run folder")
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _print_error("stopped by Ctrl-C before the run began")
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout has gone, for instance `| head`. The work is done; let nothing fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _print_error(text: str) -> None:
+    from samtune import console
+
+    console.error(text)

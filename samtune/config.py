@@ -1,0 +1,212 @@
+"""RunConfig: everything that decides a run, from flags, a recipe and defaults, with the origin of each value.
+
+A field here is a flag of `samtune run` and a key of a recipe, under one name (`batch_size`, `--batch-size`); its
+description is the flag's help. A value is taken from the flag, else the recipe, else the data set's own row in the
+catalog, else the default.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    Strict,
+    ValidationError,
+)
+
+from samtune.data.catalog import CATALOG
+from samtune.errors import UsageError
+from samtune.schedules import Duration
+
+
+def _whole_run(duration: Duration) -> Duration:
+    if duration.unit == "%" or duration.amount <= 0:
+        raise ValueError("must be more than 0 epochs or steps")
+    return duration
+
+
+def _interval(duration: Duration) -> Duration:
+    if duration.amount <= 0:
+        raise ValueError("must be more than 0")
+    return duration
+
+
+_DurationField = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(str)]
+_PathField = Annotated[Path, Strict(False), PlainSerializer(str)]
+
+
+def _option(panel: str, description: str, default: Any = ..., **limits: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"panel": panel}, **limits)
+
+
+class RunConfig(BaseModel):
+    """One run, completely. Frozen; unknown keys, text for numbers, and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str = _option("Model", "timm model name, or an alias such as efficientnet_b7")
+    weights: _PathField | None = _option(
+        "Model",
+        "pretrained weights from a file (.safetensors, or .pth without code) instead of a package or the hub",
+        None,
+    )
+    pretrained: bool = _option("Model", "start from pretrained weights; --no-pretrained starts at random", True)
+    img_size: int | None = _option(
+        "Model",
+        "side of the square input in pixels; by default the size that the weights were trained for",
+        None,
+        ge=16,
+    )
+    drop: float = _option("Model", "dropout before the classifier", 0.0, ge=0, lt=1)
+    drop_path: float = _option("Model", "stochastic depth (drop-connect)", 0.0, ge=0, lt=1)
+    freeze_bn: bool = _option(
+        "Model",
+        "normalise with the pretrained batch-norm statistics and keep them; gamma and beta train either way",
+        True,
+    )
+    channels_last: bool = _option("Model", "memory layout of images and weights; the faster one", True)
+
+    dataset: str = _option("Data", "a name (" + ", ".join(CATALOG) + "), or the path of a folder")
+    batch_size: int = _option("Data", "images per step", 16, ge=1)
+    workers: int | None = _option(
+        "Data",
+        "data-loading processes; 0 loads in the main one; by default 1, with a GPU half of the cores up to 8",
+        None,
+        ge=0,
+    )
+    val_fraction: float = _option(
+        "Data",
+        "share of train that is held out for validation where the data set has no validation split",
+        0.1,
+        gt=0,
+        lt=1,
+    )
+    split_seed: int = _option("Data", "seed of that split; it does not follow --seed, so that runs compare", 0, ge=0)
+    scale: float = _option(
+        "Data", "random resized crop: least share of the image's area (1 takes nearly all of it)", 0.35, gt=0, le=1
+    )
+    hflip: float = _option("Data", "chance of a horizontal flip", 0.5, ge=0, le=1)
+
+    opt: Literal["sgd", "adamw"] = _option("Optimizer", "sgd has Nesterov momentum", "sgd")
+    lr: float | None = _option(
+        "Optimizer",
+        "peak learning rate of the body; by default a base for the optimizer times sqrt(batch size / 32)",
+        None,
+        gt=0,
+    )
+    head_lr_factor: float = _option("Optimizer", "learning rate of the new head over that of the body", 10.0, gt=0)
+    momentum: float = _option("Optimizer", "momentum of sgd", 0.9, ge=0, lt=1)
+    weight_decay: float = _option("Optimizer", "decay of weights (not of biases and norm parameters)", 1e-5, ge=0)
+    epochs: Annotated[_DurationField, AfterValidator(_whole_run)] = _option(
+        "Optimizer", 'length of the run: 8, or "5000 steps"', Duration(10, "epochs")
+    )
+    warmup_epochs: _DurationField = _option(
+        "Optimizer", 'linear warm-up before the cosine: 1, "100 steps" or "5%" of the run', Duration(5, "%")
+    )
+    clip_grad: float = _option("Optimizer", "largest global norm of the final gradient; 0 does not clip", 1.0, ge=0)
+    smoothing: float = _option("Optimizer", "label smoothing", 0.0, ge=0, lt=1)
+
+    rho: float = _option("SAM", "radius of the perturbation in weight units (L2); 0 is the plain optimizer", 0.05, ge=0)
+
+    amp_dtype: Literal["auto", "float32", "bfloat16"] = _option(
+        "Run",
+        "arithmetic of the forward pass (weights stay float32); auto: bfloat16 on a GPU that has it, else float32",
+        "auto",
+    )
+    seed: int = _option("Run", "seed of order, augmentation and dropout", 0, ge=0)
+    eval_every: Annotated[_DurationField, AfterValidator(_interval)] = _option(
+        "Run", 'how often to validate and save: 1, "500 steps" or "5%" of the run', Duration(1, "epochs")
+    )
+    test: bool = _option("Run", "score the test split once, at the end", True)
+    select: Literal["last", "best"] = _option(
+        "Run", "the checkpoint to score: the last, or the best on validation", "last"
+    )
+    output: _PathField | None = _option("Run", "run folder; by default a new one under runs/", None)
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """Where each value came from: "flag", "recipe FILE", "data set NAME", "default" or "derived: REASON"."""
+        return self._origins
+
+    def derive(self, key: str, value: Any, reason: str) -> "RunConfig":
+        """A copy in which a value that was left open is filled in, with the reason as its origin."""
+        copy = self.model_copy(update={key: value})
+        copy._origins = {**self._origins, key: f"derived: {reason}"}
+        return copy
+
+    def to_toml(self) -> str:
+        """The resolved config as a recipe that repeats the run; origins stand in the comments."""
+        lines = []
+        for key, value in self.model_dump(mode="json").items():
+            origin = self._origins.get(key, "default")
+            # A JSON string, number or boolean is the same in TOML; TOML has no null, so an open value is left out.
+            line = f"# {key} is open" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            lines.append(f"{line:<44} # {origin}")
+        return "\n".join(lines) + "\n"
+
+
+def load(recipe: Path | None = None, flags: Mapping[str, Any] | None = None) -> RunConfig:
+    """Flag > recipe > data set's row > default. Raises UsageError that names key, origin and allowed range."""
+    given: dict[str, tuple[Any, str]] = {}
+    if recipe is not None:
+        given |= {key: (value, f"recipe {recipe}") for key, value in _read_recipe(recipe).items()}
+    given |= {key: (value, "flag") for key, value in (flags or {}).items()}
+    name = given.get("dataset", ("", ""))[0]
+    if isinstance(name, str) and name in CATALOG:
+        row = CATALOG[name].defaults
+        given = {key: (value, f"data set {name}") for key, value in row.items()} | given
+
+    try:
+        config = RunConfig.model_validate({key: value for key, (value, _) in given.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _explain(str(first["loc"][0]), first["type"], first["msg"], given) from None
+    config._origins = {key: given[key][1] if key in given else "default" for key in RunConfig.model_fields}
+    return config
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"recipe {path} cannot be read", error.strerror or "", "give the path of a TOML file"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} is not TOML", str(error), "recipes hold lines like: rho = 0.05") from None
+    recipe.pop("expected", None)  # the recipe's claim: data for readers and tests, not a setting
+    return recipe
+
+
+def flag_name(key: str) -> str:
+    """The flag of a config key: batch_size -> --batch-size."""
+    return "--" + key.replace("_", "-")
+
+
+def _explain(key: str, kind: str, message: str, given: Mapping[str, tuple[Any, str]]) -> UsageError:
+    if kind == "missing":
+        return UsageError(
+            f"no {key} is given",
+            "every run needs a model and a data set",
+            f"add {flag_name(key)}, or a recipe that names it",
+        )
+    value, origin = given[key]
+    where = f"{flag_name(key)} {value}" if origin == "flag" else f"{key} = {value!r} in {origin}"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
+        mend = f"did you mean {near[0]}?" if near else "`samtune run --help` lists all keys (as flags)"
+        return UsageError(f"unknown key {key} in {origin}", mend=mend)
+    rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return UsageError(f"{where}: {rule}", mend=f"{flag_name(key)}: {RunConfig.model_fields[key].description}")

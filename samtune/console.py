@@ -1,0 +1,110 @@
+"""What people see: notes and progress on stderr, results on stdout. The only user of rich."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_PLAIN_INTERVAL = 15.0  # seconds between two progress lines where there is no terminal
+
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A line about what is going on."""
+    _err.print(escape(text))
+
+
+def warn(text: str) -> None:
+    """Something that the user should look at, though the run goes on."""
+    _err.print(f"[yellow]warning:[/] {escape(text)}")
+
+
+def error(text: str) -> None:
+    """Why the command ends."""
+    _err.print(f"[red]error:[/] {escape(text)}")
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """The result, alone on stdout, for programs."""
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(title: str, rows: Mapping[str, str]) -> None:
+    """The result on stdout, for people: one row per name."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console = Console(highlight=False)
+    console.print(table)
+    console.file.flush()
+
+
+class RunProgress:
+    """Progress of a run: a live bar on a terminal, otherwise a line now and then.
+
+    Use it as a context; notes printed meanwhile appear above the bar.
+    """
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if _err.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                TextColumn("left"),
+                console=_err,
+                transient=True,
+            )
+            self._steps = self._bar.add_task("step", total=total_steps, numbers="")
+        self._scoring: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def train(self, step: int, *, loss: float, top1_error: float, images_per_second: float, data_wait: float) -> None:
+        """A step is done. loss and error since the epoch began; data_wait: share of the time, in [0, 1]."""
+        speed = f"{images_per_second:.0f} images/s  data wait {100 * data_wait:.0f} %"
+        numbers = f"loss {loss:.3f}  error {top1_error:.1f} %  {speed}"
+        if self._bar is not None:
+            self._bar.update(self._steps, completed=step, numbers=numbers)
+        else:
+            left = (time.monotonic() - self._started) / step * (self._total - step)
+            self._line(f"step {step}/{self._total}  {numbers}  {left:.0f} s left")
+
+    def score(self, split: str, done: int, total: int) -> None:
+        """So many of a split's images are scored."""
+        if self._bar is None:
+            self._line(f"scoring {split}: {done}/{total} images")
+            return
+        if self._scoring is None:
+            self._scoring = self._bar.add_task(f"scoring {split}", total=total, numbers="images")
+        self._bar.update(self._scoring, completed=done)
+        if done == total:
+            self._bar.remove_task(self._scoring)
+            self._scoring = None
+
+    def _line(self, text: str) -> None:
+        if time.monotonic() - self._last_line >= _PLAIN_INTERVAL:
+            self._last_line = time.monotonic()
+            note(text)

@@ -1,0 +1,1 @@
+"""Data: a name or a folder -> labelled images -> batches."""

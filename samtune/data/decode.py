@@ -1,0 +1,29 @@
+"""Encoded bytes -> uint8 RGB pixels, by one rule for training, evaluation and prediction."""
+
+import io
+import warnings
+
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from samtune.errors import DataError
+
+
+def decode(encoded: bytes, where: str) -> torch.Tensor:
+    """Decode an image to a uint8 tensor (3, height, width), turned upright as its EXIF tag says.
+
+    Grey and palette images become RGB; what is transparent is laid over white. where: the image's place, for the error.
+    Raises DataError for bytes that are no image, or only the beginning of one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(encoded))
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            pixels: torch.Tensor = pil_to_tensor(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{where} cannot be decoded", str(error), "mend or remove the image") from None
+    return pixels

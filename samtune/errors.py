@@ -1,0 +1,85 @@
+"""What can go wrong for a user, and the exit code that says so to a script.
+
+    SamtuneError                 what, why, how to mend: one line each
+     |- UsageError          2    the command line or the recipe
+     |- DataError           3    images, labels, splits
+     |- ModelError          4    model names, pretrained weights, the hub
+     |- CheckpointError     5    files that samtune or somebody else wrote
+     |- OutOfMemory         6    the device's memory
+     |- Diverged            7    a loss or a gradient that is not finite
+     `- MachineError        8    folders, disks, devices
+
+    Stopped           130, 143   Ctrl-C, SIGTERM: nothing is wrong
+
+Exit code 0 is success and 1 is a defect of samtune itself, which keeps its traceback.
+"""
+
+
+class SamtuneError(Exception):
+    """An error that the user can mend.
+
+    what: the value and the rule it broke. why: where it came from, if that helps. mend: what to do next.
+    The arguments are the exception's own, so that it survives the way back from a data-loading process.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, why: str = "", mend: str = "") -> None:
+        super().__init__(what, why, mend)
+        self.what, self.why, self.mend = what, why, mend
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        lines += [f"  why:  {self.why}"] if self.why else []
+        lines += [f"  mend: {self.mend}"] if self.mend else []
+        return "\n".join(lines)
+
+
+class UsageError(SamtuneError):
+    """A flag or a recipe that cannot be meant."""
+
+    exit_code = 2
+
+
+class DataError(SamtuneError):
+    """A data set that is missing, unreadable or contradicts itself."""
+
+    exit_code = 3
+
+
+class ModelError(SamtuneError):
+    """A model that does not exist, or whose weights or hub cannot be reached."""
+
+    exit_code = 4
+
+
+class CheckpointError(SamtuneError):
+    """A weights file or a run folder that is damaged or does not fit."""
+
+    exit_code = 5
+
+
+class OutOfMemory(SamtuneError):
+    """A batch that does not fit the device."""
+
+    exit_code = 6
+
+
+class Diverged(SamtuneError):
+    """A loss or a gradient that is not finite; the weights were not updated with it."""
+
+    exit_code = 7
+
+
+class MachineError(SamtuneError):
+    """A folder, disk or device that does not do what it should."""
+
+    exit_code = 8
+
+
+class Stopped(BaseException):
+    """A signal ended the run. Not an Exception: no handler for errors may swallow it."""
+
+    def __init__(self, signal_name: str, exit_code: int) -> None:
+        super().__init__(f"stopped by {signal_name}")
+        self.exit_code = exit_code

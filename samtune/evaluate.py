@@ -1,0 +1,159 @@
+"""Exact metrics of one pass over a split: counts first, one division at the end."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from samtune import checkpoint, device, models
+from samtune.config import RunConfig
+from samtune.data import source
+from samtune.data.loader import eval_batches
+from samtune.data.source import Split
+from samtune.data.splits import Indices, train_and_validation
+from samtune.data.transforms import eval_transform, normalize
+from samtune.errors import DataError, UsageError
+from samtune.stats import wilson_interval
+
+_BATCH = 64  # no gradients: more fits than in training
+Progress = Callable[[str, int, int], None]  # split, images done, images in all
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model said about every image of a split, in the split's order; all metrics follow from it.
+
+    labels, predictions: (n,) int64. probability: (n,) of the predicted class. in_top5: (n,) bool. nats: (n,) the
+    cross-entropy of each image.
+    """
+
+    split: str
+    labels: npt.NDArray[np.int64]
+    predictions: npt.NDArray[np.int64]
+    probability: npt.NDArray[np.float32]
+    in_top5: npt.NDArray[np.bool_]
+    nats: npt.NDArray[np.float32]
+
+    @property
+    def wrong(self) -> int:
+        """Images whose most probable class is not their label."""
+        return int((self.labels != self.predictions).sum())
+
+    @property
+    def top1_error(self) -> float:
+        """In percent."""
+        return 100 * self.wrong / len(self.labels)
+
+    def summary(self) -> dict[str, Any]:
+        """The entry of a report: errors in percent, the interval is Wilson's at 95 %, loss in nats."""
+        n = len(self.labels)
+        per_class = [(self.predictions[self.labels == label] != label).mean() for label in np.unique(self.labels)]
+        return {
+            "split": self.split,
+            "n": n,
+            "wrong": self.wrong,
+            "top1_error": self.top1_error,
+            "top1_error_ci95": [100 * bound for bound in wilson_interval(self.wrong, n)],
+            "top5_error": 100 * int((~self.in_top5).sum()) / n,
+            "mean_per_class_error": 100 * float(np.mean(per_class)),
+            "loss": float(self.nats.mean(dtype=np.float64)),
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    rows: Indices,
+    name: str,
+    config: RunConfig,
+    data_config: Mapping[str, Any],
+    progress: Progress,
+) -> Evaluation:
+    """Score every one of these rows once. Puts the model into evaluation mode.
+
+    config gives workers, memory layout and arithmetic; data_config the size, crop and normalisation of the weights.
+    """
+    model.eval()
+    target_device = next(model.parameters()).device
+    autocast = device.autocast(target_device, config.amp_dtype)
+    batches = eval_batches(
+        split,
+        rows,
+        eval_transform(data_config),
+        batch_size=_BATCH,
+        workers=config.workers or 0,
+        pin_memory=target_device.type == "cuda",
+    )
+    parts, done = [], 0
+    for images, labels in batches:
+        with autocast():
+            logits = model(to_device(images, target_device, data_config, config.channels_last))
+        logits = logits.float()  # (batch, classes)
+        target = labels.to(target_device)
+        probability, prediction = logits.softmax(1).max(1)
+        in_top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]).any(1)
+        parts.append((target, prediction, probability, in_top5, F.cross_entropy(logits, target, reduction="none")))
+        done += len(labels)
+        progress(name, done, len(rows))
+    return Evaluation(name, *(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+
+
+def to_device(
+    images: torch.Tensor, target: torch.device, data_config: Mapping[str, Any], channels_last: bool
+) -> torch.Tensor:
+    """A batch of uint8 images, moved, normalised and laid out: what the model takes, in training as in evaluation."""
+    moved = normalize(images.to(target, non_blocking=True), data_config)
+    return moved.contiguous(memory_format=torch.channels_last) if channels_last else moved
+
+
+def evaluate_checkpoint(
+    path: Path, *, name: str | None, split: str, dataset: str | None, progress: Progress
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Score a run's checkpoint, or a checkpoint folder, on a split: (evaluation, what was scored).
+
+    name: "last" or "best" of a run; None takes the one that the run's report scored. split: "val" is the part that the
+    run validated on, "train" the part it trained on, any other name a split of the data set. dataset: read another
+    place than the run did. The same images, arithmetic and batches as in the run: the same numbers.
+
+    Raises:
+        CheckpointError: no such run or checkpoint, or a damaged one.
+        DataError: the data set is gone or has other classes.
+        UsageError: the data set has no such split.
+    """
+    folder = path
+    if (path / "checkpoints").is_dir():
+        config = checkpoint.run_config(checkpoint.verify(path / "checkpoints" / "last"))
+        folder = path / "checkpoints" / (name or config.select)
+    manifest = checkpoint.verify(folder)
+    config = checkpoint.run_config(manifest)
+    model, data_config = models.load_checkpoint(folder)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(device=device.pick(), memory_format=layout)  # type: ignore[call-overload]
+
+    data = source.open_source(dataset or config.dataset)
+    if list(data.class_names) != manifest["class_names"]:
+        raise DataError(
+            f"data set {data.origin} has other classes than the checkpoint was trained on",
+            f"{len(data.class_names)} classes against {len(manifest['class_names'])}, or other names or another order",
+            "give the data set of the run by --dataset",
+        )
+    train_split, train_rows, val_split, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
+    if split == "val":
+        chosen, rows = val_split, val_rows
+    elif split == "train":
+        chosen, rows = train_split, train_rows
+    elif split in data.splits:
+        chosen, rows = data.splits[split], np.arange(len(data.splits[split]))
+    else:
+        raise UsageError(
+            f"data set {data.name} has no split {split!r}", mend=f"--split val, or one of: {', '.join(data.splits)}"
+        )
+    evaluation = evaluate(model, chosen, rows, split, config, data_config, progress)
+    return evaluation, {"checkpoint": str(folder), "step": manifest["step"], "dataset": data.origin}

@@ -1,0 +1,164 @@
+"""Run folder -> report.json and report.md: a pure function of what is on disk, so that it can be made again."""
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samtune import runlog
+
+SCHEMA_VERSION = 1
+_SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss")
+
+
+def collapse_warning(epoch: int, loss: float, classes: int) -> str | None:
+    """The warning for an epoch whose mean train loss is no better than a guess, ln(classes); None if it is."""
+    chance = math.log(classes)
+    if loss < chance:
+        return None
+    return (
+        f"epoch {epoch}: the train loss is {loss:.2f}, no better than guessing (ln {classes} = {chance:.2f}). "
+        "Likely causes: the learning rate is too high (--lr, --head-lr-factor), the gradient is not clipped "
+        "(--clip-grad), rho is too large, the labels do not belong to the images, or the weights expect other inputs."
+    )
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Write report.json and report.md of a finished run and return the former's content."""
+    report = collect(folder)
+    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
+    return report
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """The report of a run folder, schema version 1.
+
+    Errors are in percent, intervals are Wilson's at 95 %, times in seconds. cost.sgd_equivalents is the number of
+    forward-backward passes over that of plain SGD for as many steps.
+    """
+    config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    provenance = runlog.read_provenance(folder)
+    rows = runlog.read_metrics(folder)
+    train = [row for row in rows if row["split"] == "train"]
+    val = [row for row in rows if row["split"] == "val"]
+    test = [row for row in rows if row["split"] == "test"]
+    best = min(val, key=best_key) if val else None
+    chosen = best if config["select"] == "best" else (val[-1] if val else None)
+
+    images = sum(row["n"] for row in train)
+    passes = sum(row["passes"] for row in train)
+    steps = train[-1]["step"]
+    classes = provenance["dataset"]["classes"]
+    warnings = [collapse_warning(epoch, loss, classes) for epoch, loss in epoch_losses(train).items()]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": provenance["model"],
+        "dataset": provenance["dataset"],
+        "sam": {
+            "enabled": config["rho"] > 0,
+            "rho": config["rho"],
+            "p": 2,
+            "adaptive": False,
+            "m": "device",
+            "perturb": "all",
+            "start": 0,
+            "end": steps,
+            "every": 1,
+        },
+        "optimizer": provenance["optimizer"],
+        "epochs": train[-1]["epoch"],
+        "steps": steps,
+        "seed": config["seed"],
+        "devices": provenance["devices"],
+        "world_size": 1,
+        "precision": config["amp_dtype"],
+        "test": _scores(test[-1]) if test else None,
+        "val": _scores(chosen) if chosen else None,
+        "selected": config["select"],
+        "best_epoch": best["epoch"] if best else None,
+        "train_seconds": train[-1]["seconds"],
+        "images_per_second": images / sum(row["n"] / row["images_per_second"] for row in train),
+        "data_wait": sum(row["data_wait"] * row["n"] for row in train) / images,
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row),
+        "cost": {"forward_backward_passes": passes, "sgd_equivalents": passes / steps},
+        "checkpoints": [f"checkpoints/{name}" for name in ("last", "best") if (folder / "checkpoints" / name).exists()],
+        "warnings": [warning for warning in warnings if warning],
+        "versions": provenance["versions"],
+        "machine": provenance["machine"],
+        "started": provenance["started"],
+        "command": provenance["command"],
+    }
+
+
+def best_key(row: Mapping[str, Any]) -> tuple[float, float]:
+    """What makes a validation row the best: the lowest top-1 error, then the lowest loss."""
+    return row["top1_error"], row["loss"]
+
+
+def epoch_losses(train: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Mean train loss of each epoch, from the rows of its parts."""
+    totals: dict[int, tuple[float, int]] = {}
+    for row in train:
+        loss, n = totals.get(row["epoch"], (0.0, 0))
+        totals[row["epoch"]] = (loss + row["loss"] * row["n"], n + row["n"])
+    return {epoch: loss / n for epoch, (loss, n) in totals.items()}
+
+
+def score_line(scores: Mapping[str, Any]) -> str:
+    """One result in words: error, interval, counts."""
+    low, high = scores["top1_error_ci95"]
+    counts = f"{scores['wrong']} of {scores['n']} wrong"
+    return f"{scores['top1_error']:.2f} % (95 % interval {low:.2f} to {high:.2f}; {counts})"
+
+
+def summary(report: Mapping[str, Any]) -> dict[str, str]:
+    """The rows that people look at first."""
+    rows = {f"{split} top-1 error": score_line(report[split]) for split in ("test", "val") if report[split]}
+    model, sam, cost = report["model"], report["sam"], report["cost"]
+    speed = f"{report['images_per_second']:.0f} images/s, data wait {100 * report['data_wait']:.0f} %"
+    scored = report["test"] or report["val"]
+    if scored:
+        rows["top-5, mean per class"] = (
+            f"{scored['top5_error']:.2f} %, {scored['mean_per_class_error']:.2f} % ({scored['split']})"
+        )
+    rows |= {
+        "model": f"{model['resolved']} ({model['pretraining']}), {model['img_size']} px",
+        "data": "{name}: train {train}, val {val}, test {test}, {classes} classes".format(**report["dataset"]),
+        "SAM": f"rho {sam['rho']:g}" if sam["enabled"] else "off (rho 0)",
+        "time": f"{report['train_seconds']:.0f} s, {speed}",
+        "cost": f"{cost['forward_backward_passes']} passes, {cost['sgd_equivalents']:g} times plain SGD's",
+    }
+    return rows
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in _SCORES} | {"epoch": row["epoch"]}
+
+
+def _markdown(report: Mapping[str, Any]) -> str:
+    lines = [f"# {report['model']['resolved']} on {report['dataset']['name']}", ""]
+    lines += [f"**Warning:** {warning}\n" for warning in report["warnings"]]
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in summary(report).items()]
+    optimizer = ", ".join(f"{key} {value}" for key, value in report["optimizer"].items())
+    lines += [
+        f"| optimizer | {optimizer} |",
+        f"| length | {report['epochs']} epochs, {report['steps']} steps, seed {report['seed']} |",
+        f"| machine | {report['machine']}, {', '.join(report['devices'])}, {report['precision']} |",
+        f"| versions | {', '.join(f'{name} {version}' for name, version in report['versions'].items())} |",
+        f"| started | {report['started']} |",
+        "",
+        "Scored: the "
+        + (
+            "last checkpoint"
+            if report["selected"] == "last"
+            else f"checkpoint that was best on validation (epoch {report['best_epoch']})"
+        )
+        + ". The interval is Wilson's: how well these images pin down this model's error; other seeds may differ more.",
+        "",
+        f"    {report['command']}",
+    ]
+    return "\n".join(lines) + "\n"

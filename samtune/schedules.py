@@ -1,0 +1,47 @@
+"""Durations in any unit, and the learning rate as a pure function of the step."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|%)?\s*")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: "10 epochs" (or just 10), "5000 steps", or "20%" of the whole run."""
+
+    amount: float
+    unit: Literal["epochs", "steps", "%"]
+
+    @classmethod
+    def parse(cls, value: "Duration | int | float | str") -> "Duration":
+        """Read a duration; a bare number counts epochs. Raises ValueError with the accepted forms."""
+        if isinstance(value, Duration):
+            return value
+        match = _DURATION.fullmatch(str(value))
+        if match is None or isinstance(value, bool):
+            raise ValueError('must be epochs (8), or text like "8 epochs", "5000 steps", "20%"')
+        amount, unit = float(match[1]), match[2] or "epochs"
+        return cls(amount, "%" if unit == "%" else "steps" if unit.startswith("step") else "epochs")
+
+    def steps(self, steps_per_epoch: int, total_steps: int = 0) -> int:
+        """The same length in optimizer steps, rounded; total_steps is needed for "%" alone."""
+        per_unit = {"epochs": steps_per_epoch, "steps": 1, "%": total_steps / 100}[self.unit]
+        return round(self.amount * per_unit)
+
+    def __str__(self) -> str:
+        number = f"{self.amount:g}"
+        return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"
+
+
+def cosine_with_warmup(step: int, total_steps: int, warmup_steps: int) -> float:
+    """Factor on the learning rate at a step (from 0): linear warm-up, then half a cosine down to 0.
+
+    The first step already moves (1 / (warmup_steps + 1)), and the factor reaches 1 at step warmup_steps.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))

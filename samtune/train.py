@@ -1,0 +1,430 @@
+"""The story of a run, from top to bottom: data, model, steps, validation, one test, report."""
+
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_model
+from torch import nn
+
+from samtune import checkpoint, console, device, models, report, runlog
+from samtune.config import RunConfig
+from samtune.data import source
+from samtune.data.loader import steps_per_epoch, train_batches
+from samtune.data.source import Source, Split
+from samtune.data.splits import Indices, split_hash, train_and_validation
+from samtune.data.transforms import train_transform
+from samtune.errors import Diverged, OutOfMemory, SamtuneError, Stopped
+from samtune.evaluate import Evaluation, evaluate, to_device
+from samtune.losses import cross_entropy
+from samtune.models import ModelInfo
+from samtune.runlog import RunLog
+from samtune.schedules import cosine_with_warmup
+from samtune.step import Step, StepResult
+
+# Peak learning rates of the body for a batch of 32; they trained every data set we tried (README). They grow with the
+# square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.
+_BASE_LR = {"sgd": 0.005, "adamw": 1e-4}
+_BASE_BATCH = 32
+_ROW_STEPS = 100  # a row of metrics at least this often
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Fine-tune as the config says, leave a run folder, and return its report.
+
+    Raises a SamtuneError for what the user can mend, Stopped after Ctrl-C or SIGTERM; status.json says so too.
+    """
+    job = _prepare(config)
+    log = _open_run_folder(job)
+    with _outcome(job, log), console.RunProgress(job.total_steps) as progress:
+        validation = _train(job, log, progress)
+        final = _test_once(job, log, progress) or validation
+    _write_predictions(log.folder / "predictions.parquet", final)
+    result = report.write(log.folder)
+    log.status("done", 0)
+    return result
+
+
+# -------------------------------------------------------------------------------------------- data, model and schedule
+
+
+@dataclass
+class _Job:
+    """All that a run needs, built before anything is written."""
+
+    config: RunConfig  # nothing left open
+    device: torch.device
+    data: Source
+    train: Split
+    train_rows: Indices
+    val: Split
+    val_rows: Indices
+    model: nn.Module
+    info: ModelInfo
+    optimizer: torch.optim.Optimizer
+    update: Step
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 1, that a step (from 1) belongs to."""
+        return (step - 1) // self.steps_per_epoch + 1
+
+
+def _prepare(config: RunConfig) -> _Job:
+    target = device.pick()
+    torch.manual_seed(config.seed)
+    models.resolve(config.model)  # a misspelt name need not wait for the data
+    data = source.open_source(config.dataset)
+    train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
+    console.note(f"loading {config.model} ...")
+    model, info = models.build(
+        config.model,
+        classes=len(data.class_names),
+        weights=config.weights,
+        pretrained=config.pretrained,
+        img_size=config.img_size,
+        drop=config.drop,
+        drop_path=config.drop_path,
+    )
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
+
+    config = _fill_in(config, target, info)
+    batch_size = min(config.batch_size, len(train_rows))
+    per_epoch = steps_per_epoch(len(train_rows), batch_size)
+    total_steps = max(1, config.epochs.steps(per_epoch))
+    assert config.lr is not None
+    groups = models.parameter_groups(
+        model, lr=config.lr, head_lr=config.lr * config.head_lr_factor, weight_decay=config.weight_decay
+    )
+    optimizer: torch.optim.Optimizer
+    if config.opt == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
+    else:
+        optimizer = torch.optim.AdamW(groups)
+    update = Step(
+        model,
+        optimizer,
+        partial(cross_entropy, smoothing=config.smoothing),
+        rho=config.rho,
+        clip_grad=config.clip_grad,
+        autocast=device.autocast(target, config.amp_dtype),
+    )
+    return _Job(
+        config=config,
+        device=target,
+        data=data,
+        train=train,
+        train_rows=train_rows,
+        val=val,
+        val_rows=val_rows,
+        model=model,
+        info=info,
+        optimizer=optimizer,
+        update=update,
+        batch_size=batch_size,
+        steps_per_epoch=per_epoch,
+        total_steps=total_steps,
+        warmup_steps=config.warmup_epochs.steps(per_epoch, total_steps),
+    )
+
+
+def _fill_in(config: RunConfig, target: torch.device, info: ModelInfo) -> RunConfig:
+    """Settle what the config leaves open, with the reason as origin."""
+    if config.lr is None:
+        base = _BASE_LR[config.opt]
+        lr = base * (config.batch_size / _BASE_BATCH) ** 0.5
+        config = config.derive("lr", float(f"{lr:.3g}"), f"{base:g} x sqrt(batch_size / {_BASE_BATCH})")
+    if config.workers is None:
+        workers = min(8, max(1, (os.cpu_count() or 1) // 2)) if target.type == "cuda" else 1
+        config = config.derive("workers", workers, f"for {os.cpu_count()} cores and device {target.type}")
+    if config.amp_dtype == "auto":
+        config = config.derive("amp_dtype", device.best_dtype(target), f"best on device {target.type}")
+    if config.img_size is None:
+        config = config.derive("img_size", info.img_size, f"size of the weights {info.resolved}")
+    if config.output is None:
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model}-{Path(config.dataset).name}-rho{config.rho:g}"
+        config = config.derive("output", Path("runs") / name, "time, model, data set, rho")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------- run folder
+
+
+def _open_run_folder(job: _Job) -> RunLog:
+    config, info, data = job.config, job.info, job.data
+    optimizer: dict[str, Any] = {
+        "name": config.opt,
+        "lr": config.lr,
+        "head_lr": max(group["lr"] for group in job.optimizer.param_groups if group["name"] == "head"),
+        "weight_decay": config.weight_decay,
+        "clip_grad": config.clip_grad,
+        "schedule": "cosine",
+        "warmup_steps": job.warmup_steps,
+        "batch_size": job.batch_size,
+    }
+    if config.opt == "sgd":
+        optimizer |= {"momentum": config.momentum, "nesterov": config.momentum > 0}
+    provenance: dict[str, Any] = {
+        "command": runlog.command(),
+        "started": runlog.now(),
+        "versions": runlog.versions(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "devices": [device.describe(job.device)],
+        "model": {
+            "requested": info.requested,
+            "resolved": info.resolved,
+            "weights": info.weights,
+            "pretraining": info.pretraining,
+            "parameters": info.parameters,
+            "img_size": info.img_size,
+        },
+        "dataset": {
+            "name": data.name,
+            "source": data.origin,
+            "train": len(job.train_rows),
+            "val": len(job.val_rows),
+            "test": len(data.splits[data.test]) if data.test else 0,
+            "classes": len(data.class_names),
+            "split_hash": split_hash(job.train_rows, job.val_rows),
+        },
+        "optimizer": optimizer,
+    }
+    assert config.output is not None
+    log = RunLog(config.output, config.to_toml(), provenance, job.total_steps)
+
+    resolved = "" if info.requested == info.resolved else f" -> {info.resolved}"
+    own = "its own split" if job.val is not job.train else f"a stratified {100 * config.val_fraction:g} % of train"
+    sizes = f"train {len(job.train_rows)}, val {len(job.val_rows)} ({own}), test {provenance['dataset']['test']}"
+    arms = f"SAM rho {config.rho:g}, p 2, m {job.batch_size} (device)" if config.rho > 0 else "no SAM (rho 0)"
+    for line in (
+        f"model   {info.requested}{resolved}: pretrained on {info.pretraining}, weights {info.weights}, "
+        f"{info.parameters / 1e6:.1f} M parameters, {info.img_size} px",
+        f"data    {data.name} ({data.origin}): {sizes}; {len(data.class_names)} classes",
+        f"steps   {job.total_steps} of {job.batch_size} images ({config.epochs}), warm-up {job.warmup_steps}, cosine",
+        f"update  {arms}; {config.opt}, lr {config.lr:g} (head {optimizer['head_lr']:g}), clip {config.clip_grad:g}",
+        f"device  {provenance['devices'][0]}, {config.amp_dtype}; {config.workers} data workers",
+        f"output  {config.output}",
+    ):
+        _say(log, line)
+    if data.test is None:
+        _say(log, f"{data.name} has no test split: the report will show the validation error alone", console.warn)
+    return log
+
+
+def _say(log: RunLog, text: str, speak: Callable[[str], None] = console.note) -> None:
+    speak(text)
+    log.note(text)
+
+
+@contextmanager
+def _outcome(job: _Job, log: RunLog) -> Iterator[None]:
+    """Whatever ends the run, status.json says how; SIGTERM ends it like Ctrl-C does."""
+
+    def terminated(number: int, frame: FrameType | None) -> None:
+        raise Stopped("SIGTERM", 128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise Stopped("Ctrl-C", 128 + signal.SIGINT) from None
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"{job.batch_size} images of {job.info.img_size} px do not fit {device.describe(job.device)}",
+                str(error).splitlines()[0],
+                "lower --batch-size or --img-size",
+            ) from None
+    except (SamtuneError, Stopped) as error:
+        log.note(str(error))
+        log.status("stopped" if isinstance(error, Stopped) else "failed", error.exit_code)
+        raise
+    except BaseException:
+        log.status("failed", SamtuneError.exit_code)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -------------------------------------------------------------------------------------------------------------- epochs
+
+
+class _Meter:
+    """Sums over some steps; means are taken when they are asked for."""
+
+    def __init__(self) -> None:
+        self.steps = self.n = self.wrong = 0
+        self.loss = self.grad_norm = self.waiting = self.working = 0.0
+
+    def add(self, result: StepResult, n: int, waiting: float, working: float) -> None:
+        self.steps += 1
+        self.n += n
+        self.wrong += result.wrong
+        self.loss += result.loss * n
+        self.grad_norm += result.grad_norm
+        self.waiting += waiting
+        self.working += working
+
+    def means(self) -> dict[str, float]:
+        """Loss in nats, error in percent, images per second, share of the time spent waiting for data in [0, 1]."""
+        seconds = self.waiting + self.working
+        return {
+            "loss": self.loss / self.n,
+            "top1_error": 100 * self.wrong / self.n,
+            "images_per_second": self.n / seconds,
+            "data_wait": self.waiting / seconds,
+        }
+
+
+def _train(job: _Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
+    """All steps, with validation and checkpoints on the way; returns the last validation."""
+    config = job.config
+    peaks = [group["lr"] for group in job.optimizer.param_groups]
+    eval_steps = max(1, config.eval_every.steps(job.steps_per_epoch, job.total_steps))
+    batches = train_batches(
+        job.train,
+        job.train_rows,
+        train_transform(job.info.data_config, config.scale, config.hflip),
+        batch_size=job.batch_size,
+        seed=config.seed,
+        total_steps=job.total_steps,
+        workers=config.workers or 0,
+        pin_memory=job.device.type == "cuda",
+    )
+    row, whole_epoch = _Meter(), _Meter()
+    best: dict[str, Any] | None = None
+    started = time.perf_counter()
+    models.train_mode(job.model, freeze_bn=config.freeze_bn)
+    for step in range(1, job.total_steps + 1):
+        asked = time.perf_counter()
+        images, labels = next(batches)
+        arrived = time.perf_counter()
+        factor = cosine_with_warmup(step - 1, job.total_steps, job.warmup_steps)
+        for group, peak in zip(job.optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        inputs = to_device(images, job.device, job.info.data_config, config.channels_last)
+        result = job.update(inputs, labels.to(job.device, non_blocking=True))
+        if not result.applied:
+            raise _diverged(step, result)
+        for meter in (row, whole_epoch):
+            meter.add(result, len(labels), arrived - asked, time.perf_counter() - arrived)
+        progress.train(step, **whole_epoch.means())
+
+        last = step == job.total_steps
+        end_of_epoch = last or step % job.steps_per_epoch == 0
+        validating = last or step % eval_steps == 0
+        if end_of_epoch or validating or row.steps == _ROW_STEPS:
+            log.metrics(
+                step=step,
+                epoch=job.epoch(step),
+                split="train",
+                n=row.n,
+                **row.means(),
+                lr=peaks[0] * factor,
+                rho=config.rho,
+                sam=config.rho > 0,
+                grad_norm=row.grad_norm / row.steps,
+                passes=row.steps * job.update.passes,
+                peak_memory_bytes=device.peak_memory_bytes(job.device),
+                seconds=time.perf_counter() - started,
+            )
+            row = _Meter()
+        if not (end_of_epoch or validating):
+            continue
+
+        means = whole_epoch.means()
+        line = f"epoch {job.epoch(step):>3}  step {step}/{job.total_steps}"
+        line += f"  train loss {means['loss']:.3f}, error {means['top1_error']:.1f} %"
+        if validating:
+            validation = evaluate(job.model, job.val, job.val_rows, "val", config, job.info.data_config, progress.score)
+            models.train_mode(job.model, freeze_bn=config.freeze_bn)
+            scores = validation.summary()
+            log.metrics(step=step, epoch=job.epoch(step), **scores, seconds=time.perf_counter() - started)
+            is_best = best is None or report.best_key(scores) < report.best_key(best)
+            best = scores if is_best else best
+            _save(job, log, step, is_best)
+            line += f"  val error {validation.top1_error:.2f} % ({validation.wrong}/{len(job.val_rows)})"
+        left = (time.perf_counter() - started) / step * (job.total_steps - step)
+        line += f"  {means['images_per_second']:.0f} images/s, data wait {100 * means['data_wait']:.0f} %"
+        line += f", {left:.0f} s left"
+        _say(log, line)
+        if step % job.steps_per_epoch == 0:
+            warning = report.collapse_warning(job.epoch(step), means["loss"], len(job.data.class_names))
+            if warning:
+                _say(log, warning, console.warn)
+            whole_epoch = _Meter()
+    return validation
+
+
+def _diverged(step: int, result: StepResult) -> Diverged:
+    return Diverged(
+        f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}",
+        "a value is not finite; the weights were not updated with it",
+        "lower --lr or --rho, or clip with --clip-grad 1; the last checkpoint of the run is intact",
+    )
+
+
+def _save(job: _Job, log: RunLog, step: int, is_best: bool) -> None:
+    class_names = job.data.class_names
+    folder = checkpoint.save(
+        log.checkpoints,
+        job.model,
+        step,
+        timm_config=models.timm_config(job.model, job.info, class_names),
+        about={
+            "config": job.config.model_dump(mode="json"),
+            "class_names": list(class_names),
+            "versions": runlog.versions(),
+        },
+    )
+    if is_best:
+        checkpoint.point(log.checkpoints, "best", folder)
+    checkpoint.point(log.checkpoints, "last", folder)
+    log.status("running", None)
+
+
+# ---------------------------------------------------------------------------------------------------------- test, once
+
+
+def _test_once(job: _Job, log: RunLog, progress: console.RunProgress) -> Evaluation | None:
+    """Score the selected checkpoint on test; None without a test split or with --no-test."""
+    if job.data.test is None or not job.config.test:
+        return None
+    folder = (log.checkpoints / job.config.select).resolve()
+    load_model(job.model, folder / "model.safetensors", device=str(job.device))
+    split = job.data.splits[job.data.test]
+    scored = evaluate(
+        job.model, split, np.arange(len(split)), job.data.test, job.config, job.info.data_config, progress.score
+    )
+    step = int(checkpoint.verify(folder)["step"])
+    log.metrics(step=step, epoch=job.epoch(step), **{**scored.summary(), "split": "test"})
+    return scored
+
+
+def _write_predictions(path: Path, scored: Evaluation) -> None:
+    """What paired tests need: one row per image of the split that was scored."""
+    table = pa.table(
+        {
+            "index": np.arange(len(scored.labels)),
+            "label": scored.labels,
+            "prediction": scored.predictions,
+            "probability": scored.probability,
+        }
+    )
+    pq.write_table(table.replace_schema_metadata({"split": scored.split}), path)
