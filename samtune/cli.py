@@ -1,7 +1,6 @@
 """The command line: parse, one call, print. Nothing heavy is imported before a command runs."""
 
 import inspect
-import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -188,10 +187,6 @@ def _exit_code() -> int:
     except (KeyboardInterrupt, typer.Abort):
         _print_error("stopped by Ctrl-C before the run began")
         return 130
-    except BrokenPipeError:
-        # The reader of stdout has gone, for instance `| head`. The work is done; let nothing fail at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _print_error(text: str) -> None:

@@ -1,6 +1,7 @@
 """What people see: notes and progress on stderr, results on stdout. The only user of rich."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -33,8 +34,7 @@ def error(text: str) -> None:
 
 def print_json(content: Mapping[str, Any]) -> None:
     """The result, alone on stdout, for programs."""
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    _to_stdout(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
@@ -45,8 +45,18 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console = Console(highlight=False)
-    console.print(table)
-    console.file.flush()
+    with console.capture() as drawn:
+        console.print(table)
+    _to_stdout(drawn.get())
+
+
+def _to_stdout(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as in `samtune ... | head -1`. The work is done; let Python's own flush at exit succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class RunProgress:

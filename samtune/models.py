@@ -255,19 +255,24 @@ def _lite_state_dict(published: Mapping[str, torch.Tensor], model: nn.Module) ->
 
 def _load(model: nn.Module, state_dict: dict[str, torch.Tensor], *, keep_head: bool, origin: str) -> None:
     """Load all but the head (which is new), and let nothing else differ."""
+    expected = model.state_dict()
     head = () if keep_head else tuple(f"{name}." for name in _head_names(model))
-    body = {key: value for key, value in state_dict.items() if not key.startswith(head)} if head else state_dict
-    try:
-        result = model.load_state_dict(body, strict=False)
-        wrong = [k for k in result.missing_keys if not (head and k.startswith(head))] + result.unexpected_keys
-    except RuntimeError as error:
-        wrong = [line.strip() for line in str(error).splitlines()[1:]]
+    new = {key for key in (*expected, *state_dict) if head and key.startswith(head)}
+    body = {key: value for key, value in state_dict.items() if key not in new}
+    shapes = {key: tuple(value.shape) for key, value in expected.items() if key not in new}
+    there = {key: tuple(value.shape) for key, value in body.items()}
+    wrong = [
+        f"{key} is {there.get(key, 'missing')}, needed {shapes.get(key, 'nowhere')}"
+        for key in dict.fromkeys((*shapes, *there))
+        if there.get(key) != shapes.get(key)
+    ]
     if wrong:
         raise CheckpointError(
             f"weights {origin} do not fit the model",
             f"{len(wrong)} tensors differ, first: {'; '.join(wrong[:3])}",
             "check --model",
         )
+    model.load_state_dict(body, strict=False)
 
 
 # ------------------------------------------------------------------------------------------------ head and statistics
@@ -309,8 +314,8 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
     groups = []
     for part, part_lr in (("body", lr), ("head", head_lr)):
         params = [p for p in model.parameters() if p.requires_grad and (id(p) in head) == (part == "head")]
-        for decay in (weight_decay, 0.0):
-            chosen = [p for p in params if (p.ndim > 1) == (decay == weight_decay)]
+        matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+        for chosen, decay in ((matrices, weight_decay), (vectors, 0.0)):
             groups.append({"params": chosen, "lr": part_lr, "weight_decay": decay, "name": part})
     return [group for group in groups if group["params"]]
 
@@ -342,4 +347,5 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be loaded", str(error).splitlines()[0]) from None
-    return model.eval(), timm.data.resolve_model_data_config(model)
+    data_config = timm.data.resolve_model_data_config(model)
+    return model.eval(), {key: tuple(value) if isinstance(value, list) else value for key, value in data_config.items()}

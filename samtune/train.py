@@ -151,8 +151,9 @@ def _fill_in(config: RunConfig, target: torch.device, info: ModelInfo) -> RunCon
         lr = base * (config.batch_size / _BASE_BATCH) ** 0.5
         config = config.derive("lr", float(f"{lr:.3g}"), f"{base:g} x sqrt(batch_size / {_BASE_BATCH})")
     if config.workers is None:
-        workers = min(8, max(1, (os.cpu_count() or 1) // 2)) if target.type == "cuda" else 1
-        config = config.derive("workers", workers, f"for {os.cpu_count()} cores and device {target.type}")
+        cores = len(os.sched_getaffinity(0))
+        workers = min(8, max(1, cores // 2)) if target.type == "cuda" else 1
+        config = config.derive("workers", workers, f"for {cores} cores and device {target.type}")
     if config.amp_dtype == "auto":
         config = config.derive("amp_dtype", device.best_dtype(target), f"best on device {target.type}")
     if config.img_size is None:

