@@ -67,7 +67,7 @@ class RunConfig(BaseModel):
         None,
         ge=16,
     )
-    drop: float = _option("Model", "dropout before the classifier", 0.0, ge=0, lt=1)
+    drop: float = _option("Model", "dropout before the classifier", 0.2, ge=0, lt=1)
     drop_path: float = _option("Model", "stochastic depth (drop-connect)", 0.0, ge=0, lt=1)
     freeze_bn: bool = _option(
         "Model",
@@ -104,14 +104,19 @@ class RunConfig(BaseModel):
         None,
         gt=0,
     )
-    head_lr_factor: float = _option("Optimizer", "learning rate of the new head over that of the body", 10.0, gt=0)
+    head_lr_factor: float = _option("Optimizer", "learning rate of the new head over that of the body", 30.0, gt=0)
     momentum: float = _option("Optimizer", "momentum of sgd", 0.9, ge=0, lt=1)
-    weight_decay: float = _option("Optimizer", "decay of weights (not of biases and norm parameters)", 1e-5, ge=0)
+    weight_decay: float | None = _option(
+        "Optimizer",
+        "decay of weights (not of biases and norm parameters); by default 4 / training images, at most 0.01",
+        None,
+        ge=0,
+    )
     epochs: Annotated[_DurationField, AfterValidator(_whole_run)] = _option(
         "Optimizer", 'length of the run: 8, or "5000 steps"', Duration(10, "epochs")
     )
     warmup_epochs: _DurationField = _option(
-        "Optimizer", 'linear warm-up before the cosine: 1, "100 steps" or "5%" of the run', Duration(5, "%")
+        "Optimizer", 'linear warm-up before the cosine: 1, "100 steps" or "5%" of the run', Duration(2, "%")
     )
     clip_grad: float = _option("Optimizer", "largest global norm of the final gradient; 0 does not clip", 1.0, ge=0)
     smoothing: float = _option("Optimizer", "label smoothing", 0.0, ge=0, lt=1)

@@ -74,7 +74,8 @@ def test_help_loads_nothing_heavy():
 def test_wrong_arguments_are_refused_before_anything_heavy_is_loaded(tmp_path):
     check = (
         "import sys; sys.argv[1:] = ['run', '--model', 'x', '--dataset', './nowhere'];"
-        "from samtune.cli import _exit_code; code = _exit_code(); heavy = {'torch', 'timm'} & set(sys.modules); sys.exit(str(heavy) if heavy else code)"
+        "from samtune.cli import _exit_code; code = _exit_code();"
+        "heavy = {'torch', 'timm'} & set(sys.modules); sys.exit(str(heavy) if heavy else code)"
     )
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, check=False).returncode == 3
 

@@ -1,0 +1,81 @@
+"""What README and recipes say is what the program does."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from samtune import config, models
+from samtune.cli import app
+from samtune.config import RunConfig, flag_name
+from samtune.data import source
+from tests.conftest import ROOT, samtune, write_image_folder
+
+README = (ROOT / "README.md").read_text()
+RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+COMMANDS = re.findall(r"^samtune .+$", README, re.M) + [
+    line.strip("# ")
+    for recipe in RECIPES
+    for line in recipe.read_text().splitlines()
+    if line.startswith("#     samtune ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
+    """Up to the call: the same parser, with the work left out."""
+    seen = []
+    monkeypatch.setattr("samtune.cli._check_before_slow_work", lambda settings: seen.append(settings))
+    monkeypatch.setattr("samtune.train.run", lambda settings: pytest.skip("parsed"))
+    monkeypatch.setattr("samtune.evaluate.evaluate_checkpoint", lambda *a, **k: pytest.skip("parsed"))
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command.split(">")[0], comments=True)
+    app(words[1:], standalone_mode=False)
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_names_things_that_exist_and_states_its_claim(recipe):
+    settings = config.load(recipe)
+    models.resolve(settings.model)
+    source.locate(settings.dataset)
+    assert "[expected]" in recipe.read_text()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_in_miniature(recipe, tmp_path):
+    data = write_image_folder(tmp_path / "data", {"train": 6, "test": 2})
+    small = ["--model", "resnet10t", "--no-pretrained", "--dataset", data, "--img-size", 32, "--epochs", "2 steps"]
+    done = samtune("run", recipe, *small, "--batch-size", 4, "--output", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+
+
+def test_options_in_the_readme_exist():
+    known = {flag_name(key) for key in RunConfig.model_fields}
+    known |= {flag_name(f"no_{key}") for key, field in RunConfig.model_fields.items() if field.annotation is bool}
+    known |= {"--json", "--split", "--without-pip", "--python", "--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+def test_continuous_integration_runs_the_readmes_test_command():
+    found = subprocess.run(
+        ["grep", "-m", "1", "--", "-m pytest$", ROOT / "README.md"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip().endswith(".venv/bin/python -m pytest")
+    assert "grep -m 1 -- '-m pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_python_example_in_the_readme_runs_on_a_checkpoint(tmp_path, monkeypatch):
+    data = write_image_folder(tmp_path / "data", {"train": 6})
+    small = ["--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", 1]
+    assert samtune("run", *small, "--dataset", data, "--output", tmp_path / "runs" / "r1").returncode == 0
+    example = re.search(r"```python\n(.+?)```", README, re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    assert names["classes"] == ["cat", "dog"]
+    assert names["config"]["input_size"][1] == 32
