@@ -104,11 +104,11 @@ class RunConfig(BaseModel):
         None,
         gt=0,
     )
-    head_lr_factor: float = _option("Optimizer", "learning rate of the new head over that of the body", 30.0, gt=0)
+    head_lr_factor: float = _option("Optimizer", "learning rate of the new head over that of the body", 20.0, gt=0)
     momentum: float = _option("Optimizer", "momentum of sgd", 0.9, ge=0, lt=1)
     weight_decay: float | None = _option(
         "Optimizer",
-        "decay of weights (not of biases and norm parameters); by default 4 / training images, at most 0.01",
+        "decay of weights (not of biases and norm parameters); by default 1 / training images, at most 0.002",
         None,
         ge=0,
     )
@@ -119,7 +119,7 @@ class RunConfig(BaseModel):
         "Optimizer", 'linear warm-up before the cosine: 1, "100 steps" or "5%" of the run', Duration(2, "%")
     )
     clip_grad: float = _option("Optimizer", "largest global norm of the final gradient; 0 does not clip", 1.0, ge=0)
-    smoothing: float = _option("Optimizer", "label smoothing", 0.0, ge=0, lt=1)
+    smoothing: float = _option("Optimizer", "label smoothing", 0.1, ge=0, lt=1)
 
     rho: float = _option("SAM", "radius of the perturbation in weight units (L2); 0 is the plain optimizer", 0.05, ge=0)
 

@@ -14,7 +14,15 @@ from rich.table import Table
 
 _PLAIN_INTERVAL = 15.0  # seconds between two progress lines where there is no terminal
 
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Stderr(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read our notes has gone; the run goes on without them. (rich would exit.)"""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+_err = _Stderr(stderr=True, highlight=False, soft_wrap=True)
 
 
 def note(text: str) -> None:

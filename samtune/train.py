@@ -1,4 +1,4 @@
-"""The story of a run, from top to bottom: data, model, steps, validation, one test, report."""
+"""The story of a run, from top to bottom: job, run folder, steps, validation, one test, report."""
 
 import os
 import platform
@@ -6,8 +6,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,30 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_model
-from torch import nn
 
 from samtune import checkpoint, console, device, models, report, runlog
 from samtune.config import RunConfig
-from samtune.data import source
-from samtune.data.loader import steps_per_epoch, train_batches
-from samtune.data.source import Source, Split
-from samtune.data.splits import Indices, split_hash, train_and_validation
+from samtune.data.loader import train_batches
+from samtune.data.splits import split_hash
 from samtune.data.transforms import train_transform
 from samtune.errors import Diverged, OutOfMemory, SamtuneError, Stopped
 from samtune.evaluate import Evaluation, evaluate, to_device
-from samtune.losses import cross_entropy
-from samtune.models import ModelInfo
+from samtune.job import Job, prepare
 from samtune.runlog import RunLog
 from samtune.schedules import cosine_with_warmup
-from samtune.step import Step, StepResult
+from samtune.step import StepResult
 
-# Peak learning rates of the body for a batch of 32; they trained every data set we tried (README). They grow with the
-# square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.
-_BASE_LR = {"sgd": 0.003, "adamw": 1e-4}
-_BASE_BATCH = 32
-# A Gaussian prior of constant strength: against the mean loss over n images it weighs 1/n. It binds the new head, which
-# a few hundred images fit in many ways; for 50,000 images it is near the paper's 1e-5.
-_DECAY_IMAGES, _MOST_DECAY = 4, 0.01
 _ROW_STEPS = 100  # a row of metrics at least this often
 
 
@@ -49,134 +36,20 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     Raises a SamtuneError for what the user can mend, Stopped after Ctrl-C or SIGTERM; status.json says so too.
     """
-    job = _prepare(config)
+    job = prepare(config)
     log = _open_run_folder(job)
-    with _outcome(job, log), console.RunProgress(job.total_steps) as progress:
-        validation = _train(job, log, progress)
-        final = _test_once(job, log, progress) or validation
-    _write_predictions(log.folder / "predictions.parquet", final)
-    result = report.write(log.folder)
-    log.status("done", 0)
-    return result
-
-
-# -------------------------------------------------------------------------------------------- data, model and schedule
-
-
-@dataclass
-class _Job:
-    """All that a run needs, built before anything is written."""
-
-    config: RunConfig  # nothing left open
-    device: torch.device
-    data: Source
-    train: Split
-    train_rows: Indices
-    val: Split
-    val_rows: Indices
-    model: nn.Module
-    info: ModelInfo
-    optimizer: torch.optim.Optimizer
-    update: Step
-    batch_size: int
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-
-    def epoch(self, step: int) -> int:
-        """The epoch, from 1, that a step (from 1) belongs to."""
-        return (step - 1) // self.steps_per_epoch + 1
-
-
-def _prepare(config: RunConfig) -> _Job:
-    target = device.pick()
-    torch.manual_seed(config.seed)
-    models.resolve(config.model)  # a misspelt name need not wait for the data
-    data = source.open_source(config.dataset)
-    train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
-    console.note(f"loading {config.model} ...")
-    model, info = models.build(
-        config.model,
-        classes=len(data.class_names),
-        weights=config.weights,
-        pretrained=config.pretrained,
-        img_size=config.img_size,
-        drop=config.drop,
-        drop_path=config.drop_path,
-    )
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
-
-    config = _fill_in(config, target, info, len(train_rows))
-    batch_size = min(config.batch_size, len(train_rows))
-    per_epoch = steps_per_epoch(len(train_rows), batch_size)
-    total_steps = max(1, config.epochs.steps(per_epoch))
-    assert config.lr is not None
-    assert config.weight_decay is not None
-    groups = models.parameter_groups(
-        model, lr=config.lr, head_lr=config.lr * config.head_lr_factor, weight_decay=config.weight_decay
-    )
-    optimizer: torch.optim.Optimizer
-    if config.opt == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
-    else:
-        optimizer = torch.optim.AdamW(groups)
-    update = Step(
-        model,
-        optimizer,
-        partial(cross_entropy, smoothing=config.smoothing),
-        rho=config.rho,
-        clip_grad=config.clip_grad,
-        autocast=device.autocast(target, config.amp_dtype),
-    )
-    return _Job(
-        config=config,
-        device=target,
-        data=data,
-        train=train,
-        train_rows=train_rows,
-        val=val,
-        val_rows=val_rows,
-        model=model,
-        info=info,
-        optimizer=optimizer,
-        update=update,
-        batch_size=batch_size,
-        steps_per_epoch=per_epoch,
-        total_steps=total_steps,
-        warmup_steps=config.warmup_epochs.steps(per_epoch, total_steps),
-    )
-
-
-def _fill_in(config: RunConfig, target: torch.device, info: ModelInfo, train_images: int) -> RunConfig:
-    """Settle what the config leaves open, with the reason as origin."""
-    if config.lr is None:
-        base = _BASE_LR[config.opt]
-        lr = base * (config.batch_size / _BASE_BATCH) ** 0.5
-        config = config.derive("lr", float(f"{lr:.3g}"), f"{base:g} x sqrt(batch_size / {_BASE_BATCH})")
-    if config.weight_decay is None:
-        decay = min(_MOST_DECAY, _DECAY_IMAGES / train_images)
-        config = config.derive(
-            "weight_decay", float(f"{decay:.3g}"), f"{_DECAY_IMAGES} / {train_images} training images"
-        )
-    if config.workers is None:
-        cores = len(os.sched_getaffinity(0))
-        workers = min(8, max(1, cores // 2)) if target.type == "cuda" else 1
-        config = config.derive("workers", workers, f"for {cores} cores and device {target.type}")
-    if config.amp_dtype == "auto":
-        config = config.derive("amp_dtype", device.best_dtype(target), f"best on device {target.type}")
-    if config.img_size is None:
-        config = config.derive("img_size", info.img_size, f"size of the weights {info.resolved}")
-    if config.output is None:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model}-{Path(config.dataset).name}-rho{config.rho:g}"
-        config = config.derive("output", Path("runs") / name, "time, model, data set, rho")
-    return config
+    with _outcome(job, log):
+        with console.RunProgress(job.total_steps) as progress:
+            validation = _train(job, log, progress)
+            scored = _test_once(job, log, progress) or validation
+        _write_predictions(log.folder / "predictions.parquet", scored)
+        return report.write(log.folder)
 
 
 # ---------------------------------------------------------------------------------------------------------- run folder
 
 
-def _open_run_folder(job: _Job) -> RunLog:
+def _open_run_folder(job: Job) -> RunLog:
     config, info, data = job.config, job.info, job.data
     optimizer: dict[str, Any] = {
         "name": config.opt,
@@ -243,7 +116,7 @@ def _say(log: RunLog, text: str, speak: Callable[[str], None] = console.note) ->
 
 
 @contextmanager
-def _outcome(job: _Job, log: RunLog) -> Iterator[None]:
+def _outcome(job: Job, log: RunLog) -> Iterator[None]:
     """Whatever ends the run, status.json says how; SIGTERM ends it like Ctrl-C does."""
 
     def terminated(number: int, frame: FrameType | None) -> None:
@@ -253,6 +126,7 @@ def _outcome(job: _Job, log: RunLog) -> Iterator[None]:
     try:
         try:
             yield
+            log.status("done", 0)
         except KeyboardInterrupt:
             raise Stopped("Ctrl-C", 128 + signal.SIGINT) from None
         except torch.OutOfMemoryError as error:
@@ -302,7 +176,7 @@ class _Meter:
         }
 
 
-def _train(job: _Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
+def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
     """All steps, with validation and checkpoints on the way; returns the last validation."""
     config = job.config
     peaks = [group["lr"] for group in job.optimizer.param_groups]
@@ -390,7 +264,7 @@ def _diverged(step: int, result: StepResult) -> Diverged:
     )
 
 
-def _save(job: _Job, log: RunLog, step: int, is_best: bool) -> None:
+def _save(job: Job, log: RunLog, step: int, is_best: bool) -> None:
     class_names = job.data.class_names
     folder = checkpoint.save(
         log.checkpoints,
@@ -412,7 +286,7 @@ def _save(job: _Job, log: RunLog, step: int, is_best: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------- test, once
 
 
-def _test_once(job: _Job, log: RunLog, progress: console.RunProgress) -> Evaluation | None:
+def _test_once(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation | None:
     """Score the selected checkpoint on test; None without a test split or with --no-test."""
     if job.data.test is None or not job.config.test:
         return None

@@ -250,6 +250,13 @@ def test_a_reader_that_leaves_early_is_no_error(finished):
     assert done.stderr == ""
 
 
+def test_a_run_goes_on_when_nobody_reads_its_notes_any_more(folder_data, tmp_path):
+    run = f"{sys.executable} -m samtune run --model resnet10t --no-pretrained --img-size 32 --epochs 1 --workers 0"
+    command = f"{run} --dataset {folder_data} --output {tmp_path / 'r'} 2>&1 >/dev/null | true; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
+    assert json.loads((tmp_path / "r" / "status.json").read_text())["state"] == "done"
+
+
 def test_eval_refuses_a_damaged_checkpoint_a_strange_split_and_other_classes(finished, tmp_path, folder_data):
     folder, _ = finished
     assert samtune("eval", folder, "--split", "valley").returncode == 2

@@ -1,0 +1,143 @@
+"""Config -> job: the data, model, optimizer and schedule of a run, before anything is written."""
+
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from samtune import console, device, models
+from samtune.config import RunConfig
+from samtune.data import source
+from samtune.data.loader import steps_per_epoch
+from samtune.data.source import Source, Split
+from samtune.data.splits import Indices, train_and_validation
+from samtune.losses import cross_entropy
+from samtune.models import ModelInfo
+from samtune.step import Step
+
+# Peak learning rates of the body for a batch of 32; they trained every data set we tried (README). They grow with the
+# square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.
+_BASE_LR = {"sgd": 0.004, "adamw": 1e-4}
+_BASE_BATCH = 32
+# Weight decay is 1/n for n images: against the mean loss, a prior of constant strength. It binds the new head, which a
+# few hundred images fit in many ways; for 50,000 images it is near the paper's 1e-5. Clipping shrinks the gradient but
+# not the decay, so that more than this takes over.
+_MOST_DECAY = 0.002
+
+
+@dataclass
+class Job:
+    """All that a run needs, built before anything is written."""
+
+    config: RunConfig  # nothing left open
+    device: torch.device
+    data: Source
+    train: Split
+    train_rows: Indices
+    val: Split
+    val_rows: Indices
+    model: nn.Module
+    info: ModelInfo
+    optimizer: torch.optim.Optimizer
+    update: Step
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 1, that a step (from 1) belongs to."""
+        return (step - 1) // self.steps_per_epoch + 1
+
+
+def prepare(config: RunConfig) -> Job:
+    """Read the data's table of contents, build the model, settle what the config leaves open.
+
+    Raises DataError, ModelError or CheckpointError.
+    """
+    target = device.pick()
+    torch.manual_seed(config.seed)
+    models.resolve(config.model)  # a misspelt name need not wait for the data
+    data = source.open_source(config.dataset)
+    train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
+    console.note(f"loading {config.model} ...")
+    model, info = models.build(
+        config.model,
+        classes=len(data.class_names),
+        weights=config.weights,
+        pretrained=config.pretrained,
+        img_size=config.img_size,
+        drop=config.drop,
+        drop_path=config.drop_path,
+    )
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
+
+    config = _fill_in(config, target, info, len(train_rows))
+    batch_size = min(config.batch_size, len(train_rows))
+    per_epoch = steps_per_epoch(len(train_rows), batch_size)
+    total_steps = max(1, config.epochs.steps(per_epoch))
+    assert config.lr is not None
+    assert config.weight_decay is not None
+    groups = models.parameter_groups(
+        model, lr=config.lr, head_lr=config.lr * config.head_lr_factor, weight_decay=config.weight_decay
+    )
+    optimizer: torch.optim.Optimizer
+    if config.opt == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
+    else:
+        optimizer = torch.optim.AdamW(groups)
+    update = Step(
+        model,
+        optimizer,
+        partial(cross_entropy, smoothing=config.smoothing),
+        rho=config.rho,
+        clip_grad=config.clip_grad,
+        autocast=device.autocast(target, config.amp_dtype),
+    )
+    return Job(
+        config=config,
+        device=target,
+        data=data,
+        train=train,
+        train_rows=train_rows,
+        val=val,
+        val_rows=val_rows,
+        model=model,
+        info=info,
+        optimizer=optimizer,
+        update=update,
+        batch_size=batch_size,
+        steps_per_epoch=per_epoch,
+        total_steps=total_steps,
+        warmup_steps=config.warmup_epochs.steps(per_epoch, total_steps),
+    )
+
+
+def _fill_in(config: RunConfig, target: torch.device, info: ModelInfo, train_images: int) -> RunConfig:
+    """Settle what the config leaves open, with the reason as origin."""
+    if config.lr is None:
+        base = _BASE_LR[config.opt]
+        lr = base * (config.batch_size / _BASE_BATCH) ** 0.5
+        config = config.derive("lr", float(f"{lr:.3g}"), f"{base:g} x sqrt(batch_size / {_BASE_BATCH})")
+    if config.weight_decay is None:
+        decay = min(_MOST_DECAY, 1 / train_images)
+        config = config.derive(
+            "weight_decay", float(f"{decay:.3g}"), f"1 / {train_images} training images, at most {_MOST_DECAY:g}"
+        )
+    if config.workers is None:
+        cores = len(os.sched_getaffinity(0))
+        workers = min(8, max(1, cores // 2)) if target.type == "cuda" else 1
+        config = config.derive("workers", workers, f"for {cores} cores and device {target.type}")
+    if config.amp_dtype == "auto":
+        config = config.derive("amp_dtype", device.best_dtype(target), f"best on device {target.type}")
+    if config.img_size is None:
+        config = config.derive("img_size", info.img_size, f"size of the weights {info.resolved}")
+    if config.output is None:
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model}-{Path(config.dataset).name}-rho{config.rho:g}"
+        config = config.derive("output", Path("runs") / name, "time, model, data set, rho")
+    return config

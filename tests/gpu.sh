@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# What needs a CUDA GPU, in one go: the tests marked gpu, and what a SAM step costs at a GPU's size.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python -m pytest -m gpu
+python -m tests.benchmarks.step --img-size 224 --batch-size 64 "$@"
