@@ -62,9 +62,10 @@ def prepare(config: RunConfig) -> Job:
     target = device.pick()
     torch.manual_seed(config.seed)
     models.resolve(config.model)  # a misspelt name need not wait for the data
+    console.note(f"reading data set {config.dataset} ...")
     data = source.open_source(config.dataset)
     train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
-    console.note(f"loading {config.model} ...")
+    console.note(f"loading model {config.model} ...")
     model, info = models.build(
         config.model,
         classes=len(data.class_names),

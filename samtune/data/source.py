@@ -5,6 +5,7 @@ Images stay encoded bytes here; `samtune.data.decode` turns them into pixels.
 
 import difflib
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -130,7 +131,8 @@ def _load(path: str, origin: str) -> "DatasetDict":
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     on_hub = origin.startswith("hub:")
     try:
         return datasets.load_dataset(path)
