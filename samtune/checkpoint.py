@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from samtune.config import RunConfig
-from samtune.errors import CheckpointError
+from samtune.errors import CheckpointError, first_line
 
 Name = Literal["last", "best"]
 
@@ -50,7 +50,8 @@ def save(
 
 
 def point(checkpoints: Path, name: Name, folder: Path) -> None:
-    """Let last or best mean this folder from now on, and delete the folders that nothing means any more."""
+    """Let last or best mean this folder from now on, if it is whole, and delete what nothing means any more."""
+    verify(folder)
     link = checkpoints / f".{name}.part"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name, target_is_directory=True)
@@ -71,7 +72,11 @@ def verify(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name, expected in manifest["files"].items():
             if _sha256(folder / name) != expected["sha256"]:
-                raise CheckpointError(f"checkpoint {folder} is damaged", f"{name} differs from the sum in its manifest")
+                raise CheckpointError(
+                    f"checkpoint {folder} is damaged",
+                    f"{name} differs from the sum in its manifest",
+                    "use the run's other checkpoint (last, best), or train again",
+                )
     except OSError as error:
         raise CheckpointError(f"checkpoint {folder} is not complete", f"{error.filename}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -80,8 +85,11 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def run_config(manifest: Mapping[str, Any]) -> RunConfig:
-    """The config of the run that wrote a checkpoint."""
-    return RunConfig.model_validate(manifest["config"])
+    """The config of the run that wrote a checkpoint. Raises CheckpointError if it is not one of ours."""
+    try:
+        return RunConfig.model_validate(manifest["config"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError("the checkpoint does not say how it was made", first_line(error)) from None
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

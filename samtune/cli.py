@@ -150,7 +150,7 @@ def evaluate(
     from samtune import console, report
     from samtune.evaluate import evaluate_checkpoint
 
-    with console.RunProgress(0) as progress:
+    with console.RunProgress() as progress:
         scored, about = evaluate_checkpoint(
             run_or_checkpoint, name=checkpoint, split=split, dataset=dataset, progress=progress.score
         )
@@ -182,10 +182,10 @@ def _exit_code() -> int:
         _print_error(str(error))
         return error.exit_code
     except Stopped as error:
-        _print_error(f"{error}; checkpoints up to the last validation are in the run folder")
+        _print_error(f"{error}; what was saved before is in the run folder")
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _print_error("stopped by Ctrl-C before the run began")
+        _print_error("stopped by Ctrl-C")
         return 130
 
 

@@ -104,7 +104,7 @@ class RunConfig(BaseModel):
         None,
         gt=0,
     )
-    head_lr_factor: float = _option("Optimizer", "learning rate of the new head over that of the body", 20.0, gt=0)
+    head_lr_factor: float = _option("Optimizer", "learning rate of the new head over that of the body", 35.0, gt=0)
     momentum: float = _option("Optimizer", "momentum of sgd", 0.9, ge=0, lt=1)
     weight_decay: float | None = _option(
         "Optimizer",
@@ -116,7 +116,9 @@ class RunConfig(BaseModel):
         "Optimizer", 'length of the run: 8, or "5000 steps"', Duration(10, "epochs")
     )
     warmup_epochs: _DurationField = _option(
-        "Optimizer", 'linear warm-up before the cosine: 1, "100 steps" or "5%" of the run', Duration(2, "%")
+        "Optimizer",
+        'the body\'s learning rate and rho rise from 0 for so long, the head learns at once: 1, "100 steps" or "5%"',
+        Duration(20, "%"),
     )
     clip_grad: float = _option("Optimizer", "largest global norm of the final gradient; 0 does not clip", 1.0, ge=0)
     smoothing: float = _option("Optimizer", "label smoothing", 0.1, ge=0, lt=1)
@@ -152,12 +154,14 @@ class RunConfig(BaseModel):
         return copy
 
     def to_toml(self) -> str:
-        """The resolved config as a recipe that repeats the run; origins stand in the comments."""
+        """The resolved config as a recipe that repeats the run elsewhere; origins stand in the comments."""
         lines = []
         for key, value in self.model_dump(mode="json").items():
-            origin = self._origins.get(key, "default")
+            origin = self.origins.get(key, "default")
             # A JSON string, number or boolean is the same in TOML; TOML has no null, so an open value is left out.
             line = f"# {key} is open" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            if key == "output" and value is not None:
+                line = f"# {line}"  # taken by the run itself
             lines.append(f"{line:<44} # {origin}")
         return "\n".join(lines) + "\n"
 
@@ -178,6 +182,8 @@ def load(recipe: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
     except ValidationError as error:
         first = error.errors()[0]
         raise _explain(str(first["loc"][0]), first["type"], first["msg"], given) from None
+    if config.weights is not None and not config.pretrained:
+        raise UsageError("--weights and --no-pretrained contradict each other", mend="give one of them")
     config._origins = {key: given[key][1] if key in given else "default" for key in RunConfig.model_fields}
     return config
 

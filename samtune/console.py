@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Self
 
 from rich.console import Console
@@ -27,17 +28,22 @@ _err = _Stderr(stderr=True, highlight=False, soft_wrap=True)
 
 def note(text: str) -> None:
     """A line about what is going on."""
-    _err.print(escape(text))
+    _say(escape(text))
 
 
 def warn(text: str) -> None:
     """Something that the user should look at, though the run goes on."""
-    _err.print(f"[yellow]warning:[/] {escape(text)}")
+    _say(f"[yellow]warning:[/] {escape(text)}")
 
 
 def error(text: str) -> None:
     """Why the command ends."""
-    _err.print(f"[red]error:[/] {escape(text)}")
+    _say(f"[red]error:[/] {escape(text)}")
+
+
+def _say(markup: str) -> None:
+    with suppress(OSError):  # a terminal that is gone is no reason to lose a run; the log has it all
+        _err.print(markup)
 
 
 def print_json(content: Mapping[str, Any]) -> None:
@@ -73,11 +79,11 @@ class RunProgress:
     Use it as a context; notes printed meanwhile appear above the bar.
     """
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int = 0) -> None:
         self._total = total_steps
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
-        if _err.is_terminal:
+        if _err.is_interactive:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -88,7 +94,7 @@ class RunProgress:
                 console=_err,
                 transient=True,
             )
-            self._steps = self._bar.add_task("step", total=total_steps, numbers="")
+            self._steps = self._bar.add_task("step", total=total_steps, numbers="", visible=total_steps > 0)
         self._scoring: TaskID | None = None
 
     def __enter__(self) -> Self:

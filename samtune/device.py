@@ -1,11 +1,14 @@
 """The device that is there, and what it does best."""
 
+import os
 import resource
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
+
+from samtune.errors import OutOfMemory, first_line
 
 Autocast = Callable[[], AbstractContextManager[None]]
 
@@ -22,7 +25,8 @@ def describe(device: torch.device) -> str:
 
 def best_dtype(device: torch.device) -> str:
     """The arithmetic of --amp-dtype auto. On CPUs bfloat16 is slower: depthwise convolutions lack a fast form."""
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fast else "float32"
 
 
 def autocast(device: torch.device, dtype: str) -> Autocast:
@@ -35,3 +39,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def room_for(what: str) -> Iterator[None]:
+    """Turn the device's out-of-memory error into OutOfMemory that names what did not fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"no memory on {describe(pick())} for {what}", first_line(error), "lower --batch-size or --img-size"
+        ) from None
+
+
+def cores() -> int:
+    """Processor cores that this process may use, as Slurm or taskset granted them."""
+    return len(os.sched_getaffinity(0))

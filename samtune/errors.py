@@ -9,7 +9,7 @@
      |- Diverged            7    a loss or a gradient that is not finite
      `- MachineError        8    folders, disks, devices
 
-    Stopped           130, 143   Ctrl-C, SIGTERM: nothing is wrong
+    Stopped      129, 130, 143   SIGHUP, Ctrl-C, SIGTERM: nothing is wrong
 
 Exit code 0 is success and 1 is a defect of samtune itself, which keeps its traceback.
 """
@@ -33,6 +33,12 @@ class SamtuneError(Exception):
         lines += [f"  why:  {self.why}"] if self.why else []
         lines += [f"  mend: {self.mend}"] if self.mend else []
         return "\n".join(lines)
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line, with its type."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 class UsageError(SamtuneError):

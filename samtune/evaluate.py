@@ -18,10 +18,9 @@ from samtune.data.loader import eval_batches
 from samtune.data.source import Split
 from samtune.data.splits import Indices, train_and_validation
 from samtune.data.transforms import eval_transform, normalize
-from samtune.errors import DataError, UsageError
+from samtune.errors import CheckpointError, DataError, Diverged, UsageError
 from samtune.stats import wilson_interval
 
-_BATCH = 64  # no gradients: more fits than in training
 Progress = Callable[[str, int, int], None]  # split, images done, images in all
 
 
@@ -29,11 +28,12 @@ Progress = Callable[[str, int, int], None]  # split, images done, images in all
 class Evaluation:
     """What a model said about every image of a split, in the split's order; all metrics follow from it.
 
-    labels, predictions: (n,) int64. probability: (n,) of the predicted class. in_top5: (n,) bool. nats: (n,) the
-    cross-entropy of each image.
+    rows: (n,) index into the split. labels, predictions: (n,) int64. probability: (n,) of the predicted class.
+    in_top5: (n,) bool. nats: (n,) the cross-entropy of each image, without label smoothing.
     """
 
     split: str
+    rows: Indices
     labels: npt.NDArray[np.int64]
     predictions: npt.NDArray[np.int64]
     probability: npt.NDArray[np.float32]
@@ -76,7 +76,7 @@ def evaluate(
     data_config: Mapping[str, Any],
     progress: Progress,
 ) -> Evaluation:
-    """Score every one of these rows once. Puts the model into evaluation mode.
+    """Score every one of these rows once. Puts the model into evaluation mode. Raises Diverged for NaN or inf.
 
     config gives workers, memory layout and arithmetic; data_config the size, crop and normalisation of the weights.
     """
@@ -87,7 +87,7 @@ def evaluate(
         split,
         rows,
         eval_transform(data_config),
-        batch_size=_BATCH,
+        batch_size=2 * config.batch_size,  # without gradients that fits where training does
         workers=config.workers or 0,
         pin_memory=target_device.type == "cuda",
     )
@@ -102,7 +102,14 @@ def evaluate(
         parts.append((target, prediction, probability, in_top5, F.cross_entropy(logits, target, reduction="none")))
         done += len(labels)
         progress(name, done, len(rows))
-    return Evaluation(name, *(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+    scored = Evaluation(name, rows, *(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+    if not np.isfinite(scored.nats).all():
+        raise Diverged(
+            f"the model's output on {name} is not finite",
+            f"{int((~np.isfinite(scored.nats)).sum())} of {len(rows)} images",
+            "lower --lr or --rho, or clip with --clip-grad 1",
+        )
+    return scored
 
 
 def to_device(
@@ -128,7 +135,11 @@ def evaluate_checkpoint(
         UsageError: the data set has no such split.
     """
     folder = path
+    if not path.is_dir():
+        raise CheckpointError(f"there is no run or checkpoint {path}", mend="give a folder that `samtune run` made")
     if (path / "checkpoints").is_dir():
+        if not (path / "checkpoints" / "last").exists():
+            raise CheckpointError(f"run {path} has no checkpoint yet", "it ended before its first validation")
         config = checkpoint.run_config(checkpoint.verify(path / "checkpoints" / "last"))
         folder = path / "checkpoints" / (name or config.select)
     manifest = checkpoint.verify(folder)
@@ -155,5 +166,6 @@ def evaluate_checkpoint(
         raise UsageError(
             f"data set {data.name} has no split {split!r}", mend=f"--split val, or one of: {', '.join(data.splits)}"
         )
-    evaluation = evaluate(model, chosen, rows, split, config, data_config, progress)
+    with device.room_for(f"{2 * config.batch_size} images of {data_config['input_size'][1]} px"):
+        evaluation = evaluate(model, chosen, rows, split, config, data_config, progress)
     return evaluation, {"checkpoint": str(folder), "step": manifest["step"], "dataset": data.origin}

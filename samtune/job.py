@@ -1,6 +1,5 @@
 """Config -> job: the data, model, optimizer and schedule of a run, before anything is written."""
 
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -76,7 +75,8 @@ def prepare(config: RunConfig) -> Job:
         drop_path=config.drop_path,
     )
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
+    with device.room_for(f"the weights of {info.resolved}"):
+        model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
 
     config = _fill_in(config, target, info, len(train_rows))
     batch_size = min(config.batch_size, len(train_rows))
@@ -131,7 +131,7 @@ def _fill_in(config: RunConfig, target: torch.device, info: ModelInfo, train_ima
             "weight_decay", float(f"{decay:.3g}"), f"1 / {train_images} training images, at most {_MOST_DECAY:g}"
         )
     if config.workers is None:
-        cores = len(os.sched_getaffinity(0))
+        cores = device.cores()
         workers = min(8, max(1, cores // 2)) if target.type == "cuda" else 1
         config = config.derive("workers", workers, f"for {cores} cores and device {target.type}")
     if config.amp_dtype == "auto":

@@ -13,7 +13,7 @@ import timm.data
 import torch
 from torch import nn
 
-from samtune.errors import CheckpointError, ModelError
+from samtune.errors import CheckpointError, ModelError, first_line
 
 # Names that timm has no pretrained weights for -> the weights that users mean by them; for B7 and L2 the paper's.
 ALIASES = {
@@ -39,7 +39,13 @@ _PRETRAINING = {
     "jft": "JFT-300M",
     "yfcc": "YFCC-100M",
     "ig1b": "Instagram-1B",
-    "laion2b": "LAION-2B",
+    "swag": "Instagram-3.6B",
+    "seer": "Instagram",
+    "laion": "LAION",
+    "webli": "WebLI",
+    "datacomp": "DataComp",
+    "dfn": "DFN",
+    "m38m": "Merged-38M",
     "openai": "WebImageText",
 }
 
@@ -113,82 +119,78 @@ def build(
     """
     resolved = resolve(name)
     config = timm.get_pretrained_cfg(resolved)
-    assert config is not None
-    arguments: dict[str, Any] = {"drop_rate": drop, "drop_path_rate": drop_path}
-    if classes is not None:
-        arguments["num_classes"] = classes
-    if img_size is not None and config.fixed_input_size:
-        arguments["img_size"] = img_size
+    if config is None:
+        raise ModelError(f"model {resolved} is no image classifier", mend=f"nearest pretrained: {_nearest(resolved)}")
+    # timm leaves out what is None: not every model knows every option.
+    arguments: dict[str, Any] = {
+        "num_classes": classes,
+        "drop_rate": drop or None,
+        "drop_path_rate": drop_path or None,
+        "img_size": img_size if config.fixed_input_size else None,
+    }
 
-    state_dict = None
     package = _package_file(resolved)
+    pretraining = _pretraining(resolved)
     if weights is not None:
-        state_dict, origin = _read_weights(weights), f"file:{weights}"
+        origin, pretraining = f"file:{weights}", "not stated (a file)"
     elif not pretrained:
-        origin = "random"
+        origin, pretraining = "random", "none"
     elif package is not None:
         origin = f"package:{_PACKAGES[resolved]}"
-    elif not config.has_weights:
+    elif config.has_weights:
+        origin = f"hub:{config.hf_hub_id}" if config.hf_hub_id else f"url:{config.url}"
+    else:
         raise ModelError(
             f"model {resolved} has no pretrained weights",
             f"nearest pretrained: {_nearest(resolved)}",
             "name one of these, or give --weights PATH, or start at random with --no-pretrained",
         )
-    else:
-        origin = f"hub:{config.hf_hub_id}" if config.hf_hub_id else f"url:{config.url}"
 
-    if origin.startswith(("hub:", "url:")):
-        model = _create_from_hub(resolved, origin, arguments)
-    else:
-        model = _create(resolved, arguments)
-        if package is not None and origin.startswith("package:"):
-            state_dict = _lite_state_dict(_read_lite(package), model)
-        if state_dict is not None:
-            _load(model, state_dict, keep_head=classes is None, origin=origin)
+    from_network = origin.startswith(("hub:", "url:"))
+    model = _create(resolved, arguments, download=origin if from_network else None)
+    if weights is not None:
+        _load(model, _read_weights(weights), keep_head=classes is None, origin=origin)
+    elif package is not None and pretrained:
+        _load(model, _lite_state_dict(_read_lite(package), model), keep_head=classes is None, origin=origin)
     if classes is not None:
         _zero_head(model)
 
     data_config = timm.data.resolve_model_data_config(model)
     if img_size is not None:
         data_config["input_size"] = (3, img_size, img_size)
-    info = ModelInfo(
-        requested=name,
-        resolved=resolved,
-        weights=origin,
-        pretraining=_pretraining(resolved) if state_dict is None or weights is None else "as the file's",
-        parameters=sum(p.numel() for p in model.parameters()),
-        data_config=data_config,
-    )
-    if origin == "random":
-        info = ModelInfo(name, resolved, origin, "none", info.parameters, data_config)
-    return model, info
+    parameters = sum(p.numel() for p in model.parameters())
+    return model, ModelInfo(name, resolved, origin, pretraining, parameters, data_config)
 
 
-def _create(resolved: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _create(resolved: str, arguments: Mapping[str, Any], download: str | None) -> nn.Module:
+    """A timm model; download: where its weights come from through timm ("hub:..." or "url:..."), or None."""
     try:
-        return timm.create_model(resolved, pretrained=False, **arguments)
-    except TypeError as error:
-        raise ModelError(f"model {resolved} cannot be built with {dict(arguments)}", str(error)) from None
-
-
-def _create_from_hub(resolved: str, origin: str, arguments: Mapping[str, Any]) -> nn.Module:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return timm.create_model(resolved, pretrained=True, **arguments)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        repository = origin.partition(":")[2]
+        return timm.create_model(resolved, pretrained=download is not None, **arguments)
+    except (TypeError, AssertionError) as error:
+        given = ", ".join(f"{key} {value}" for key, value in arguments.items() if value is not None)
         raise ModelError(
-            f"weights {repository} (for {resolved}) are neither in the cache nor to be had from the hub",
-            f"cache {constants.HF_HUB_CACHE}: {str(error).strip().splitlines()[0]}",
-            f"fetch them once with `hf download {repository}`, or give a file by --weights PATH",
+            f"model {resolved} cannot be built with {given}",
+            first_line(error),
+            "change --img-size, --drop or --drop-path",
+        ) from None
+    except Exception as error:  # network, cache and file formats have a family of errors each
+        if download is None:
+            raise
+        from huggingface_hub import constants
+
+        kind, _, place = download.partition(":")
+        fetch = f"fetch them once with `hf download {place}`" if kind == "hub" else f"fetch {place}"
+        raise ModelError(
+            f"weights {place} (for {resolved}) are neither in the cache nor to be had from the hub",
+            f"cache {constants.HF_HUB_CACHE}: {first_line(error)}",
+            f"{fetch}, or give a file by --weights PATH",
         ) from None
 
 
 def _pretraining(resolved: str) -> str:
-    parts = resolved.partition(".")[2].split("_")
-    return " + ".join(dict.fromkeys(_PRETRAINING[p] for p in parts if p in _PRETRAINING)) or "not stated"
+    tag = resolved.partition(".")[2]
+    seen = [data for part in tag.split("_") for start, data in _PRETRAINING.items() if part.startswith(start)]
+    return f"{' + '.join(dict.fromkeys(seen)) or 'not stated'} (tag {tag})"
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -200,7 +202,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # each format has its own family of errors for damage
         raise CheckpointError(
             f"weights {path} cannot be read",
-            str(error).strip().splitlines()[0],
+            first_line(error),
             "give a .safetensors file, or a .pth file that holds tensors only",
         ) from None
     return state_dict
@@ -346,6 +348,6 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder} cannot be loaded", str(error).splitlines()[0]) from None
+        raise CheckpointError(f"checkpoint {folder} cannot be loaded", first_line(error)) from None
     data_config = timm.data.resolve_model_data_config(model)
     return model.eval(), {key: tuple(value) if isinstance(value, list) else value for key, value in data_config.items()}

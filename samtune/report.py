@@ -28,7 +28,9 @@ def collapse_warning(epoch: int, loss: float, classes: int) -> str | None:
 def write(folder: Path) -> dict[str, Any]:
     """Write report.json and report.md of a finished run and return the former's content."""
     report = collect(folder)
-    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(
+        json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
     (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
     return report
 
@@ -36,8 +38,9 @@ def write(folder: Path) -> dict[str, Any]:
 def collect(folder: Path) -> dict[str, Any]:
     """The report of a run folder, schema version 1.
 
-    Errors are in percent, intervals are Wilson's at 95 %, times in seconds. cost.sgd_equivalents is the number of
-    forward-backward passes over that of plain SGD for as many steps.
+    Errors are in percent, intervals are Wilson's at 95 %, times in seconds. train_seconds runs from the first step to
+    the last, validations and checkpoints between them included; images_per_second is of training alone.
+    cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps.
     """
     config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     provenance = runlog.read_provenance(folder)
@@ -52,7 +55,9 @@ def collect(folder: Path) -> dict[str, Any]:
     passes = sum(row["passes"] for row in train)
     steps = train[-1]["step"]
     classes = provenance["dataset"]["classes"]
-    warnings = [collapse_warning(epoch, loss, classes) for epoch, loss in epoch_losses(train).items()]
+    per_epoch = provenance["steps_per_epoch"]
+    whole = {epoch: loss for epoch, loss in epoch_losses(train).items() if epoch * per_epoch <= steps}
+    warnings = [collapse_warning(epoch, loss, classes) for epoch, loss in whole.items()]
     return {
         "schema_version": SCHEMA_VERSION,
         "model": provenance["model"],
@@ -67,9 +72,10 @@ def collect(folder: Path) -> dict[str, Any]:
             "start": 0,
             "end": steps,
             "every": 1,
+            "warmup_steps": provenance["optimizer"]["warmup_steps"],
         },
         "optimizer": provenance["optimizer"],
-        "epochs": train[-1]["epoch"],
+        "epochs": steps / per_epoch if steps % per_epoch else steps // per_epoch,
         "steps": steps,
         "seed": config["seed"],
         "devices": provenance["devices"],

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -18,8 +19,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from samtune.errors import CheckpointError, MachineError, UsageError
+from samtune.errors import MachineError, UsageError
 
+_COLUMNS = (
+    *("step", "epoch", "split", "loss", "top1_error", "lr", "rho", "sam", "grad_norm"),
+    *("images_per_second", "data_wait", "seconds"),
+)
 State = Literal["running", "done", "stopped", "failed"]
 
 
@@ -40,6 +45,7 @@ class RunLog:
     def __init__(self, folder: Path, config_toml: str, provenance: Mapping[str, Any], total_steps: int) -> None:
         check_free(folder)
         self.folder, self.total_steps, self.step = folder, total_steps, 0
+        self._opened = time.perf_counter()
         self.checkpoints = folder / "checkpoints"
         try:
             self.checkpoints.mkdir(parents=True)
@@ -52,10 +58,15 @@ class RunLog:
         self.status("running", None)
 
     def metrics(self, **row: Any) -> None:
-        """Append a row to metrics.jsonl."""
-        self.step = row["step"]
+        """Append a row to metrics.jsonl: all of _COLUMNS, with null for what its split does not have, and more."""
+        row = dict.fromkeys(_COLUMNS) | row | {"seconds": self.seconds()}
+        self.step = max(self.step, row["step"])
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def seconds(self) -> float:
+        """Time since the run folder was opened, which is when training begins."""
+        return time.perf_counter() - self._opened
 
     def note(self, text: str) -> None:
         """Append a line, with its time, to log.txt."""
@@ -75,14 +86,8 @@ class RunLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl. Raises CheckpointError where it is missing."""
-    try:
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} is no run folder", f"metrics.jsonl: {error.strerror}", "give a folder that `samtune run` made"
-        ) from None
-    return [json.loads(line) for line in text.splitlines()]
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -99,8 +104,6 @@ def versions() -> dict[str, str]:
 
 def command() -> str:
     """The command line as it was typed."""
-    import shlex
-
     return shlex.join(["samtune", *sys.argv[1:]])
 
 

@@ -1,4 +1,4 @@
-"""Durations in any unit, and the learning rate as a pure function of the step."""
+"""Durations in any unit; learning rate and rho as pure functions of the step."""
 
 import math
 import re
@@ -36,12 +36,11 @@ class Duration:
         return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"
 
 
-def cosine_with_warmup(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Factor on the learning rate at a step (from 0): linear warm-up, then half a cosine down to 0.
+def cosine(step: int, total_steps: int) -> float:
+    """Factor on a learning rate at a step (from 0): half a cosine from 1 down to 0 at total_steps."""
+    return 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
-    The first step already moves (1 / (warmup_steps + 1)), and the factor reaches 1 at step warmup_steps.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+
+def warmup(step: int, warmup_steps: int) -> float:
+    """Factor at a step (from 0) that rises evenly to 1 at step warmup_steps; the first step already moves."""
+    return min(1.0, (step + 1) / (warmup_steps + 1))

@@ -1,4 +1,4 @@
-"""Intervals and tests for error counts, on scipy."""
+"""Intervals for error counts, on scipy."""
 
 from scipy.stats import binomtest
 

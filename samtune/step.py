@@ -33,7 +33,8 @@ class Step:
         model: maps images (batch, ...) to logits (batch, classes); its trainable parameters are float32.
         optimizer: any torch optimizer over those parameters; it steps at w, with the gradient taken at w + e.
         loss: (logits, labels) -> scalar mean.
-        rho: radius of the perturbation in weight units. With 0 there is one pass and no perturbation.
+        rho: radius of the perturbation in weight units. With 0 there is one pass and no perturbation; otherwise it may
+            be set to another value between steps, as a schedule does.
         clip_grad: largest global L2 norm of the final gradient; 0 does not clip. The first gradient needs none: e
             does not depend on its scale.
         autocast: makes the context of the forward passes (mixed precision); weights and gradients stay float32.

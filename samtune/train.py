@@ -5,7 +5,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from safetensors.torch import load_model
 
 from samtune import checkpoint, console, device, models, report, runlog
@@ -21,11 +20,11 @@ from samtune.config import RunConfig
 from samtune.data.loader import train_batches
 from samtune.data.splits import split_hash
 from samtune.data.transforms import train_transform
-from samtune.errors import Diverged, OutOfMemory, SamtuneError, Stopped
+from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, first_line
 from samtune.evaluate import Evaluation, evaluate, to_device
 from samtune.job import Job, prepare
 from samtune.runlog import RunLog
-from samtune.schedules import cosine_with_warmup
+from samtune.schedules import cosine, warmup
 from samtune.step import StepResult
 
 _ROW_STEPS = 100  # a row of metrics at least this often
@@ -40,8 +39,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     log = _open_run_folder(job)
     with _outcome(job, log):
         with console.RunProgress(job.total_steps) as progress:
-            validation = _train(job, log, progress)
-            scored = _test_once(job, log, progress) or validation
+            validated = _train(job, log, progress)
+            scored = _test_once(job, log, progress) or validated
         _write_predictions(log.folder / "predictions.parquet", scored)
         return report.write(log.folder)
 
@@ -82,11 +81,14 @@ def _open_run_folder(job: Job) -> RunLog:
             "source": data.origin,
             "train": len(job.train_rows),
             "val": len(job.val_rows),
-            "test": len(data.splits[data.test]) if data.test else 0,
+            "test": len(data.test) if data.test else 0,
             "classes": len(data.class_names),
-            "split_hash": split_hash(job.train_rows, job.val_rows),
+            "split_hash": split_hash(
+                job.train_rows, job.train.labels[job.train_rows], job.val_rows, job.val.labels[job.val_rows]
+            ),
         },
         "optimizer": optimizer,
+        "steps_per_epoch": job.steps_per_epoch,
     }
     assert config.output is not None
     log = RunLog(config.output, config.to_toml(), provenance, job.total_steps)
@@ -94,13 +96,13 @@ def _open_run_folder(job: Job) -> RunLog:
     resolved = "" if info.requested == info.resolved else f" -> {info.resolved}"
     own = "its own split" if job.val is not job.train else f"a stratified {100 * config.val_fraction:g} % of train"
     sizes = f"train {len(job.train_rows)}, val {len(job.val_rows)} ({own}), test {provenance['dataset']['test']}"
-    arms = f"SAM rho {config.rho:g}, p 2, m {job.batch_size} (device)" if config.rho > 0 else "no SAM (rho 0)"
+    sam = f"SAM rho {config.rho:g}, p 2, m {job.batch_size} (device)" if config.rho > 0 else "no SAM (rho 0)"
     for line in (
         f"model   {info.requested}{resolved}: pretrained on {info.pretraining}, weights {info.weights}, "
         f"{info.parameters / 1e6:.1f} M parameters, {info.img_size} px",
         f"data    {data.name} ({data.origin}): {sizes}; {len(data.class_names)} classes",
         f"steps   {job.total_steps} of {job.batch_size} images ({config.epochs}), warm-up {job.warmup_steps}, cosine",
-        f"update  {arms}; {config.opt}, lr {config.lr:g} (head {optimizer['head_lr']:g}), clip {config.clip_grad:g}",
+        f"update  {sam}; {config.opt}, lr {config.lr:g} (head {optimizer['head_lr']:g}), clip {config.clip_grad:g}",
         f"device  {provenance['devices'][0]}, {config.amp_dtype}; {config.workers} data workers",
         f"output  {config.output}",
     ):
@@ -117,33 +119,36 @@ def _say(log: RunLog, text: str, speak: Callable[[str], None] = console.note) ->
 
 @contextmanager
 def _outcome(job: Job, log: RunLog) -> Iterator[None]:
-    """Whatever ends the run, status.json says how; SIGTERM ends it like Ctrl-C does."""
+    """Whatever ends the run, status.json says how; SIGTERM and SIGHUP end it like Ctrl-C does."""
 
-    def terminated(number: int, frame: FrameType | None) -> None:
-        raise Stopped("SIGTERM", 128 + signal.SIGTERM)
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number).name, 128 + number)
 
-    before = signal.signal(signal.SIGTERM, terminated)
+    # What is ignored stays ignored: nohup means it.
+    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {s: signal.signal(s, stop) for s in heard}
     try:
         try:
-            yield
+            with device.room_for(f"{job.batch_size} images of {job.info.img_size} px"):
+                yield
             log.status("done", 0)
         except KeyboardInterrupt:
             raise Stopped("Ctrl-C", 128 + signal.SIGINT) from None
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"{job.batch_size} images of {job.info.img_size} px do not fit {device.describe(job.device)}",
-                str(error).splitlines()[0],
-                "lower --batch-size or --img-size",
+        except OSError as error:
+            raise MachineError(
+                f"run folder {log.folder} cannot be written", first_line(error), "make room, or give another --output"
             ) from None
     except (SamtuneError, Stopped) as error:
-        log.note(str(error))
-        log.status("stopped" if isinstance(error, Stopped) else "failed", error.exit_code)
+        with suppress(OSError):
+            log.note(str(error))
+            log.status("stopped" if isinstance(error, Stopped) else "failed", error.exit_code)
         raise
     except BaseException:
         log.status("failed", SamtuneError.exit_code)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 # -------------------------------------------------------------------------------------------------------------- epochs
@@ -177,7 +182,7 @@ class _Meter:
 
 
 def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
-    """All steps, with validation and checkpoints on the way; returns the last validation."""
+    """All steps, with validation and checkpoints on the way; returns the validation of the selected checkpoint."""
     config = job.config
     peaks = [group["lr"] for group in job.optimizer.param_groups]
     eval_steps = max(1, config.eval_every.steps(job.steps_per_epoch, job.total_steps))
@@ -192,16 +197,17 @@ def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
         pin_memory=job.device.type == "cuda",
     )
     row, whole_epoch = _Meter(), _Meter()
-    best: dict[str, Any] | None = None
-    started = time.perf_counter()
+    best: Evaluation | None = None
     models.train_mode(job.model, freeze_bn=config.freeze_bn)
     for step in range(1, job.total_steps + 1):
         asked = time.perf_counter()
         images, labels = next(batches)
         arrived = time.perf_counter()
-        factor = cosine_with_warmup(step - 1, job.total_steps, job.warmup_steps)
+        # While a new head knows nothing, gradients of the body and perturbations are noise: both rise slowly.
+        rising = warmup(step - 1, job.warmup_steps)
         for group, peak in zip(job.optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
+            group["lr"] = peak * cosine(step - 1, job.total_steps) * (rising if group["name"] == "body" else 1)
+        job.update.rho = config.rho * rising
         inputs = to_device(images, job.device, job.info.data_config, config.channels_last)
         result = job.update(inputs, labels.to(job.device, non_blocking=True))
         if not result.applied:
@@ -220,13 +226,12 @@ def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
                 split="train",
                 n=row.n,
                 **row.means(),
-                lr=peaks[0] * factor,
-                rho=config.rho,
+                lr=job.optimizer.param_groups[0]["lr"],
+                rho=job.update.rho,
                 sam=config.rho > 0,
                 grad_norm=row.grad_norm / row.steps,
                 passes=row.steps * job.update.passes,
                 peak_memory_bytes=device.peak_memory_bytes(job.device),
-                seconds=time.perf_counter() - started,
             )
             row = _Meter()
         if not (end_of_epoch or validating):
@@ -239,12 +244,12 @@ def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
             validation = evaluate(job.model, job.val, job.val_rows, "val", config, job.info.data_config, progress.score)
             models.train_mode(job.model, freeze_bn=config.freeze_bn)
             scores = validation.summary()
-            log.metrics(step=step, epoch=job.epoch(step), **scores, seconds=time.perf_counter() - started)
-            is_best = best is None or report.best_key(scores) < report.best_key(best)
-            best = scores if is_best else best
+            log.metrics(step=step, epoch=job.epoch(step), **scores)
+            is_best = best is None or report.best_key(scores) < report.best_key(best.summary())
+            best = validation if is_best else best
             _save(job, log, step, is_best)
             line += f"  val error {validation.top1_error:.2f} % ({validation.wrong}/{len(job.val_rows)})"
-        left = (time.perf_counter() - started) / step * (job.total_steps - step)
+        left = log.seconds() / step * (job.total_steps - step)
         line += f"  {means['images_per_second']:.0f} images/s, data wait {100 * means['data_wait']:.0f} %"
         line += f", {left:.0f} s left"
         _say(log, line)
@@ -253,7 +258,7 @@ def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
             if warning:
                 _say(log, warning, console.warn)
             whole_epoch = _Meter()
-    return validation
+    return best if config.select == "best" and best is not None else validation
 
 
 def _diverged(step: int, result: StepResult) -> Diverged:
@@ -288,16 +293,15 @@ def _save(job: Job, log: RunLog, step: int, is_best: bool) -> None:
 
 def _test_once(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation | None:
     """Score the selected checkpoint on test; None without a test split or with --no-test."""
-    if job.data.test is None or not job.config.test:
+    split = job.data.test
+    if split is None or not job.config.test:
         return None
-    folder = (log.checkpoints / job.config.select).resolve()
-    load_model(job.model, folder / "model.safetensors", device=str(job.device))
-    split = job.data.splits[job.data.test]
-    scored = evaluate(
-        job.model, split, np.arange(len(split)), job.data.test, job.config, job.info.data_config, progress.score
-    )
+    folder = log.checkpoints / job.config.select
     step = int(checkpoint.verify(folder)["step"])
-    log.metrics(step=step, epoch=job.epoch(step), **{**scored.summary(), "split": "test"})
+    load_model(job.model, folder / "model.safetensors", device=str(job.device))
+    rows = np.arange(len(split))
+    scored = evaluate(job.model, split, rows, "test", job.config, job.info.data_config, progress.score)
+    log.metrics(step=step, epoch=job.epoch(step), **scored.summary())
     return scored
 
 
@@ -305,7 +309,7 @@ def _write_predictions(path: Path, scored: Evaluation) -> None:
     """What paired tests need: one row per image of the split that was scored."""
     table = pa.table(
         {
-            "index": np.arange(len(scored.labels)),
+            "index": scored.rows,
             "label": scored.labels,
             "prediction": scored.predictions,
             "probability": scored.probability,

@@ -81,6 +81,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
     assert "batch_size" in error.value.mend
 
 
+def test_weights_and_no_pretrained_contradict_each_other():
+    with pytest.raises(UsageError, match="contradict"):
+        config.load(None, NEEDED | {"weights": "w.pth", "pretrained": False})
+
+
 def test_a_missing_model_or_data_set_is_named():
     with pytest.raises(UsageError, match="no dataset"):
         config.load(None, {"model": "a"})

@@ -67,16 +67,19 @@ def test_without_network_or_cache_the_error_names_weights_cache_and_way_out():
 @pytest.mark.parametrize(
     ("full", "data"),
     [
-        ("tf_efficientnet_b7.ra_in1k", "ImageNet-1k"),
-        ("tf_efficientnet_l2.ns_jft_in1k_475", "JFT-300M + ImageNet-1k"),
-        ("tf_efficientnetv2_s.in21k_ft_in1k", "ImageNet-21k + ImageNet-1k"),
+        ("tf_efficientnet_b7.ra_in1k", "ImageNet-1k (tag ra_in1k)"),
+        ("tf_efficientnet_l2.ns_jft_in1k_475", "JFT-300M + ImageNet-1k (tag ns_jft_in1k_475)"),
+        ("tf_efficientnetv2_s.in21k_ft_in1k", "ImageNet-21k + ImageNet-1k (tag in21k_ft_in1k)"),
+        ("resnet50.fb_ssl_yfcc100m_ft_in1k", "YFCC-100M + ImageNet-1k (tag fb_ssl_yfcc100m_ft_in1k)"),
     ],
 )
 def test_the_tag_tells_what_the_weights_have_seen(full, data):
     assert models._pretraining(full) == data
 
 
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "vit_tiny_patch16_224", "convnext_atto"])
+@pytest.mark.parametrize(
+    "name", ["tf_efficientnet_lite0", "resnet18", "vit_tiny_patch16_224", "convnext_atto", "densenet121"]
+)
 def test_a_new_head_predicts_uniformly_so_the_first_loss_is_ln_classes(name):
     model, info = models.build(name, classes=102, pretrained=False, img_size=64)
     models.train_mode(model, freeze_bn=True)
@@ -84,6 +87,12 @@ def test_a_new_head_predicts_uniformly_so_the_first_loss_is_ln_classes(name):
     assert loss.item() == pytest.approx(math.log(102), rel=1e-6)
     assert info.weights == "random"
     assert info.img_size == 64
+
+
+def test_an_option_that_a_model_does_not_know_is_named():
+    with pytest.raises(ModelError, match=r"cannot be built with .*drop_path_rate") as error:
+        models.build("densenet121", classes=3, pretrained=False, drop_path=0.2)
+    assert "--drop-path" in error.value.mend
 
 
 def test_frozen_statistics_means_batch_norm_alone_in_evaluation_mode():

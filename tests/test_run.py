@@ -111,7 +111,9 @@ def test_the_report_has_what_its_readers_rely_on(finished):
     assert result["schema_version"] == 1
     assert result["model"].keys() == {"requested", "resolved", "weights", "pretraining", "parameters", "img_size"}
     assert result["dataset"].keys() == {"name", "source", "train", "val", "test", "classes", "split_hash"}
-    assert result["sam"].keys() == {"enabled", "rho", "p", "adaptive", "m", "perturb", "start", "end", "every"}
+    assert result["sam"].keys() == {
+        *("enabled", "rho", "p", "adaptive", "m", "perturb", "start", "end", "every", "warmup_steps")
+    }
     assert {
         "split",
         "n",
@@ -143,7 +145,8 @@ def test_the_run_folder_is_whole(finished):
     train = [row for row in rows if row["split"] == "train"]
     keys = {"step", "epoch", "split", "loss", "top1_error", "lr", "rho", "sam", "grad_norm"}
     keys |= {"images_per_second", "data_wait", "seconds"}
-    assert all(keys <= row.keys() for row in train)
+    assert all(keys <= row.keys() for row in rows)
+    assert all(row[key] is not None for row in train for key in keys)
     assert [row["split"] for row in rows] == ["train", "val", "train", "val", "test"]
 
 
@@ -183,6 +186,16 @@ def test_best_on_validation_is_what_select_best_scores(folder_data, tmp_path):
     again = json.loads(samtune("eval", tmp_path / "r", "--json").stdout)
     assert again["wrong"] == json.loads(done.stdout)["test"]["wrong"]
     assert again["loss"] == json.loads(done.stdout)["test"]["loss"]
+
+
+def test_predictions_are_those_of_the_selected_checkpoint_and_name_their_rows(folder_data, tmp_path):
+    done = small_run(tmp_path / "r", folder_data, "--select", "best", "--no-test", "--eval-every", "1 steps", "--json")
+    result = json.loads(done.stdout)
+    stored = pq.read_table(tmp_path / "r" / "predictions.parquet").to_pydict()
+    assert sum(a != b for a, b in zip(stored["label"], stored["prediction"], strict=True)) == result["val"]["wrong"]
+    assert max(stored["index"]) >= len(stored["index"])  # rows of train, not positions in the validation part
+    status = json.loads((tmp_path / "r" / "status.json").read_text())
+    assert status["step"] == status["total_steps"] == result["steps"]
 
 
 def test_a_data_set_without_test_is_reported_on_validation(tmp_path):
@@ -226,7 +239,7 @@ def test_a_broken_image_ends_the_run_with_its_name(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_run_with_its_code_and_leaves_the_last_checkpoint(folder_data, tmp_path, sent, code):
     command = [sys.executable, "-m", "samtune", "run", "--model", "resnet10t", "--no-pretrained", "--img-size", "32"]
     command += ["--epochs", "10000", "--dataset", str(folder_data), "--output", str(tmp_path / "r"), "--lr", "0.01"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from samtune.schedules import Duration, cosine_with_warmup
+from samtune.schedules import Duration, cosine, warmup
 
 
 @pytest.mark.parametrize(
@@ -33,15 +33,14 @@ def test_a_duration_prints_as_it_is_read(text):
     assert str(Duration.parse(text)) == text
 
 
-def test_the_learning_rate_warms_up_peaks_and_falls_to_zero():
-    factors = [cosine_with_warmup(step, total_steps=100, warmup_steps=10) for step in range(101)]
-    assert factors[0] == pytest.approx(1 / 11)
-    assert factors[10] == 1
-    assert factors[55] == pytest.approx(0.5)
+def test_the_cosine_falls_from_one_to_zero():
+    factors = [cosine(step, total_steps=100) for step in range(101)]
+    assert factors[0] == 1
+    assert factors[50] == pytest.approx(0.5)
     assert factors[100] == pytest.approx(0)
-    assert factors[:11] == sorted(factors[:11])
-    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors == sorted(factors, reverse=True)
 
 
-def test_without_warmup_the_first_step_has_the_full_rate():
-    assert cosine_with_warmup(0, total_steps=3, warmup_steps=0) == 1
+def test_a_warmup_rises_evenly_from_its_first_step_and_stays():
+    assert [warmup(step, 4) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert warmup(0, 0) == 1

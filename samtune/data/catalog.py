@@ -11,7 +11,7 @@ class Dataset:
     """A named data set.
 
     hub_id: repository on the hub, or "" for one that comes inside an installed package.
-    image, label: its columns. test: the split that is scored once, at the end.
+    image, label: its columns.
     defaults: settings of a run that differ for this data set; flags and recipes go before them.
     """
 
@@ -19,7 +19,6 @@ class Dataset:
     hub_id: str
     image: str
     label: str
-    test: str = "test"
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 

@@ -1,20 +1,21 @@
-"""Encoded bytes -> uint8 RGB pixels, by one rule for training, evaluation and prediction."""
+"""Encoded bytes -> uint8 RGB pixels, by one rule for training and evaluation."""
 
 import io
 import warnings
+from collections.abc import Callable
 
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from samtune.errors import DataError
+from samtune.errors import DataError, first_line
 
 
-def decode(encoded: bytes, where: str) -> torch.Tensor:
+def decode(encoded: bytes, where: Callable[[], str]) -> torch.Tensor:
     """Decode an image to a uint8 tensor (3, height, width), turned upright as its EXIF tag says.
 
-    Grey and palette images become RGB; what is transparent is laid over white. where: the image's place, for the error.
-    Raises DataError for bytes that are no image, or only the beginning of one.
+    Grey and palette images become RGB; what is transparent is laid over white. where: tells the image's place, for the
+    error. Raises DataError for bytes that are no image, or only the beginning of one.
     """
     try:
         with warnings.catch_warnings():
@@ -24,6 +25,6 @@ def decode(encoded: bytes, where: str) -> torch.Tensor:
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             pixels: torch.Tensor = pil_to_tensor(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{where} cannot be decoded", str(error), "mend or remove the image") from None
+    except Exception as error:  # each format of damaged bytes has its own: OSError, SyntaxError, struct.error, ...
+        raise DataError(f"{where()} cannot be decoded", first_line(error), "mend or remove the image") from None
     return pixels

