@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -243,11 +244,11 @@ def test_a_broken_image_ends_the_run_with_its_name(tmp_path):
 def test_a_signal_ends_the_run_with_its_code_and_leaves_the_last_checkpoint(folder_data, tmp_path, sent, code):
     command = [sys.executable, "-m", "samtune", "run", "--model", "resnet10t", "--no-pretrained", "--img-size", "32"]
     command += ["--epochs", "10000", "--dataset", str(folder_data), "--output", str(tmp_path / "r"), "--lr", "0.01"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (tmp_path / "r" / "checkpoints" / "last").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(sent)
+    os.killpg(process.pid, sent)  # to the data workers too, as a terminal and a batch system do
     _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
     assert "Traceback" not in said

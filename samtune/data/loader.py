@@ -3,6 +3,7 @@
 Order and augmentation depend on (seed, epoch, row) alone, not on the number of workers.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,6 +96,12 @@ def _collate(items: list[tuple[torch.Tensor, int] | DataError]) -> Batch | DataE
     return torch.stack(images), torch.tensor(labels)
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and a job's end reach every process of the group: the main one decides, and then ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _load(dataset: _Images, plan: Iterator[list[tuple[int, int]]], workers: int, pin_memory: bool) -> Iterator[Batch]:
     loader: DataLoader[Any] = DataLoader(
         dataset,
@@ -102,6 +109,7 @@ def _load(dataset: _Images, plan: Iterator[list[tuple[int, int]]], workers: int,
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator(),  # else it would draw a seed from the global one, which dropout uses
     )
     for batch in loader:
