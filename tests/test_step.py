@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 
 import pytest
 import torch
@@ -164,6 +165,22 @@ def test_a_value_that_is_not_finite_leaves_weights_and_momentum_alone(small_net,
     assert_same(state(small_net), before)
     for key, value in optimizer.state_dict()["state"].items():
         assert torch.equal(value["momentum_buffer"], momentum[key]["momentum_buffer"])
+
+
+def test_beyond_the_first_pass_no_copy_but_the_backup_is_alive(small_net, batch):
+    """Gradient and perturbation of pass 1 are gone before pass 2 needs the memory."""
+    alive = []
+
+    def count(*_):
+        gc.collect()
+        tensors = {id(o): o for o in gc.get_objects() if isinstance(o, torch.Tensor)}.values()
+        alive.append(sum(t.numel() for t in tensors if t.dtype == torch.float64))
+
+    small_net.register_forward_pre_hook(count)
+    step = make_step(small_net, sgd(small_net, momentum=0, nesterov=False))
+    step(*batch)
+    weights = sum(p.numel() for p in small_net.parameters())
+    assert alive[1] - alive[0] < weights / 2
 
 
 def test_parameters_without_a_gradient_are_not_perturbed(small_net, batch):
