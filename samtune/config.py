@@ -120,7 +120,12 @@ class RunConfig(BaseModel):
         'the body\'s learning rate and rho rise from 0 for so long, the head learns at once: 1, "100 steps" or "5%"',
         Duration(20, "%"),
     )
-    clip_grad: float = _option("Optimizer", "largest global norm of the final gradient; 0 does not clip", 1.0, ge=0)
+    clip_grad: float = _option(
+        "Optimizer",
+        "largest global norm of the final gradient (the default rates belong to 1); 0 does not clip",
+        1.0,
+        ge=0,
+    )
     smoothing: float = _option("Optimizer", "label smoothing", 0.1, ge=0, lt=1)
 
     rho: float = _option("SAM", "radius of the perturbation in weight units (L2); 0 is the plain optimizer", 0.05, ge=0)
