@@ -131,7 +131,7 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
             f"{scored['top5_error']:.2f} %, {scored['mean_per_class_error']:.2f} % ({scored['split']})"
         )
     rows |= {
-        "model": f"{model['resolved']} ({model['pretraining']}), {model['img_size']} px",
+        "model": f"{model['resolved']}, pretrained on {model['pretraining']}, {model['img_size']} px",
         "data": "{name}: train {train}, val {val}, test {test}, {classes} classes".format(**report["dataset"]),
         "SAM": f"rho {sam['rho']:g}" if sam["enabled"] else "off (rho 0)",
         "time": f"{report['train_seconds']:.0f} s, {speed}",
