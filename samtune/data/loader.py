@@ -4,6 +4,7 @@ Order and augmentation depend on (seed, epoch, row) alone, not on the number of 
 """
 
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,9 +98,14 @@ def _collate(items: list[tuple[torch.Tensor, int] | DataError]) -> Batch | DataE
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and a job's end reach every process of the group: the main one decides, and then ends the workers."""
+    """Ctrl-C and a job's end reach every process of the group: the main one decides, and then ends the workers.
+
+    It may do so while it takes a batch over, at which multiprocessing's own thread in the worker would print a
+    traceback. What goes wrong with data comes back as an error of the batch, not this way.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None
 
 
 def _load(dataset: _Images, plan: Iterator[list[tuple[int, int]]], workers: int, pin_memory: bool) -> Iterator[Batch]:
