@@ -29,7 +29,7 @@ Name = Literal["last", "best"]
 def save(
     checkpoints: Path, model: nn.Module, step: int, *, timm_config: Mapping[str, Any], about: Mapping[str, Any]
 ) -> Path:
-    """Write the model's weights as checkpoint of a step and return its folder.
+    """Write the model's weights as checkpoint of a step, verify what is on disk, and return its folder.
 
     about: what the manifest says besides sums and step: the run's config, class_names, versions.
     """
@@ -46,12 +46,12 @@ def save(
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     _sync(checkpoints)
+    verify(folder)
     return folder
 
 
 def point(checkpoints: Path, name: Name, folder: Path) -> None:
-    """Let last or best mean this folder from now on, if it is whole, and delete what nothing means any more."""
-    verify(folder)
+    """Let last or best mean this folder from now on, and delete the folders that nothing means any more."""
     link = checkpoints / f".{name}.part"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name, target_is_directory=True)

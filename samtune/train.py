@@ -136,7 +136,9 @@ def _outcome(job: Job, log: RunLog) -> Iterator[None]:
             raise Stopped("Ctrl-C", 128 + signal.SIGINT) from None
         except OSError as error:
             raise MachineError(
-                f"run folder {log.folder} cannot be written", first_line(error), "make room, or give another --output"
+                f"the machine broke off run {log.folder}",
+                first_line(error),
+                "check disk space and permissions, run again",
             ) from None
     except (SamtuneError, Stopped) as error:
         with suppress(OSError):

@@ -121,11 +121,11 @@ def open_source(dataset: str) -> Source:
     image_column, label_column = columns or _find_columns(dataset, tables["train"])
     class_names = _class_names(tables, label_column)
     splits = {}
-    for split_name in sorted(tables, key=lambda name: name != "train"):
+    for split_name in sorted(tables, key=lambda name: name != "train"):  # train first: it says which classes there are
         table = tables[split_name]
         labels = _labels(table, split_name, label_column, class_names)
         splits[split_name] = Split(split_name, _undecoded(table, image_column), image_column, labels)
-        unknown = sorted(set(labels.tolist()) - set(splits["train"].labels.tolist())) if "train" in splits else []
+        unknown = sorted(set(labels.tolist()) - set(splits["train"].labels.tolist()))
         if unknown:
             raise DataError(
                 f"split {split_name} has images of class {class_names[unknown[0]]!r}, and train has none",
