@@ -7,6 +7,8 @@ catalog, else the default.
 
 import difflib
 import json
+import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    AllowInfNan,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -39,6 +42,33 @@ def _interval(duration: Duration) -> Duration:
     if duration.amount <= 0:
         raise ValueError("must be more than 0")
     return duration
+
+
+def _norm_order(p: float | int | str) -> float:
+    """A number or "inf", from a flag or from a recipe."""
+    try:
+        order = float(p)
+    except (TypeError, ValueError):
+        order = math.nan
+    if isinstance(p, bool) or not order >= 1:
+        raise ValueError('must be a number from 1 on, or "inf"')
+    return order
+
+
+def _samples(m: int | str) -> int | str:
+    if isinstance(m, str) and m in ("device", "global"):
+        return m
+    if isinstance(m, bool) or not re.fullmatch("[0-9]+", str(m)) or int(m) < 1:
+        raise ValueError('must be "device", "global", or a number of images')
+    return int(m)
+
+
+def _pattern(perturb: str) -> str:
+    try:
+        re.compile(perturb)
+    except re.error as error:
+        raise ValueError(f'must be "all", "norm", "no-norm" or a regular expression: {error}') from None
+    return perturb
 
 
 _DurationField = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(str)]
@@ -112,6 +142,11 @@ class RunConfig(BaseModel):
         None,
         ge=0,
     )
+    l2_in_loss: bool = _option(
+        "Optimizer",
+        "weight decay as an L2 term in the loss of both passes, as the paper's code has it, not in the optimizer",
+        False,
+    )
     epochs: Annotated[_DurationField, AfterValidator(_whole_run)] = _option(
         "Optimizer", 'length of the run: 8, or "5000 steps"', Duration(10, "epochs")
     )
@@ -128,11 +163,54 @@ class RunConfig(BaseModel):
     )
     smoothing: float = _option("Optimizer", "label smoothing", 0.1, ge=0, lt=1)
 
-    rho: float = _option("SAM", "radius of the perturbation in weight units (L2); 0 is the plain optimizer", 0.05, ge=0)
+    rho: float = _option("SAM", "radius of the perturbation in weight units; 0 is the plain optimizer", 0.05, ge=0)
+    p: Annotated[
+        float,
+        AllowInfNan(True),
+        BeforeValidator(_norm_order),
+        PlainSerializer(lambda p: "inf" if math.isinf(p) else p),
+    ] = _option("SAM", "norm of that radius, from 1 to inf", 2.0)
+    adaptive: bool = _option(
+        "SAM", "ASAM: radius of each weight in units of |weight| + eta; it wants about ten times the rho", False
+    )
+    eta: float = _option("SAM", "eta of --adaptive, in weight units", 0.01, ge=0)
+    m: Annotated[int | str, BeforeValidator(_samples)] = _option(
+        "SAM",
+        "images that share a perturbation: device (the batch), global (the batches of all devices), or a number, which "
+        "cuts the batch into pieces that are computed one after the other (gradient accumulation)",
+        "device",
+    )
+    perturb: Annotated[str, AfterValidator(_pattern)] = _option(
+        "SAM",
+        "what is perturbed: all, norm (normalisation layers alone: a cheaper first pass), no-norm, or a regular "
+        "expression for the names of parameters",
+        "all",
+    )
+    head_rho_factor: float = _option("SAM", "rho of the new head over that of the body", 1.0, ge=0)
+    sam_start: _DurationField = _option(
+        "SAM", 'SAM begins after so much of the run: "50%", 5 (epochs) or "100 steps"', Duration(0, "%")
+    )
+    sam_end: _DurationField = _option("SAM", "SAM ends after so much of the run", Duration(100, "%"))
+    sam_every: int = _option("SAM", "SAM in every k-th step only, the plain optimizer between", 1, ge=1)
+    rho_schedule: Literal["constant", "linear", "cosine", "lr"] = _option(
+        "SAM",
+        "rho after the warm-up: constant, from rho to --rho-final along a line or a cosine, or in proportion to lr",
+        "constant",
+    )
+    rho_final: float = _option("SAM", "rho at the end of a linear or cosine schedule", 0.0, ge=0)
+    ascent_fraction: float = _option(
+        "SAM",
+        "share of the batch that the first pass uses; loss and error of training are those of this share",
+        1.0,
+        gt=0,
+        le=1,
+    )
+    ascent_steps: int = _option("SAM", "passes that look for the perturbation, of rho / n each", 1, ge=1)
 
-    amp_dtype: Literal["auto", "float32", "bfloat16"] = _option(
+    amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "Run",
-        "arithmetic of the forward pass (weights stay float32); auto: bfloat16 on a GPU that has it, else float32",
+        "arithmetic of the forward pass (weights stay float32; float16 scales the loss); auto: bfloat16 on a GPU that "
+        "has it, else float32",
         "auto",
     )
     seed: int = _option("Run", "seed of order, augmentation and dropout", 0, ge=0)
@@ -189,6 +267,12 @@ def load(recipe: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
         raise _explain(str(first["loc"][0]), first["type"], first["msg"], given) from None
     if config.weights is not None and not config.pretrained:
         raise UsageError("--weights and --no-pretrained contradict each other", mend="give one of them")
+    if isinstance(config.m, int) and config.m > config.batch_size:
+        raise UsageError(
+            f"--m {config.m} is more than --batch-size {config.batch_size}",
+            "a perturbation is shared within a batch",
+            "give a smaller --m or a larger --batch-size",
+        )
     config._origins = {key: given[key][1] if key in given else "default" for key in RunConfig.model_fields}
     return config
 

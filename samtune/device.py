@@ -31,7 +31,13 @@ def best_dtype(device: torch.device) -> str:
 
 def autocast(device: torch.device, dtype: str) -> Autocast:
     """Makes the context of a forward pass. A new one for each pass: its cache of cast weights must not outlive them."""
-    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    kind = torch.float16 if dtype == "float16" else torch.bfloat16
+    return partial(torch.autocast, device.type, dtype=kind, enabled=dtype in ("bfloat16", "float16"))
+
+
+def loss_scaler(device: torch.device, dtype: str) -> torch.amp.GradScaler | None:
+    """Keeps small gradients in float16's range; other arithmetic needs none."""
+    return torch.amp.GradScaler(device.type) if dtype == "float16" else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

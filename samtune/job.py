@@ -1,6 +1,8 @@
 """Config -> job: the data, model, optimizer and schedule of a run, before anything is written."""
 
+import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +16,11 @@ from samtune.data import source
 from samtune.data.loader import steps_per_epoch
 from samtune.data.source import Source, Split
 from samtune.data.splits import Indices, train_and_validation
-from samtune.losses import cross_entropy
+from samtune.errors import UsageError
+from samtune.losses import cross_entropy, l2_penalty
 from samtune.models import ModelInfo
-from samtune.step import Step
+from samtune.schedules import RhoSchedule
+from samtune.step import SAM, Step
 
 # Peak learning rates of the body for a batch of 32; they trained every data set we tried (README). They grow with the
 # square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.
@@ -43,6 +47,7 @@ class Job:
     info: ModelInfo
     optimizer: torch.optim.Optimizer
     update: Step
+    rho: RhoSchedule
     batch_size: int
     steps_per_epoch: int
     total_steps: int
@@ -82,23 +87,16 @@ def prepare(config: RunConfig) -> Job:
     batch_size = min(config.batch_size, len(train_rows))
     per_epoch = steps_per_epoch(len(train_rows), batch_size)
     total_steps = max(1, config.epochs.steps(per_epoch))
-    assert config.lr is not None
-    assert config.weight_decay is not None
-    groups = models.parameter_groups(
-        model, lr=config.lr, head_lr=config.lr * config.head_lr_factor, weight_decay=config.weight_decay
-    )
-    optimizer: torch.optim.Optimizer
-    if config.opt == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
-    else:
-        optimizer = torch.optim.AdamW(groups)
+    warmup_steps = config.warmup_epochs.steps(per_epoch, total_steps)
+    optimizer, penalty = _optimizer(model, config)
     update = Step(
-        model,
+        _sam(model, config),
         optimizer,
         partial(cross_entropy, smoothing=config.smoothing),
-        rho=config.rho,
         clip_grad=config.clip_grad,
         autocast=device.autocast(target, config.amp_dtype),
+        scaler=device.loss_scaler(target, config.amp_dtype),
+        penalty=penalty,
     )
     return Job(
         config=config,
@@ -112,10 +110,73 @@ def prepare(config: RunConfig) -> Job:
         info=info,
         optimizer=optimizer,
         update=update,
+        rho=_rho_schedule(config, per_epoch, total_steps, warmup_steps),
         batch_size=batch_size,
         steps_per_epoch=per_epoch,
         total_steps=total_steps,
-        warmup_steps=config.warmup_epochs.steps(per_epoch, total_steps),
+        warmup_steps=warmup_steps,
+    )
+
+
+def _optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.Optimizer, Callable[[], torch.Tensor] | None]:
+    """The base optimizer, and the L2 term that takes the place of its weight decay, if it is asked for."""
+    assert config.lr is not None
+    assert config.weight_decay is not None
+    in_optimizer = 0.0 if config.l2_in_loss else config.weight_decay
+    groups = models.parameter_groups(
+        model, lr=config.lr, head_lr=config.lr * config.head_lr_factor, weight_decay=in_optimizer
+    )
+    penalty = None
+    if config.l2_in_loss:
+        decayed = [w for w in model.parameters() if w.requires_grad and w.ndim > 1]
+        penalty = partial(l2_penalty, decayed, config.weight_decay)
+    if config.opt == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0), penalty
+    return torch.optim.AdamW(groups), penalty
+
+
+def _sam(model: nn.Module, config: RunConfig) -> SAM:
+    head = "|".join(rf"^{re.escape(name)}\." for name in models.head_names(model))
+    try:
+        return SAM(
+            model,
+            config.rho,
+            p=config.p,
+            adaptive=config.adaptive,
+            eta=config.eta,
+            perturb=config.perturb,
+            rho_factors={head: config.head_rho_factor},
+            m=config.m,  # type: ignore[arg-type]
+            ascent_fraction=config.ascent_fraction,
+            ascent_steps=config.ascent_steps,
+        )
+    except ValueError as error:  # what only the model can tell
+        raise UsageError(
+            f"--perturb {config.perturb}", str(error), f"its names begin with {_first_names(model)}"
+        ) from None
+
+
+def _first_names(model: nn.Module) -> str:
+    return ", ".join(dict.fromkeys(name.partition(".")[0] for name, _ in model.named_parameters()))
+
+
+def _rho_schedule(config: RunConfig, per_epoch: int, total_steps: int, warmup_steps: int) -> RhoSchedule:
+    start, end = (duration.steps(per_epoch, total_steps) for duration in (config.sam_start, config.sam_end))
+    if config.rho > 0 and not start < min(end, total_steps):
+        raise UsageError(
+            f"--sam-start {config.sam_start} and --sam-end {config.sam_end} leave SAM no step",
+            f"they are steps {start} and {end} of {total_steps}",
+            "let it begin earlier, or switch it off with --rho 0",
+        )
+    return RhoSchedule(
+        peak=config.rho,
+        final=config.rho_final,
+        shape=config.rho_schedule,
+        start=start,
+        end=min(end, total_steps),
+        every=config.sam_every,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
     )
 
 

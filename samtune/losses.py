@@ -1,5 +1,7 @@
 """The training loss."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -10,3 +12,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float =
     smoothing spreads that share of each target evenly over all classes (Szegedy et al. 2016, eq. 3).
     """
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
+def l2_penalty(weights: Sequence[torch.Tensor], strength: float) -> torch.Tensor:
+    """Weight decay as a term of the loss, strength / 2 * ||weights||_2^2 -> (), as in Google's code for the paper."""
+    return 0.5 * strength * torch.stack([w.square().sum() for w in weights]).sum()

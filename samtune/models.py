@@ -258,7 +258,7 @@ def _lite_state_dict(published: Mapping[str, torch.Tensor], model: nn.Module) ->
 def _load(model: nn.Module, state_dict: dict[str, torch.Tensor], *, keep_head: bool, origin: str) -> None:
     """Load all but the head (which is new), and let nothing else differ."""
     expected = model.state_dict()
-    head = () if keep_head else tuple(f"{name}." for name in _head_names(model))
+    head = () if keep_head else tuple(f"{name}." for name in head_names(model))
     new = {key for key in (*expected, *state_dict) if head and key.startswith(head)}
     body = {key: value for key, value in state_dict.items() if key not in new}
     shapes = {key: tuple(value.shape) for key, value in expected.items() if key not in new}
@@ -280,7 +280,8 @@ def _load(model: nn.Module, state_dict: dict[str, torch.Tensor], *, keep_head: b
 # ------------------------------------------------------------------------------------------------ head and statistics
 
 
-def _head_names(model: nn.Module) -> tuple[str, ...]:
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier's modules."""
     config: Any = model.pretrained_cfg
     names = config["classifier"]
     return (names,) if isinstance(names, str) else tuple(names)
@@ -288,7 +289,7 @@ def _head_names(model: nn.Module) -> tuple[str, ...]:
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of the classifier."""
-    return [p for name in _head_names(model) for p in model.get_submodule(name).parameters()]
+    return [p for name in head_names(model) for p in model.get_submodule(name).parameters()]
 
 
 def _zero_head(model: nn.Module) -> None:

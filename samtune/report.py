@@ -16,7 +16,7 @@ _SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error",
 def collapse_warning(epoch: int, loss: float, classes: int) -> str | None:
     """The warning for an epoch whose mean train loss is no better than a guess, ln(classes); None if it is."""
     chance = math.log(classes)
-    if loss < chance:
+    if not loss >= chance:  # nor NaN, where no step was applied
         return None
     return (
         f"epoch {epoch}: the train loss is {loss:.2f}, no better than guessing (ln {classes} = {chance:.2f}). "
@@ -62,21 +62,11 @@ def collect(folder: Path) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "model": provenance["model"],
         "dataset": provenance["dataset"],
-        "sam": {
-            "enabled": config["rho"] > 0,
-            "rho": config["rho"],
-            "p": 2,
-            "adaptive": False,
-            "m": "device",
-            "perturb": "all",
-            "start": 0,
-            "end": steps,
-            "every": 1,
-            "warmup_steps": provenance["optimizer"]["warmup_steps"],
-        },
+        "sam": provenance["sam"],
         "optimizer": provenance["optimizer"],
         "epochs": steps / per_epoch if steps % per_epoch else steps // per_epoch,
         "steps": steps,
+        "skipped_steps": sum(row["skipped"] for row in train),
         "seed": config["seed"],
         "devices": provenance["devices"],
         "world_size": 1,
@@ -105,9 +95,11 @@ def best_key(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def epoch_losses(train: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Mean train loss of each epoch, from the rows of its parts."""
+    """Mean train loss of each epoch, from the rows of its parts; rows in which no step was applied have none."""
     totals: dict[int, tuple[float, int]] = {}
     for row in train:
+        if row["loss"] is None:
+            continue
         loss, n = totals.get(row["epoch"], (0.0, 0))
         totals[row["epoch"]] = (loss + row["loss"] * row["n"], n + row["n"])
     return {epoch: loss / n for epoch, (loss, n) in totals.items()}
@@ -133,11 +125,29 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
     rows |= {
         "model": f"{model['resolved']}, pretrained on {model['pretraining']}, {model['img_size']} px",
         "data": "{name}: train {train}, val {val}, test {test}, {classes} classes".format(**report["dataset"]),
-        "SAM": f"rho {sam['rho']:g}" if sam["enabled"] else "off (rho 0)",
+        "SAM": sam_words(sam, report["steps"]),
         "time": f"{report['train_seconds']:.0f} s, {speed}",
-        "cost": f"{cost['forward_backward_passes']} passes, {cost['sgd_equivalents']:g} times plain SGD's",
+        "cost": f"{cost['forward_backward_passes']:.0f} passes, {cost['sgd_equivalents']:g} times plain SGD's",
     }
     return rows
+
+
+def sam_words(sam: Mapping[str, Any], steps: int) -> str:
+    """What SAM does in a run of so many steps: rho, and whatever is not the default."""
+    if not sam["enabled"]:
+        return "no SAM (rho 0)"
+    said = {
+        f"adaptive (eta {sam['eta']:g})": sam["adaptive"],
+        f"perturbs {sam['perturb']}": sam["perturb"] != "all",
+        f"head x {sam['head_rho_factor']:g}": sam["head_rho_factor"] != 1,
+        f"{sam['schedule']}": sam["schedule"] != "constant",
+        f"steps {sam['start']} to {sam['end']} of {steps}": (sam["start"], sam["end"]) != (0, steps),
+        f"every {sam['every']} steps": sam["every"] > 1,
+        f"{sam['ascent_steps']} ascent steps": sam["ascent_steps"] > 1,
+        f"on {100 * sam['ascent_fraction']:g} % of the batch": sam["ascent_fraction"] < 1,
+    }
+    words = [f"SAM rho {sam['rho']:g}", f"p {sam['p']}", f"m {sam['m']}"]
+    return ", ".join(words + [text for text, holds in said.items() if holds])
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, Any]:

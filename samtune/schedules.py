@@ -44,3 +44,36 @@ def cosine(step: int, total_steps: int) -> float:
 def warmup(step: int, warmup_steps: int) -> float:
     """Factor at a step (from 0) that rises evenly to 1 at step warmup_steps; the first step already moves."""
     return min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+@dataclass(frozen=True)
+class RhoSchedule:
+    """The radius of SAM's perturbation at each step (from 0) of a run; 0 where the step is one of the base optimizer.
+
+    peak, final: radius in weight units. shape: "constant"; "linear" or "cosine" from peak at step `start` to final at
+    `end`; or "lr", in proportion to the learning rate. SAM is on at start, start + every, start + 2 every, ... before
+    end. Over the first warmup_steps the radius rises as `warmup` does, whatever its shape.
+    """
+
+    peak: float
+    total_steps: int
+    final: float = 0.0
+    shape: Literal["constant", "linear", "cosine", "lr"] = "constant"
+    start: int = 0
+    end: int | None = None
+    every: int = 1
+    warmup_steps: int = 0
+
+    def __call__(self, step: int) -> float:
+        """Radius in weight units at a step."""
+        end = self.total_steps if self.end is None else self.end
+        if not self.start <= step < end or (step - self.start) % self.every:
+            return 0.0
+        rising = warmup(step, self.warmup_steps)
+        if self.shape == "constant":
+            return self.peak * rising
+        if self.shape == "lr":
+            return self.peak * rising * cosine(step, self.total_steps)
+        passed, length = step - self.start, end - self.start
+        left = cosine(passed, length) if self.shape == "cosine" else 1 - passed / length
+        return (self.final + (self.peak - self.final) * left) * rising

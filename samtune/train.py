@@ -1,5 +1,6 @@
 """The story of a run, from top to bottom: job, run folder, steps, validation, one test, report."""
 
+import math
 import os
 import platform
 import signal
@@ -28,6 +29,8 @@ from samtune.schedules import cosine, warmup
 from samtune.step import StepResult
 
 _ROW_STEPS = 100  # a row of metrics at least this often
+# Steps in a row without an update after which a run is given up. A loss scale for float16 finds its place in 16.
+_MOST_SKIPPED = 20
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def _open_run_folder(job: Job) -> RunLog:
         "schedule": "cosine",
         "warmup_steps": job.warmup_steps,
         "batch_size": job.batch_size,
+        "l2_in_loss": config.l2_in_loss,
     }
     if config.opt == "sgd":
         optimizer |= {"momentum": config.momentum, "nesterov": config.momentum > 0}
@@ -88,6 +92,24 @@ def _open_run_folder(job: Job) -> RunLog:
             ),
         },
         "optimizer": optimizer,
+        "sam": {
+            "enabled": config.rho > 0,
+            "rho": config.rho,
+            "p": "inf" if math.isinf(config.p) else config.p,
+            "adaptive": config.adaptive,
+            "eta": config.eta,
+            "m": config.m,
+            "perturb": config.perturb,
+            "head_rho_factor": config.head_rho_factor,
+            "start": job.rho.start,
+            "end": job.rho.end,
+            "every": job.rho.every,
+            "schedule": job.rho.shape,
+            "final": job.rho.final,
+            "warmup_steps": job.rho.warmup_steps,
+            "ascent_fraction": config.ascent_fraction,
+            "ascent_steps": config.ascent_steps,
+        },
         "steps_per_epoch": job.steps_per_epoch,
     }
     assert config.output is not None
@@ -96,13 +118,13 @@ def _open_run_folder(job: Job) -> RunLog:
     resolved = "" if info.requested == info.resolved else f" -> {info.resolved}"
     own = "its own split" if job.val is not job.train else f"a stratified {100 * config.val_fraction:g} % of train"
     sizes = f"train {len(job.train_rows)}, val {len(job.val_rows)} ({own}), test {provenance['dataset']['test']}"
-    sam = f"SAM rho {config.rho:g}, p 2, m {job.batch_size} (device)" if config.rho > 0 else "no SAM (rho 0)"
     for line in (
         f"model   {info.requested}{resolved}: pretrained on {info.pretraining}, weights {info.weights}, "
         f"{info.parameters / 1e6:.1f} M parameters, {info.img_size} px",
         f"data    {data.name} ({data.origin}): {sizes}; {len(data.class_names)} classes",
         f"steps   {job.total_steps} of {job.batch_size} images ({config.epochs}), warm-up {job.warmup_steps}, cosine",
-        f"update  {sam}; {config.opt}, lr {config.lr:g} (head {optimizer['head_lr']:g}), clip {config.clip_grad:g}",
+        f"update  {report.sam_words(provenance['sam'], job.total_steps)}",
+        f"        {config.opt}, lr {config.lr:g} (head {optimizer['head_lr']:g}), clip {config.clip_grad:g}",
         f"device  {provenance['devices'][0]}, {config.amp_dtype}; {config.workers} data workers",
         f"output  {config.output}",
     ):
@@ -160,24 +182,39 @@ class _Meter:
     """Sums over some steps; means are taken when they are asked for."""
 
     def __init__(self) -> None:
-        self.steps = self.n = self.wrong = 0
-        self.loss = self.grad_norm = self.waiting = self.working = 0.0
+        self.steps = self.skipped = self.n = self.seen = self.wrong = 0
+        self.loss = self.grad_norm = self.passes = self.rho = self.waiting = self.working = 0.0
 
-    def add(self, result: StepResult, n: int, waiting: float, working: float) -> None:
+    def add(self, result: StepResult, n: int, rho: float, waiting: float, working: float) -> None:
+        """A step on n images. Where nothing was updated, loss and error are not counted."""
         self.steps += 1
         self.n += n
-        self.wrong += result.wrong
-        self.loss += result.loss * n
-        self.grad_norm += result.grad_norm
+        self.passes += result.passes
+        self.rho = rho or self.rho
         self.waiting += waiting
         self.working += working
+        if not result.applied:
+            self.skipped += 1
+            return
+        self.seen += result.n
+        self.wrong += result.wrong
+        self.loss += result.loss * result.n
+        self.grad_norm += result.grad_norm
+
+    @property
+    def mean_grad_norm(self) -> float:
+        """NaN if no step was applied."""
+        return self.grad_norm / (self.steps - self.skipped) if self.seen else math.nan
 
     def means(self) -> dict[str, float]:
-        """Loss in nats, error in percent, images per second, share of the time spent waiting for data in [0, 1]."""
+        """Loss in nats, error in percent, images per second, share of the time spent waiting for data in [0, 1].
+
+        Loss and error are NaN if no step was applied.
+        """
         seconds = self.waiting + self.working
         return {
-            "loss": self.loss / self.n,
-            "top1_error": 100 * self.wrong / self.n,
+            "loss": self.loss / self.seen if self.seen else math.nan,
+            "top1_error": 100 * self.wrong / self.seen if self.seen else math.nan,
             "images_per_second": self.n / seconds,
             "data_wait": self.waiting / seconds,
         }
@@ -200,22 +237,25 @@ def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
     )
     row, whole_epoch = _Meter(), _Meter()
     best: Evaluation | None = None
+    skipped_in_a_row = 0
     models.train_mode(job.model, freeze_bn=config.freeze_bn)
     for step in range(1, job.total_steps + 1):
         asked = time.perf_counter()
         images, labels = next(batches)
         arrived = time.perf_counter()
-        # While a new head knows nothing, gradients of the body and perturbations are noise: both rise slowly.
+        # While a new head knows nothing, gradients of the body and perturbations are noise: both rise slowly, rho by
+        # its schedule.
         rising = warmup(step - 1, job.warmup_steps)
         for group, peak in zip(job.optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * cosine(step - 1, job.total_steps) * (rising if group["name"] == "body" else 1)
-        job.update.rho = config.rho * rising
+        rho = job.update.sam.rho = job.rho(step - 1)
         inputs = to_device(images, job.device, job.info.data_config, config.channels_last)
         result = job.update(inputs, labels.to(job.device, non_blocking=True))
-        if not result.applied:
+        skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
+        if skipped_in_a_row == _MOST_SKIPPED:
             raise _diverged(step, result)
         for meter in (row, whole_epoch):
-            meter.add(result, len(labels), arrived - asked, time.perf_counter() - arrived)
+            meter.add(result, len(labels), rho, arrived - asked, time.perf_counter() - arrived)
         progress.train(step, **whole_epoch.means())
 
         last = step == job.total_steps
@@ -227,12 +267,13 @@ def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
                 epoch=job.epoch(step),
                 split="train",
                 n=row.n,
-                **row.means(),
+                **{key: _or_null(value) for key, value in row.means().items()},
                 lr=job.optimizer.param_groups[0]["lr"],
-                rho=job.update.rho,
-                sam=config.rho > 0,
-                grad_norm=row.grad_norm / row.steps,
-                passes=row.steps * job.update.passes,
+                rho=row.rho,
+                sam=row.rho > 0,
+                grad_norm=_or_null(row.mean_grad_norm),
+                passes=row.passes,
+                skipped=row.skipped,
                 peak_memory_bytes=device.peak_memory_bytes(job.device),
             )
             row = _Meter()
@@ -242,6 +283,7 @@ def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
         means = whole_epoch.means()
         line = f"epoch {job.epoch(step):>3}  step {step}/{job.total_steps}"
         line += f"  train loss {means['loss']:.3f}, error {means['top1_error']:.1f} %"
+        line += f", {whole_epoch.skipped} steps skipped (not finite)" if whole_epoch.skipped else ""
         if validating:
             validation = evaluate(job.model, job.val, job.val_rows, "val", config, job.info.data_config, progress.score)
             models.train_mode(job.model, freeze_bn=config.freeze_bn)
@@ -263,10 +305,15 @@ def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
     return best if config.select == "best" and best is not None else validation
 
 
+def _or_null(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
 def _diverged(step: int, result: StepResult) -> Diverged:
     return Diverged(
         f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}",
-        "a value is not finite; the weights were not updated with it",
+        f"values were not finite in {_MOST_SKIPPED} steps in a row; the weights were not updated with them",
         "lower --lr or --rho, or clip with --clip-grad 1; the last checkpoint of the run is intact",
     )
 

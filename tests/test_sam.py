@@ -1,92 +1,184 @@
-"""The perturbation and its undoing."""
+"""The perturbation and its undoing, in both forms."""
+
+import itertools
+import math
 
 import pytest
 import torch
 
-from samtune.sam import Weights, perturbation
+from samtune.sam import Perturbation, dual
 
 RHO = 0.05
+NORMS = [1, 1.05, 4 / 3, 2, 4, math.inf]
+SHAPES = [(4, 3, 3, 3), (7,), (), (5, 2)]
 
 
 def gradients(scale=1.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(4, 3, 3, 3), (7,), (), (5, 2)]
-    return [scale * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [scale * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+
+def weights(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+    made[0] = made[0].to(memory_format=torch.channels_last)
+    return made
 
 
 def flat(tensors):
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def test_perturbation_has_length_rho_and_the_direction_of_the_gradient():
-    g = gradients()
-    e = flat(perturbation(g, RHO))
-    assert e.norm().item() == pytest.approx(RHO, rel=1e-12)
-    assert (flat(g) @ e).item() == pytest.approx(RHO * flat(g).norm().item(), rel=1e-12)
+def plain(g, rho=RHO, **options):
+    """e, tensor by tensor."""
+    return Perturbation([torch.zeros_like(x) for x in g], **options).plain(g, rho)
 
 
-def test_no_point_of_the_sphere_gains_more_than_the_perturbation():
-    g, best = flat(gradients()), flat(perturbation(gradients(), RHO))
+def fused(g, rho=RHO, **options):
+    """e, as the step makes it: what parameters at zero become."""
+    params = [torch.zeros_like(x) for x in g]
+    with Perturbation(params, **options).perturbed(g, rho):
+        return [w.clone() for w in params]
+
+
+both_forms = pytest.mark.parametrize("form", [plain, fused])
+all_norms = pytest.mark.parametrize("p", NORMS)
+
+
+def conjugate(p):
+    return {1: math.inf, math.inf: 1}.get(p) or p / (p - 1)
+
+
+@both_forms
+@all_norms
+def test_the_perturbation_has_length_rho_and_gains_rho_times_the_dual_norm(form, p):
+    g, e = flat(gradients()), flat(form(gradients(), p=p))
+    assert torch.linalg.vector_norm(e, p).item() == pytest.approx(RHO, rel=1e-12)
+    dual_norm = torch.linalg.vector_norm(g, conjugate(p)).item()
+    assert (g @ e).item() == pytest.approx(RHO * dual_norm, rel=1e-12)
+
+
+@both_forms
+@all_norms
+def test_no_point_of_the_sphere_gains_more_than_the_perturbation(form, p):
+    g, best = flat(gradients()), flat(form(gradients(), p=p))
     other = torch.randn(1000, len(g), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    other = RHO * other / other.norm(dim=1, keepdim=True)
-    assert (other @ g).max() < best @ g
+    other[500:] = best + 0.01 * RHO * other[500:]  # near neighbours too
+    other = RHO * other / torch.linalg.vector_norm(other, p, dim=1, keepdim=True)
+    assert (other @ g).max() <= best @ g * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("adaptive", [None, [True, False, False, True]])
+@pytest.mark.parametrize("factors", [None, [1.0, 0.5, 2.0, 0.0]])
+@all_norms
+def test_the_fused_form_is_the_plain_form(p, factors, adaptive):
+    params = weights()
+    ball = Perturbation(params, p=p, factors=factors, adaptive=adaptive)
+    expected = [w + e for w, e in zip(params, ball.plain(gradients(), RHO), strict=True)]
+    with ball.perturbed(gradients(), RHO):
+        torch.testing.assert_close(params, expected, rtol=0, atol=1e-14)
+
+
+@both_forms
+@all_norms
 @pytest.mark.parametrize("exponent", [-30, -20, -3, 3, 20, 30])
-def test_perturbation_does_not_depend_on_the_scale_of_float32_gradients(exponent):
-    expected = flat(perturbation(gradients(dtype=torch.float32), RHO))
-    scaled = flat(perturbation([g * 10.0**exponent for g in gradients(dtype=torch.float32)], RHO))
-    torch.testing.assert_close(scaled, expected, rtol=1e-5, atol=0)
+def test_the_perturbation_does_not_depend_on_the_scale_of_float32_gradients(form, p, exponent):
+    expected = flat(form(gradients(dtype=torch.float32), p=p))
+    scaled = flat(form([g * 10.0**exponent for g in gradients(dtype=torch.float32)], p=p))
+    torch.testing.assert_close(scaled, expected, rtol=2e-5, atol=1e-12)
 
 
-def test_one_tensor_in_pieces_gives_the_same_perturbation():
-    whole = torch.randn(60, dtype=torch.float64)
-    pieces = [
-        whole[:7].clone(),
-        whole[7:31].reshape(4, 6).clone(),
-        whole[31:32].reshape(()).clone(),
-        whole[32:].clone(),
-    ]
-    torch.testing.assert_close(flat(perturbation(pieces, RHO)), perturbation([whole], RHO)[0], rtol=1e-13, atol=0)
+@both_forms
+@all_norms
+def test_one_tensor_in_seven_pieces_gives_the_same_perturbation(form, p):
+    whole = torch.randn(60, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    cuts = [0, 7, 31, 32, 32 + 9, 50, 51, 60]
+    pieces = [whole[a:b].clone() for a, b in itertools.pairwise(cuts)]
+    pieces[1], pieces[2], pieces[3] = pieces[1].reshape(4, 6), pieces[2].reshape(()), pieces[3].reshape(3, 1, 3)
+    torch.testing.assert_close(flat(form(pieces, p=p)), form([whole], p=p)[0], rtol=1e-12, atol=1e-15)
 
 
-def test_zero_gradients_do_not_perturb():
-    assert not flat(perturbation([torch.zeros(3), torch.zeros(2, 2)], RHO)).any()
+@both_forms
+@all_norms
+def test_zero_gradients_do_not_perturb(form, p):
+    assert not flat(form([torch.zeros(3), torch.zeros(2, 2)], p=p)).any()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_gradients_that_are_not_finite_show_in_the_perturbation(bad):
+@both_forms
+@all_norms
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_gradient_that_is_not_finite_makes_all_of_the_perturbation_nan(form, p, bad):
     g = gradients()
     g[1][3] = bad
-    assert flat(perturbation(g, RHO)).isnan().any()
+    assert flat(form(g, p=p)).isnan().all()
 
 
-def test_gradients_are_left_as_they_were_even_where_two_parameters_share_one():
+@both_forms
+def test_with_p_1_all_of_rho_falls_on_the_first_of_equally_large_gradients(form):
+    g = [torch.tensor([1.0, -3.0]), torch.tensor([[3.0, 0.0], [-3.0, 2.0]])]
+    assert flat(form(g, rho=0.5, p=1)).tolist() == [0, -0.5, 0, 0, 0, 0]
+
+
+@both_forms
+def test_with_p_inf_each_weight_moves_by_rho_but_not_where_the_gradient_is_zero(form):
+    g = [torch.tensor([1e-8, -3.0, 0.0])]
+    torch.testing.assert_close(form(g, rho=0.5, p=math.inf)[0], torch.tensor([0.5, -0.5, 0.0]))
+
+
+@both_forms
+def test_gradients_are_left_as_they_were_even_where_two_parameters_share_one(form):
     shared = torch.ones(3)
-    e = perturbation([shared, shared], rho=1.0)
+    e = form([shared, shared], rho=1.0)
     assert torch.equal(shared, torch.ones(3))
     assert flat(e).norm().item() == pytest.approx(1.0)
 
 
-@pytest.fixture
-def params():
-    torch.manual_seed(0)
-    shapes = [(4, 3, 3, 3), (7,), (), (5, 2)]
-    made = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    made[0].data = made[0].data.to(memory_format=torch.channels_last)
-    return made
+@all_norms
+def test_groups_share_a_weighted_ball_and_a_factor_of_zero_leaves_the_norm(p):
+    g, factors = gradients(), [1.0, 0.25, 3.0, 0.0]
+    e = fused(g, p=p, factors=factors)
+    measured = flat([x / f for x, f in zip(e[:3], factors[:3], strict=True)])
+    assert torch.linalg.vector_norm(measured, p).item() == pytest.approx(RHO, rel=1e-12)
+    assert not e[3].any()
+    g[3] *= 1e6
+    assert torch.equal(flat(fused(g, p=p, factors=factors)), flat(e))
 
 
+@all_norms
+def test_adaptive_perturbations_ignore_a_rescaling_of_two_layers(p):
+    """x -> W2 W1 x is the same function with c W1 and W2 / c, and its adaptive neighbourhood too (Kwon et al. 2021)."""
+    generator = torch.Generator().manual_seed(0)
+    w1, w2 = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(4, 3), (2, 4)])
+    x = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+
+    def loss_at_e(c):
+        layers = [(c * w1).requires_grad_(), (w2 / c).requires_grad_()]
+        g = torch.autograd.grad((layers[1] @ layers[0] @ x).square().sum(), layers)
+        with Perturbation(layers, p=p, adaptive=[True, True], eta=0).perturbed(g, RHO):
+            return (layers[1] @ layers[0] @ x).square().sum().item()
+
+    assert loss_at_e(10.0) == pytest.approx(loss_at_e(1.0), rel=1e-12)
+
+
+def test_the_dual_of_a_vector_by_hand():
+    assert dual([torch.tensor([3.0, 4.0])], 2)[0].tolist() == pytest.approx([0.6, 0.8])
+    # q = 3/2: |h|^(1/2) sign(h) / (1^1.5 + 4^1.5)^(1/3)
+    assert dual([torch.tensor([1.0, -4.0])], 3)[0].tolist() == pytest.approx([9 ** (-1 / 3), -2 * 9 ** (-1 / 3)])
+
+
+# ----------------------------------------------------------------------------------------------------------- restoring
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_weights_come_back_bit_for_bit_in_their_own_storage(params, error):
-    before = [p.detach().clone() for p in params]
-    places = [p.data_ptr() for p in params]
-    e = [torch.full_like(p, 1e-3) for p in params]
+def test_weights_come_back_bit_for_bit_in_their_own_storage(error, p):
+    params = weights(torch.float32)
+    before = [w.clone() for w in params]
+    places = [w.data_ptr() for w in params]
 
     def perturb_and_fail():
-        with Weights(params).perturbed(e):
-            for p, w in zip(params, before, strict=True):
-                assert torch.equal(p, w + 1e-3)
+        with Perturbation(params, p=p).perturbed(gradients(dtype=torch.float32), RHO):
+            assert not torch.equal(flat(params), flat(before))
             if error is not None:
                 raise error
 
@@ -95,17 +187,46 @@ def test_weights_come_back_bit_for_bit_in_their_own_storage(params, error):
     else:
         with pytest.raises(error):
             perturb_and_fail()
-    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
-    assert [p.data_ptr() for p in params] == places
+    assert all(torch.equal(w, b) for w, b in zip(params, before, strict=True))
+    assert [w.data_ptr() for w in params] == places
 
 
-def test_weights_come_back_even_from_a_perturbation_that_is_not_finite(params):
-    before = [p.detach().clone() for p in params]
-    with Weights(params).perturbed([torch.full_like(p, float("nan")) for p in params]):
-        pass
-    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+def test_weights_come_back_even_from_a_perturbation_that_is_not_finite():
+    params = weights(torch.float32)
+    before = [w.clone() for w in params]
+    with Perturbation(params).perturbed([torch.full_like(w, math.nan) for w in params], RHO):
+        assert flat(params).isnan().all()
+    assert all(torch.equal(w, b) for w, b in zip(params, before, strict=True))
+
+
+def test_the_copy_of_the_weights_is_made_once_and_kept():
+    ball = Perturbation(weights())
+    places = set()
+    for _ in range(3):
+        with ball.perturbed(gradients(), RHO):
+            places.add(tuple(w.data_ptr() for w in ball._backup))
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"p": 0.5}, "p 0.5"),
+        ({"p": math.nan}, "p nan"),
+        ({"eta": -1.0}, "eta"),
+        ({"factors": [1.0, -1.0, 1.0, 1.0]}, "factors"),
+    ],
+)
+def test_what_is_no_ball_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        Perturbation(weights(), **options)
 
 
 def test_sixteen_bit_weights_are_refused():
     with pytest.raises(ValueError, match="float32"):
-        Weights([torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))])
+        Perturbation([torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))])
+
+
+def test_no_parameters_are_refused():
+    with pytest.raises(ValueError, match="no parameters"):
+        Perturbation([])

@@ -1,87 +1,274 @@
-"""What a SAM step costs over the SGD step of the same run: python -m tests.benchmarks.step
+"""What a SAM step costs: python -m tests.benchmarks.step
 
-Both steps are those of `samtune run` (tf_efficientnet_lite0, new head, frozen statistics, clipping, Nesterov SGD) on
-the same batch. They are timed in turn in one process and compared by their medians, so that a machine whose speed
-drifts slows both.
+First whole steps on one batch, as ordinary training loops without clipping: SGD, two plain forward-backward passes with
+one SGD step (the least that SAM can cost), samtune's SAM, also perturbing norm parameters alone, pytorch-optimizer's
+SAM, and a plain loop over tensors. Then the optimizer's side of SAM alone (norm, copy, perturb, restore) on the
+parameters of EfficientNet-B7, against the same four passes over flat buffers. All run in turn in one process and are
+compared by their medians, so that a machine whose speed drifts slows all of them.
 """
 
 import argparse
+import copy
 import json
 import platform
 import statistics
 import time
-from functools import partial
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from pytorch_optimizer import SAM as PublishedSAM
+from torch import nn
 
+import samtune
 from samtune import device, models
-from samtune.losses import cross_entropy
-from samtune.step import Step
+from samtune.sam import Perturbation
+
+CLASSES = 102
+RHO = 0.05
+# Name, image size, batch size: what a machine of this kind is used for.
+SIZES = {
+    "cpu": [("tf_efficientnet_lite0", 128, 16)],
+    "cuda": [("tf_efficientnet_b0", 224, 64), ("tf_efficientnet_b7", 600, 16)],
+}
 
 
-def make_step(rho: float, img_size: int, target: torch.device) -> Step:
-    """A step of a run on 102 classes; weights and labels do not change what it costs."""
+class NoStep(torch.optim.Optimizer):
+    """A base optimizer that costs nothing."""
+
+    def __init__(self, params, **defaults):
+        super().__init__(params, defaults)
+
+    def step(self, closure=None):
+        return None
+
+
+def build(name: str, img_size: int, target: torch.device) -> nn.Module:
+    """A model as a run has it; weights and labels do not change what a step costs."""
     torch.manual_seed(0)
-    model, _ = models.build("tf_efficientnet_lite0", classes=102, img_size=img_size, drop=0.2, pretrained=False)
+    model, _ = models.build(name, classes=CLASSES, img_size=img_size, drop=0.2, pretrained=False)
     model = model.to(device=target, memory_format=torch.channels_last)
     models.train_mode(model, freeze_bn=True)
-    groups = models.parameter_groups(model, lr=1e-3, head_lr=3e-2, weight_decay=1e-3)
-    return Step(
-        model,
-        torch.optim.SGD(groups, momentum=0.9, nesterov=True),
-        partial(cross_entropy, smoothing=0.0),
-        rho=rho,
-        clip_grad=1.0,
-        autocast=device.autocast(target, device.best_dtype(target)),
-    )
+    return model
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+
+
+def whole_steps(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """One function per kind of step, each with a model of its own; they end with a read from the device."""
+    target = batch[0].device
+    autocast = device.autocast(target, device.best_dtype(target))
+
+    def loss_of(model):
+        def loss(images, labels):
+            with autocast():
+                return F.cross_entropy(model(images).float(), labels)
+
+        return loss
+
+    def plain(passes: int):
+        own = copy.deepcopy(model)
+        optimizer, loss = sgd(own), loss_of(own)
+
+        def step():
+            for _ in range(passes):
+                optimizer.zero_grad()
+                value = loss(*batch)
+                value.backward()
+            optimizer.step()
+            return value.item()
+
+        return step
+
+    def ours(**options):
+        own = copy.deepcopy(model)
+        optimizer, loss, sam = sgd(own), loss_of(own), samtune.SAM(own, RHO, **options)
+
+        def step():
+            optimizer.zero_grad()
+            value = sam.backward(loss, *batch)
+            optimizer.step()
+            return value.item()
+
+        return step
+
+    def published():
+        own = copy.deepcopy(model)
+        loss = loss_of(own)
+        optimizer = PublishedSAM(own.parameters(), torch.optim.SGD, rho=RHO, lr=1e-3, momentum=0.9, nesterov=True)
+
+        def closure():
+            optimizer.zero_grad()
+            value = loss(*batch)
+            value.backward()
+            return value
+
+        def step():
+            value = closure()
+            optimizer.step(closure)
+            return value.item()
+
+        return step
+
+    def per_tensor():
+        own = copy.deepcopy(model)
+        optimizer, loss, params = sgd(own), loss_of(own), list(own.parameters())
+
+        def step():
+            optimizer.zero_grad()
+            value = loss(*batch)
+            value.backward()
+            saved = perturb_per_tensor(params, [p.grad for p in params])
+            optimizer.zero_grad()
+            loss(*batch).backward()
+            restore_per_tensor(params, saved)
+            optimizer.step()
+            return value.item()
+
+        return step
+
+    return {
+        "two plain passes + SGD": plain(2),
+        "SGD": plain(1),
+        "samtune": ours(),
+        "samtune --perturb norm": ours(perturb="norm"),
+        "pytorch-optimizer": published(),
+        "loop over tensors": per_tensor(),
+    }
+
+
+@torch.no_grad()
+def perturb_per_tensor(params, grads):
+    """As most published code has it: a norm of norms, a clone and an addition for each tensor."""
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    saved = []
+    for p, g in zip(params, grads, strict=True):
+        saved.append(p.clone())
+        p.add_(g * (RHO / norm))
+    return saved
+
+
+@torch.no_grad()
+def restore_per_tensor(params, saved):
+    for p, w in zip(params, saved, strict=True):
+        p.copy_(w)
+
+
+def optimizer_sides(model: nn.Module) -> dict[str, Callable[[], object]]:
+    """Norm, copy, perturb and restore, without any pass; the gradients are random numbers."""
+    params = list(model.parameters())
+    for p in params:
+        p.grad = torch.randn_like(p)
+    grads = [p.grad for p in params]
+    flat_w, flat_g = (torch.cat([t.detach().reshape(-1) for t in tensors]) for tensors in (params, grads))
+    flat_copy = torch.empty_like(flat_w)
+    ball = Perturbation(params)
+    published = PublishedSAM(params, NoStep, rho=RHO)
+
+    @torch.no_grad()
+    def floor():
+        scale = RHO / torch.linalg.vector_norm(flat_g)
+        flat_copy.copy_(flat_w)
+        if flat_g.is_cpu:
+            flat_w.add_(flat_g, alpha=scale.item())
+        else:
+            flat_w.addcmul_(flat_g, scale)
+        flat_w.copy_(flat_copy)
+
+    def ours():
+        with ball.perturbed(grads, RHO):
+            pass
+
+    def theirs():
+        published.first_step()
+        published.second_step()
+
+    def per_tensor():
+        restore_per_tensor(params, perturb_per_tensor(params, grads))
+
+    return {"flat buffers": floor, "samtune": ours, "pytorch-optimizer": theirs, "loop over tensors": per_tensor}
+
+
+def in_turn(kinds: dict[str, Callable[[], object]], repeat: int, target: torch.device) -> dict[str, float]:
+    """Median seconds of each, after three rounds that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(repeat + 3):
+        for name, run in kinds.items():
+            started = time.perf_counter()
+            run()
+            if target.type == "cuda":
+                torch.cuda.synchronize(target)
+            if turn >= 3:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_mib(kinds: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Most GPU memory that a step adds to what was there before it."""
+    peaks = {}
+    for name, run in kinds.items():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peaks
+
+
+def table(title: str, seconds: dict[str, float], peaks: dict[str, float] | None = None) -> dict[str, object]:
+    """Rows with the ratio to the first one."""
+    floor = next(iter(seconds.values()))
+    rows = {name: {"ms": 1000 * value, "ratio": value / floor} for name, value in seconds.items()}
+    for name, peak in (peaks or {}).items():
+        rows[name]["peak_mib"] = peak
+    return {"title": title, "rows": rows}
+
+
+def show(result: dict) -> None:
+    print(", ".join(f"{key} {result[key]}" for key in ("device", "torch", "python", "repeat")))
+    for part in result["tables"]:
+        print(f"\n{part['title']}")
+        for name, row in part["rows"].items():
+            peak = f"  {row['peak_mib']:8.0f} MiB" if "peak_mib" in row else ""
+            print(f"  {name:<24}{row['ms']:9.1f} ms  x {row['ratio']:.3f}{peak}")
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--img-size", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--repeat", type=int, default=20, help="timed steps of each kind")
+    parser.add_argument("--repeat", type=int, default=20, help="timed rounds")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
     target = device.pick()
-    images = torch.randn(options.batch_size, 3, options.img_size, options.img_size, device=target)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(options.batch_size, device=target) % 102
-    steps = {"sgd": make_step(0.0, options.img_size, target), "sam": make_step(0.05, options.img_size, target)}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(options.repeat + 3):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step(images, labels)  # reads its result back from the device, so the device is done
-            if turn >= 3:
-                seconds[name].append(time.perf_counter() - started)
-
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    weights = sum(p.numel() * p.element_size() for p in steps["sam"].params)
+    tables = []
+    for name, img_size, batch_size in SIZES[target.type]:
+        images = torch.randn(batch_size, 3, img_size, img_size, device=target)
+        labels = torch.arange(batch_size, device=target) % CLASSES
+        kinds = whole_steps(
+            build(name, img_size, target), (images.contiguous(memory_format=torch.channels_last), labels)
+        )
+        seconds = in_turn(kinds, options.repeat, target)
+        peaks = peak_mib(kinds) if target.type == "cuda" else None
+        dtype = device.best_dtype(target)
+        tables.append(table(f"step, {name}, {img_size} px, batch {batch_size}, {dtype}", seconds, peaks))
+        del kinds
+    for name in ("tf_efficientnet_b0", "tf_efficientnet_b7"):
+        model = build(name, 224, target)
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        seconds = in_turn(optimizer_sides(model), options.repeat, target)
+        tables.append(table(f"optimizer's side, {name}, {count:.1f} M parameters", seconds))
     result = {
         "device": device.describe(target),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "img_size": options.img_size,
-        "batch_size": options.batch_size,
         "repeat": options.repeat,
-        "sgd_ms": 1000 * medians["sgd"],
-        "sam_ms": 1000 * medians["sam"],
-        "sam_over_sgd": medians["sam"] / medians["sgd"],
-        "weights_mib": weights / 2**20,
+        "tables": tables,
     }
-    if target.type == "cuda":
-        for name, step in steps.items():
-            torch.cuda.reset_peak_memory_stats()
-            step(images, labels)
-            result[f"{name}_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    if options.json:
-        print(json.dumps(result, indent=2))
-    else:
-        for key, value in result.items():
-            print(f"{key:>14}  {value:.3f}" if isinstance(value, float) else f"{key:>14}  {value}")
+    print(json.dumps(result, indent=2)) if options.json else show(result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,219 @@
+"""The step on several ranks: what is perturbed together, what is communicated, and that nothing drifts."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from samtune import SAM
+from samtune.models import train_mode
+from tests.conftest import SmallNet
+from tests.engines import cross_entropy_of, gradient, make_step, sgd, state
+from tests.ranks import Ranks
+
+RHO = 0.5
+UNEVEN = {1: [7], 2: [4, 3], 3: [3, 3, 1]}  # images of each rank: a last batch
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory):
+    group = Ranks(request.param, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.close()
+
+
+def make_model():
+    torch.manual_seed(0)
+    model = SmallNet(drop=0.0).double()
+    train_mode(model, freeze_bn=True)
+    return model
+
+
+def joined_batch(world, step=0):
+    generator = torch.Generator().manual_seed(step)
+    n = sum(UNEVEN[world])
+    return torch.randn(n, 3, 6, 6, generator=generator, dtype=torch.float64), torch.arange(n) % 3
+
+
+def shards(world, step=0):
+    return list(zip(*(t.split(UNEVEN[world]) for t in joined_batch(world, step)), strict=True))
+
+
+def whole(model):
+    return {name: value.tolist() for name, value in state(model).items()}
+
+
+def train(m, steps=1, loss=F.cross_entropy, bad_rank=None, scaled=False, optimizer=None):
+    """On one rank: so many updates on this rank's share of the batches; returns weights and what the steps said."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ddp = DistributedDataParallel(make_model())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    step = make_step(ddp, (optimizer or sgd)(ddp), rho=RHO, m=m, loss=loss, scaler=scaler)
+    if bad_rank is not None:
+        step.loss = bad_loss(step, rank == bad_rank[0], *bad_rank[1:])
+    results = []
+    for i in range(steps):
+        images, labels = shards(world, i)[rank]
+        results.append(step(images, labels, weight=len(images) * world / sum(UNEVEN[world])))
+    return whole(ddp.module), results, scaler and scaler.get_scale()
+
+
+def bad_loss(step, here, bad_pass, change):
+    """On one rank, the second update's loss is not finite, in pass 1, 2 or both."""
+    calls = []
+
+    def loss(logits, labels):
+        calls.append(1)
+        value = F.cross_entropy(logits, labels)
+        bad = here and len(calls) in (3, 4) and bad_pass in ("both", "second" if step.sam.perturbed else "first")
+        return (value + math.inf if change == "value" else value * math.inf) if bad else value
+
+    return loss
+
+
+def assert_close(a, b, tolerance):
+    for name, value in a.items():
+        torch.testing.assert_close(
+            torch.tensor(value, dtype=torch.float64),
+            torch.tensor(b[name], dtype=torch.float64),
+            rtol=tolerance,
+            atol=tolerance,
+        )
+
+
+def test_global_mode_equals_one_process_on_the_joined_batch(ranks):
+    results = ranks(train, "global", 3)
+    model = make_model()
+    step = make_step(model, sgd(model), rho=RHO)
+    for i in range(3):
+        alone = step(*joined_batch(ranks.world, i))
+        for _, said, _ in results:
+            assert said[i].loss == pytest.approx(alone.loss, rel=1e-10)
+            assert (said[i].wrong, said[i].n) == (alone.wrong, alone.n)
+    for weights, _, _ in results:
+        assert_close(weights, whole(model), 1e-10)
+
+
+def mean_of_shards(model, world):
+    loss = cross_entropy_of(model)
+    return sum(len(s[0]) * gradient(model, loss, *s, rho=RHO) for s in shards(world)) / sum(UNEVEN[world])
+
+
+def gradient_here(m):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ddp = DistributedDataParallel(make_model())
+    images, labels = shards(world)[rank]
+    weight = len(images) * world / sum(UNEVEN[world])
+    return gradient(ddp, lambda x, y: weight * F.cross_entropy(ddp(x), y), images, labels, rho=RHO, m=m).tolist()
+
+
+def test_device_mode_gives_the_mean_of_the_shards_gradients_and_not_the_global_one(ranks):
+    expected = mean_of_shards(make_model(), ranks.world)
+    for found in ranks(gradient_here, "device"):
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-12, atol=1e-14)
+    joined = torch.tensor(ranks(gradient_here, "global")[0], dtype=torch.float64)
+    assert not torch.allclose(joined, expected, rtol=1e-3)
+
+
+def test_micro_batches_on_one_rank_equal_as_many_ranks(ranks):
+    """With even shards, since pieces of m images are all of one size but the last."""
+    model = make_model()
+    world = ranks.world
+    m = UNEVEN[world][0]
+    found = gradient(model, cross_entropy_of(model), *joined_batch(world), rho=RHO, m=m)
+    many = torch.tensor(ranks(gradient_here, "device")[0], dtype=torch.float64)
+    torch.testing.assert_close(found, many, rtol=1e-12, atol=1e-14)
+
+
+def two_groups():
+    """Ranks 0 and 1 share a perturbation; a third has its own."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    together = dist.new_group([0, 1])
+    alone = dist.new_group([2]) if world == 3 else together
+    found = gradient_here(together if rank < 2 else alone)
+    return found
+
+
+def test_a_group_of_ranks_shares_a_perturbation(ranks):
+    world = ranks.world
+    model = make_model()
+    loss = cross_entropy_of(model)
+    images, labels = joined_batch(world)
+    n = sum(UNEVEN[world][:2])
+    expected = n * gradient(model, loss, images[:n], labels[:n], rho=RHO)
+    if world == 3:
+        expected = expected + UNEVEN[3][2] * gradient(model, loss, images[n:], labels[n:], rho=RHO)
+    for found in ranks(two_groups):
+        torch.testing.assert_close(
+            torch.tensor(found, dtype=torch.float64), expected / len(images), rtol=1e-10, atol=1e-13
+        )
+
+
+def long_run():
+    weights, _, _ = train("device", steps=500)
+    return weights
+
+
+def test_replicas_are_bit_identical_after_500_steps(ranks):
+    first, *others = ranks(long_run)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("bad_pass", "change"), [("first", "value"), ("first", "grad"), ("second", "grad"), ("both", "grad")]
+)
+def test_a_bad_value_on_one_rank_skips_the_same_update_on_all(ranks, bad_pass, change, scaled):
+    results = ranks(train, "device", 3, F.cross_entropy, (1, bad_pass, change), scaled)
+    for weights, said, scale in results:
+        assert [step.applied for step in said] == [True, False, True]
+        assert weights == results[0][0]
+        assert scale == (512.0 if scaled else None)
+
+
+@contextlib.contextmanager
+def counted_collectives():
+    """The elements of each reduction, those of DistributedDataParallel's buckets included."""
+    seen = []
+    plain = dist.all_reduce
+
+    def counting(tensor, *arguments, **options):
+        seen.append(tensor.numel())
+        return plain(tensor, *arguments, **options)
+
+    dist.all_reduce = counting
+    try:
+        yield seen
+    finally:
+        dist.all_reduce = plain
+
+
+def count(m):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = make_model()
+    ddp = DistributedDataParallel(model)
+    buckets = []
+
+    def hook(_, bucket):
+        buckets.append(bucket.buffer().numel())
+        future = dist.all_reduce(bucket.buffer().div_(world), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    ddp.register_comm_hook(None, hook)
+    step = make_step(ddp, sgd(ddp), rho=RHO, m=m)
+    step(*shards(world)[rank])  # the first builds the buckets
+    buckets.clear()
+    with counted_collectives() as seen:
+        step(*shards(world)[rank])
+    return sum(w.numel() for w in model.parameters()), seen, buckets
+
+
+@pytest.mark.parametrize(("m", "gradients"), [("device", 1), (2, 1), ("global", 2)])
+def test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation(ranks, m, gradients):
+    for weights, seen, buckets in ranks(count, m):
+        assert buckets == [weights]
+        assert sorted(seen) == [3] + [weights] * gradients  # 3: loss, wrong, n
