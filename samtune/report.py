@@ -146,7 +146,7 @@ def sam_words(sam: Mapping[str, Any], steps: int) -> str:
         f"{sam['ascent_steps']} ascent steps": sam["ascent_steps"] > 1,
         f"on {100 * sam['ascent_fraction']:g} % of the batch": sam["ascent_fraction"] < 1,
     }
-    words = [f"SAM rho {sam['rho']:g}", f"p {sam['p']}", f"m {sam['m']}"]
+    words = [f"SAM rho {sam['rho']:g}", f"p {float(sam['p']):g}", f"m {sam['m']}"]
     return ", ".join(words + [text for text, holds in said.items() if holds])
 
 

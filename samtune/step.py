@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from samtune import distributed
 from samtune.sam import Perturbation
@@ -40,8 +41,9 @@ class SAM:
         adaptive: measure the radius of each weight in units of |w| + eta (ASAM, Kwon et al. 2021, eq. 5); biases and
             norm parameters, all that have less than two dimensions, keep weight units.
         eta: see adaptive; in weight units.
-        perturb: "all"; "norm", the parameters of normalisation layers alone (SAM-ON, Mueller et al. 2023); "no-norm",
-            all others; or a regular expression that is searched for in the parameters' names.
+        perturb: "all"; "norm", the parameters of normalisation layers alone (SAM-ON, Mueller et al. 2023), for which
+            pass 1 computes no other weight gradients; "no-norm", all others; or a regular expression that is searched
+            for in the parameters' names.
         rho_factors: radius of the parameters whose name holds a regular expression, in units of rho; the first that
             matches counts, 1 where none does. The ball is then ||e_g / rho_g||_p <= 1 over all groups together.
         m: the samples that share a perturbation ("m-sharpness", section 4.1). "device": the batch as it is given, on
@@ -76,12 +78,13 @@ class SAM:
         if isinstance(m, str) and m not in ("device", "global"):
             raise ValueError(f'm {m!r}: must be "device", "global", a number of samples or a process group')
         self.model = model
+        self._inner = _unwrapped(model)
         self.rho = rho
         self.m = m
         self.ascent_fraction, self.ascent_steps = ascent_fraction, ascent_steps
         self.perturbed = False
         """Whether the weights are w + e at this moment: False in pass 1, for a loss that wants to know."""
-        named = _chosen(model, perturb)
+        named = _chosen(self._inner, perturb)
         self._params = list(named.values())
         self._ball = Perturbation(
             self._params,
@@ -116,8 +119,8 @@ class SAM:
 
         Args:
             loss: (*batch) -> (), the mean over the samples it is given. It is called once for each pass, with the
-                random numbers of the first pass in all of them, so that dropout and drop-path masks are the same; it
-                contains its own autocast. A loss scale may be part of it: e does not depend on it.
+                random numbers of the first pass in all of them, so that dropout and drop-path masks are the same. A
+                loss scale may be part of it: e does not depend on it.
             batch: tensors of one first dimension, the samples.
 
         Returns:
@@ -174,10 +177,11 @@ class SAM:
     def _perturb(self, at_w: torch.Tensor, radius: float) -> Iterator[None]:
         """Inside the block weights are w + e, batch-norm statistics rest, and the model refuses to be saved."""
         updating = [module for module in self._batch_norms if module.training and module.track_running_stats]
-        guard = self.model.register_state_dict_pre_hook(_refuse_to_save)
+        guard = self._inner.register_state_dict_pre_hook(_refuse_to_save)
         try:
             with self._ball.perturbed(self._ascent_gradient(at_w), radius):
                 self.perturbed = True
+                torch.clear_autocast_cache()  # 16-bit copies of w, where a caller's autocast is around all passes
                 for module in updating:  # they normalise as before, and keep mean, variance and num_batches_tracked
                     module.track_running_stats = False
                 yield
@@ -185,6 +189,7 @@ class SAM:
             for module in updating:
                 module.track_running_stats = True
             self.perturbed = False
+            torch.clear_autocast_cache()
             guard.remove()
 
     def _no_sync(self) -> AbstractContextManager[Any]:
@@ -197,6 +202,13 @@ def _descend(loss: torch.Tensor, at_w: torch.Tensor, share: float) -> None:
     """Backward; where the loss at w is not finite, the gradient is NaN."""
     at_w = at_w.detach().to(torch.promote_types(at_w.dtype, torch.float32))  # a 16-bit share would be off by 0.4 %
     (loss * torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)).backward()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module whose parameters have the names that their author gave them."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):  # the latter by torch.compile
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
+    return model
 
 
 def _chosen(model: nn.Module, perturb: str) -> dict[str, nn.Parameter]:

@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python -m pytest -m gpu
-python -m tests.benchmarks.step --img-size 224 --batch-size 64 "$@"
+python -m tests.benchmarks.step "$@"

@@ -1,5 +1,6 @@
 """Settings: where they come from, what is refused, and how."""
 
+import math
 import tomllib
 
 import pytest
@@ -33,7 +34,8 @@ def test_a_data_set_brings_defaults_that_flags_override():
 
 
 def test_the_resolved_config_is_a_recipe_that_gives_the_same_config(tmp_path):
-    first = config.load(None, NEEDED | {"rho": 0.1, "epochs": "50 steps"}).derive("lr", 0.01, "a reason")
+    given = {"rho": 0.1, "epochs": "50 steps", "p": float("inf"), "m": 4}
+    first = config.load(None, NEEDED | given).derive("lr", 0.01, "a reason")
     again = config.load(recipe(tmp_path, first.to_toml()))
     assert again.model_dump() == first.model_dump()
     assert "# derived: a reason" in first.to_toml()
@@ -57,6 +59,17 @@ def test_a_recipe_may_carry_its_claim(tmp_path):
         ("batch_size", 0, "greater than or equal to 1"),
         ("batch_size", 1.5, "valid integer"),
         ("opt", "sdg", "'sgd' or 'adamw'"),
+        ("p", 0.5, "from 1 on"),
+        ("p", "two", "from 1 on"),
+        ("p", float("nan"), "from 1 on"),
+        ("eta", -1.0, "greater than or equal to 0"),
+        ("m", 0, "number of images"),
+        ("m", "rank", "number of images"),
+        ("perturb", "(", "regular expression"),
+        ("sam_every", 0, "greater than or equal to 1"),
+        ("ascent_fraction", 0.0, "greater than 0"),
+        ("ascent_steps", 0, "greater than or equal to 1"),
+        ("rho_schedule", "step", "'constant', 'linear'"),
         ("val_fraction", 1.0, "less than 1"),
         ("select", "test", "'last' or 'best'"),
         ("pretrained", "yes", "valid boolean"),
@@ -108,3 +121,20 @@ def test_the_saved_config_is_plain_toml():
     saved = tomllib.loads(config.load(None, NEEDED).to_toml())
     assert saved["epochs"] == "10 epochs"
     assert "lr" not in saved
+
+
+def test_a_perturbation_cannot_be_shared_by_more_images_than_a_batch_has():
+    with pytest.raises(UsageError, match="--m 17 is more than --batch-size 16"):
+        config.load(None, NEEDED | {"m": 17})
+
+
+@pytest.mark.parametrize(("given", "read"), [("inf", math.inf), (math.inf, math.inf), ("1.5", 1.5), (4, 4.0)])
+def test_the_norm_is_a_number_or_inf(tmp_path, given, read):
+    assert config.load(None, NEEDED | {"p": given}).p == read
+    written = given if isinstance(given, int) else f'"{given}"'
+    path = recipe(tmp_path, f'model = "a"\ndataset = "cifar10"\np = {written}\n')
+    assert config.load(path).p == read
+
+
+def test_the_samples_of_a_perturbation_are_a_word_or_a_number():
+    assert [config.load(None, NEEDED | {"m": m}).m for m in ("device", "global", "8", 8)] == ["device", "global", 8, 8]

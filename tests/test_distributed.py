@@ -153,6 +153,28 @@ def test_a_group_of_ranks_shares_a_perturbation(ranks):
         )
 
 
+def wrapped():
+    """Names are those of the model inside, which refuses to be saved too."""
+    ddp = DistributedDataParallel(make_model())
+    sam = SAM(ddp, RHO, perturb="^fc")
+    refused = []
+
+    def loss(images, labels):
+        if sam.perturbed:
+            for model in (ddp, ddp.module):
+                with pytest.raises(RuntimeError, match="perturbed"):
+                    model.state_dict()
+                refused.append(True)
+        return F.cross_entropy(ddp(images), labels)
+
+    sam.backward(loss, *shards(dist.get_world_size())[dist.get_rank()])
+    return refused
+
+
+def test_a_wrapped_model_keeps_its_names_and_refuses_to_be_saved(ranks):
+    assert ranks(wrapped) == [[True, True]] * ranks.world
+
+
 def long_run():
     weights, _, _ = train("device", steps=500)
     return weights

@@ -6,12 +6,13 @@ import subprocess
 import tomllib
 
 import pytest
+import torch
 
 from samtune import config, models
 from samtune.cli import app
 from samtune.config import RunConfig, flag_name
 from samtune.data import source
-from tests.conftest import ROOT, samtune, write_image_folder
+from tests.conftest import ROOT, SmallNet, samtune, write_image_folder
 
 README = (ROOT / "README.md").read_text()
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -21,6 +22,9 @@ COMMANDS = re.findall(r"^samtune .+$", README, re.M) + [
     for line in recipe.read_text().splitlines()
     if line.startswith("#     samtune ")
 ]
+
+
+EXAMPLES = re.findall(r"```python\n(.+?)```", README, re.S)
 
 
 class Parsed(Exception):
@@ -69,7 +73,7 @@ def test_every_recipe_runs_in_miniature(recipe, tmp_path):
 def test_options_in_the_readme_exist():
     known = {flag_name(key) for key in RunConfig.model_fields}
     known |= {flag_name(f"no_{key}") for key, field in RunConfig.model_fields.items() if field.annotation is bool}
-    known |= {"--json", "--split", "--without-pip", "--python", "--help"}
+    known |= {"--json", "--split", "--without-pip", "--python", "--help", "--repeat"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
@@ -85,9 +89,27 @@ def test_the_python_example_in_the_readme_runs_on_a_checkpoint(tmp_path, monkeyp
     data = write_image_folder(tmp_path / "data", {"train": 6})
     small = ["--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", 1]
     assert samtune("run", *small, "--dataset", data, "--output", tmp_path / "runs" / "r1").returncode == 0
-    example = re.search(r"```python\n(.+?)```", README, re.S)[1]
+    example = next(block for block in EXAMPLES if "local-dir" in block)
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(example, names)
     assert names["classes"] == ["cat", "dog"]
     assert names["config"]["input_size"][1] == 32
+
+
+def test_the_loops_in_the_readme_train(tmp_path):
+    """One after the other, as they stand there, on a small net."""
+    torch.manual_seed(0)
+    model = SmallNet()
+    batch = torch.randn(8, 3, 6, 6), torch.arange(8) % 3
+    names = {"model": model, "loader": [batch] * 4, "device": "cpu"}
+    loops = [block for block in EXAMPLES if "sam.backward" in block]
+    assert len(loops) == 4
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        for loop in loops:
+            before = [w.detach().clone() for w in model.parameters()]
+            exec(loop, names)
+            assert any(not torch.equal(w, b) for w, b in zip(model.parameters(), before, strict=True))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from samtune import SAM
 from samtune.models import train_mode
 from tests.conftest import SmallNet
-from tests.engines import assert_same, make_step, sgd, state
+from tests.engines import assert_same, gradient, make_step, sgd, state
 
 
 def test_parameters_of_every_kind_come_back_in_their_own_storage(batch):
@@ -186,6 +186,25 @@ def test_a_moving_average_never_sees_the_perturbed_weights(small_net, batch):
             expected[name] = 0.5 * expected[name] + 0.5 * value.detach()
     for name, value in average.module.named_parameters():
         torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_an_autocast_around_all_passes_is_no_trap(batch):
+    """It keeps 16-bit copies of the weights: pass 2 would see those of w."""
+    torch.manual_seed(0)
+    model = SmallNet(drop=0.0)
+    images, labels = batch[0].float(), batch[1]
+
+    def plain(x, y):
+        return F.cross_entropy(model(x).float(), y)
+
+    def with_autocast(x, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain(x, y)
+
+    inside = gradient(model, with_autocast, images, labels, rho=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outside = gradient(model, plain, images, labels, rho=1.0)
+    assert torch.equal(inside, outside)
 
 
 # ------------------------------------------------------------------------------------------------- values out of range

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 
-from samtune import report
+from samtune import config, report, train
 from tests.conftest import samtune, write_image_folder
 
 LITE0 = "tf_efficientnet_lite0"
@@ -113,7 +113,8 @@ def test_the_report_has_what_its_readers_rely_on(finished):
     assert result["model"].keys() == {"requested", "resolved", "weights", "pretraining", "parameters", "img_size"}
     assert result["dataset"].keys() == {"name", "source", "train", "val", "test", "classes", "split_hash"}
     assert result["sam"].keys() == {
-        *("enabled", "rho", "p", "adaptive", "m", "perturb", "start", "end", "every", "warmup_steps")
+        *("enabled", "rho", "p", "adaptive", "eta", "m", "perturb", "head_rho_factor", "start", "end", "every"),
+        *("schedule", "final", "warmup_steps", "ascent_fraction", "ascent_steps"),
     }
     assert {
         "split",
@@ -224,11 +225,52 @@ def test_a_loss_that_stays_at_chance_is_said_while_it_runs_and_in_the_report(fol
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(folder_data, tmp_path):
-    done = small_run(tmp_path / "r", folder_data, "--lr", 1e30, "--clip-grad", 0)
+    wild = ["--lr", 1e30, "--clip-grad", 0, "--epochs", "40 steps", "--eval-every", "40 steps"]
+    done = small_run(tmp_path / "r", folder_data, *wild)
     assert done.returncode == 7
     assert re.search(r"error: step \d+: loss", done.stderr)
+    assert "20 steps in a row" in done.stderr
     status = json.loads((tmp_path / "r" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 7)
+
+
+VARIANTS = {
+    "p_1": ({"p": 1.0}, 2),
+    "p_inf": ({"p": math.inf, "rho": 0.001}, 2),
+    "adaptive": ({"adaptive": True, "rho": 0.5, "eta": 0.1}, 2),
+    "micro_batches": ({"m": 4}, 2),
+    "norm_only": ({"perturb": "norm"}, 2),
+    "head_spared": ({"head_rho_factor": 0.0}, 2),
+    "late": ({"sam_start": "50%"}, 1.5),
+    "early": ({"sam_end": "2 steps"}, 1.25),
+    "every_other": ({"sam_every": 2}, 1.5),
+    "cosine": ({"rho_schedule": "cosine", "rho_final": 0.01}, 2),
+    "with_lr": ({"rho_schedule": "lr"}, 2),
+    "half_a_batch": ({"ascent_fraction": 0.5}, 1.5),
+    "three_ascents": ({"ascent_steps": 3}, 4),
+    "l2_in_loss": ({"l2_in_loss": True}, 2),
+    "float16": ({"amp_dtype": "float16"}, 2),
+    "no_sam": ({"rho": 0.0, "m": 4}, 1),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_runs_costs_what_it_should_and_is_reported(name, folder_data, tmp_path):
+    """8 steps of 8 images; cost in units of plain SGD."""
+    given, cost = VARIANTS[name]
+    base = {"model": "resnet10t", "pretrained": False, "dataset": str(folder_data), "img_size": 32, "workers": 0}
+    base |= {"epochs": "8 steps", "batch_size": 8, "lr": 0.01, "output": str(tmp_path / "run"), "warmup_epochs": 0}
+    result = train.run(config.load(None, base | given))
+    assert result["cost"]["sgd_equivalents"] == pytest.approx(cost)
+    assert result["steps"] == 8
+    reported = result["sam"]
+    assert reported["enabled"] == (name != "no_sam")
+    for key in reported.keys() & given.keys():
+        assert reported[key] == ("inf" if given[key] == math.inf else given[key])
+    if name == "late":
+        assert (reported["start"], reported["end"]) == (4, 8)
+    assert result["optimizer"]["l2_in_loss"] == (name == "l2_in_loss")
+    json.dumps(result, allow_nan=False)
 
 
 def test_a_broken_image_ends_the_run_with_its_name(tmp_path):

@@ -160,6 +160,18 @@ def test_adaptive_perturbations_ignore_a_rescaling_of_two_layers(p):
     assert loss_at_e(10.0) == pytest.approx(loss_at_e(1.0), rel=1e-12)
 
 
+@pytest.mark.parametrize("p", [2, 4])
+def test_further_ascent_measures_the_ball_at_the_unperturbed_weights(p):
+    params = weights()
+    ball = Perturbation(params, p=p, adaptive=[True] * 4)
+    first, second = gradients(), [g.flip(0) if g.ndim else -g for g in gradients()]
+    steps = zip(params, ball.plain(first, RHO), ball.plain(second, RHO), strict=True)
+    expected = [w + e1 + e2 for w, e1, e2 in steps]
+    with ball.perturbed(first, RHO):
+        ball.add_(second, RHO)
+        torch.testing.assert_close(params, expected, rtol=0, atol=1e-14)
+
+
 def test_the_dual_of_a_vector_by_hand():
     assert dual([torch.tensor([3.0, 4.0])], 2)[0].tolist() == pytest.approx([0.6, 0.8])
     # q = 3/2: |h|^(1/2) sign(h) / (1^1.5 + 4^1.5)^(1/3)

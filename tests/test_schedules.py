@@ -1,8 +1,8 @@
-"""Durations and the learning rate."""
+"""Durations, the learning rate and rho."""
 
 import pytest
 
-from samtune.schedules import Duration, cosine, warmup
+from samtune.schedules import Duration, RhoSchedule, cosine, warmup
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,32 @@ def test_the_cosine_falls_from_one_to_zero():
 def test_a_warmup_rises_evenly_from_its_first_step_and_stays():
     assert [warmup(step, 4) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
     assert warmup(0, 0) == 1
+
+
+def radii(**options):
+    schedule = RhoSchedule(peak=0.1, total_steps=10, **options)
+    return [round(schedule(step), 6) for step in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.1] * 10),
+        ({"every": 1}, [0.1] * 10),
+        ({"every": 3}, [0.1, 0, 0] * 3 + [0.1]),
+        ({"start": 7}, [0] * 7 + [0.1] * 3),
+        ({"end": 3}, [0.1] * 3 + [0] * 7),
+        ({"start": 2, "end": 7, "every": 2}, [0, 0, 0.1, 0, 0.1, 0, 0.1, 0, 0, 0]),
+        ({"shape": "linear"}, [0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01]),
+        ({"shape": "linear", "final": 0.2, "start": 5}, [0] * 5 + [0.1, 0.12, 0.14, 0.16, 0.18]),
+        ({"shape": "cosine", "start": 4, "end": 8}, [0] * 4 + [0.1, 0.085355, 0.05, 0.014645, 0, 0]),
+        ({"shape": "lr"}, [round(0.1 * cosine(step, 10), 6) for step in range(10)]),
+        ({"warmup_steps": 4}, [0.02, 0.04, 0.06, 0.08] + [0.1] * 6),
+    ],
+)
+def test_rho_at_each_step(options, expected):
+    assert radii(**options) == pytest.approx(expected)
+
+
+def test_a_rho_of_zero_is_no_sam_at_any_step():
+    assert not any(RhoSchedule(peak=0.0, total_steps=10)(step) for step in range(10))

@@ -11,6 +11,7 @@ import argparse
 import copy
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -27,9 +28,13 @@ from samtune.sam import Perturbation
 CLASSES = 102
 RHO = 0.05
 # Name, image size, batch size: what a machine of this kind is used for.
-SIZES = {
+STEPS = {
     "cpu": [("tf_efficientnet_lite0", 128, 16)],
     "cuda": [("tf_efficientnet_b0", 224, 64), ("tf_efficientnet_b7", 600, 16)],
+}
+OPTIMIZER_SIDES = {
+    "cpu": ["tf_efficientnet_lite0", "tf_efficientnet_b7"],
+    "cuda": ["tf_efficientnet_b0", "tf_efficientnet_b7"],
 }
 
 
@@ -192,12 +197,17 @@ def optimizer_sides(model: nn.Module) -> dict[str, Callable[[], object]]:
 
 
 def in_turn(kinds: dict[str, Callable[[], object]], repeat: int, target: torch.device) -> dict[str, float]:
-    """Median seconds of each, after three rounds that do not count."""
+    """Median seconds of each, after three rounds that do not count.
+
+    Each round has an order of its own: what ran before leaves its traces in caches.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    order, shuffle = list(kinds), random.Random(0).shuffle
     for turn in range(repeat + 3):
-        for name, run in kinds.items():
+        shuffle(order)
+        for name in order:
             started = time.perf_counter()
-            run()
+            kinds[name]()
             if target.type == "cuda":
                 torch.cuda.synchronize(target)
             if turn >= 3:
@@ -245,7 +255,7 @@ def main() -> None:
 
     target = device.pick()
     tables = []
-    for name, img_size, batch_size in SIZES[target.type]:
+    for name, img_size, batch_size in STEPS[target.type]:
         images = torch.randn(batch_size, 3, img_size, img_size, device=target)
         labels = torch.arange(batch_size, device=target) % CLASSES
         kinds = whole_steps(
@@ -256,7 +266,7 @@ def main() -> None:
         dtype = device.best_dtype(target)
         tables.append(table(f"step, {name}, {img_size} px, batch {batch_size}, {dtype}", seconds, peaks))
         del kinds
-    for name in ("tf_efficientnet_b0", "tf_efficientnet_b7"):
+    for name in OPTIMIZER_SIDES[target.type]:
         model = build(name, 224, target)
         count = sum(p.numel() for p in model.parameters()) / 1e6
         seconds = in_turn(optimizer_sides(model), options.repeat, target)

@@ -1,0 +1,148 @@
+"""The tests of the engine can fail: each known mistake, written into a copy of the package, is caught by one."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+# What others got wrong: file, what it says, what it would say, and a test that then fails.
+MUTATIONS = {
+    "the perturbation is dropped": (
+        {"sam.py": [("torch._foreach_add_(self.params, grads, alpha=scale.item())", "pass")]},
+        "test_step.py::test_a_hundred_steps_equal_a_naive_loop",
+    ),
+    "weights come back by subtraction": (
+        {
+            "sam.py": [
+                (
+                    "torch._foreach_copy_(self.params, self._backup)",
+                    "torch._foreach_sub_(self.params, torch._foreach_sub(self.params, self._backup))",
+                )
+            ]
+        },
+        "test_sam.py::test_weights_come_back_bit_for_bit_in_their_own_storage",
+    ),
+    "what was perturbed is subtracted twice": (
+        {
+            "sam.py": [
+                (
+                    "torch._foreach_copy_(self.params, self._backup)",
+                    "torch._foreach_sub_(self.params, torch._foreach_sub(self.params, self._backup), alpha=2)",
+                )
+            ]
+        },
+        "test_step.py::test_on_a_quadratic_the_steps_are_those_worked_by_hand",
+    ),
+    "each tensor has a norm of its own": (
+        {
+            "sam.py": [
+                (
+                    "torch._foreach_add_(self.params, grads, alpha=scale.item())",
+                    "torch._foreach_add_(self.params, [rho * g / g.norm() for g in grads])",
+                )
+            ]
+        },
+        "test_step.py::test_twenty_steps_equal_those_of_a_published_sam",
+    ),
+    "pass 2 updates batch-norm statistics too": (
+        {"step.py": [("module.track_running_stats = False", "pass")]},
+        "test_step.py::test_statistics_and_generator_after_a_sam_step_are_those_after_one_plain_forward",
+    ),
+    "pass 2 draws its own masks": (
+        {
+            "step.py": [
+                ("            _set_generator_states(masks, self._device)\n            _descend", "            _descend")
+            ]
+        },
+        "test_step.py::test_all_passes_see_the_same_dropout_and_drop_path_masks",
+    ),
+    "16-bit copies of the weights outlive pass 1": (
+        {"step.py": [("torch.clear_autocast_cache()  # 16-bit", "pass  # 16-bit")]},
+        "test_lifecycle.py::test_an_autocast_around_all_passes_is_no_trap",
+    ),
+    "the first gradient is kept through pass 2": (
+        {"sam.py": [("            del grads\n", "            self.kept = grads\n")]},
+        "test_step.py::test_beyond_the_first_pass_no_copy_but_the_backup_is_alive",
+    ),
+    "values that are not finite are used": (
+        {"step.py": [("applied = math.isfinite(norm)", "applied = True")]},
+        "test_lifecycle.py::test_a_value_that_is_not_finite_skips_the_update_and_halves_the_scale_once",
+    ),
+    "each rank decides by itself whether to skip": (
+        {
+            "step.py": [
+                ("torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)", "share"),
+                ("applied = math.isfinite(norm)", "applied = math.isfinite(norm) and bool(seen[0][0].isfinite())"),
+            ]
+        },
+        "test_distributed.py::test_a_bad_value_on_one_rank_skips_the_same_update_on_all",
+    ),
+    "pass 1 communicates": (
+        {
+            "step.py": [
+                ("with self._no_sync():\n            at_w =", "with nullcontext():\n            at_w ="),
+                (
+                    "list(torch.autograd.grad(loss, self._params, materialize_grads=True))",
+                    "(loss.backward(), [w.grad.clone() for w in self._params])[1]",
+                ),
+            ]
+        },
+        "test_distributed.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
+    ),
+    "a global perturbation is that of the rank": (
+        {"step.py": [("return distributed.sum_lists_over_ranks(grads, group)", "return grads")]},
+        "test_distributed.py::test_global_mode_equals_one_process_on_the_joined_batch",
+    ),
+    "further ascent measures the weights where it stands": (
+        {"sam.py": [("torch._foreach_abs(self._backup)", "torch._foreach_abs(self.params)")]},
+        "test_sam.py::test_further_ascent_measures_the_ball_at_the_unperturbed_weights",
+    ),
+}
+
+
+def run(copy, *tests):
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/{test}" for test in tests),
+    ]
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package and its tests."""
+    for name in ("samtune", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_without_a_mutation_the_same_tests_pass(package):
+    done = run(package, *dict.fromkeys(test for _, test in MUTATIONS.values()))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_a_mistake_is_caught(package, mistake):
+    changes, test = MUTATIONS[mistake]
+    for file, pairs in changes.items():
+        path = package / "samtune" / file
+        text = path.read_text()
+        for old, new in pairs:
+            assert text.count(old) == 1, f"{file} says no more, or more than once: {old}"
+            text = text.replace(old, new)
+        path.write_text(text)
+    done = run(package, test)
+    assert done.returncode == 1, done.stdout
+    assert "1 failed" in done.stdout
