@@ -37,7 +37,7 @@ class SAM:
             DistributedDataParallel, whose gradient reduction then happens once, in the last pass.
         rho: radius of the perturbation in weight units; the attribute may be set between calls, as a schedule does.
             rho = 0 is the plain gradient, bit for bit, for one pass.
-        p: the norm of the radius, in [1, inf] (section 2, eq. 2).
+        p: the norm of the radius, in [1, inf] (Foret et al. 2021, eq. 2).
         adaptive: measure the radius of each weight in units of |w| + eta (ASAM, Kwon et al. 2021, eq. 5); biases and
             norm parameters, all that have less than two dimensions, keep weight units.
         eta: see adaptive; in weight units.
@@ -46,8 +46,8 @@ class SAM:
             for in the parameters' names.
         rho_factors: radius of the parameters whose name holds a regular expression, in units of rho; the first that
             matches counts, 1 where none does. The ball is then ||e_g / rho_g||_p <= 1 over all groups together.
-        m: the samples that share a perturbation ("m-sharpness", section 4.1). "device": the batch as it is given, on
-            each rank its own. A number: pieces of so many samples, one after the other, each with its own perturbation;
+        m: the samples that share a perturbation ("m-sharpness", Foret et al. 2021, section 4.1). "device": the batch,
+            on each rank its own. A number: pieces of so many samples, one after the other, each with its own perturbation;
             their gradients are averaged, which is gradient accumulation too. "global": the batches of all ranks
             together. A process group: the batches of its ranks together.
         ascent_fraction: share of the samples that pass 1 uses, the first ones.
@@ -75,7 +75,7 @@ class SAM:
             raise ValueError(f"ascent_fraction {ascent_fraction:g}: must be in (0, 1]")
         if ascent_steps < 1 or (isinstance(m, int) and m < 1):
             raise ValueError(f"ascent_steps {ascent_steps}, m {m}: must be at least 1")
-        if isinstance(m, str) and m not in ("device", "global"):
+        if m is None or (isinstance(m, str) and m not in ("device", "global")):
             raise ValueError(f'm {m!r}: must be "device", "global", a number of samples or a process group')
         self.model = model
         self._inner = _unwrapped(model)
@@ -219,13 +219,12 @@ def _chosen(model: nn.Module, perturb: str) -> dict[str, nn.Parameter]:
         if "norm" in type(module).__name__.lower()
         for w in module.parameters(recurse=False)
     }
-    lets_through: Callable[[str, nn.Parameter], Any]
-    if perturb == "all":
-        lets_through = lambda name, w: True  # noqa: E731
-    elif perturb in ("norm", "no-norm"):
-        lets_through = lambda name, w: (id(w) in norm) == (perturb == "norm")  # noqa: E731
-    else:
-        lets_through = lambda name, w: re.search(perturb, name)  # noqa: E731
+
+    def lets_through(name: str, w: nn.Parameter) -> bool:
+        if perturb in ("norm", "no-norm"):
+            return (id(w) in norm) == (perturb == "norm")
+        return perturb == "all" or re.search(perturb, name) is not None
+
     chosen = {
         name: w for name, w in model.named_parameters() if w.requires_grad and w.numel() > 0 and lets_through(name, w)
     }

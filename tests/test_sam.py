@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from samtune.sam import Perturbation, dual
 
@@ -170,6 +171,52 @@ def test_further_ascent_measures_the_ball_at_the_unperturbed_weights(p):
     with ball.perturbed(first, RHO):
         ball.add_(second, RHO)
         torch.testing.assert_close(params, expected, rtol=0, atol=1e-14)
+
+
+variants = pytest.mark.parametrize(
+    "options",
+    [{"p": p} for p in NORMS] + [{"adaptive": [True] * 4}, {"factors": [1.0, 0.5, 0.0, 2.0]}],
+    ids=[f"p={p:.3g}" for p in NORMS] + ["adaptive", "factors"],
+)
+
+
+@variants
+def test_nothing_is_read_back_from_an_accelerator(options):
+    """Tensors without data, as those of a device that is still at work, have nothing to be read."""
+    params, grads = ([torch.empty(shape, device="meta") for shape in SHAPES] for _ in range(2))
+    with Perturbation(params, **options).perturbed(grads, RHO):
+        pass
+    with pytest.raises(RuntimeError):
+        Perturbation(params, **options).plain(grads, RHO)[0].sum().item()
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that Python asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@variants
+def test_python_does_not_loop_over_tensors(options):
+    if options.get("p") == 1:
+        pytest.skip("p = 1 takes a view of each tensor, in C++")
+
+    def operations(times):
+        params, grads = weights() * times, gradients() * times
+        many = {name: value * times if isinstance(value, list) else value for name, value in options.items()}
+        ball = Perturbation([w.clone() for w in params], **many)
+        ball.reserve()
+        with Calls() as calls, ball.perturbed(grads, RHO):
+            pass
+        return calls.count
+
+    assert operations(1) == operations(25)
 
 
 def test_the_dual_of_a_vector_by_hand():

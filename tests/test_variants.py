@@ -161,6 +161,7 @@ def test_the_l2_term_enters_both_passes_but_not_the_reported_loss():
         ({"perturb": "nothing_of_this_name"}, "matches none"),
         ({"m": 0}, "m 0"),
         ({"m": "rank"}, "rank"),
+        ({"m": None}, "None"),
         ({"ascent_fraction": 0.0}, "ascent_fraction"),
         ({"ascent_steps": 0}, "ascent_steps"),
         ({"rho_factors": {"fc": -1.0}}, "factors"),
