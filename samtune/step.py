@@ -47,9 +47,9 @@ class SAM:
         rho_factors: radius of the parameters whose name holds a regular expression, in units of rho; the first that
             matches counts, 1 where none does. The ball is then ||e_g / rho_g||_p <= 1 over all groups together.
         m: the samples that share a perturbation ("m-sharpness", Foret et al. 2021, section 4.1). "device": the batch,
-            on each rank its own. A number: pieces of so many samples, one after the other, each with its own perturbation;
-            their gradients are averaged, which is gradient accumulation too. "global": the batches of all ranks
-            together. A process group: the batches of its ranks together.
+            on each rank its own. A number: pieces of so many samples, one after the other, each with a perturbation of
+            its own; their gradients are averaged, which is gradient accumulation too. "global": the batches of all
+            ranks together. A process group: the batches of its ranks together.
         ascent_fraction: share of the samples that pass 1 uses, the first ones.
         ascent_steps: passes that look for the perturbation, each adding rho / ascent_steps along its dual gradient.
 
