@@ -286,7 +286,9 @@ def test_a_broken_image_ends_the_run_with_its_name(tmp_path):
 def test_a_signal_ends_the_run_with_its_code_and_leaves_the_last_checkpoint(folder_data, tmp_path, sent, code):
     command = [sys.executable, "-m", "samtune", "run", "--model", "resnet10t", "--no-pretrained", "--img-size", "32"]
     command += ["--epochs", "10000", "--dataset", str(folder_data), "--output", str(tmp_path / "r"), "--lr", "0.01"]
+    heard = signal.signal(sent, signal.SIG_DFL)  # a job in the background ignores Ctrl-C, and so would its children
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(sent, heard)
     while not (tmp_path / "r" / "checkpoints" / "last").exists():
         assert process.poll() is None
         time.sleep(0.05)
