@@ -126,6 +126,28 @@ class RunConfig(BaseModel):
         "Data", "random resized crop: least share of the image's area (1 takes nearly all of it)", 0.35, gt=0, le=1
     )
     hflip: float = _option("Data", "chance of a horizontal flip", 0.5, ge=0, le=1)
+    crop: Literal["resized", "pad"] = _option(
+        "Data", "resized: random resized crop; pad: pad by an eighth and crop at random, as usual for CIFAR", "resized"
+    )
+    aa: Literal["none", "imagenet", "cifar10", "svhn", "rand", "trivial"] = _option(
+        "Data", "AutoAugment with the policy of a data set, RandAugment, or TrivialAugment", "none"
+    )
+    color_jitter: float = _option("Data", "strength of random brightness, contrast and saturation", 0.0, ge=0, le=1)
+    cutout: float = _option(
+        "Data", "side of an erased square as a share of the image (0.5 for CIFAR-10)", 0.0, ge=0, le=1
+    )
+    reprob: float = _option("Data", "chance that a random rectangle is erased", 0.0, ge=0, le=1)
+    mixup: float = _option("Data", "alpha of mixup; 0 does not mix", 0.0, ge=0)
+    cutmix: float = _option("Data", "alpha of CutMix; with --mixup too, one of them by chance", 0.0, ge=0)
+    on_bad_image: Literal["error", "skip"] = _option(
+        "Data", "what to do with images that cannot be decoded: name them and end, or train without them", "error"
+    )
+    cache_limit: float = _option(
+        "Data",
+        "GiB of disk for decoded images ($SAMTUNE_CACHE, else ~/.cache/samtune); 0 decodes in every epoch",
+        8.0,
+        ge=0,
+    )
 
     opt: Literal["sgd", "adamw"] = _option("Optimizer", "sgd has Nesterov momentum", "sgd")
     lr: float | None = _option(

@@ -95,7 +95,7 @@ class RunProgress:
                 transient=True,
             )
             self._steps = self._bar.add_task("step", total=total_steps, numbers="", visible=total_steps > 0)
-        self._scoring: TaskID | None = None
+        self._counting: TaskID | None = None
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -118,15 +118,22 @@ class RunProgress:
 
     def score(self, split: str, done: int, total: int) -> None:
         """So many of a split's images are scored."""
+        self._images(f"scoring {split}", done, total)
+
+    def decode(self, split: str, done: int, total: int) -> None:
+        """So many of a split's images are decoded."""
+        self._images(f"decoding {split}", done, total)
+
+    def _images(self, task: str, done: int, total: int) -> None:
         if self._bar is None:
-            self._line(f"scoring {split}: {done}/{total} images")
+            self._line(f"{task}: {done}/{total} images")
             return
-        if self._scoring is None:
-            self._scoring = self._bar.add_task(f"scoring {split}", total=total, numbers="images")
-        self._bar.update(self._scoring, completed=done)
+        if self._counting is None:
+            self._counting = self._bar.add_task(task, total=total, numbers="images")
+        self._bar.update(self._counting, completed=done)
         if done == total:
-            self._bar.remove_task(self._scoring)
-            self._scoring = None
+            self._bar.remove_task(self._counting)
+            self._counting = None
 
     def _line(self, text: str) -> None:
         if time.monotonic() - self._last_line >= _PLAIN_INTERVAL:

@@ -14,11 +14,12 @@ from torch import nn
 from samtune import checkpoint, device, models
 from samtune.config import RunConfig
 from samtune.data import source
+from samtune.data.cache import Images, bad_among, refuse, without_bad
 from samtune.data.loader import eval_batches
-from samtune.data.source import Split
 from samtune.data.splits import Indices, train_and_validation
 from samtune.data.transforms import eval_transform, normalize
 from samtune.errors import CheckpointError, DataError, Diverged, UsageError
+from samtune.job import look_at_data
 from samtune.stats import wilson_interval
 
 Progress = Callable[[str, int, int], None]  # split, images done, images in all
@@ -69,7 +70,7 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    split: Split,
+    images: Images,
     rows: Indices,
     name: str,
     config: RunConfig,
@@ -84,7 +85,7 @@ def evaluate(
     target_device = next(model.parameters()).device
     autocast = device.autocast(target_device, config.amp_dtype)
     batches = eval_batches(
-        split,
+        images,
         rows,
         eval_transform(data_config),
         batch_size=2 * config.batch_size,  # without gradients that fits where training does
@@ -92,9 +93,9 @@ def evaluate(
         pin_memory=target_device.type == "cuda",
     )
     parts, done = [], 0
-    for images, labels in batches:
+    for batch, labels in batches:
         with autocast():
-            logits = model(to_device(images, target_device, data_config, config.channels_last))
+            logits = model(to_device(batch, target_device, data_config, config.channels_last))
         logits = logits.float()  # (batch, classes)
         target = labels.to(target_device)
         probability, prediction = logits.softmax(1).max(1)
@@ -166,6 +167,9 @@ def evaluate_checkpoint(
         raise UsageError(
             f"data set {data.name} has no split {split!r}", mend=f"--split val, or one of: {', '.join(data.splits)}"
         )
+    images = look_at_data(config, [chosen])[chosen.name]
+    if config.on_bad_image == "error":
+        refuse(bad_among(images, rows))
     with device.room_for(f"{2 * config.batch_size} images of {data_config['input_size'][1]} px"):
-        evaluation = evaluate(model, chosen, rows, split, config, data_config, progress)
+        evaluation = evaluate(model, images, without_bad(images, rows), split, config, data_config, progress)
     return evaluation, {"checkpoint": str(folder), "step": manifest["step"], "dataset": data.origin}

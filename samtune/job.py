@@ -2,17 +2,20 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from samtune import console, device, models
 from samtune.config import RunConfig
 from samtune.data import source
+from samtune.data.cache import Images, bad_among, look_at, refuse, without_bad
 from samtune.data.loader import steps_per_epoch
 from samtune.data.source import Source, Split
 from samtune.data.splits import Indices, train_and_validation
@@ -39,10 +42,13 @@ class Job:
     config: RunConfig  # nothing left open
     device: torch.device
     data: Source
-    train: Split
+    train: Images
     train_rows: Indices
-    val: Split
+    val: Images
     val_rows: Indices
+    test: Images | None
+    test_rows: Indices
+    bad_images: list[dict[str, Any]]  # left out of the rows
     model: nn.Module
     info: ModelInfo
     optimizer: torch.optim.Optimizer
@@ -68,7 +74,18 @@ def prepare(config: RunConfig) -> Job:
     models.resolve(config.model)  # a misspelt name need not wait for the data
     console.note(f"reading data set {config.dataset} ...")
     data = source.open_source(config.dataset)
-    train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
+    train_split, train_rows, val_split, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
+    test_rows = np.arange(len(data.test) if data.test else 0)
+    wanted = {split.name: split for split in (train_split, val_split, data.test) if split is not None}
+    images = look_at_data(config, wanted.values())
+    train, val = images[train_split.name], images[val_split.name]
+    test = images[data.test.name] if data.test else None
+    chosen = [(train, train_rows), (val, val_rows), *([(test, test_rows)] if test else [])]
+    bad = [item for found, rows in chosen for item in bad_among(found, rows)]
+    if config.on_bad_image == "error":
+        refuse(bad)
+    train_rows, val_rows = without_bad(train, train_rows), without_bad(val, val_rows)
+    test_rows = without_bad(test, test_rows) if test else test_rows
     console.note(f"loading model {config.model} ...")
     model, info = models.build(
         config.model,
@@ -106,6 +123,9 @@ def prepare(config: RunConfig) -> Job:
         train_rows=train_rows,
         val=val,
         val_rows=val_rows,
+        test=test,
+        test_rows=test_rows,
+        bad_images=bad,
         model=model,
         info=info,
         optimizer=optimizer,
@@ -116,6 +136,21 @@ def prepare(config: RunConfig) -> Job:
         total_steps=total_steps,
         warmup_steps=warmup_steps,
     )
+
+
+def look_at_data(config: RunConfig, splits: Iterable[Split]) -> dict[str, Images]:
+    """The images of each split by name, decoded into the cache as far as the config allows."""
+    with console.RunProgress() as progress:
+        return {
+            split.name: look_at(
+                split,
+                limit=int(config.cache_limit * 2**30),
+                threads=device.cores(),
+                progress=progress.decode,
+                always=config.on_bad_image == "skip",
+            )
+            for split in splits
+        }
 
 
 def _optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.Optimizer, Callable[[], torch.Tensor] | None]:

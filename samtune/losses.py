@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """Mean cross-entropy in nats, computed in float32: logits (batch, classes), labels (batch,) -> ().
+    """Mean cross-entropy in nats, computed in float32: logits (batch, classes) -> ().
+
+    labels: (batch,) classes, or (batch, classes) shares of mixed images.
 
     smoothing spreads that share of each target evenly over all classes (Szegedy et al. 2016, eq. 3).
     """

@@ -82,6 +82,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "cost": {"forward_backward_passes": passes, "sgd_equivalents": passes / steps},
         "checkpoints": [f"checkpoints/{name}" for name in ("last", "best") if (folder / "checkpoints" / name).exists()],
         "warnings": [warning for warning in warnings if warning],
+        "bad_images": provenance["bad_images"],
         "versions": provenance["versions"],
         "machine": provenance["machine"],
         "started": provenance["started"],

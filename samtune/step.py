@@ -305,7 +305,7 @@ class Step:
         self._params = [w for w in sam.model.parameters() if w.requires_grad]
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> StepResult:
-        """One update on images (batch, 3, h, w), normalised, and labels (batch,) int64.
+        """One update on images (batch, 3, h, w), normalised, and labels: (batch,) int64, or (batch, classes) shares.
 
         weight: number of images here over its mean over the ranks, where they differ.
         """
@@ -316,7 +316,8 @@ class Step:
                 logits = self.sam.model(images)
                 loss = self.loss(logits, labels)
             if not self.sam.perturbed:
-                wrong = (logits.detach().argmax(1) != labels).sum()
+                classes = labels if labels.ndim == 1 else labels.argmax(1)  # of a mixed image the larger share
+                wrong = (logits.detach().argmax(1) != classes).sum()
                 seen.append(torch.stack([loss.detach() * len(labels), wrong, wrong.new_tensor(len(labels))]))
             if self.penalty is not None:
                 loss = loss + self.penalty()

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_model
@@ -20,7 +19,7 @@ from samtune import checkpoint, console, device, models, report, runlog
 from samtune.config import RunConfig
 from samtune.data.loader import train_batches
 from samtune.data.splits import split_hash
-from samtune.data.transforms import train_transform
+from samtune.data.transforms import mix, train_transform
 from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, first_line
 from samtune.evaluate import Evaluation, evaluate, to_device
 from samtune.job import Job, prepare
@@ -85,10 +84,13 @@ def _open_run_folder(job: Job) -> RunLog:
             "source": data.origin,
             "train": len(job.train_rows),
             "val": len(job.val_rows),
-            "test": len(data.test) if data.test else 0,
+            "test": len(job.test_rows),
             "classes": len(data.class_names),
             "split_hash": split_hash(
-                job.train_rows, job.train.labels[job.train_rows], job.val_rows, job.val.labels[job.val_rows]
+                job.train_rows,
+                job.train.split.labels[job.train_rows],
+                job.val_rows,
+                job.val.split.labels[job.val_rows],
             ),
         },
         "optimizer": optimizer,
@@ -110,6 +112,7 @@ def _open_run_folder(job: Job) -> RunLog:
             "ascent_fraction": config.ascent_fraction,
             "ascent_steps": config.ascent_steps,
         },
+        "bad_images": job.bad_images,
         "steps_per_epoch": job.steps_per_epoch,
     }
     assert config.output is not None
@@ -129,6 +132,10 @@ def _open_run_folder(job: Job) -> RunLog:
         f"output  {config.output}",
     ):
         _say(log, line)
+    if job.bad_images:
+        _say(
+            log, f"{len(job.bad_images)} images cannot be decoded and are left out; the report lists them", console.warn
+        )
     if data.test is None:
         _say(log, f"{data.name} has no test split: the report will show the validation error alone", console.warn)
     return log
@@ -228,7 +235,7 @@ def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
     batches = train_batches(
         job.train,
         job.train_rows,
-        train_transform(job.info.data_config, config.scale, config.hflip),
+        train_transform(job.info.data_config, config),
         batch_size=job.batch_size,
         seed=config.seed,
         total_steps=job.total_steps,
@@ -250,7 +257,18 @@ def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
             group["lr"] = peak * cosine(step - 1, job.total_steps) * (rising if group["name"] == "body" else 1)
         rho = job.update.sam.rho = job.rho(step - 1)
         inputs = to_device(images, job.device, job.info.data_config, config.channels_last)
-        result = job.update(inputs, labels.to(job.device, non_blocking=True))
+        targets = labels.to(job.device, non_blocking=True)
+        # Mixed once, so that both passes see the same images and shares.
+        inputs, targets = mix(
+            inputs,
+            targets,
+            len(job.data.class_names),
+            mixup=config.mixup,
+            cutmix=config.cutmix,
+            seed=config.seed,
+            step=step,
+        )
+        result = job.update(inputs, targets)
         skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
         if skipped_in_a_row == _MOST_SKIPPED:
             raise _diverged(step, result)
@@ -342,14 +360,12 @@ def _save(job: Job, log: RunLog, step: int, is_best: bool) -> None:
 
 def _test_once(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation | None:
     """Score the selected checkpoint on test; None without a test split or with --no-test."""
-    split = job.data.test
-    if split is None or not job.config.test:
+    if job.test is None or not job.config.test:
         return None
     folder = log.checkpoints / job.config.select
     step = int(checkpoint.verify(folder)["step"])
     load_model(job.model, folder / "model.safetensors", device=str(job.device))
-    rows = np.arange(len(split))
-    scored = evaluate(job.model, split, rows, "test", job.config, job.info.data_config, progress.score)
+    scored = evaluate(job.model, job.test, job.test_rows, "test", job.config, job.info.data_config, progress.score)
     log.metrics(step=step, epoch=job.epoch(step), **scored.summary())
     return scored
 

@@ -11,6 +11,7 @@ from pathlib import Path
 # Before anything imports the hub's libraries: no network, and a cache of our own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="samtune-tests-")
+os.environ["SAMTUNE_CACHE"] = os.environ["HF_HOME"] + "/decoded"
 
 import numpy as np
 import pytest

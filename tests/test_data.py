@@ -1,29 +1,14 @@
-"""From a name or a folder to batches."""
-
-import io
+"""From a name or a folder to labelled rows."""
 
 import datasets
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from samtune.data import source
 from samtune.data.decode import decode
-from samtune.data.loader import eval_batches, steps_per_epoch, train_batches
 from samtune.data.splits import split_hash, stratified_split, train_and_validation
-from samtune.data.transforms import eval_transform, normalize, train_transform
 from samtune.errors import DataError, ModelError
 from tests.conftest import image_bytes, write_image_folder
-
-DATA_CONFIG = {
-    "input_size": (3, 16, 16),
-    "interpolation": "bicubic",
-    "crop_pct": 0.875,
-    "crop_mode": "center",
-    "mean": (0.5, 0.4, 0.3),
-    "std": (0.2, 0.3, 0.4),
-}
 
 
 def write_parquet(folder, labels, label_feature=None, split="train", **extra):
@@ -70,7 +55,7 @@ def test_every_real_data_set_opens_with_its_sizes_and_its_first_image_decodes(sh
         got = [len(data.splits[s]) if s in data.splits else None for s in ("train", "validation", "test")]
         assert got == counts, name
         image = decode(data.splits["train"].image_bytes(0), str)
-        assert image.dtype == torch.uint8
+        assert str(image.dtype) == "torch.uint8"
         assert image.shape[0] == 3
 
 
@@ -198,113 +183,3 @@ def test_a_data_set_too_small_to_validate_on_is_refused(tmp_path):
     data = source.open_source(str(write_image_folder(tmp_path, {"train": 1, "test": 1})))
     with pytest.raises(DataError, match="too small"):
         train_and_validation(data, 0.1, seed=0)
-
-
-# ------------------------------------------------------------------------------------------------------------ decoding
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA", "CMYK"])
-def test_every_mode_decodes_to_three_channels(mode):
-    kind = "TIFF" if mode == "CMYK" else "PNG"
-    assert decode(image_bytes(0, kind=kind, mode=mode), str).shape == (3, 20, 24)
-
-
-def test_what_is_transparent_is_white():
-    buffer = io.BytesIO()
-    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(buffer, "PNG")
-    assert (decode(buffer.getvalue(), str) == 255).all()
-
-
-def test_an_image_is_turned_upright():
-    buffer, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by 90 degrees
-    Image.new("RGB", (24, 20)).save(buffer, "JPEG", exif=exif)
-    assert decode(buffer.getvalue(), str).shape == (3, 24, 20)
-
-
-@pytest.mark.parametrize("broken", [b"", b"no image", image_bytes(0)[:200], image_bytes(0, kind="JPEG")[:300]])
-def test_bytes_that_are_no_image_are_named_by_their_place(broken):
-    with pytest.raises(DataError, match="image 7 of split train cannot be decoded"):
-        decode(broken, lambda: "image 7 of split train")
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
-
-
-@pytest.fixture
-def train_split(tmp_path):
-    return source.open_source(str(write_image_folder(tmp_path, {"train": 10}))).splits["train"]
-
-
-def collect(split, **options):
-    arguments = {"batch_size": 4, "seed": 0, "total_steps": 12, "workers": 0, "pin_memory": False} | options
-    transform = train_transform(DATA_CONFIG, scale=0.3, hflip=0.5)
-    return list(train_batches(split, np.arange(len(split)), transform, **arguments))
-
-
-def assert_equal_batches(a, b):
-    assert len(a) == len(b)
-    for (images, labels), (other_images, other_labels) in zip(a, b, strict=True):
-        assert torch.equal(images, other_images)
-        assert torch.equal(labels, other_labels)
-
-
-def test_batches_do_not_depend_on_the_number_of_workers_or_the_global_generator(train_split):
-    expected = collect(train_split)
-    torch.manual_seed(99)
-    assert_equal_batches(collect(train_split), expected)
-    assert_equal_batches(collect(train_split, workers=2), expected)
-
-
-def test_seeds_and_epochs_differ_in_order_and_augmentation(train_split):
-    first = collect(train_split)
-    assert not torch.equal(first[0][0], collect(train_split, seed=1)[0][0])
-    assert not torch.equal(first[0][0], first[5][0])
-
-
-def test_loading_in_the_main_process_leaves_the_global_generator_alone(train_split):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    collect(train_split)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_an_epoch_has_full_batches_and_a_small_data_set_is_one():
-    assert steps_per_epoch(20, 4) == 5
-    assert steps_per_epoch(23, 4) == 5
-    assert steps_per_epoch(3, 4) == 1
-
-
-def test_evaluation_sees_every_row_once_in_order(train_split):
-    rows = np.array([3, 1, 19, 7, 7])
-    batches = eval_batches(train_split, rows, eval_transform(DATA_CONFIG), batch_size=2, workers=0, pin_memory=False)
-    labels = torch.cat([labels for _, labels in batches])
-    assert labels.tolist() == train_split.labels[rows].tolist()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_ends_the_stream_with_its_place_and_no_traceback(tmp_path, workers):
-    folder = write_image_folder(tmp_path, {"train": 10})
-    (folder / "train" / "cat" / "3.png").write_bytes(b"broken")
-    split = source.open_source(str(folder)).splits["train"]
-    with pytest.raises(DataError, match=r"cat/3\.png.* cannot be decoded") as error:
-        collect(split, workers=workers)
-    assert "Traceback" not in str(error.value)
-
-
-def test_normalisation_is_that_of_the_weights():
-    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    mean, std = (torch.tensor(DATA_CONFIG[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    torch.testing.assert_close(normalize(images, DATA_CONFIG), (images / 255 - mean) / std)
-
-
-def test_the_evaluation_transform_equals_timms_on_a_picture():
-    """Ours runs on uint8 tensors, timm's on a PIL image: at most a rounding step of the resize apart."""
-    timm_data = pytest.importorskip("timm.data")
-    encoded = image_bytes(0, size=(90, 70))
-    ours = eval_transform(DATA_CONFIG)(decode(encoded, str))
-    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    theirs = timm_data.create_transform(**{k: DATA_CONFIG[k] for k in keys}, normalize=False)(
-        Image.open(io.BytesIO(encoded))
-    )
-    assert (ours.int() - theirs.int()).abs().max() <= 1

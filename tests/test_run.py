@@ -18,6 +18,7 @@ import torch
 
 from samtune import config, report, train
 from tests.conftest import samtune, write_image_folder
+from tests.test_decode import odd_folder
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -273,13 +274,42 @@ def test_a_variant_runs_costs_what_it_should_and_is_reported(name, folder_data, 
     json.dumps(result, allow_nan=False)
 
 
-def test_a_broken_image_ends_the_run_with_its_name(tmp_path):
-    data = write_image_folder(tmp_path / "data", {"train": 12})
-    (data / "train" / "dog" / "5.png").write_bytes(b"broken")
-    done = small_run(tmp_path / "r", data)
+def test_damaged_images_end_the_run_before_it_begins_with_all_their_names(tmp_path):
+    done = small_run(tmp_path / "r", odd_folder(tmp_path / "data"))
     assert done.returncode == 3
-    assert "dog/5.png" in done.stderr
+    assert "3 images cannot be decoded" in done.stderr
+    assert set(re.findall(r"(\w+)\.(?:jpg|png|gif)", done.stderr)) == {"truncated", "text", "empty"}
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_damaged_images_are_left_out_and_listed_where_that_is_asked_for(tmp_path):
+    done = small_run(tmp_path / "r", odd_folder(tmp_path / "data"), "--on-bad-image", "skip", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert len(result["bad_images"]) == 3
+    assert result["dataset"]["train"] + result["dataset"]["val"] == 4 + 12 - 3
+    assert "3 images cannot be decoded and are left out" in done.stderr
+    again = samtune("eval", tmp_path / "r", "--split", "val", "--json")
+    assert json.loads(again.stdout)["n"] == result["val"]["n"]
+
+
+def test_a_run_with_every_augmentation_trains_and_eval_agrees(folder_data, tmp_path):
+    everything = ["--aa", "rand", "--color-jitter", 0.2, "--cutout", 0.3, "--reprob", 0.3, "--crop", "pad"]
+    everything += ["--mixup", 0.4, "--cutmix", 1.0, "--workers", 1]
+    done = small_run(tmp_path / "r", folder_data, *everything, "--json")
+    assert done.returncode == 0, done.stderr
+    again = samtune("eval", tmp_path / "r", "--json")
+    assert json.loads(again.stdout)["wrong"] == json.loads(done.stdout)["test"]["wrong"]
+
+
+def test_a_run_is_the_same_with_and_without_the_cache(folder_data, tmp_path):
+    losses = []
+    for name, limit in (("with", 1), ("without", 0)):
+        assert small_run(tmp_path / name, folder_data, "--cache-limit", limit).returncode == 0
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -5,17 +5,16 @@ Order and augmentation depend on (seed, epoch, row) alone, not on the number of 
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from samtune.data.decode import decode
-from samtune.data.source import Split
+from samtune.data.cache import Images
 from samtune.data.splits import Indices
-from samtune.data.transforms import Transform
+from samtune.data.transforms import TrainTransform, Transform
 from samtune.errors import DataError
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (batch, 3, size, size) uint8, labels (batch,) int64
@@ -30,9 +29,9 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
 
 
 def train_batches(
-    split: Split,
+    images: Images,
     rows: Indices,
-    transform: Transform,
+    transform: TrainTransform,
     *,
     batch_size: int,
     seed: int,
@@ -47,54 +46,51 @@ def train_batches(
     """
     per_epoch = steps_per_epoch(len(rows), batch_size)
 
-    def plan() -> Iterator[list[tuple[int, int]]]:
+    def augmented(found: list[torch.Tensor], epoch: int, chosen: Indices) -> torch.Tensor:
+        return transform(found, seed, epoch, chosen)
+
+    def plan() -> Iterator[_Key]:
         for step in range(total_steps):
             epoch, batch = divmod(step, per_epoch)
             if batch == 0:
                 order = np.random.default_rng([seed, epoch]).permutation(rows)
-            yield [(epoch, int(row)) for row in order[batch * batch_size : (batch + 1) * batch_size]]
+            yield epoch, order[batch * batch_size : (batch + 1) * batch_size]
 
-    return _load(_Images(split, transform, seed), plan(), workers, pin_memory)
+    return _load(_Batches(images, augmented), plan(), workers, pin_memory)
 
 
 def eval_batches(
-    split: Split, rows: Indices, transform: Transform, *, batch_size: int, workers: int, pin_memory: bool
+    images: Images, rows: Indices, transform: Transform, *, batch_size: int, workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     """Every row once, in order; the last batch may be smaller."""
-    plan = ([(0, int(row)) for row in rows[i : i + batch_size]] for i in range(0, len(rows), batch_size))
-    return _load(_Images(split, transform, seed=0), plan, workers, pin_memory)
+
+    def plain(found: list[torch.Tensor], epoch: int, chosen: Indices) -> torch.Tensor:
+        return torch.stack([transform(image) for image in found])
+
+    plan = ((0, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
+    return _load(_Batches(images, plain), plan, workers, pin_memory)
 
 
-class _Images(torch.utils.data.Dataset[tuple[torch.Tensor, int] | DataError]):
-    """(epoch, row) -> (augmented image, label), with a generator seeded by (seed, epoch, row)."""
+_Key = tuple[int, Indices]  # epoch, rows of a batch
 
-    def __init__(self, split: Split, transform: Transform, seed: int) -> None:
-        self.split, self.transform, self.seed = split, transform, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | DataError:
-        epoch, row = key
+class _Batches(torch.utils.data.Dataset[Batch | DataError]):
+    """(epoch, rows) -> (images, labels): a batch at a time, since most of what is done to images is done to a batch."""
+
+    def __init__(self, images: Images, transform: Callable[[list[torch.Tensor], int, Indices], torch.Tensor]) -> None:
+        self.images, self.transform = images, transform
+
+    def __getitem__(self, key: _Key) -> Batch | DataError:
+        epoch, rows = key
         try:
-            image = decode(self.split.image_bytes(row), lambda: self.split.where(row))
+            found = [self.images[row] for row in rows.tolist()]
         except DataError as error:
             return error  # raised by `_load`: a worker would wrap it in its traceback
-        # torchvision's transforms draw from the global generator; in the main process dropout draws from it too.
-        state = torch.get_rng_state()
-        try:
-            draw = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1, np.uint64)[0]
-            torch.default_generator.manual_seed(int(draw))
-            return self.transform(image), int(self.split.labels[row])
-        finally:
-            torch.set_rng_state(state)
+        return self.transform(found, epoch, rows), torch.from_numpy(self.images.split.labels[rows])
 
 
-def _collate(items: list[tuple[torch.Tensor, int] | DataError]) -> Batch | DataError:
-    images, labels = [], []
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-        images.append(item[0])
-        labels.append(item[1])
-    return torch.stack(images), torch.tensor(labels)
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
@@ -108,13 +104,14 @@ def _leave_signals_to_the_run(worker: int) -> None:
     sys.excepthook = lambda *_: None
 
 
-def _load(dataset: _Images, plan: Iterator[list[tuple[int, int]]], workers: int, pin_memory: bool) -> Iterator[Batch]:
+def _load(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Iterator[Batch]:
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=plan,
+        batch_size=None,  # an item is a batch already
+        sampler=plan,
         num_workers=workers,
         pin_memory=pin_memory,
-        collate_fn=_collate,
+        collate_fn=_as_it_is,
         worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator(),  # else it would draw a seed from the global one, which dropout uses
     )

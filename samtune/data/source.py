@@ -3,11 +3,14 @@
 Images stay encoded bytes here; `samtune.data.decode` turns them into pixels.
 """
 
+import bisect
 import difflib
 import errno
 import io
+import itertools
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,18 +47,38 @@ class Split:
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image of a row. Raises DataError if its file is gone."""
-        image = self.table[row][self.image_column]
-        if image["bytes"] is not None:
-            return bytes(image["bytes"])
+        encoded, path = self._image(row)
+        if encoded is not None:
+            return encoded
         try:
-            return Path(image["path"]).read_bytes()
+            return Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"{self.where(row)} cannot be read", error.strerror or "") from None
 
     def where(self, row: int) -> str:
         """A row's place in words, for messages."""
-        path = self.table[row][self.image_column]["path"]
+        path = self._image(row)[1]
         return f"image {row} of split {self.name}" + (f" ({path})" if path else "")
+
+    def encoded_bytes(self) -> int:
+        """Size of all images as they are stored in the table; 0 for files beside it."""
+        return int(sum(chunk.field("bytes").nbytes for chunk in self._chunks))
+
+    def _image(self, row: int) -> tuple[bytes | None, str]:
+        """Bytes and path, past the library's formatting of rows, which takes longer than decoding a small picture."""
+        chunk = bisect.bisect_right(self._starts, row) - 1
+        i = row - self._starts[chunk]
+        encoded, path = (self._chunks[chunk].field(name)[i].as_py() for name in ("bytes", "path"))
+        return encoded, path or ""
+
+    @cached_property
+    def _chunks(self) -> list[Any]:
+        """Arrow arrays of struct(bytes, path), memory-mapped where the table is."""
+        return list(self.table.with_format("arrow")[:].column(self.image_column).chunks)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *itertools.accumulate(len(chunk) for chunk in self._chunks)][:-1]
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,220 @@
-"""Image operations for training and evaluation, from torchvision and timm. Both take and give uint8 tensors.
+"""Image operations for training and evaluation. They take and give uint8 tensors.
 
+Crops and flips are drawn for a whole batch at once; policies come from torchvision, evaluation from timm.
 Normalisation is not here: it runs on the device, on the whole batch (`normalize`).
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import timm.data
 import torch
-from torchvision.transforms import InterpolationMode, v2
+import torch.nn.functional as F
+from torchvision.transforms import v2
+from torchvision.transforms.autoaugment import AutoAugmentPolicy
+
+from samtune.config import RunConfig
+from samtune.data.draws import uniform
+from samtune.data.splits import Indices
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
+Boxes = npt.NDArray[np.int64]  # (n, 4): top, left, height, width
+
+POLICIES: Mapping[str, Callable[[], Transform]] = {
+    "none": lambda: _same,
+    "imagenet": lambda: v2.AutoAugment(AutoAugmentPolicy.IMAGENET),
+    "cifar10": lambda: v2.AutoAugment(AutoAugmentPolicy.CIFAR10),
+    "svhn": lambda: v2.AutoAugment(AutoAugmentPolicy.SVHN),
+    "rand": v2.RandAugment,
+    "trivial": v2.TrivialAugmentWide,
+}
+_ATTEMPTS = 10  # to find a crop of the wanted area and shape inside the image
+_RATIO = (3 / 4, 4 / 3)
 
 
-def train_transform(data_config: Mapping[str, Any], scale: float, hflip: float) -> Transform:
-    """Random resized crop, area in [scale, 1] of the image, then a flip with chance hflip.
+@dataclass(frozen=True)
+class TrainTransform:
+    """Images of an epoch -> an augmented batch.
 
-    (3, h, w) uint8 -> (3, size, size) uint8. Draws from torch's global CPU generator.
+    size: (height, width) of the result. interpolation: "bilinear" or "bicubic". mean: per channel in [0, 1], which is
+    what erased and empty places hold: 0 after normalisation.
+    crop: "resized" takes a random resized crop with an area in [scale, 1] of the image and a ratio in [3/4, 4/3]
+    (Szegedy et al. 2015); "pad" pads each side by an eighth, takes a random crop of the image's own size and resizes it
+    (for 32 px: pad 4). hflip: chance of a flip. aa: name of a policy (POLICIES). color_jitter: strength of brightness,
+    contrast and saturation. cutout: side of a square at a random centre that is erased, as a share of the size (DeVries
+    and Taylor 2017); erase: chance that a random rectangle is erased (Zhong et al. 2020).
     """
-    transform: Transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(
-                data_config["input_size"][1:],
-                scale=(scale, 1.0),
-                interpolation=InterpolationMode(data_config["interpolation"]),
-                antialias=True,
-            ),
-            v2.RandomHorizontalFlip(hflip),
-        ]
+
+    size: tuple[int, int]
+    interpolation: str
+    mean: tuple[float, ...]
+    crop: str = "resized"
+    scale: float = 0.35
+    hflip: float = 0.5
+    aa: str = "none"
+    color_jitter: float = 0.0
+    cutout: float = 0.0
+    erase: float = 0.0
+
+    def __call__(self, images: Sequence[torch.Tensor], seed: int, epoch: int, rows: Indices) -> torch.Tensor:
+        """(3, h, w) uint8 each -> (n, 3, height, width) uint8, channels last in memory.
+
+        rows: the images' numbers: what is done to one depends on (seed, epoch, row) alone. The global generator of
+        torch, from which torchvision's operations draw, is left as it was.
+        """
+        draws = uniform(seed, epoch, rows, 4 * _ATTEMPTS + 6)
+        cropped = self._padded_crop(images, draws) if self.crop == "pad" else self._resized_crop(images, draws)
+        for i in np.flatnonzero(draws[:, 4 * _ATTEMPTS] < self.hflip):
+            cropped[i] = cropped[i].flip(-1)
+        if self._photometric:
+            self._change_colours(cropped, draws[:, 4 * _ATTEMPTS + 1])
+        if self.cutout > 0:
+            self._cut_out(cropped, draws[:, 4 * _ATTEMPTS + 2 : 4 * _ATTEMPTS + 4])
+        return cropped
+
+    def _resized_crop(self, images: Sequence[torch.Tensor], draws: npt.NDArray[np.float64]) -> torch.Tensor:
+        shapes = np.array([image.shape[1:] for image in images])
+        boxes = resized_crop_boxes(shapes, draws[:, : 4 * _ATTEMPTS], self.scale).tolist()
+        batch = _empty_batch(len(images), self.size)
+        for i, (image, (top, left, height, width)) in enumerate(zip(images, boxes, strict=True)):
+            batch[i] = self._resize(image[None, :, top : top + height, left : left + width])[0]
+        return batch
+
+    def _padded_crop(self, images: Sequence[torch.Tensor], draws: npt.NDArray[np.float64]) -> torch.Tensor:
+        shapes = {tuple(image.shape) for image in images}
+        if len(shapes) > 1:  # only images of one shape can be moved in one go
+            one_by_one = [self._padded_crop([image], draws[i : i + 1]) for i, image in enumerate(images)]
+            return torch.cat(one_by_one)
+        (_, height, width) = next(iter(shapes))
+        stacked = torch.stack(list(images)).permute(0, 2, 3, 1).numpy()  # (n, h, w, 3)
+        pad = (math.ceil(height / 8), math.ceil(width / 8))
+        room = np.empty((len(images), height + 2 * pad[0], width + 2 * pad[1], 3), np.uint8)
+        room[:] = self._fill
+        room[:, pad[0] : pad[0] + height, pad[1] : pad[1] + width] = stacked
+        top, left = ((draws[:, i] * (2 * pad[i] + 1)).astype(np.int64) for i in (0, 1))
+        windows = np.lib.stride_tricks.sliding_window_view(room, (height, width), axis=(1, 2))  # (n, ., ., 3, h, w)
+        moved = torch.from_numpy(windows[np.arange(len(images)), top, left])
+        return self._resize(moved.contiguous(memory_format=torch.channels_last))
+
+    def _resize(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[2:] == self.size:
+            return images
+        return F.interpolate(images, self.size, mode=self.interpolation, antialias=True, align_corners=False)
+
+    @property
+    def _fill(self) -> npt.NDArray[np.uint8]:
+        fill: npt.NDArray[np.uint8] = np.rint(255 * np.array(self.mean)).astype(np.uint8)
+        return fill
+
+    @property
+    def _photometric(self) -> bool:
+        return self.aa != "none" or self.color_jitter > 0 or self.erase > 0
+
+    def _change_colours(self, batch: torch.Tensor, draws: npt.NDArray[np.float64]) -> None:
+        """Torchvision's operations, one image after the other, each with a seed of its own."""
+        jitter = self.color_jitter
+        change = v2.Compose(
+            [
+                POLICIES[self.aa](),
+                v2.ColorJitter(jitter, jitter, jitter) if jitter > 0 else _same,
+                v2.RandomErasing(self.erase, value=self._fill.tolist()) if self.erase > 0 else _same,
+            ]
+        )
+        state = torch.get_rng_state()  # in the main process dropout draws from it too
+        try:
+            for i, draw in enumerate(draws):
+                torch.default_generator.manual_seed(int(draw * 2**53))
+                batch[i] = change(batch[i])
+        finally:
+            torch.set_rng_state(state)
+
+    def _cut_out(self, batch: torch.Tensor, draws: npt.NDArray[np.float64]) -> None:
+        height, width = self.size
+        half = self.cutout * min(height, width) / 2
+        fill = torch.from_numpy(self._fill).view(3, 1, 1)
+        for i, (y, x) in enumerate(draws * (height, width)):
+            top, left = max(0, round(y - half)), max(0, round(x - half))
+            batch[i, :, top : max(0, round(y + half)), left : max(0, round(x + half))] = fill
+
+
+def resized_crop_boxes(shapes: Boxes, draws: npt.NDArray[np.float64], scale: float) -> Boxes:
+    """Crops with an area in [scale, 1] of the image, log-uniform in ratio: the first of ten that fits into the image.
+
+    shapes: (n, 2) heights and widths. draws: (n, 40) in [0, 1). If none fits, the largest central crop whose ratio is
+    in range, as in torchvision.
+    """
+    n = len(shapes)
+    height, width = shapes[:, :1].astype(np.float64), shapes[:, 1:].astype(np.float64)
+    u = draws.reshape(n, _ATTEMPTS, 4)
+    area = height * width * (scale + (1 - scale) * u[:, :, 0])
+    low, high = np.log(_RATIO)
+    ratio = np.exp(low + (high - low) * u[:, :, 1])
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.argmax(1)
+    chosen = np.arange(n), first
+    h, w = h[chosen], w[chosen]
+    top = np.floor(u[:, :, 2][chosen] * (height[:, 0] - h + 1))
+    left = np.floor(u[:, :, 3][chosen] * (width[:, 0] - w + 1))
+    boxes = np.stack([top, left, h, w], 1).astype(np.int64)
+    for i in np.flatnonzero(~fits.any(1)):
+        boxes[i] = _central(int(shapes[i, 0]), int(shapes[i, 1]))
+    return boxes
+
+
+def _central(height: int, width: int) -> tuple[int, int, int, int]:
+    h = min(height, max(1, round(width / _RATIO[0])))
+    w = min(width, max(1, round(height * _RATIO[1])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _empty_batch(n: int, size: tuple[int, int]) -> torch.Tensor:
+    return torch.empty((n, 3, *size), dtype=torch.uint8, memory_format=torch.channels_last)
+
+
+def _same(image: torch.Tensor) -> torch.Tensor:
+    return image
+
+
+def train_transform(data_config: Mapping[str, Any], config: RunConfig) -> TrainTransform:
+    """The augmentation of a run, at the size and with the interpolation and mean of the weights."""
+    return TrainTransform(
+        size=tuple(data_config["input_size"][1:]),
+        interpolation=data_config["interpolation"] if data_config["interpolation"] == "bilinear" else "bicubic",
+        mean=tuple(data_config["mean"]),
+        crop=config.crop,
+        scale=config.scale,
+        hflip=config.hflip,
+        aa=config.aa,
+        color_jitter=config.color_jitter,
+        cutout=config.cutout,
+        erase=config.reprob,
     )
-    return transform
+
+
+def mix(
+    images: torch.Tensor, labels: torch.Tensor, classes: int, *, mixup: float, cutmix: float, seed: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a normalised batch, one of them by chance if both.
+
+    (batch, 3, h, w), (batch,) -> the same images mixed in pairs, (batch, classes) shares. mixup, cutmix: alpha of each;
+    with 0 for both nothing changes. What is drawn depends on (seed, step) alone.
+    """
+    kinds = [kind(alpha=a, num_classes=classes) for kind, a in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if a > 0]
+    if not kinds:
+        return images, labels
+    draws = uniform(seed, step, np.zeros(1, np.int64), 2)[0]
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(int(draws[0] * 2**53))
+        mixed: tuple[torch.Tensor, torch.Tensor] = kinds[int(draws[1] * len(kinds))](images, labels)
+    finally:
+        torch.set_rng_state(state)
+    return mixed
 
 
 def eval_transform(data_config: Mapping[str, Any]) -> Transform:
@@ -49,7 +234,12 @@ def eval_transform(data_config: Mapping[str, Any]) -> Transform:
 
 
 def normalize(images: torch.Tensor, data_config: Mapping[str, Any]) -> torch.Tensor:
-    """(batch, 3, h, w) uint8 -> float32 with the weights' own mean and standard deviation (stated for [0, 1])."""
-    mean = torch.tensor(data_config["mean"], device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(data_config["std"], device=images.device).view(1, 3, 1, 1) * 255
-    return (images.float() - mean) / std
+    """(batch, 3, h, w) uint8 -> float32 with the weights' own mean and standard deviation (stated for [0, 1]).
+
+    The result is channels last in memory. Rows of pixels meet mean and deviation repeated along a row: with three
+    values at a time a CPU would take six times as long.
+    """
+    n, channels, height, width = images.shape
+    mean, std = ((torch.tensor(data_config[key], device=images.device) * 255).repeat(width) for key in ("mean", "std"))
+    rows = images.permute(0, 2, 3, 1).reshape(n * height, width * channels)
+    return rows.float().sub_(mean).div_(std).view(n, height, width, channels).permute(0, 3, 1, 2)

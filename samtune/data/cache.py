@@ -1,0 +1,231 @@
+"""Decoded images in a memory-mapped file, so that each is decoded once, for all epochs, processes and runs.
+
+The file is named by the content of the encoded images: a changed picture is another file, and the same data under
+another path is the same file. It lies under $SAMTUNE_CACHE, else in the user's cache folder.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from samtune.data.decode import decode
+from samtune.data.source import Split
+from samtune.data.splits import Indices
+from samtune.errors import DataError
+
+Progress = Callable[[str, int, int], None]  # split, images done, images in all
+
+_RULE = b"1"  # changes with `decode`, so that pixels made by an older rule are not taken for today's
+_NAMED = 10  # bad images that an error names
+_SAMPLE = 256  # images after which the size of all is foretold
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One file of decoded images, one after the other as (height, width, 3) uint8.
+
+    offsets: (n,) place of each in bytes. shapes: (n, 2) height and width; (0, 0) where an image cannot be decoded.
+    """
+
+    file: Path
+    offsets: npt.NDArray[np.int64]
+    shapes: npt.NDArray[np.int64]
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        """(3, height, width) uint8, a view of the file."""
+        height, width = self.shapes[row].tolist()
+        start = int(self.offsets[row])
+        pixels = self._bytes[start : start + height * width * 3].reshape(height, width, 3)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    @cached_property
+    def _bytes(self) -> npt.NDArray[np.uint8]:
+        # Copy on write: the file stays as it is, whatever is done to the pixels.
+        return np.memmap(self.file, np.uint8, "c")
+
+    def __getstate__(self) -> dict[str, object]:
+        """For another process: it maps the file itself."""
+        return {key: value for key, value in self.__dict__.items() if key != "_bytes"}
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a split, from the cache where there is one.
+
+    bad: why an image cannot be decoded, by row; known once all have been looked at.
+    """
+
+    split: Split
+    pixels: Pixels | None = None
+    bad: Mapping[int, str] = field(default_factory=dict)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        """(3, height, width) uint8. Raises DataError for what is no image."""
+        if self.pixels is not None and row not in self.bad:
+            return self.pixels[row]
+        return decode(self.split.image_bytes(row), lambda: self.split.where(row))
+
+
+def look_at(split: Split, *, limit: int, threads: int, progress: Progress, always: bool = False) -> Images:
+    """Decode all images of a split, unless that was done before, and keep the pixels.
+
+    limit: bytes that the cache may hold in all; the files that were not used for longest go. A split that does not fit
+    is not kept; then it is looked at only if that is asked for by `always`. A cache that cannot be written is done
+    without.
+    """
+    if len(split) == 0 or (limit == 0 and not always):
+        return Images(split)
+    if not always and split.encoded_bytes() > limit:  # decoded it is larger still
+        return Images(split)
+    folder = _root() / _name(split)
+    found = _open(folder)
+    if found is not None:
+        os.utime(folder)
+        return Images(split, *found)
+    decoded = _decoded(split, threads, progress)
+    sample = list(islice(decoded, _SAMPLE))
+    foretold = sum(image.numel() for image in sample if isinstance(image, torch.Tensor)) / len(sample) * len(split)
+    everything = _rejoined(sample, decoded)
+    if foretold > limit:
+        return Images(split, None, _only_bad(everything)) if always else Images(split)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _make_room(folder.parent, limit - int(foretold))
+        _write(folder, everything)
+    except OSError:
+        # No room, no permission, a shared disk that is away: training goes on, with a decoder in every epoch.
+        return Images(split, None, _only_bad(_decoded(split, threads, progress))) if always else Images(split)
+    found = _open(folder)
+    return Images(split, *found) if found is not None else Images(split)
+
+
+def _root() -> Path:
+    given = os.environ.get("SAMTUNE_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samtune" / "decoded"
+
+
+def _name(split: Split) -> str:
+    digest = hashlib.sha256(_RULE)
+    for row in range(len(split)):
+        try:
+            encoded = split.image_bytes(row)
+        except DataError:
+            encoded = b""
+        digest.update(len(encoded).to_bytes(8, "little"))
+        digest.update(encoded)
+    return digest.hexdigest()[:32]
+
+
+def _decoded(split: Split, threads: int, progress: Progress) -> Iterator[torch.Tensor | str]:
+    """Each image in order, or the reason why it is none. Both decoders work without Python's lock."""
+
+    def one(row: int) -> torch.Tensor | str:
+        try:
+            return decode(split.image_bytes(row), lambda: split.where(row))
+        except DataError as error:
+            return error.why or error.what
+
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(split), _SAMPLE):  # in portions: a data set need not fit into memory
+            yield from pool.map(one, range(start, min(start + _SAMPLE, len(split))))
+            progress(split.name, min(start + _SAMPLE, len(split)), len(split))
+
+
+def _rejoined(first: list[torch.Tensor | str], rest: Iterator[torch.Tensor | str]) -> Iterator[torch.Tensor | str]:
+    yield from first
+    yield from rest
+
+
+def _only_bad(images: Iterator[torch.Tensor | str]) -> dict[int, str]:
+    return {row: image for row, image in enumerate(images) if isinstance(image, str)}
+
+
+def _write(folder: Path, images: Iterator[torch.Tensor | str]) -> None:
+    """Beside its place first, then renamed: a reader finds a whole one or none."""
+    part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+    try:
+        shapes: list[tuple[int, ...]] = []
+        offsets: list[int] = []
+        bad: dict[int, str] = {}
+        end = 0
+        with (part / "pixels").open("wb") as file:
+            for row, image in enumerate(images):
+                offsets.append(end)
+                if isinstance(image, str):
+                    bad[row] = image
+                    shapes.append((0, 0))
+                    continue
+                shapes.append(tuple(image.shape[1:]))
+                end += file.write(image.permute(1, 2, 0).contiguous().numpy().tobytes())
+        np.savez(part / "index.npz", offsets=np.array(offsets), shapes=np.array(shapes))
+        (part / "bad.json").write_text(json.dumps(bad), encoding="utf-8")
+        if not folder.exists():  # else another process was faster
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _open(folder: Path) -> tuple[Pixels, dict[int, str]] | None:
+    """None where there is nothing, or nothing whole."""
+    try:
+        with np.load(folder / "index.npz") as index:
+            offsets, shapes = index["offsets"], index["shapes"]
+        bad = {int(row): why for row, why in json.loads((folder / "bad.json").read_text(encoding="utf-8")).items()}
+        if (folder / "pixels").stat().st_size != int((shapes[:, 0] * shapes[:, 1] * 3).sum()):
+            raise ValueError("the file of pixels is not whole")
+    except (OSError, ValueError, KeyError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return Pixels(folder / "pixels", offsets, shapes), bad
+
+
+def _make_room(root: Path, room: int) -> None:
+    """Remove what was not used for longest until the rest takes no more than `room` bytes."""
+    kept = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in kept}
+    for path in kept:
+        if sum(sizes.values()) <= room:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        del sizes[path]
+
+
+def bad_among(images: Images, rows: Indices) -> list[dict[str, Any]]:
+    """The rows that cannot be decoded: split, row, where, reason; for an error or a report."""
+    return [
+        {"split": images.split.name, "row": row, "where": images.split.where(row), "reason": images.bad[row]}
+        for row in rows.tolist()
+        if row in images.bad
+    ]
+
+
+def without_bad(images: Images, rows: Indices) -> Indices:
+    """The rows that can be decoded."""
+    return rows[~np.isin(rows, list(images.bad))]
+
+
+def refuse(bad: list[dict[str, Any]]) -> None:
+    """Raise DataError that names bad images, if there are any."""
+    if not bad:
+        return
+    named = "; ".join(f"{item['where']}: {item['reason']}" for item in bad[:_NAMED])
+    raise DataError(
+        f"{len(bad)} image{'s' if len(bad) > 1 else ''} cannot be decoded",
+        named + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""),
+        "mend or remove them, or train without them by --on-bad-image skip",
+    )
