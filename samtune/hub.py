@@ -22,8 +22,8 @@ T = TypeVar("T")
 # (429), but none with one that gets a 5xx, and none at all with the first question, whether there is the repository.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 _DOWNLOAD_PAUSES = (1.0, 4.0)
-_SILENCE_PAUSES = (1.0,)  # after a time-out, which has itself been long
 _LONGEST_PAUSE = 300.0  # the hub counts requests in windows of five minutes
+_PASSING = {500, 502, 503, 504}
 
 # Other files of a repository are of no use without one of these.
 _CONTENT = {".safetensors", ".bin", ".pth", ".npz", ".parquet"}
@@ -69,12 +69,15 @@ def load(repository: Repository, read: Callable[[bool], T]) -> T:
     if not sys.stderr.isatty():
         disable_progress_bars()
     trouble = _ask(repository)
-    if trouble is not None and not repository.is_cached:
-        raise _error(repository, trouble) from None
+    if trouble is not None:
+        if not repository.is_cached:
+            raise _error(repository, trouble) from None
+        if not _is_offline(trouble):
+            console.warn(f"{_answer(trouble)}; taking {repository.what} from the cache")
     damaged: list[str] = []
     while True:
         try:
-            return _patiently(lambda: read(trouble is None), _DOWNLOAD_PAUSES, {500, 502, 503, 504})
+            return _patiently(lambda: read(trouble is None), _DOWNLOAD_PAUSES, _PASSING, silence=("ReadError",))
         except (TypeError, AssertionError):
             raise
         except Exception as error:  # network, cache and file formats have a family of errors each
@@ -103,14 +106,13 @@ def _ask(repository: Repository) -> Exception | None:
     The library asks before each download too, but without a limit of time, or with one of minutes; and what it then
     raises hides the answer.
     """
-    pauses = () if repository.is_cached else _PAUSES
+    timeout = float(constants.HF_HUB_ETAG_TIMEOUT)
     try:
         _patiently(
-            lambda: HfApi().repo_info(
-                repository.id, repo_type=repository.kind, timeout=float(constants.HF_HUB_ETAG_TIMEOUT)
-            ),
-            pauses,
-            {408, 429, 500, 502, 503, 504},
+            lambda: HfApi().repo_info(repository.id, repo_type=repository.kind, timeout=timeout),
+            () if repository.is_cached else _PAUSES,
+            _PASSING | {408, 429},
+            silence=("Timeout", "ReadError", "ProtocolError"),
         )
     except Exception as error:  # each of its versions stands on another library for the network
         return error
@@ -120,20 +122,24 @@ def _ask(repository: Repository) -> Exception | None:
 # ----------------------------------------------------------------------------------------------------------- patience
 
 
-def _patiently(call: Callable[[], T], pauses: tuple[float, ...], statuses: set[int]) -> T:
-    """Call again after the pauses, as long as the answer is one of the statuses, or none comes."""
+def _patiently(call: Callable[[], T], pauses: tuple[float, ...], statuses: set[int], silence: tuple[str, ...]) -> T:
+    """Call again after the pauses as long as the answer is one of the statuses.
+
+    silence: parts of the names of errors for "no answer, or only its beginning"; after these one more try, since a
+    time-out has been a long wait itself.
+    """
     tried = 0
     while True:
         try:
             return call()
         except Exception as error:
             status = _status(error)
-            allowed = pauses if status in statuses else pauses[: len(_SILENCE_PAUSES)] if _is_silence(error) else ()
+            allowed = pauses if status in statuses else pauses[:1] if status is None and _is(error, *silence) else ()
             if tried >= len(allowed):
                 raise
-            pause = _asked_pause(error)
-            pause = allowed[tried] if pause is None else min(pause, _LONGEST_PAUSE)
-            console.warn(f"the hub {_answer(error)}; next try in {pause:.0f} s")
+            asked = _asked_pause(error)
+            pause = allowed[tried] if asked is None else min(asked, _LONGEST_PAUSE)
+            console.warn(f"{_answer(error)}; next try in {pause:.0f} s")
             time.sleep(pause)
             tried += 1
 
@@ -168,9 +174,8 @@ def _asked_pause(error: BaseException) -> float | None:
     return None
 
 
-def _is_silence(error: BaseException) -> bool:
-    """Whether a connection was there and no answer came, or only the beginning of one."""
-    names = ("Timeout", "ReadError", "ProtocolError", "ChunkedEncoding")
+def _is(error: BaseException, *names: str) -> bool:
+    """Whether the error, or one that it came from, has one of the names in its own."""
     return any(name in type(link).__name__ for link in _chain(error) for name in names)
 
 
@@ -208,42 +213,45 @@ def _error(repository: Repository, error: Exception, damaged: list[str] | None =
     if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in _chain(error)):
         return MachineError("the disk of the cache is full", first_line(error), "make room, or set HF_HOME")
     lost = f"; {', '.join(damaged)} in the cache was damaged" if damaged else ""
-    why = f"the hub {_answer(error)}{lost} (cache: {constants.HF_HUB_CACHE})"
-    mend = f"`{repository.fetch}` fetches it into the cache; or {repository.instead}"
+    cache = f"{lost} (cache: {constants.HF_HUB_CACHE})"
     status = _status(error)
-    if status in (401, 403):
-        mend = f"get access and `hf auth login`, or set HF_TOKEN, then `{repository.fetch}`; or {repository.instead}"
+    if status is None and not _is_from_network(error):  # files are there, and cannot be read
+        return ModelError(
+            f"{repository.what}: what came from the hub cannot be read",
+            first_line(error) + cache,
+            f"`{repository.fetch} --force-download` fetches it anew; or {repository.instead}",
+        )
+    mend = f"`{repository.fetch}` fetches it into the cache; or {repository.instead}"
+    if status in (401, 403, 404):
+        mend = (
+            f"if you have access, `hf auth login` or set HF_TOKEN, then `{repository.fetch}`; or {repository.instead}"
+        )
     elif _is_offline(error):
-        mend = f"without HF_HUB_OFFLINE, {mend}"
-    elif status is None and not _is_from_network(error):  # files are there, and cannot be read
-        why = f"{first_line(error)}{lost} (cache: {constants.HF_HUB_CACHE})"
-        mend = f"`{repository.fetch} --force-download` fetches it anew; or {repository.instead}"
-        return ModelError(f"{repository.what}: what came from the hub cannot be read", why, mend)
-    return ModelError(f"{repository.what}: neither in the cache nor to be had from the hub", why, mend)
+        mend = f"with a network and without HF_HUB_OFFLINE, {mend}"
+    what = f"{repository.what}: neither in the cache nor to be had from the hub"
+    return ModelError(what, _answer(error) + cache, mend)
 
 
 def _answer(error: BaseException) -> str:
-    """What the hub does, in words: the part of a sentence that follows "the hub"."""
-    status = _status(error)
+    """What the hub did, in words."""
+    status, hub = _status(error), f"hub {constants.ENDPOINT}"
     if status in (401, 403):
-        return f"answers {status}: gated or private, or not there"
+        return f"{hub} answers {status}: gated or private, or not there"
     if status == 404:
-        return "answers 404: not there, or private"
+        return f"{hub} answers 404: not there, or private"
     if status == 429:
-        return "answers 429: too many requests"
+        return f"{hub} answers 429: too many requests"
     if status is not None:
-        return f"answers {status}"
+        return f"{hub} answers {status}"
     if _is_offline(error):
-        return "was not asked: HF_HUB_OFFLINE is set"
-    if any("Timeout" in type(link).__name__ for link in _chain(error)):
-        return f"does not answer in time ({constants.ENDPOINT})"
-    if any("Connect" in type(link).__name__ for link in _chain(error)):
-        return f"cannot be reached ({constants.ENDPOINT}): {first_line(error)}"
-    return f"failed: {first_line(error)}"
+        return "the hub was not asked: HF_HUB_OFFLINE is set"
+    if _is(error, "Timeout"):
+        return f"{hub} does not answer in time"
+    return f"{hub} cannot be reached: {first_line(error)}"
 
 
 def _is_offline(error: BaseException) -> bool:
-    return any("Offline" in type(link).__name__ for link in _chain(error))
+    return _is(error, "Offline")
 
 
 def _is_from_network(error: BaseException) -> bool:
