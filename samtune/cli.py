@@ -112,12 +112,14 @@ def run(
 
 def _check_before_slow_work(settings: RunConfig) -> None:
     from samtune.data.source import locate
-    from samtune.errors import CheckpointError
+    from samtune.errors import CheckpointError, DataError
     from samtune.runlog import check_free
 
     locate(settings.dataset)
     if settings.weights is not None and not settings.weights.is_file():
         raise CheckpointError(f"weights {settings.weights} are not there", mend="check the path of --weights")
+    if settings.train_labels is not None and not settings.train_labels.is_file():
+        raise DataError(f"labels {settings.train_labels} are not there", mend="check the path of --train-labels")
     if settings.output is not None:
         check_free(settings.output)
 
@@ -128,7 +130,10 @@ def evaluate(
         Path, typer.Argument(help="A run folder, or a checkpoint folder inside one.", metavar="RUN_OR_CHECKPOINT")
     ],
     split: Annotated[
-        str, typer.Option(help="val and train as the run split them, or a split of the data set.")
+        str,
+        typer.Option(
+            help="val and train as the run split them, or a split of the data set; always its own, clean labels."
+        ),
     ] = "test",
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best")

@@ -12,8 +12,9 @@ from torch import nn
 
 from samtune import console, device, models
 from samtune.config import RunConfig
-from samtune.data import source
+from samtune.data import noise, source
 from samtune.data.loader import steps_per_epoch
+from samtune.data.noise import LabelNoise
 from samtune.data.source import Source, Split
 from samtune.data.splits import Indices, train_and_validation
 from samtune.errors import UsageError
@@ -39,8 +40,9 @@ class Job:
     config: RunConfig  # nothing left open
     device: torch.device
     data: Source
-    train: Split
+    train: Split  # with the labels to train on
     train_rows: Indices
+    noise: LabelNoise | None  # what differs in them from the data set's own
     val: Split
     val_rows: Indices
     model: nn.Module
@@ -69,6 +71,7 @@ def prepare(config: RunConfig) -> Job:
     console.note(f"reading data set {config.dataset} ...")
     data = source.open_source(config.dataset)
     train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
+    train, wrong = _noisy(config, train, train_rows, data.class_names)
     console.note(f"loading model {config.model} ...")
     model, info = models.build(
         config.model,
@@ -104,6 +107,7 @@ def prepare(config: RunConfig) -> Job:
         data=data,
         train=train,
         train_rows=train_rows,
+        noise=wrong,
         val=val,
         val_rows=val_rows,
         model=model,
@@ -116,6 +120,19 @@ def prepare(config: RunConfig) -> Job:
         total_steps=total_steps,
         warmup_steps=warmup_steps,
     )
+
+
+def _noisy(
+    config: RunConfig, train: Split, rows: Indices, class_names: tuple[str, ...]
+) -> tuple[Split, LabelNoise | None]:
+    """The train split with the labels to train on; another split object than the one that validation may share."""
+    if config.train_labels is not None:
+        return noise.from_file(train, rows, class_names, path=config.train_labels, key=config.train_labels_key)
+    if config.label_noise > 0:
+        return noise.flip(
+            train, rows, class_names, fraction=config.label_noise, kind=config.noise_kind, seed=config.noise_seed
+        )
+    return train, None
 
 
 def _optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.Optimizer, Callable[[], torch.Tensor] | None]:

@@ -112,11 +112,15 @@ def _open_run_folder(job: Job) -> RunLog:
         },
         "steps_per_epoch": job.steps_per_epoch,
     }
+    if job.noise is not None:
+        provenance["dataset"]["label_noise"] = job.noise.about
     assert config.output is not None
     log = RunLog(config.output, config.to_toml(), provenance, job.total_steps)
 
     resolved = "" if info.requested == info.resolved else f" -> {info.resolved}"
-    own = "its own split" if job.val is not job.train else f"a stratified {100 * config.val_fraction:g} % of train"
+    own = (
+        "its own split" if job.val.name != job.train.name else f"a stratified {100 * config.val_fraction:g} % of train"
+    )
     sizes = f"train {len(job.train_rows)}, val {len(job.val_rows)} ({own}), test {provenance['dataset']['test']}"
     for line in (
         f"model   {info.requested}{resolved}: pretrained on {info.pretraining}, weights {info.weights}, "
@@ -129,6 +133,9 @@ def _open_run_folder(job: Job) -> RunLog:
         f"output  {config.output}",
     ):
         _say(log, line)
+    if job.noise is not None:
+        job.noise.write(log.folder / "label_noise.parquet")
+        _say(log, f"noise   {report.noise_words(job.noise.about)}; validation and test keep clean labels")
     if data.test is None:
         _say(log, f"{data.name} has no test split: the report will show the validation error alone", console.warn)
     return log
