@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Self
 
@@ -64,6 +64,11 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     _to_stdout(drawn.get())
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """The rest of a result on stdout, unwrapped: paths can be copied."""
+    _to_stdout("".join(line + "\n" for line in lines))
+
+
 def _to_stdout(text: str) -> None:
     try:
         sys.stdout.write(text)
@@ -95,7 +100,7 @@ class RunProgress:
                 transient=True,
             )
             self._steps = self._bar.add_task("step", total=total_steps, numbers="", visible=total_steps > 0)
-        self._scoring: TaskID | None = None
+        self._counting: TaskID | None = None
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -118,15 +123,19 @@ class RunProgress:
 
     def score(self, split: str, done: int, total: int) -> None:
         """So many of a split's images are scored."""
+        self.count(f"scoring {split}", done, total)
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """So many images of a pass over all of them are done."""
         if self._bar is None:
-            self._line(f"scoring {split}: {done}/{total} images")
+            self._line(f"{what}: {done}/{total} images")
             return
-        if self._scoring is None:
-            self._scoring = self._bar.add_task(f"scoring {split}", total=total, numbers="images")
-        self._bar.update(self._scoring, completed=done)
+        if self._counting is None:
+            self._counting = self._bar.add_task(what, total=total, numbers="images")
+        self._bar.update(self._counting, completed=done)
         if done == total:
-            self._bar.remove_task(self._scoring)
-            self._scoring = None
+            self._bar.remove_task(self._counting)
+            self._counting = None
 
     def _line(self, text: str) -> None:
         if time.monotonic() - self._last_line >= _PLAIN_INTERVAL:

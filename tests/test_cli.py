@@ -59,15 +59,16 @@ def test_every_setting_is_a_flag_with_help():
     assert "Default: 0.05" in help_text
 
 
-@pytest.mark.parametrize("command", ["run", "eval"])
+@pytest.mark.parametrize("command", ["run", "eval", "data", "data check"])
 def test_every_command_has_an_example(command):
-    assert f"Example: samtune {command} " in samtune(command, "--help", env={"COLUMNS": "200"}).stdout
+    assert f"Example: samtune {command} " in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
 
 
-def test_help_loads_nothing_heavy():
+@pytest.mark.parametrize("command", ["run", "data check"])
+def test_help_loads_nothing_heavy(command):
     check = (
-        "import sys; from samtune.cli import app; app(['run', '--help'], standalone_mode=False);"
-        "heavy = {'torch', 'timm', 'datasets', 'scipy', 'pyarrow'} & set(sys.modules);"
+        f"import sys; from samtune.cli import app; app({[*command.split(), '--help']}, standalone_mode=False);"
+        "heavy = {'torch', 'timm', 'datasets', 'scipy', 'pyarrow', 'PIL', 'numpy', 'imagehash'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)

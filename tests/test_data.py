@@ -215,6 +215,13 @@ def test_what_is_transparent_is_white():
     assert (decode(buffer.getvalue(), str) == 255).all()
 
 
+def test_of_16_bits_the_upper_8_are_kept():
+    pixels = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    assert (decode(buffer.getvalue(), str).numpy() == pixels >> 8).all()
+
+
 def test_an_image_is_turned_upright():
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees

@@ -97,7 +97,7 @@ def _collate(items: list[tuple[torch.Tensor, int] | DataError]) -> Batch | DataE
     return torch.stack(images), torch.tensor(labels)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def leave_signals_to_the_main_process(worker: int) -> None:
     """Ctrl-C and a job's end reach every process of the group: the main one decides, and then ends the workers.
 
     It may do so while it takes a batch over, at which multiprocessing's own thread in the worker would print a
@@ -115,7 +115,7 @@ def _load(dataset: _Images, plan: Iterator[list[tuple[int, int]]], workers: int,
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_collate,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else it would draw a seed from the global one, which dropout uses
     )
     for batch in loader:

@@ -52,9 +52,14 @@ class Split:
         except OSError as error:
             raise DataError(f"{self.where(row)} cannot be read", error.strerror or "") from None
 
+    def path(self, row: int) -> str | None:
+        """The file that a row's image came from, or its name in the parquet file."""
+        path: str | None = self.table[row][self.image_column]["path"]
+        return path
+
     def where(self, row: int) -> str:
         """A row's place in words, for messages."""
-        path = self.table[row][self.image_column]["path"]
+        path = self.path(row)
         return f"image {row} of split {self.name}" + (f" ({path})" if path else "")
 
 
