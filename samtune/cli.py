@@ -20,6 +20,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+data_app = typer.Typer(
+    help="Look at a data set before a run does.\n\nExample: samtune data check path/to/photos",
+    no_args_is_help=True,
+)
+app.add_typer(data_app, name="data")
 
 _SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}
 _UsageError: Any = typer.BadParameter.__base__  # of the click that this typer stands on
@@ -112,12 +117,14 @@ def run(
 
 def _check_before_slow_work(settings: RunConfig) -> None:
     from samtune.data.source import locate
-    from samtune.errors import CheckpointError
+    from samtune.errors import CheckpointError, DataError
     from samtune.runlog import check_free
 
     locate(settings.dataset)
     if settings.weights is not None and not settings.weights.is_file():
         raise CheckpointError(f"weights {settings.weights} are not there", mend="check the path of --weights")
+    if settings.train_labels is not None and not settings.train_labels.is_file():
+        raise DataError(f"labels {settings.train_labels} are not there", mend="check the path of --train-labels")
     if settings.output is not None:
         check_free(settings.output)
 
@@ -128,7 +135,10 @@ def evaluate(
         Path, typer.Argument(help="A run folder, or a checkpoint folder inside one.", metavar="RUN_OR_CHECKPOINT")
     ],
     split: Annotated[
-        str, typer.Option(help="val and train as the run split them, or a split of the data set.")
+        str,
+        typer.Option(
+            help="val and train as the run split them, or a split of the data set; always its own, clean labels."
+        ),
     ] = "test",
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best")
@@ -161,6 +171,40 @@ def evaluate(
     others = f"{result['top5_error']:.2f} %, {result['mean_per_class_error']:.2f} %"
     rows = {f"{split} top-1 error": report.score_line(result), "top-5, mean per class": others}
     console.print_table("Result", rows | {key: str(value) for key, value in about.items()})
+
+
+@data_app.command(name="check")
+def data_check(
+    dataset: Annotated[
+        str, typer.Argument(help="A known name, or the path of a folder.", metavar="NAME_OR_PATH", show_default=False)
+    ],
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-j", min=0, help="Processes that read images; by default one a core.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Find unreadable images, duplicates within and across splits, missing classes and odd labels.
+
+    Example: samtune data check path/to/photos
+
+    An image is readable if training can decode it. Exit code 3 if one is not, and 0 otherwise, whatever else is found.
+    Pictures that look alike are found with the package imagehash (extra: check), equal files without it.
+    """
+    from samtune.data.source import locate
+
+    locate(dataset)
+
+    from samtune import console
+    from samtune.data import check
+
+    with console.RunProgress() as progress:
+        result = check.check(dataset, workers=workers, progress=progress.count)
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_table(f"Data check: {result['dataset']}", check.summary(result))
+        console.print_lines(check.findings(result))
+    check.refuse_unreadable(result)
 
 
 def main() -> None:

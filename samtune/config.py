@@ -148,6 +148,26 @@ class RunConfig(BaseModel):
         8.0,
         ge=0,
     )
+    label_noise: float = _option(
+        "Data",
+        "share of the training labels to flip; validation, held out of train or not, and test keep clean labels",
+        0.0,
+        ge=0,
+        le=1,
+    )
+    noise_kind: Literal["symmetric", "pair"] = _option(
+        "Data", "a flipped label becomes any of the other classes (symmetric), or the next one (pair)", "symmetric"
+    )
+    noise_seed: int = _option(
+        "Data", "seed of the flips; it does not follow --seed, so that runs have the same wrong labels", 0, ge=0
+    )
+    train_labels: _PathField | None = _option(
+        "Data",
+        "labels to train on, from a file (.parquet, .csv, .jsonl): one for each row of train in its order, or in any "
+        "order with a column `index`; validation and test keep the data set's own",
+        None,
+    )
+    train_labels_key: str = _option("Data", "column of that file: class names, or numbers from 0", "label")
 
     opt: Literal["sgd", "adamw"] = _option("Optimizer", "sgd has Nesterov momentum", "sgd")
     lr: float | None = _option(
@@ -289,6 +309,8 @@ def load(recipe: Path | None = None, flags: Mapping[str, Any] | None = None) -> 
         raise _explain(str(first["loc"][0]), first["type"], first["msg"], given) from None
     if config.weights is not None and not config.pretrained:
         raise UsageError("--weights and --no-pretrained contradict each other", mend="give one of them")
+    if config.train_labels is not None and config.label_noise > 0:
+        raise UsageError("--train-labels and --label-noise contradict each other", mend="give one of them")
     if isinstance(config.m, int) and config.m > config.batch_size:
         raise UsageError(
             f"--m {config.m} is more than --batch-size {config.batch_size}",

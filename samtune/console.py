@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Self
 
@@ -64,6 +64,11 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     _to_stdout(drawn.get())
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """The rest of a result on stdout, unwrapped: paths can be copied."""
+    _to_stdout("".join(line + "\n" for line in lines))
+
+
 def _to_stdout(text: str) -> None:
     try:
         sys.stdout.write(text)
@@ -118,18 +123,19 @@ class RunProgress:
 
     def score(self, split: str, done: int, total: int) -> None:
         """So many of a split's images are scored."""
-        self._images(f"scoring {split}", done, total)
+        self.count(f"scoring {split}", done, total)
 
     def decode(self, split: str, done: int, total: int) -> None:
         """So many of a split's images are decoded."""
-        self._images(f"decoding {split}", done, total)
+        self.count(f"decoding {split}", done, total)
 
-    def _images(self, task: str, done: int, total: int) -> None:
+    def count(self, what: str, done: int, total: int) -> None:
+        """So many images of a pass over all of them are done."""
         if self._bar is None:
-            self._line(f"{task}: {done}/{total} images")
+            self._line(f"{what}: {done}/{total} images")
             return
         if self._counting is None:
-            self._counting = self._bar.add_task(task, total=total, numbers="images")
+            self._counting = self._bar.add_task(what, total=total, numbers="images")
         self._bar.update(self._counting, completed=done)
         if done == total:
             self._bar.remove_task(self._counting)

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from torch import nn
 
 from samtune import console, device, models
 from samtune.config import RunConfig
-from samtune.data import source
+from samtune.data import noise, source
 from samtune.data.cache import Images, bad_among, look_at, refuse, without_bad
 from samtune.data.loader import steps_per_epoch
+from samtune.data.noise import LabelNoise
 from samtune.data.source import Source, Split
 from samtune.data.splits import Indices, train_and_validation
 from samtune.errors import UsageError
@@ -42,8 +43,9 @@ class Job:
     config: RunConfig  # nothing left open
     device: torch.device
     data: Source
-    train: Images
+    train: Images  # with the labels to train on
     train_rows: Indices
+    noise: LabelNoise | None  # what differs in them from the data set's own
     val: Images
     val_rows: Indices
     test: Images | None
@@ -86,6 +88,8 @@ def prepare(config: RunConfig) -> Job:
         refuse(bad)
     train_rows, val_rows = without_bad(train, train_rows), without_bad(val, val_rows)
     test_rows = without_bad(test, test_rows) if test else test_rows
+    noisy, wrong = _noisy(config, train_split, train_rows, data.class_names)
+    train = replace(train, split=noisy)
     console.note(f"loading model {config.model} ...")
     model, info = models.build(
         config.model,
@@ -121,6 +125,7 @@ def prepare(config: RunConfig) -> Job:
         data=data,
         train=train,
         train_rows=train_rows,
+        noise=wrong,
         val=val,
         val_rows=val_rows,
         test=test,
@@ -151,6 +156,19 @@ def look_at_data(config: RunConfig, splits: Iterable[Split]) -> dict[str, Images
             )
             for split in splits
         }
+
+
+def _noisy(
+    config: RunConfig, train: Split, rows: Indices, class_names: tuple[str, ...]
+) -> tuple[Split, LabelNoise | None]:
+    """The train split with the labels to train on; another split object than the one that validation may share."""
+    if config.train_labels is not None:
+        return noise.from_file(train, rows, class_names, path=config.train_labels, key=config.train_labels_key)
+    if config.label_noise > 0:
+        return noise.flip(
+            train, rows, class_names, fraction=config.label_noise, kind=config.noise_kind, seed=config.noise_seed
+        )
+    return train, None
 
 
 def _optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.Optimizer, Callable[[], torch.Tensor] | None]:

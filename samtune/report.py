@@ -123,6 +123,8 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
         rows["top-5, mean per class"] = (
             f"{scored['top5_error']:.2f} %, {scored['mean_per_class_error']:.2f} % ({scored['split']})"
         )
+    if "label_noise" in report["dataset"]:
+        rows["label noise"] = f"{noise_words(report['dataset']['label_noise'])}; validation and test are clean"
     rows |= {
         "model": f"{model['resolved']}, pretrained on {model['pretraining']}, {model['img_size']} px",
         "data": "{name}: train {train}, val {val}, test {test}, {classes} classes".format(**report["dataset"]),
@@ -131,6 +133,12 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
         "cost": f"{cost['forward_backward_passes']:.0f} passes, {cost['sgd_equivalents']:g} times plain SGD's",
     }
     return rows
+
+
+def noise_words(noise: Mapping[str, Any]) -> str:
+    """How many training labels are wrong, and where that comes from."""
+    where = noise["source"] if noise["seed"] is None else f"{noise['kind']}, seed {noise['seed']}"
+    return f"{noise['flipped']} of {noise['n']} training labels changed, {100 * noise['fraction']:.3g} % ({where})"
 
 
 def sam_words(sam: Mapping[str, Any], steps: int) -> str:

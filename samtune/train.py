@@ -115,11 +115,14 @@ def _open_run_folder(job: Job) -> RunLog:
         "bad_images": job.bad_images,
         "steps_per_epoch": job.steps_per_epoch,
     }
+    if job.noise is not None:
+        provenance["dataset"]["label_noise"] = job.noise.about
     assert config.output is not None
     log = RunLog(config.output, config.to_toml(), provenance, job.total_steps)
 
     resolved = "" if info.requested == info.resolved else f" -> {info.resolved}"
-    own = "its own split" if job.val is not job.train else f"a stratified {100 * config.val_fraction:g} % of train"
+    held_out = job.val.split.name == job.train.split.name
+    own = f"a stratified {100 * config.val_fraction:g} % of train" if held_out else "its own split"
     sizes = f"train {len(job.train_rows)}, val {len(job.val_rows)} ({own}), test {provenance['dataset']['test']}"
     for line in (
         f"model   {info.requested}{resolved}: pretrained on {info.pretraining}, weights {info.weights}, "
@@ -136,6 +139,9 @@ def _open_run_folder(job: Job) -> RunLog:
         _say(
             log, f"{len(job.bad_images)} images cannot be decoded and are left out; the report lists them", console.warn
         )
+    if job.noise is not None:
+        job.noise.write(log.folder / "label_noise.parquet")
+        _say(log, f"noise   {report.noise_words(job.noise.about)}; validation and test keep clean labels")
     if data.test is None:
         _say(log, f"{data.name} has no test split: the report will show the validation error alone", console.warn)
     return log

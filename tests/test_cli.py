@@ -29,6 +29,9 @@ LITE0 = "tf_efficientnet_lite0"
         (("--model", LITE0, "--dataset", "{data}", "--weights", "nowhere.pth"), 5, "nowhere.pth"),
         (("--model", LITE0, "--dataset", "{data}", "--output", "{data}"), 2, "not empty"),
         (("--model", LITE0, "--dataset", "{data}", "--output", "/proc/run"), 8, "--output"),
+        (("--model", LITE0, "--dataset", "{data}", "--train-labels", "nowhere.csv"), 3, "nowhere.csv"),
+        (("--model", LITE0, "--dataset", "{data}", "--train-labels", "x.csv", "--label-noise", "0.1"), 2, "contradict"),
+        (("--model", LITE0, "--dataset", "{data}", "--label-noise", "20"), 2, "less than or equal to 1"),
         (("nowhere.toml",), 2, "nowhere.toml"),
         (("--model", LITE0), 2, "--dataset"),
     ],
@@ -56,15 +59,16 @@ def test_every_setting_is_a_flag_with_help():
     assert "Default: 0.05" in help_text
 
 
-@pytest.mark.parametrize("command", ["run", "eval"])
+@pytest.mark.parametrize("command", ["run", "eval", "data", "data check"])
 def test_every_command_has_an_example(command):
-    assert f"Example: samtune {command} " in samtune(command, "--help", env={"COLUMNS": "200"}).stdout
+    assert f"Example: samtune {command} " in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
 
 
-def test_help_loads_nothing_heavy():
+@pytest.mark.parametrize("command", ["run", "data check"])
+def test_help_loads_nothing_heavy(command):
     check = (
-        "import sys; from samtune.cli import app; app(['run', '--help'], standalone_mode=False);"
-        "heavy = {'torch', 'timm', 'datasets', 'scipy', 'pyarrow'} & set(sys.modules);"
+        f"import sys; from samtune.cli import app; app({[*command.split(), '--help']}, standalone_mode=False);"
+        "heavy = {'torch', 'timm', 'datasets', 'scipy', 'pyarrow', 'PIL', 'numpy', 'imagehash'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from samtune.errors import DataError, first_line
 
@@ -29,6 +29,9 @@ def decode(encoded: bytes, where: Callable[[], str]) -> torch.Tensor:
         pixels = _plain_jpeg(encoded, image)
         if pixels is None:
             pixels = np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    except UnidentifiedImageError:
+        why = "it is no image" if encoded else "it is empty"
+        raise DataError(f"{where()} cannot be decoded", why, "mend or remove the image") from None
     except Exception as error:  # each format of damaged bytes has its own: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{where()} cannot be decoded", first_line(error), "mend or remove the image") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -93,7 +93,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def leave_signals_to_the_main_process(worker: int) -> None:
     """Ctrl-C and a job's end reach every process of the group: the main one decides, and then ends the workers.
 
     It may do so while it takes a batch over, at which multiprocessing's own thread in the worker would print a
@@ -112,7 +112,7 @@ def _load(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: boo
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else it would draw a seed from the global one, which dropout uses
     )
     for batch in loader:

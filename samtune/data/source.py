@@ -55,9 +55,13 @@ class Split:
         except OSError as error:
             raise DataError(f"{self.where(row)} cannot be read", error.strerror or "") from None
 
+    def path(self, row: int) -> str | None:
+        """The file that a row's image came from, or its name in the parquet file."""
+        return self._image(row)[1] or None
+
     def where(self, row: int) -> str:
         """A row's place in words, for messages."""
-        path = self._image(row)[1]
+        path = self.path(row)
         return f"image {row} of split {self.name}" + (f" ({path})" if path else "")
 
     def encoded_bytes(self) -> int:

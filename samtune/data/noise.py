@@ -1,0 +1,162 @@
+"""Wrong training labels on purpose: flipped at random, or those that somebody else gave.
+
+Only the labels that a run trains on change. Validation and test keep the data set's own, the part of train that is held
+out for validation included: what chooses and what measures is clean.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from samtune.data.source import Split
+from samtune.data.splits import Indices
+from samtune.errors import DataError, first_line
+
+_ROW_COLUMN = "index"
+
+
+@dataclass(frozen=True)
+class LabelNoise:
+    """Which training labels were changed, and how.
+
+    kind: symmetric, pair or file. fraction: flipped / n, of the n training rows. seed: None for labels from a file.
+    source: "random", or "FILE, column KEY". rows: (flipped,) into the train split, ascending. labels, noisy_labels:
+    (flipped,) int64, what they were and what they became.
+    """
+
+    kind: str
+    seed: int | None
+    source: str
+    n: int
+    rows: Indices
+    labels: Indices
+    noisy_labels: Indices
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The entry of a report."""
+        return {
+            "kind": self.kind,
+            "fraction": len(self.rows) / self.n,
+            "flipped": len(self.rows),
+            "n": self.n,
+            "seed": self.seed,
+            "source": self.source,
+        }
+
+    def write(self, path: Path) -> None:
+        """A parquet file with one row per changed label: index into the train split, label, noisy_label."""
+        pq.write_table(pa.table({_ROW_COLUMN: self.rows, "label": self.labels, "noisy_label": self.noisy_labels}), path)
+
+
+def flip(
+    train: Split, rows: Indices, class_names: Sequence[str], *, fraction: float, kind: str, seed: int
+) -> tuple[Split, LabelNoise]:
+    """The train split with round(fraction * n) of these n rows' labels flipped, and which.
+
+    symmetric: to one of the other classes, each as likely. pair: to the next class, after the last one the first.
+    The choice depends on (rows, seed) alone; a row that is flipped at one fraction is flipped, to the same label, at
+    every larger one. Raises DataError if there is no other class.
+    """
+    classes = len(class_names)
+    if classes < 2:
+        raise DataError("--label-noise needs two classes", f"there is only {class_names[0]!r}", "leave it out")
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(rows))
+    steps = generator.integers(1, classes, len(rows)) if kind == "symmetric" else np.ones(len(rows), dtype=np.int64)
+    count = round(fraction * len(rows))
+    noisy = train.labels.copy()
+    chosen = rows[order[:count]]
+    noisy[chosen] = (noisy[chosen] + steps[:count]) % classes
+    return _changed(train, noisy, rows, kind, seed, "random")
+
+
+def from_file(
+    train: Split, rows: Indices, class_names: Sequence[str], *, path: Path, key: str
+) -> tuple[Split, LabelNoise]:
+    """The train split with the labels of a file for these rows, and which of them differ from its own.
+
+    The file has a label for every row of the train split, in its order, or in any order with a column `index`. Raises
+    DataError that names the row.
+    """
+    table = _read(path)
+    if key not in table.column_names:
+        raise DataError(
+            f"--train-labels {path} has no column {key!r}",
+            f"its columns: {', '.join(table.column_names)}",
+            "name one of them by --train-labels-key",
+        )
+    values = table[key].to_pylist()
+    if len(values) != len(train):
+        raise DataError(
+            f"--train-labels {path} has {len(values)} rows, and split {train.name} has {len(train)}",
+            mend="give one label for every row of the split, validation part included",
+        )
+    meaning = _meaning(class_names)
+    given = np.array([meaning.get(v, -1) if isinstance(v, str | int) else -1 for v in values], dtype=np.int64)
+    if (given < 0).any():
+        row = int(np.flatnonzero(given < 0)[0])
+        some = ", ".join(class_names[:6]) + (", ..." if len(class_names) > 6 else "")
+        raise DataError(
+            f"row {row} of --train-labels {path} has the {key} {values[row]!r}, which is no class",
+            f"there are {len(class_names)} classes: {some}",
+            "give class names, or numbers that count from 0",
+        )
+    if _ROW_COLUMN in table.column_names:
+        place = np.array(table[_ROW_COLUMN].to_pylist())
+        if not np.array_equal(np.sort(place), np.arange(len(train))):
+            raise DataError(
+                f"column {_ROW_COLUMN} of --train-labels {path} is not each row of split {train.name} once",
+                mend=f"number the rows from 0 to {len(train) - 1}, or remove the column",
+            )
+        given = given[np.argsort(place)]
+    noisy = train.labels.copy()
+    noisy[rows] = given[rows]
+    return _changed(train, noisy, rows, "file", None, f"{path}, column {key}")
+
+
+def _changed(
+    train: Split, noisy: Indices, rows: Indices, kind: str, seed: int | None, where: str
+) -> tuple[Split, LabelNoise]:
+    changed = np.flatnonzero(noisy != train.labels)
+    noise = LabelNoise(kind, seed, where, len(rows), changed, train.labels[changed], noisy[changed])
+    return replace(train, labels=noisy), noise
+
+
+def _meaning(class_names: Sequence[str]) -> Mapping[Any, int]:
+    """What a value in a file means. Numbers are positions, unless the classes themselves are named by numbers."""
+    meaning: dict[Any, int] = {name: i for i, name in enumerate(class_names)}
+    if all(name.isdecimal() for name in class_names):
+        return meaning | {int(name): i for i, name in enumerate(class_names)}
+    return meaning | dict(enumerate(range(len(class_names))))
+
+
+def _read(path: Path) -> pa.Table:
+    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    if path.suffix.lower() not in readers:
+        raise DataError(f"--train-labels {path}: unknown kind of file", mend=f"give {', '.join(readers)}")
+    try:
+        return readers[path.suffix.lower()](path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"--train-labels {path} cannot be read", first_line(error), "check path and content") from None
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    return pq.read_table(path)
+
+
+def _read_csv(path: Path) -> pa.Table:
+    import pyarrow.csv
+
+    return pyarrow.csv.read_csv(path)
+
+
+def _read_jsonl(path: Path) -> pa.Table:
+    import pyarrow.json
+
+    return pyarrow.json.read_json(path)
