@@ -167,7 +167,7 @@ def evaluate_checkpoint(
         raise UsageError(
             f"data set {data.name} has no split {split!r}", mend=f"--split val, or one of: {', '.join(data.splits)}"
         )
-    images = look_at_data(config, [chosen])[chosen.name]
+    (images,) = look_at_data(config, [(chosen, rows)])
     if config.on_bad_image == "error":
         refuse(bad_among(images, rows))
     with device.room_for(f"{2 * config.batch_size} images of {data_config['input_size'][1]} px"):

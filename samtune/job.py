@@ -78,10 +78,9 @@ def prepare(config: RunConfig) -> Job:
     data = source.open_source(config.dataset)
     train_split, train_rows, val_split, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
     test_rows = np.arange(len(data.test) if data.test else 0)
-    wanted = {split.name: split for split in (train_split, val_split, data.test) if split is not None}
-    images = look_at_data(config, wanted.values())
-    train, val = images[train_split.name], images[val_split.name]
-    test = images[data.test.name] if data.test else None
+    test_part = [(data.test, test_rows)] if data.test else []
+    train, val, *tested = look_at_data(config, [(train_split, train_rows), (val_split, val_rows), *test_part])
+    test = tested[0] if tested else None
     chosen = [(train, train_rows), (val, val_rows), *([(test, test_rows)] if test else [])]
     bad = [item for found, rows in chosen for item in bad_among(found, rows)]
     if config.on_bad_image == "error":
@@ -143,19 +142,20 @@ def prepare(config: RunConfig) -> Job:
     )
 
 
-def look_at_data(config: RunConfig, splits: Iterable[Split]) -> dict[str, Images]:
-    """The images of each split by name, decoded into the cache as far as the config allows."""
+def look_at_data(config: RunConfig, parts: Iterable[tuple[Split, Indices]]) -> list[Images]:
+    """The images of (split, rows) each, decoded into the cache as far as the config allows."""
     with console.RunProgress() as progress:
-        return {
-            split.name: look_at(
+        return [
+            look_at(
                 split,
+                rows,
                 limit=int(config.cache_limit * 2**30),
                 threads=device.cores(),
                 progress=progress.decode,
                 always=config.on_bad_image == "skip",
             )
-            for split in splits
-        }
+            for split, rows in parts
+        ]
 
 
 def _noisy(

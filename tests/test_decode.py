@@ -93,7 +93,7 @@ def split(tmp_path, monkeypatch):
 
 
 def look(split, limit=10**9, **options):
-    return look_at(split, limit=limit, threads=2, progress=lambda *_: None, **options)
+    return look_at(split, np.arange(len(split)), limit=limit, threads=2, progress=lambda *_: None, **options)
 
 
 def counting(monkeypatch):
@@ -109,6 +109,14 @@ def test_cached_pixels_are_the_decoded_ones_and_are_decoded_once(split, monkeypa
         for row in range(len(split)):
             assert torch.equal(images[row], decode(split.image_bytes(row), str))
     assert len(calls) == len(split)
+
+
+def test_rows_that_were_not_asked_for_are_not_looked_at_and_decode_when_they_are_needed(split, monkeypatch):
+    calls = counting(monkeypatch)
+    images = look_at(split, np.array([7, 3, 3]), limit=10**9, threads=2, progress=lambda *_: None)
+    assert len(calls) == 2
+    for row in (3, 7, 11):
+        assert torch.equal(images[row], decode(split.image_bytes(row), str))
 
 
 def test_what_is_done_to_pixels_is_not_written_to_the_file(split):

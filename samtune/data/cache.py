@@ -5,6 +5,7 @@ another path is the same file. It lies under $SAMTUNE_CACHE, else in the user's 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -51,6 +52,10 @@ class Pixels:
         pixels = self._bytes[start : start + height * width * 3].reshape(height, width, 3)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
+    def map(self) -> None:
+        """Take hold of the file: it stays readable even if another run removes it to make room."""
+        assert self._bytes.ndim == 1
+
     @cached_property
     def _bytes(self) -> npt.NDArray[np.uint8]:
         # Copy on write: the file stays as it is, whatever is done to the pixels.
@@ -63,53 +68,69 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a split, from the cache where there is one.
+    """The images of a split, from the cache where they are there.
 
-    bad: why an image cannot be decoded, by row; known once all have been looked at.
+    place: where a row's pixels stand in the cache. bad: why an image cannot be decoded, by row; known once it has been
+    looked at.
     """
 
     split: Split
     pixels: Pixels | None = None
+    place: Mapping[int, int] = field(default_factory=dict)
     bad: Mapping[int, str] = field(default_factory=dict)
 
     def __getitem__(self, row: int) -> torch.Tensor:
         """(3, height, width) uint8. Raises DataError for what is no image."""
-        if self.pixels is not None and row not in self.bad:
-            return self.pixels[row]
+        place = self.place.get(row)
+        if self.pixels is not None and place is not None and row not in self.bad:
+            return self.pixels[place]
         return decode(self.split.image_bytes(row), lambda: self.split.where(row))
 
 
-def look_at(split: Split, *, limit: int, threads: int, progress: Progress, always: bool = False) -> Images:
-    """Decode all images of a split, unless that was done before, and keep the pixels.
+def look_at(
+    split: Split, rows: Indices, *, limit: int, threads: int, progress: Progress, always: bool = False
+) -> Images:
+    """Decode these rows of a split, unless that was done before, and keep the pixels.
 
-    limit: bytes that the cache may hold in all; the files that were not used for longest go. A split that does not fit
-    is not kept; then it is looked at only if that is asked for by `always`. A cache that cannot be written is done
-    without.
+    limit: bytes that the cache may hold in all; the files that were not used for longest go. What does not fit is not
+    kept; then it is looked at only if that is asked for by `always`. A cache that cannot be written is done without.
     """
-    if len(split) == 0 or (limit == 0 and not always):
+    rows = np.unique(rows)
+    if len(rows) == 0 or (limit == 0 and not always):
         return Images(split)
-    if not always and split.encoded_bytes() > limit:  # decoded it is larger still
+    if not always and split.encoded_bytes() * len(rows) / len(split) > limit:  # decoded it is larger still
         return Images(split)
-    folder = _root() / _name(split)
+
+    def kept(pixels: Pixels, bad: Mapping[int, str]) -> Images:
+        place = {row: i for i, row in enumerate(rows.tolist())}
+        return Images(split, pixels, place, {int(rows[i]): why for i, why in bad.items()})
+
+    def looked_at(images: Iterator[torch.Tensor | str]) -> Images:
+        if not always:
+            return Images(split)
+        reasons = zip(rows.tolist(), images, strict=True)
+        return Images(split, bad={row: image for row, image in reasons if isinstance(image, str)})
+
+    folder = _root() / _name(split, rows)
     found = _open(folder)
     if found is not None:
         os.utime(folder)
-        return Images(split, *found)
-    decoded = _decoded(split, threads, progress)
+        return kept(*found)
+    decoded = _decoded(split, rows, threads, progress)
     sample = list(islice(decoded, _SAMPLE))
-    foretold = sum(image.numel() for image in sample if isinstance(image, torch.Tensor)) / len(sample) * len(split)
-    everything = _rejoined(sample, decoded)
+    foretold = sum(image.numel() for image in sample if isinstance(image, torch.Tensor)) / len(sample) * len(rows)
+    everything = itertools.chain(sample, decoded)
     if foretold > limit:
-        return Images(split, None, _only_bad(everything)) if always else Images(split)
+        return looked_at(everything)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _make_room(folder.parent, limit - int(foretold))
         _write(folder, everything)
     except OSError:
         # No room, no permission, a shared disk that is away: training goes on, with a decoder in every epoch.
-        return Images(split, None, _only_bad(_decoded(split, threads, progress))) if always else Images(split)
+        return looked_at(_decoded(split, rows, threads, progress))
     found = _open(folder)
-    return Images(split, *found) if found is not None else Images(split)
+    return Images(split) if found is None else kept(*found)
 
 
 def _root() -> Path:
@@ -119,9 +140,9 @@ def _root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samtune" / "decoded"
 
 
-def _name(split: Split) -> str:
+def _name(split: Split, rows: Indices) -> str:
     digest = hashlib.sha256(_RULE)
-    for row in range(len(split)):
+    for row in rows.tolist():
         try:
             encoded = split.image_bytes(row)
         except DataError:
@@ -131,7 +152,7 @@ def _name(split: Split) -> str:
     return digest.hexdigest()[:32]
 
 
-def _decoded(split: Split, threads: int, progress: Progress) -> Iterator[torch.Tensor | str]:
+def _decoded(split: Split, rows: Indices, threads: int, progress: Progress) -> Iterator[torch.Tensor | str]:
     """Each image in order, or the reason why it is none. Both decoders work without Python's lock."""
 
     def one(row: int) -> torch.Tensor | str:
@@ -141,18 +162,10 @@ def _decoded(split: Split, threads: int, progress: Progress) -> Iterator[torch.T
             return error.why or error.what
 
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(split), _SAMPLE):  # in portions: a data set need not fit into memory
-            yield from pool.map(one, range(start, min(start + _SAMPLE, len(split))))
-            progress(split.name, min(start + _SAMPLE, len(split)), len(split))
-
-
-def _rejoined(first: list[torch.Tensor | str], rest: Iterator[torch.Tensor | str]) -> Iterator[torch.Tensor | str]:
-    yield from first
-    yield from rest
-
-
-def _only_bad(images: Iterator[torch.Tensor | str]) -> dict[int, str]:
-    return {row: image for row, image in enumerate(images) if isinstance(image, str)}
+        for start in range(0, len(rows), _SAMPLE):  # in portions: a data set need not fit into memory
+            portion = rows[start : start + _SAMPLE].tolist()
+            yield from pool.map(one, portion)
+            progress(split.name, start + len(portion), len(rows))
 
 
 def _write(folder: Path, images: Iterator[torch.Tensor | str]) -> None:
@@ -191,7 +204,9 @@ def _open(folder: Path) -> tuple[Pixels, dict[int, str]] | None:
     except (OSError, ValueError, KeyError):
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return Pixels(folder / "pixels", offsets, shapes), bad
+    pixels = Pixels(folder / "pixels", offsets, shapes)
+    pixels.map()
+    return pixels, bad
 
 
 def _make_room(root: Path, room: int) -> None:

@@ -62,7 +62,9 @@ def samtune_epochs(split, crop, size, batch_size, workers, epochs) -> Iterator[I
         def one_epoch():
             nonlocal batches
             if batches is None:
-                images = cache.look_at(split, limit=2**34, threads=device.cores(), progress=lambda *_: None)
+                images = cache.look_at(
+                    split, np.arange(len(split)), limit=2**34, threads=device.cores(), progress=lambda *_: None
+                )
                 batches = train_batches(
                     images,
                     np.arange(len(split)),
