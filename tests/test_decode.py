@@ -137,11 +137,13 @@ def test_what_does_not_fit_is_not_kept_and_what_was_not_used_for_longest_goes(sp
     size = 20 * 24 * 20 * 3  # images x width x height x channels
     assert look(split, limit=size - 1).pixels is None
     assert look(split, limit=0).pixels is None
-    first = look(split, limit=size).pixels.file
+    kept = look(split, limit=size)
+    first = kept.pixels.file
     other = write_image_folder(tmp_path / "other", {"train": 10}, classes=("dog", "cat", "hen"))
     second = look(source.open_source(str(other)).splits["train"], limit=2 * size).pixels.file
     assert second.exists()
     assert not first.exists()
+    assert torch.equal(kept[5], decode(split.image_bytes(5), str))  # who holds it goes on
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove index"])

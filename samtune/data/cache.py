@@ -58,6 +58,8 @@ class Pixels:
 
     @cached_property
     def _bytes(self) -> npt.NDArray[np.uint8]:
+        if self.file.stat().st_size == 0:  # no image could be decoded
+            return np.empty(0, np.uint8)
         # Copy on write: the file stays as it is, whatever is done to the pixels.
         return np.memmap(self.file, np.uint8, "c")
 
