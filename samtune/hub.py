@@ -82,8 +82,8 @@ def load(repository: Repository, read: Callable[[bool], T]) -> T:
             raise
         except Exception as error:  # network, cache and file formats have a family of errors each
             found = [] if damaged else _discard_damaged(repository)
-            if not found:
-                raise _error(repository, error if trouble is None else trouble, damaged) from None
+            if trouble is not None or not found:
+                raise _error(repository, trouble or error, damaged or found) from None
             damaged = found
             console.warn(f"{repository.what}: {', '.join(found)} in the cache is damaged and is fetched again")
 

@@ -185,7 +185,7 @@ class _Answer(BaseHTTPRequestHandler):
 # ------------------------------------------------------------------------------------------------------------- clients
 
 _PRELOADED = """
-import json, os, sys
+import json, os, sys, traceback
 import datasets, timm, torch
 import samtune.cli, samtune.train, samtune.evaluate, samtune.hub, datasets.packaged_modules.parquet.parquet
 
@@ -196,7 +196,16 @@ for line in sys.stdin:
         os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY), 1)
         os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY), 2)
         sys.argv = ["samtune", *arguments]
-        samtune.cli.main()
+        try:
+            samtune.cli.main()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the usual end would take torch apart, which takes a second
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
