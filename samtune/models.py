@@ -182,7 +182,7 @@ def _create(resolved: str, arguments: Mapping[str, Any], download: str | None) -
             first_line(error),
             "change --img-size, --drop or --drop-path",
         ) from None
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # torch.hub fetches it, with errors of its own
         if kind != "url":
             raise
         raise ModelError(

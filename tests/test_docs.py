@@ -75,7 +75,7 @@ def test_every_recipe_runs_in_miniature(recipe, tmp_path):
 def test_options_in_the_readme_exist():
     known = {flag_name(key) for key in RunConfig.model_fields}
     known |= {flag_name(f"no_{key}") for key, field in RunConfig.model_fields.items() if field.annotation is bool}
-    known |= {"--json", "--split", "--without-pip", "--python", "--help", "--repeat"}
+    known |= {"--json", "--split", "--without-pip", "--python", "--help", "--repeat", "--repo-type"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
