@@ -17,7 +17,8 @@ SETS = {
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_real_data_set_trains_for_a_short_epoch(name, shared_data, tmp_path):
-    given = {"model": "resnet10t", "pretrained": False, "dataset": str(shared_data / name), "output": str(tmp_path / "r")}
+    given = {"model": "resnet10t", "pretrained": False, "dataset": str(shared_data / name)}
+    given |= {"output": str(tmp_path / "r")}
     given |= {"img_size": 48, "epochs": 1, "max_train": 256, "max_eval": 128, "batch_size": 32, "workers": 0}
     result = train.run(config.load(None, given | SETS[name]))
     assert result["steps"] == min(256, result["dataset"]["train"]) // 32
