@@ -12,10 +12,9 @@ from torch import nn
 
 from samtune import console, device, models
 from samtune.config import RunConfig
-from samtune.data import source
 from samtune.data.loader import steps_per_epoch
 from samtune.data.source import Source, Split
-from samtune.data.splits import Indices, train_and_validation
+from samtune.data.splits import Indices, open_parts
 from samtune.errors import UsageError
 from samtune.losses import cross_entropy, l2_penalty
 from samtune.models import ModelInfo
@@ -43,6 +42,7 @@ class Job:
     train_rows: Indices
     val: Split
     val_rows: Indices
+    test_rows: Indices  # of data.test
     model: nn.Module
     info: ModelInfo
     optimizer: torch.optim.Optimizer
@@ -67,8 +67,10 @@ def prepare(config: RunConfig) -> Job:
     torch.manual_seed(config.seed)
     models.resolve(config.model)  # a misspelt name need not wait for the data
     console.note(f"reading data set {config.dataset} ...")
-    data = source.open_source(config.dataset)
-    train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
+    parts = open_parts(config)
+    data = parts.data
+    for note in data.notes:
+        console.note(note)
     console.note(f"loading model {config.model} ...")
     model, info = models.build(
         config.model,
@@ -83,9 +85,9 @@ def prepare(config: RunConfig) -> Job:
     with device.room_for(f"the weights of {info.resolved}"):
         model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
 
-    config = _fill_in(config, target, info, len(train_rows))
-    batch_size = min(config.batch_size, len(train_rows))
-    per_epoch = steps_per_epoch(len(train_rows), batch_size)
+    config = _fill_in(config, target, info, len(parts.train_rows))
+    batch_size = min(config.batch_size, len(parts.train_rows))
+    per_epoch = steps_per_epoch(len(parts.train_rows), batch_size)
     total_steps = max(1, config.epochs.steps(per_epoch))
     warmup_steps = config.warmup_epochs.steps(per_epoch, total_steps)
     optimizer, penalty = _optimizer(model, config)
@@ -102,10 +104,11 @@ def prepare(config: RunConfig) -> Job:
         config=config,
         device=target,
         data=data,
-        train=train,
-        train_rows=train_rows,
-        val=val,
-        val_rows=val_rows,
+        train=parts.train,
+        train_rows=parts.train_rows,
+        val=parts.val,
+        val_rows=parts.val_rows,
+        test_rows=parts.test_rows,
         model=model,
         info=info,
         optimizer=optimizer,

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_model
@@ -85,7 +84,7 @@ def _open_run_folder(job: Job) -> RunLog:
             "source": data.origin,
             "train": len(job.train_rows),
             "val": len(job.val_rows),
-            "test": len(data.test) if data.test else 0,
+            "test": len(job.test_rows),
             "classes": len(data.class_names),
             "split_hash": split_hash(
                 job.train_rows, job.train.labels[job.train_rows], job.val_rows, job.val.labels[job.val_rows]
@@ -129,6 +128,8 @@ def _open_run_folder(job: Job) -> RunLog:
         f"output  {config.output}",
     ):
         _say(log, line)
+    for note in data.notes:
+        log.note(note)
     if data.test is None:
         _say(log, f"{data.name} has no test split: the report will show the validation error alone", console.warn)
     return log
@@ -348,8 +349,7 @@ def _test_once(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluati
     folder = log.checkpoints / job.config.select
     step = int(checkpoint.verify(folder)["step"])
     load_model(job.model, folder / "model.safetensors", device=str(job.device))
-    rows = np.arange(len(split))
-    scored = evaluate(job.model, split, rows, "test", job.config, job.info.data_config, progress.score)
+    scored = evaluate(job.model, split, job.test_rows, "test", job.config, job.info.data_config, progress.score)
     log.metrics(step=step, epoch=job.epoch(step), **scored.summary())
     return scored
 
