@@ -1,6 +1,7 @@
 """The command line: parse, one call, print. Nothing heavy is imported before a command runs."""
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -128,7 +129,7 @@ def evaluate(
         Path, typer.Argument(help="A run folder, or a checkpoint folder inside one.", metavar="RUN_OR_CHECKPOINT")
     ],
     split: Annotated[
-        str, typer.Option(help="val and train as the run split them, or a split of the data set.")
+        str, typer.Option(help="val, train and test as the run took them, or another split of the data set.")
     ] = "test",
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best")
@@ -161,6 +162,51 @@ def evaluate(
     others = f"{result['top5_error']:.2f} %, {result['mean_per_class_error']:.2f} %"
     rows = {f"{split} top-1 error": report.score_line(result), "top-5, mean per class": others}
     console.print_table("Result", rows | {key: str(value) for key, value in about.items()})
+
+
+datasets = typer.Typer()
+app.add_typer(datasets, name="datasets")
+
+
+@datasets.callback(invoke_without_command=True)
+def list_datasets(context: typer.Context, as_json: _Json = False) -> None:
+    """List the data sets that have a name: classes, images, licence, source. `show` tells more of one.
+
+    Example: samtune datasets --json
+
+    Any other data set is given by the path of a folder or a list, or by its id on the hub.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from samtune import console
+    from samtune.data import describe
+
+    rows = describe.names()
+    if as_json:
+        console.print_json(rows)
+    else:
+        console.print_rows("Data sets", rows)
+
+
+@datasets.command()
+def show(
+    dataset: Annotated[str, typer.Argument(help="A name, a path, or user/name on the hub.", metavar="NAME_OR_PATH")],
+    as_json: _Json = False,
+) -> None:
+    """Tell what is known of a data set: classes, splits, policy, citation, licence. Downloads nothing.
+
+    Example: samtune datasets show flowers102
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # what is in the cache is read from there
+
+    from samtune import console
+    from samtune.data import describe
+
+    about = describe.describe(dataset)
+    if as_json:
+        console.print_json(about)
+    else:
+        console.print_table(about["name"], describe.words(about))
 
 
 def main() -> None:

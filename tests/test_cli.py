@@ -56,9 +56,9 @@ def test_every_setting_is_a_flag_with_help():
     assert "Default: 0.05" in help_text
 
 
-@pytest.mark.parametrize("command", ["run", "eval"])
+@pytest.mark.parametrize("command", ["run", "eval", "datasets", "datasets show"])
 def test_every_command_has_an_example(command):
-    assert f"Example: samtune {command} " in samtune(command, "--help", env={"COLUMNS": "200"}).stdout
+    assert f"Example: samtune {command} " in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
 
 
 def test_help_loads_nothing_heavy():

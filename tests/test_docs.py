@@ -39,6 +39,7 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.cli._check_before_slow_work", lambda settings: None)
     monkeypatch.setattr("samtune.train.run", begin)
     monkeypatch.setattr("samtune.evaluate.evaluate_checkpoint", begin)
+    monkeypatch.setattr("samtune.data.describe.describe", begin)
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.split(">")[0], comments=True)
     with pytest.raises(Parsed):

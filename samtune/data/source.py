@@ -227,14 +227,44 @@ def _tables(found: pictures.Pictures) -> "Tables":
 def _hub(row: Dataset) -> "Tables":
     import datasets
 
-    files = None
-    if row.revision:  # converted repositories lie as <config>/<split>/*.parquet, and say nothing more
-        names = {name for names in row.splits.values() for name in names.split("+")}
-        files = {name: f"{row.config or '*'}/{name}/*.parquet" for name in sorted(names)}
-    name = None if files else row.config or None
-    return dict(
-        _read(partial(datasets.load_dataset, row.hub_id, name, revision=row.revision, data_files=files), row.origin)
-    )
+    if not row.revision:
+        return dict(_read(partial(datasets.load_dataset, row.hub_id, row.config or None), row.origin))
+    # A converted repository lies as <config>/<split>/*.parquet, and says nothing more. What was read so, the library
+    # does not find again in its cache without the hub.
+    cached = _cached(row)
+    if cached:
+        return _read(partial(_from_cache, cached[-1]), row.origin)  # type: ignore[no-any-return]
+    names = sorted({name for names in row.splits.values() for name in names.split("+")})
+    files = {name: f"{row.config or '*'}/{name}/*.parquet" for name in names}
+    load = partial(datasets.load_dataset, row.hub_id, revision=row.revision, data_files=files)
+    return dict(_read(load, row.origin))
+
+
+def is_cached(row: Dataset) -> bool:
+    """Whether an earlier run has left this data set of the hub in the cache, whole."""
+    return bool(_cached(row))
+
+
+def _cached(row: Dataset) -> list[Path]:
+    """Folders of the cache that hold a data set of the hub, the newest last."""
+    from datasets import config
+    from datasets.naming import camelcase_to_snakecase
+
+    user, _, name = row.hub_id.rpartition("/")
+    place = Path(config.HF_DATASETS_CACHE) / f"{user}___{camelcase_to_snakecase(name)}"
+    kind = "default-*" if row.revision else row.config or "*"
+    infos = place.glob(f"{kind}/*/*/dataset_info.json")
+    return [info.parent for info in sorted(infos, key=lambda info: info.stat().st_mtime)]
+
+
+def _from_cache(folder: Path) -> "Tables":
+    import datasets
+
+    splits = datasets.DatasetInfo.from_directory(str(folder)).splits
+    return {
+        split: _joined([datasets.Dataset.from_file(str(file)) for file in sorted(folder.glob(f"*-{split}[.-]*arrow"))])
+        for split in splits
+    }
 
 
 def _read(load: Callable[[], Any], origin: str) -> Any:
