@@ -77,6 +77,12 @@ def test_what_is_no_picture_is_passed_over(tmp_path):
     assert sizes(source.open_source(str(folder))) == {"train": 6}
 
 
+def test_a_link_that_leads_back_is_not_followed_twice(tmp_path):
+    folder = write_image_folder(tmp_path, {"train": 3})
+    (folder / "train" / "cat" / "back").symlink_to(folder / "train")
+    assert sizes(source.open_source(str(folder))) == {"train": 6}
+
+
 def test_a_picture_outside_the_class_folders_is_named(tmp_path):
     folder = write_image_folder(tmp_path, {"train": 3})
     (folder / "train" / "stray.png").write_bytes(image_bytes(0))
@@ -228,6 +234,7 @@ def test_numbers_in_a_csv_file_are_ordered_as_numbers(photos):
         ("a.csv", "path,label\nphotos/0.png,a\nphotos/1.png", "row 1 of split train has the label None"),
         ("a.csv", "path,label\n0.png,a", "0.png .* is not there"),
         ("a.csv", "path,label\n", "no rows"),
+        ("a.csv", "path,label,split\nphotos/0.png,a,train\nphotos/1.png,b,", "line 3 of .* has no split"),
         ("a.csv", b"path,label\n\xff\xfe,a", "cannot be read"),
         ("a.jsonl", '{"path": "photos/0.png", "label": 0}\n{"path"', "line 2 of .* is not JSON"),
         ("a.jsonl", "[1]", "line 1 of .* is no object"),

@@ -47,11 +47,20 @@ def scan_folder(root: Path, named: Collection[str] = ()) -> Pictures:
 
 
 def _pictures_in(folder: Path) -> Iterator[Path]:
+    entered = {os.path.realpath(folder)}
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and _enter(place, name, entered))
         for name in sorted(files):
             if name.lower().endswith(_ENDINGS) and not name.startswith("."):
                 yield Path(place) / name
+
+
+def _enter(place: str, name: str, entered: set[str]) -> bool:
+    """Whether a folder is seen for the first time: a link may lead back to where the walk has been."""
+    real = os.path.realpath(os.path.join(place, name))
+    new = real not in entered
+    entered.add(real)
+    return new
 
 
 def has_metadata(root: Path) -> bool:
@@ -104,7 +113,9 @@ def read_list(path: Path, image_key: str | None, label_key: str | None) -> Pictu
     for line, row in rows:
         if not isinstance(row.get(image), str) or not row[image]:
             raise DataError(f"line {line} of {path} has no {image}", mend="mend or remove the line")
-        paths, labels = pictures.setdefault(str(row.get("split") or "train"), ([], []))
+        if "split" in there and not row.get("split"):
+            raise DataError(f"line {line} of {path} has no split", mend="fill in the column split, or remove it")
+        paths, labels = pictures.setdefault(str(row.get("split", "train")), ([], []))
         paths.append(str(path.parent / row[image]))
         labels.append(row.get(label))
     for paths, _ in pictures.values():

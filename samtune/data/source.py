@@ -153,8 +153,9 @@ def open_source(dataset: str, wanted: Wanted | None = None) -> Source:
     splits: dict[str, Split] = {}
     notes = []
     for role, names in parts.items():
-        if role != "train" and all(read[name].hidden for name in names):
-            notes.append(f"split {'+'.join(names)} of {dataset} is left out: its labels are hidden (blank or -1)")
+        hidden = [name for name in names if read[name].hidden]
+        if role != "train" and hidden:
+            notes.append(f"split {hidden[0]} of {dataset} is left out: its labels are hidden (none, blank or -1)")
             continue
         classes = [
             labels.to_classes(read[name], name, class_names, any(part.names is not None for part in first))
