@@ -1,6 +1,7 @@
 """The command line: parse, one call, print. Nothing heavy is imported before a command runs."""
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -137,7 +138,7 @@ def evaluate(
     split: Annotated[
         str,
         typer.Option(
-            help="val and train as the run split them, or a split of the data set; always its own, clean labels."
+            help="val, train and test as the run took them, or another split of the data set; always clean labels."
         ),
     ] = "test",
     checkpoint: Annotated[
@@ -205,6 +206,51 @@ def data_check(
         console.print_table(f"Data check: {result['dataset']}", check.summary(result))
         console.print_lines(check.findings(result))
     check.refuse_unreadable(result)
+
+
+datasets = typer.Typer()
+app.add_typer(datasets, name="datasets")
+
+
+@datasets.callback(invoke_without_command=True)
+def list_datasets(context: typer.Context, as_json: _Json = False) -> None:
+    """List the data sets that have a name: classes, images, licence, source. `show` tells more of one.
+
+    Example: samtune datasets --json
+
+    Any other data set is given by the path of a folder or a list, or by its id on the hub.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from samtune import console
+    from samtune.data import describe
+
+    rows = describe.names()
+    if as_json:
+        console.print_json(rows)
+    else:
+        console.print_rows("Data sets", rows)
+
+
+@datasets.command()
+def show(
+    dataset: Annotated[str, typer.Argument(help="A name, a path, or user/name on the hub.", metavar="NAME_OR_PATH")],
+    as_json: _Json = False,
+) -> None:
+    """Tell what is known of a data set: classes, splits, policy, citation, licence. Downloads nothing.
+
+    Example: samtune datasets show flowers102
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # what is in the cache is read from there
+
+    from samtune import console
+    from samtune.data import describe
+
+    about = describe.describe(dataset)
+    if as_json:
+        console.print_json(about)
+    else:
+        console.print_table(about["name"], describe.words(about))
 
 
 def main() -> None:

@@ -106,7 +106,31 @@ class RunConfig(BaseModel):
     )
     channels_last: bool = _option("Model", "memory layout of images and weights; the faster one", True)
 
-    dataset: str = _option("Data", "a name (" + ", ".join(CATALOG) + "), or the path of a folder")
+    dataset: str = _option(
+        "Data",
+        "a name of `samtune datasets`, the path of a folder or of a list (.csv, .jsonl), or user/name on the hub",
+    )
+    image_key: str | None = _option("Data", "column of the images; by default it is found", None)
+    label_key: str | None = _option("Data", "column of the labels; by default it is found", None)
+    train_split: str | None = _option(
+        "Data", 'split to train on, or several, as "train+validation"; by default it is found by its name', None
+    )
+    val_split: str | None = _option(
+        "Data", "split to choose on, never the test split; by default validation, else a part of train", None
+    )
+    test_split: str | None = _option("Data", "split to score once, at the end; by default test", None)
+    train_fraction: float = _option(
+        "Data", "share of the training images that is used, every class in proportion", 1.0, gt=0, le=1
+    )
+    max_train: int | None = _option(
+        "Data", "at most so many training images, every class in proportion: for smoke runs", None, ge=1
+    )
+    max_eval: int | None = _option(
+        "Data",
+        "at most so many images of validation, and of test, every class in proportion: for smoke runs",
+        None,
+        ge=1,
+    )
     batch_size: int = _option("Data", "images per step", 16, ge=1)
     workers: int | None = _option(
         "Data",
@@ -121,7 +145,9 @@ class RunConfig(BaseModel):
         gt=0,
         lt=1,
     )
-    split_seed: int = _option("Data", "seed of that split; it does not follow --seed, so that runs compare", 0, ge=0)
+    split_seed: int = _option(
+        "Data", "seed of that split and of subsets; it does not follow --seed, so that runs compare", 0, ge=0
+    )
     scale: float = _option(
         "Data", "random resized crop: least share of the image's area (1 takes nearly all of it)", 0.35, gt=0, le=1
     )

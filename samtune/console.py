@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -46,7 +46,7 @@ def _say(markup: str) -> None:
         _err.print(markup)
 
 
-def print_json(content: Mapping[str, Any]) -> None:
+def print_json(content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """The result, alone on stdout, for programs."""
     _to_stdout(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -58,6 +58,21 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     table.add_column()
     for name, value in rows.items():
         table.add_row(name, escape(value))
+    _print(table)
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, str | int | None]]) -> None:
+    """A list on stdout, for people: one column per key of the first row, numbers to the right, "-" for None."""
+    table = Table(title=title, title_justify="left")
+    for name, value in rows[0].items():
+        number = not isinstance(value, str)
+        table.add_column(name, justify="right" if number else "left", no_wrap=number)
+    for row in rows:
+        table.add_row(*("-" if value is None else escape(str(value)) for value in row.values()))
+    _print(table)
+
+
+def _print(table: Table) -> None:
     console = Console(highlight=False)
     with console.capture() as drawn:
         console.print(table)

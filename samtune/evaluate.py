@@ -13,10 +13,9 @@ from torch import nn
 
 from samtune import checkpoint, device, models
 from samtune.config import RunConfig
-from samtune.data import source
 from samtune.data.cache import Images, bad_among, refuse, without_bad
 from samtune.data.loader import eval_batches
-from samtune.data.splits import Indices, train_and_validation
+from samtune.data.splits import Indices, open_parts
 from samtune.data.transforms import eval_transform, normalize
 from samtune.errors import CheckpointError, DataError, Diverged, UsageError
 from samtune.job import look_at_data
@@ -127,7 +126,8 @@ def evaluate_checkpoint(
     """Score a run's checkpoint, or a checkpoint folder, on a split: (evaluation, what was scored).
 
     name: "last" or "best" of a run; None takes the one that the run's report scored. split: "val" is the part that the
-    run validated on, "train" the part it trained on, any other name a split of the data set. dataset: read another
+    run validated on, "train" the part it trained on, "test" the part it was scored on, any other name a whole split of
+    the data set. dataset: read another
     place than the run did. The same images, arithmetic and batches as in the run: the same numbers.
 
     Raises:
@@ -149,18 +149,20 @@ def evaluate_checkpoint(
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=device.pick(), memory_format=layout)  # type: ignore[call-overload]
 
-    data = source.open_source(dataset or config.dataset)
+    parts = open_parts(config, dataset)
+    data = parts.data
     if list(data.class_names) != manifest["class_names"]:
         raise DataError(
             f"data set {data.origin} has other classes than the checkpoint was trained on",
             f"{len(data.class_names)} classes against {len(manifest['class_names'])}, or other names or another order",
             "give the data set of the run by --dataset",
         )
-    train_split, train_rows, val_split, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
     if split == "val":
-        chosen, rows = val_split, val_rows
+        chosen, rows = parts.val, parts.val_rows
     elif split == "train":
-        chosen, rows = train_split, train_rows
+        chosen, rows = parts.train, parts.train_rows
+    elif split == "test" and parts.test is not None:
+        chosen, rows = parts.test, parts.test_rows
     elif split in data.splits:
         chosen, rows = data.splits[split], np.arange(len(data.splits[split]))
     else:

@@ -33,18 +33,22 @@ _CONTENT = {".safetensors", ".bin", ".pth", ".npz", ".parquet"}
 class Repository:
     """A repository of the hub.
 
-    what: the thing that a user asked for, and instead: where else it may come from, both for messages.
+    what: the thing that a user asked for, and instead: where else it may come from, both for messages. revision: a
+    branch or a commit; None is the main branch.
     """
 
     id: str
     kind: Literal["model", "dataset"]
     what: str
     instead: str
+    revision: str | None = None
 
     @property
     def fetch(self) -> str:
         """The command that brings it into the cache."""
-        return f"hf download {'--repo-type dataset ' if self.kind == 'dataset' else ''}{self.id}"
+        options = "--repo-type dataset " if self.kind == "dataset" else ""
+        options += f"--revision {self.revision} " if self.revision else ""
+        return f"hf download {options}{self.id}"
 
     @property
     def folder(self) -> Path:
@@ -94,6 +98,7 @@ def snapshot(repository: Repository, *, online: bool) -> Path:
         snapshot_download(
             repository.id,
             repo_type=repository.kind,
+            revision=repository.revision,
             allow_patterns=["*.parquet", "README.md", "dataset_infos.json"],
             local_files_only=not online,
         )
@@ -109,7 +114,9 @@ def _ask(repository: Repository) -> Exception | None:
     timeout = float(constants.HF_HUB_ETAG_TIMEOUT)
     try:
         _patiently(
-            lambda: HfApi().repo_info(repository.id, repo_type=repository.kind, timeout=timeout),
+            lambda: HfApi().repo_info(
+                repository.id, repo_type=repository.kind, revision=repository.revision, timeout=timeout
+            ),
             () if repository.is_cached else _PAUSES,
             _PASSING | {408, 429},
             silence=("Timeout", "ReadError", "ProtocolError"),

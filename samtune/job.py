@@ -8,18 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from samtune import console, device, models
 from samtune.config import RunConfig
-from samtune.data import noise, source
+from samtune.data import noise
 from samtune.data.cache import Images, bad_among, look_at, refuse, without_bad
 from samtune.data.loader import steps_per_epoch
 from samtune.data.noise import LabelNoise
 from samtune.data.source import Source, Split
-from samtune.data.splits import Indices, train_and_validation
+from samtune.data.splits import Indices, open_parts
 from samtune.errors import UsageError
 from samtune.losses import cross_entropy, l2_penalty
 from samtune.models import ModelInfo
@@ -75,19 +74,21 @@ def prepare(config: RunConfig) -> Job:
     torch.manual_seed(config.seed)
     models.resolve(config.model)  # a misspelt name need not wait for the data
     console.note(f"reading data set {config.dataset} ...")
-    data = source.open_source(config.dataset)
-    train_split, train_rows, val_split, val_rows = train_and_validation(data, config.val_fraction, config.split_seed)
-    test_rows = np.arange(len(data.test) if data.test else 0)
-    test_part = [(data.test, test_rows)] if data.test else []
-    train, val, *tested = look_at_data(config, [(train_split, train_rows), (val_split, val_rows), *test_part])
-    test = tested[0] if tested else None
-    chosen = [(train, train_rows), (val, val_rows), *([(test, test_rows)] if test else [])]
-    bad = [item for found, rows in chosen for item in bad_among(found, rows)]
+    parts = open_parts(config)
+    data = parts.data
+    for note in data.notes:
+        console.note(note)
+    test_part = [(parts.test, parts.test_rows)] if parts.test else []
+    used = [(parts.train, parts.train_rows), (parts.val, parts.val_rows), *test_part]
+    looked_at = look_at_data(config, used)
+    bad = [item for images, (_, rows) in zip(looked_at, used, strict=True) for item in bad_among(images, rows)]
     if config.on_bad_image == "error":
         refuse(bad)
-    train_rows, val_rows = without_bad(train, train_rows), without_bad(val, val_rows)
-    test_rows = without_bad(test, test_rows) if test else test_rows
-    noisy, wrong = _noisy(config, train_split, train_rows, data.class_names)
+    train, val, *tested = looked_at
+    test = tested[0] if tested else None
+    train_rows, val_rows = without_bad(train, parts.train_rows), without_bad(val, parts.val_rows)
+    test_rows = without_bad(test, parts.test_rows) if test else parts.test_rows
+    noisy, wrong = _noisy(config, parts.train, train_rows, data.class_names)
     train = replace(train, split=noisy)
     console.note(f"loading model {config.model} ...")
     model, info = models.build(

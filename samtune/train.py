@@ -142,6 +142,8 @@ def _open_run_folder(job: Job) -> RunLog:
     if job.noise is not None:
         job.noise.write(log.folder / "label_noise.parquet")
         _say(log, f"noise   {report.noise_words(job.noise.about)}; validation and test keep clean labels")
+    for note in data.notes:
+        log.note(note)
     if data.test is None:
         _say(log, f"{data.name} has no test split: the report will show the validation error alone", console.warn)
     return log

@@ -59,7 +59,7 @@ def test_every_setting_is_a_flag_with_help():
     assert "Default: 0.05" in help_text
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "data", "data check"])
+@pytest.mark.parametrize("command", ["run", "eval", "data", "data check", "datasets", "datasets show"])
 def test_every_command_has_an_example(command):
     assert f"Example: samtune {command} " in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
 

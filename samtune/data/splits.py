@@ -1,10 +1,14 @@
-"""The validation part of train, where a data set has no validation split of its own."""
+"""Which rows a run trains on, chooses on and is scored on: a seeded validation part of train, and seeded subsets."""
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from samtune.config import RunConfig
+from samtune.data import source
+from samtune.data.roles import Wanted
 from samtune.data.source import Source, Split
 from samtune.errors import DataError
 
@@ -26,6 +30,19 @@ def stratified_split(labels: Indices, fraction: float, seed: int) -> tuple[Indic
         held_out.append(np.random.default_rng([seed, int(label)]).permutation(rows)[:count])
     validation = np.sort(np.concatenate(held_out)) if held_out else np.empty(0, dtype=np.int64)
     return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+def stratified_subset(labels: Indices, count: int, seed: int) -> Indices:
+    """Positions of so many rows, ascending: every class in proportion, and each at least once where count allows it.
+
+    A smaller subset lies within a larger one. The choice depends on (labels, count, seed) alone.
+    """
+    place = np.empty(len(labels))  # of a row in a random order of its class, in [0, 1)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        place[rows] = np.random.default_rng([seed, int(label), 1]).permutation(len(rows)) / len(rows)
+    ties = np.random.default_rng([seed, 1]).permutation(len(labels))
+    return np.sort(np.lexsort((ties, place))[:count])
 
 
 def split_hash(*parts: Indices) -> str:
@@ -56,3 +73,45 @@ def train_and_validation(data: Source, fraction: float, seed: int) -> tuple[Spli
             mend="validation takes at least one image of each class that has two; add images, or a validation split",
         )
     return parts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All rows of a run: (split, rows) to train on, to choose on, and to score once. No test split: no test_rows."""
+
+    data: Source
+    train: Split
+    train_rows: Indices
+    val: Split
+    val_rows: Indices
+    test: Split | None
+    test_rows: Indices
+
+
+def open_parts(config: RunConfig, dataset: str | None = None) -> Parts:
+    """Open the data set of a config, and tell its rows; the same config gives the same rows, in a run and afterwards.
+
+    dataset: where the data is now, if it has moved. Raises what `source.open_source` and `train_and_validation` raise.
+    """
+    wanted = Wanted(config.image_key, config.label_key, config.train_split, config.val_split, config.test_split)
+    data = source.open_source(dataset or config.dataset, wanted)
+    seed = config.split_seed
+    train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, seed)
+    test_rows = np.arange(len(data.test) if data.test else 0)
+    train_count = max(1, round(config.train_fraction * len(train_rows)))
+    return Parts(
+        data,
+        train,
+        _at_most(min(train_count, config.max_train or train_count), train, train_rows, seed),
+        val,
+        _at_most(config.max_eval, val, val_rows, seed),
+        data.test,
+        _at_most(config.max_eval, data.test, test_rows, seed) if data.test else test_rows,
+    )
+
+
+def _at_most(count: int | None, split: Split, rows: Indices, seed: int) -> Indices:
+    if count is None or count >= len(rows):
+        return rows
+    subset: Indices = rows[stratified_subset(split.labels[rows], count, seed)]
+    return subset
