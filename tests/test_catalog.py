@@ -6,39 +6,41 @@ from pathlib import Path
 
 import datasets
 import pytest
-from datasets.naming import camelcase_to_snakecase
-from datasets.packaged_modules.parquet.parquet import Parquet
+from huggingface_hub import constants
 
 from samtune import config
 from samtune.data import describe, source
 from samtune.data.catalog import CATALOG
 from samtune.data.roles import Wanted
-from samtune.errors import DataError, UsageError
+from samtune.errors import DataError, ModelError, UsageError
 from tests.conftest import image_bytes, samtune, write_image_folder
+from tests.hub import COMMIT
 
 
 @pytest.fixture
 def hub_cache():
-    """Leaves in the cache what the `datasets` library leaves there of a data set of the hub; classes a and b."""
+    """Leaves in the cache what a download of a data set leaves there: a snapshot of its files; classes a and b."""
     places = set()
 
-    def fill(hub_id, config_name, splits, label="label"):
-        cache = Path(datasets.config.HF_DATASETS_CACHE)
-        cache.mkdir(parents=True, exist_ok=True)
-        user, _, name = hub_id.partition("/")
-        name = camelcase_to_snakecase(name)
+    def fill(hub_id, configs, label="label", revision="main"):
+        place = Path(constants.HF_HUB_CACHE) / f"datasets--{hub_id.replace('/', '--')}"
+        snapshot = place / "snapshots" / COMMIT
+        reference = place / "refs" / revision
+        reference.parent.mkdir(parents=True)
+        reference.write_text(COMMIT)
         features = datasets.Features({"image": datasets.Image(), label: datasets.ClassLabel(names=["a", "b"])})
-        files = {}
-        for split, labels in splits.items():
-            images = [{"bytes": image_bytes(i), "path": None} for i in range(len(labels))]
-            files[split] = [str(cache / f"{name}-{split}.parquet")]
-            datasets.Dataset.from_dict({"image": images, label: labels}, features=features).to_parquet(files[split][0])
-        builder = Parquet(config_name=config_name.split("-")[0], data_files=files, dataset_name=name, hash="00ff")
-        builder.download_and_prepare()
-        place = cache / f"{user}___{name}" / config_name / "0.0.0" / "00ff"
-        place.parent.mkdir(parents=True)
-        Path(builder.cache_dir).rename(place)
-        places.add(cache / f"{user}___{name}")
+        card = ["---", "configs:"]
+        for name, splits in configs.items():
+            card += [f"- config_name: {name}", "  data_files:"]
+            for split, labels in splits.items():
+                images = [{"bytes": image_bytes(i), "path": None} for i in range(len(labels))]
+                file = snapshot / name / split / "0000.parquet"
+                file.parent.mkdir(parents=True)
+                datasets.Dataset.from_dict({"image": images, label: labels}, features=features).to_parquet(file)
+                card += [f"  - split: {split}", f"    path: {name}/{split}/*.parquet"]
+        if revision == "main":  # a converted repository has no card
+            (snapshot / "README.md").write_text("\n".join([*card, "---", ""]))
+        places.add(place)
 
     yield fill
     for place in places:
@@ -95,7 +97,7 @@ def test_the_mean_per_class_convention_is_named_where_it_is_the_custom():
 
 
 def test_the_hubs_validation_split_of_food101_is_read_as_test(hub_cache):
-    hub_cache("ethz/food101", "default", {"train": [0, 1, 0, 1], "validation": [1, 0, 1]})
+    hub_cache("ethz/food101", {"default": {"train": [0, 1, 0, 1], "validation": [1, 0, 1]}})
     data = source.open_source("food101")
     assert {role: len(split) for role, split in data.splits.items()} == {"train": 4, "test": 3}
     with pytest.raises(UsageError, match="validation is the test split of data set food101"):
@@ -104,42 +106,30 @@ def test_the_hubs_validation_split_of_food101_is_read_as_test(hub_cache):
 
 def test_svhn_extra_trains_on_train_and_extra(hub_cache):
     splits = {"train": [0, 1], "test": [1, 0, 1], "extra": [1, 1, 0, 0]}
-    hub_cache("ufldl-stanford/svhn", "cropped_digits", splits)
-    hub_cache("ufldl-stanford/svhn", "full_numbers", {"train": [0]})
+    hub_cache("ufldl-stanford/svhn", {"cropped_digits": splits, "full_numbers": {"train": [0]}})
     assert source.open_source("svhn_extra").splits["train"].labels.tolist() == [0, 1, 1, 1, 0, 0]
     data = source.open_source("svhn")
     assert {role: len(split) for role, split in data.splits.items()} == {"train": 2, "test": 3}
 
 
-def test_a_converted_repository_is_read_from_the_cache_without_the_hub(hub_cache):
-    hub_cache(
-        "HuggingFaceM4/FGVC-Aircraft", "default-ff00", {"train": [0, 1], "validation": [1], "test": [0]}, "variant"
-    )
+def test_a_converted_repository_is_read_by_config_split_and_revision(hub_cache):
+    splits = {"train": [0, 1], "validation": [1], "test": [0]}
+    hub_cache("HuggingFaceM4/FGVC-Aircraft", {"default": splits}, "variant", "refs/convert/parquet")
     data = source.open_source("aircraft")
-    assert {role: split.labels.tolist() for role, split in data.splits.items()} == {
-        "train": [0, 1],
-        "validation": [1],
-        "test": [0],
-    }
+    assert {role: split.labels.tolist() for role, split in data.splits.items()} == splits
+    hub_cache("frgfm/imagenette", {"320px": splits, "full_size": {"train": [0]}}, revision="refs/convert/parquet")
+    data = source.open_source("imagenette")  # whose validation is what publications score
+    assert {role: split.labels.tolist() for role, split in data.splits.items()} == {"train": [0, 1], "test": [1]}
 
 
-def test_a_converted_repository_is_asked_for_by_config_split_and_revision(monkeypatch):
-    asked = {}
-
-    def load(*arguments, **options):
-        asked.update(options, id=arguments)
-        raise ConnectionError
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(Exception, match="frgfm/imagenette"):
+def test_what_a_converted_repository_lacks_in_the_cache_is_named_with_its_revision():
+    with pytest.raises(ModelError, match="frgfm/imagenette") as error:
         source.open_source("imagenette")
-    assert asked["id"] == ("frgfm/imagenette",)
-    assert asked["revision"] == "refs/convert/parquet"
-    assert asked["data_files"] == {"train": "320px/train/*.parquet", "validation": "320px/validation/*.parquet"}
+    assert "hf download --repo-type dataset --revision refs/convert/parquet frgfm/imagenette" in error.value.mend
 
 
 def test_any_id_of_the_hub_is_a_data_set(hub_cache):
-    hub_cache("nobody/tiny_things", "default", {"training": [0, 1, 1, 0], "dev": [1, 0]}, "kind")
+    hub_cache("nobody/tiny_things", {"default": {"training": [0, 1, 1, 0], "dev": [1, 0]}}, "kind")
     data = source.open_source("nobody/tiny_things")
     assert data.origin == "hub:nobody/tiny_things"
     assert data.parts == {"train": ("training",), "validation": ("dev",)}
@@ -186,7 +176,7 @@ def test_show_opens_a_folder_and_a_data_set_in_the_cache(tmp_path, hub_cache):
     assert shown.returncode == 0, shown.stderr
     for said in ("photos", "train 6, test 4", "cat, dog", "a stratified part of train"):
         assert said in shown.stdout
-    hub_cache("nobody/tiny", "default", {"train": [0, 1], "test": [1]})
+    hub_cache("nobody/tiny", {"default": {"train": [0, 1], "test": [1]}})
     about = describe.describe("nobody/tiny")
     assert about["here"]
     assert about["class_names"] == ["a", "b"]

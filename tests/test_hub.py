@@ -128,14 +128,15 @@ import sys, timm, torch
 from samtune.data.loader import train_batches
 from samtune.data.source import open_source
 from samtune.data.splits import train_and_validation
-from samtune.data.transforms import train_transform
+from samtune.data.transforms import TrainTransform
+from samtune.data.cache import Images
 
 def batches(dataset):
     source = open_source(dataset)
     split, rows, *_ = train_and_validation(source, 0.1, 0)
-    transform = train_transform({"input_size": (3, 64, 64), "interpolation": "bicubic"}, scale=0.35, hflip=0.5)
+    transform = TrainTransform((64, 64), "bicubic", (0.5, 0.5, 0.5))
     options = {"batch_size": 16, "seed": 3, "total_steps": 3, "workers": 0, "pin_memory": False}
-    return list(train_batches(split, rows, transform, **options))
+    return list(train_batches(Images(split), rows, transform, **options))
 
 for a, b in zip(batches("flowers102"), batches(sys.argv[1]), strict=True):
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +31,7 @@ Progress = Callable[[str, int, int], None]  # split, images done, images in all
 
 _RULE = b"1"  # changes with `decode`, so that pixels made by an older rule are not taken for today's
 _NAMED = 10  # bad images that an error names
+_SMALL = 4096  # bytes of an image that is decoded so fast that threads would only wait for Python's lock
 _SAMPLE = 256  # images after which the size of all is foretold
 
 
@@ -56,6 +57,18 @@ class Pixels:
         """Take hold of the file: it stays readable even if another run removes it to make room."""
         assert self._bytes.ndim == 1
 
+    def take(self, places: npt.NDArray[np.int64]) -> torch.Tensor | None:
+        """(n, 3, height, width) uint8, a copy, if all images of the file are of one shape; else None."""
+        if self._whole is None:
+            return None
+        return torch.from_numpy(self._whole[places]).permute(0, 3, 1, 2)
+
+    @cached_property
+    def _whole(self) -> npt.NDArray[np.uint8] | None:
+        if len(self.shapes) == 0 or (self.shapes != self.shapes[0]).any():
+            return None
+        return self._bytes.reshape(len(self.shapes), *self.shapes[0].tolist(), 3)
+
     @cached_property
     def _bytes(self) -> npt.NDArray[np.uint8]:
         if self.file.stat().st_size == 0:  # no image could be decoded
@@ -65,7 +78,7 @@ class Pixels:
 
     def __getstate__(self) -> dict[str, object]:
         """For another process: it maps the file itself."""
-        return {key: value for key, value in self.__dict__.items() if key != "_bytes"}
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,21 @@ class Images:
         if self.pixels is not None and place is not None and row not in self.bad:
             return self.pixels[place]
         return decode(self.split.image_bytes(row), lambda: self.split.where(row))
+
+    def take(self, rows: Indices) -> Sequence[torch.Tensor] | torch.Tensor:
+        """(3, h, w) uint8 each; where the cache has them in one shape, as one tensor (n, 3, h, w)."""
+        if self.pixels is not None and not self.bad and (self._places[rows] >= 0).all():
+            together = self.pixels.take(self._places[rows])
+            if together is not None:
+                return together
+        return [self[row] for row in rows.tolist()]
+
+    @cached_property
+    def _places(self) -> npt.NDArray[np.int64]:
+        """`place` as an array over all rows, -1 where there is none."""
+        places = np.full(len(self.split), -1)
+        places[list(self.place)] = list(self.place.values())
+        return places
 
 
 def look_at(
@@ -163,10 +191,16 @@ def _decoded(split: Split, rows: Indices, threads: int, progress: Progress) -> I
         except DataError as error:
             return error.why or error.what
 
+    def some(part: Indices) -> list[torch.Tensor | str]:
+        return [one(row) for row in part.tolist()]
+
+    if 0 < split.encoded_bytes() < _SMALL * len(split):
+        threads = 1
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(rows), _SAMPLE):  # in portions: a data set need not fit into memory
-            portion = rows[start : start + _SAMPLE].tolist()
-            yield from pool.map(one, portion)
+            portion = rows[start : start + _SAMPLE]
+            for part in pool.map(some, np.array_split(portion, threads)):
+                yield from part
             progress(split.name, start + len(portion), len(rows))
 
 
@@ -186,7 +220,7 @@ def _write(folder: Path, images: Iterator[torch.Tensor | str]) -> None:
                     shapes.append((0, 0))
                     continue
                 shapes.append(tuple(image.shape[1:]))
-                end += file.write(image.permute(1, 2, 0).contiguous().numpy().tobytes())
+                end += file.write(np.ascontiguousarray(image.permute(1, 2, 0).numpy()).data)
         np.savez(part / "index.npz", offsets=np.array(offsets), shapes=np.array(shapes))
         (part / "bad.json").write_text(json.dumps(bad), encoding="utf-8")
         if not folder.exists():  # else another process was faster

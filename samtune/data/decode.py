@@ -13,6 +13,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from samtune.errors import DataError, first_line
 
 _ORIENTATION = 274  # the EXIF tag that says how to turn an image
+_MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
+# Where Pillow would warn, `decode` refuses. (To turn its warning into an error for a while is not safe in threads.)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def decode(encoded: bytes, where: Callable[[], str]) -> torch.Tensor:
@@ -20,15 +23,17 @@ def decode(encoded: bytes, where: Callable[[], str]) -> torch.Tensor:
 
     Upright as its EXIF tag says, the first frame where there are many; grey and palette images become RGB, 16 bits are
     scaled to 8, CMYK is converted, what is transparent is laid over white. where: tells the image's place, for the
-    error. Raises DataError for bytes that are no image, or only the beginning of one, or more than 179 megapixels.
+    error. Raises DataError for bytes that are no image, or only the beginning of one, or more than 89 megapixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(encoded))
+        image: Image.Image = Image.open(io.BytesIO(encoded))
+        if image.width * image.height > _MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels: a decompression bomb?")
         pixels = _plain_jpeg(encoded, image)
         if pixels is None:
-            pixels = np.array(_to_rgb(ImageOps.exif_transpose(image)))
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            pixels = np.array(_to_rgb(image))
     except UnidentifiedImageError:
         why = "it is no image" if encoded else "it is empty"
         raise DataError(f"{where()} cannot be decoded", why, "mend or remove the image") from None
@@ -57,4 +62,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -3,9 +3,12 @@
 Order and augmentation depend on (seed, epoch, row) alone, not on the number of workers.
 """
 
+import itertools
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from samtune.data.cache import Images
 from samtune.data.splits import Indices
-from samtune.data.transforms import TrainTransform, Transform
+from samtune.data.transforms import Pictures, TrainTransform, Transform
 from samtune.errors import DataError
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (batch, 3, size, size) uint8, labels (batch,) int64
@@ -46,7 +49,7 @@ def train_batches(
     """
     per_epoch = steps_per_epoch(len(rows), batch_size)
 
-    def augmented(found: list[torch.Tensor], epoch: int, chosen: Indices) -> torch.Tensor:
+    def augmented(found: Pictures, epoch: int, chosen: Indices) -> torch.Tensor:
         return transform(found, seed, epoch, chosen)
 
     def plan() -> Iterator[_Key]:
@@ -56,7 +59,9 @@ def train_batches(
                 order = np.random.default_rng([seed, epoch]).permutation(rows)
             yield epoch, order[batch * batch_size : (batch + 1) * batch_size]
 
-    return _load(_Batches(images, augmented), plan(), workers, pin_memory)
+    # Cropping and copying release Python's lock, so that threads do; their batches need not be sent anywhere.
+    load = _load if transform.photometric or workers == 0 else _load_in_threads
+    return load(_Batches(images, augmented), plan(), workers, pin_memory)
 
 
 def eval_batches(
@@ -64,7 +69,7 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every row once, in order; the last batch may be smaller."""
 
-    def plain(found: list[torch.Tensor], epoch: int, chosen: Indices) -> torch.Tensor:
+    def plain(found: Pictures, epoch: int, chosen: Indices) -> torch.Tensor:
         return torch.stack([transform(image) for image in found])
 
     plan = ((0, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
@@ -77,13 +82,13 @@ _Key = tuple[int, Indices]  # epoch, rows of a batch
 class _Batches(torch.utils.data.Dataset[Batch | DataError]):
     """(epoch, rows) -> (images, labels): a batch at a time, since most of what is done to images is done to a batch."""
 
-    def __init__(self, images: Images, transform: Callable[[list[torch.Tensor], int, Indices], torch.Tensor]) -> None:
+    def __init__(self, images: Images, transform: Callable[[Pictures, int, Indices], torch.Tensor]) -> None:
         self.images, self.transform = images, transform
 
     def __getitem__(self, key: _Key) -> Batch | DataError:
         epoch, rows = key
         try:
-            found = [self.images[row] for row in rows.tolist()]
+            found = self.images.take(rows)
         except DataError as error:
             return error  # raised by `_load`: a worker would wrap it in its traceback
         return self.transform(found, epoch, rows), torch.from_numpy(self.images.split.labels[rows])
@@ -102,6 +107,20 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = lambda *_: None
+
+
+def _load_in_threads(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Iterator[Batch]:
+    with ThreadPoolExecutor(workers, "loader") as pool:
+        try:
+            ahead = deque(pool.submit(dataset.__getitem__, key) for key in itertools.islice(plan, 2 * workers))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(pool.submit(dataset.__getitem__, key) for key in itertools.islice(plan, 1))
+                if isinstance(batch, DataError):
+                    raise batch
+                yield (batch[0].pin_memory(), batch[1].pin_memory()) if pin_memory else batch
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _load(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Iterator[Batch]:

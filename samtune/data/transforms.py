@@ -23,6 +23,9 @@ from samtune.data.splits import Indices
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 Boxes = npt.NDArray[np.int64]  # (n, 4): top, left, height, width
+Draws = npt.NDArray[np.float64]  # (n, ...) in [0, 1)
+Pictures = Sequence[torch.Tensor] | torch.Tensor  # (3, h, w) uint8 each; (n, 3, h, w) where they have one shape
+Flags = npt.NDArray[np.bool_]  # (n,)
 
 POLICIES: Mapping[str, Callable[[], Transform]] = {
     "none": lambda: _same,
@@ -60,45 +63,47 @@ class TrainTransform:
     cutout: float = 0.0
     erase: float = 0.0
 
-    def __call__(self, images: Sequence[torch.Tensor], seed: int, epoch: int, rows: Indices) -> torch.Tensor:
+    def __call__(self, images: Pictures, seed: int, epoch: int, rows: Indices) -> torch.Tensor:
         """(3, h, w) uint8 each -> (n, 3, height, width) uint8, channels last in memory.
 
         rows: the images' numbers: what is done to one depends on (seed, epoch, row) alone. The global generator of
         torch, from which torchvision's operations draw, is left as it was.
         """
-        draws = uniform(seed, epoch, rows, 4 * _ATTEMPTS + 6)
-        cropped = self._padded_crop(images, draws) if self.crop == "pad" else self._resized_crop(images, draws)
-        for i in np.flatnonzero(draws[:, 4 * _ATTEMPTS] < self.hflip):
-            cropped[i] = cropped[i].flip(-1)
-        if self._photometric:
-            self._change_colours(cropped, draws[:, 4 * _ATTEMPTS + 1])
+        draws = uniform(seed, epoch, rows, 4 + (2 if self.crop == "pad" else 4 * _ATTEMPTS))
+        crop = self._padded_crop if self.crop == "pad" else self._resized_crop
+        batch = crop(images, draws[:, 4:], draws[:, 0] < self.hflip)
+        if self.photometric:
+            self._change_colours(batch, draws[:, 1])
         if self.cutout > 0:
-            self._cut_out(cropped, draws[:, 4 * _ATTEMPTS + 2 : 4 * _ATTEMPTS + 4])
-        return cropped
-
-    def _resized_crop(self, images: Sequence[torch.Tensor], draws: npt.NDArray[np.float64]) -> torch.Tensor:
-        shapes = np.array([image.shape[1:] for image in images])
-        boxes = resized_crop_boxes(shapes, draws[:, : 4 * _ATTEMPTS], self.scale).tolist()
-        batch = _empty_batch(len(images), self.size)
-        for i, (image, (top, left, height, width)) in enumerate(zip(images, boxes, strict=True)):
-            batch[i] = self._resize(image[None, :, top : top + height, left : left + width])[0]
+            self._cut_out(batch, draws[:, 2:4])
         return batch
 
-    def _padded_crop(self, images: Sequence[torch.Tensor], draws: npt.NDArray[np.float64]) -> torch.Tensor:
-        shapes = {tuple(image.shape) for image in images}
-        if len(shapes) > 1:  # only images of one shape can be moved in one go
-            one_by_one = [self._padded_crop([image], draws[i : i + 1]) for i, image in enumerate(images)]
-            return torch.cat(one_by_one)
-        (_, height, width) = next(iter(shapes))
-        stacked = torch.stack(list(images)).permute(0, 2, 3, 1).numpy()  # (n, h, w, 3)
+    def _resized_crop(self, images: Pictures, draws: Draws, flipped: Flags) -> torch.Tensor:
+        shapes = np.array([image.shape[1:] for image in images])
+        boxes = resized_crop_boxes(shapes, draws, self.scale).tolist()
+        batch = np.empty((len(images), *self.size, 3), np.uint8)
+        for i, (top, left, height, width) in enumerate(boxes):
+            resized = self._resize(images[i][None, :, top : top + height, left : left + width])
+            upright = resized[0].permute(1, 2, 0).numpy()
+            batch[i] = upright[:, ::-1] if flipped[i] else upright
+        return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+    def _padded_crop(self, images: Pictures, draws: Draws, flipped: Flags) -> torch.Tensor:
+        if not isinstance(images, torch.Tensor):
+            if len({image.shape for image in images}) > 1:  # only images of one shape can be moved in one go
+                one = [self._padded_crop(i[None], draws[n : n + 1], flipped[n : n + 1]) for n, i in enumerate(images)]
+                return torch.cat(one)
+            images = torch.stack(list(images))
+        (n, _, height, width) = images.shape
         pad = (math.ceil(height / 8), math.ceil(width / 8))
-        room = np.empty((len(images), height + 2 * pad[0], width + 2 * pad[1], 3), np.uint8)
+        room = np.empty((n, height + 2 * pad[0], width + 2 * pad[1], 3), np.uint8)
         room[:] = self._fill
-        room[:, pad[0] : pad[0] + height, pad[1] : pad[1] + width] = stacked
+        room[:, pad[0] : pad[0] + height, pad[1] : pad[1] + width] = images.permute(0, 2, 3, 1).numpy()
         top, left = ((draws[:, i] * (2 * pad[i] + 1)).astype(np.int64) for i in (0, 1))
-        windows = np.lib.stride_tricks.sliding_window_view(room, (height, width), axis=(1, 2))  # (n, ., ., 3, h, w)
-        moved = torch.from_numpy(windows[np.arange(len(images)), top, left])
-        return self._resize(moved.contiguous(memory_format=torch.channels_last))
+        rows = (top[:, None] + np.arange(height))[:, :, None]
+        across = np.where(flipped[:, None], np.arange(width)[::-1], np.arange(width))
+        moved = room[np.arange(n)[:, None, None], rows, (left[:, None] + across)[:, None, :]]  # (n, h, w, 3)
+        return self._resize(torch.from_numpy(moved).permute(0, 3, 1, 2))
 
     def _resize(self, images: torch.Tensor) -> torch.Tensor:
         if images.shape[2:] == self.size:
@@ -111,10 +116,11 @@ class TrainTransform:
         return fill
 
     @property
-    def _photometric(self) -> bool:
+    def photometric(self) -> bool:
+        """Whether torchvision's operations take part, which draw from torch's global generator."""
         return self.aa != "none" or self.color_jitter > 0 or self.erase > 0
 
-    def _change_colours(self, batch: torch.Tensor, draws: npt.NDArray[np.float64]) -> None:
+    def _change_colours(self, batch: torch.Tensor, draws: Draws) -> None:
         """Torchvision's operations, one image after the other, each with a seed of its own."""
         jitter = self.color_jitter
         change = v2.Compose(
@@ -132,7 +138,7 @@ class TrainTransform:
         finally:
             torch.set_rng_state(state)
 
-    def _cut_out(self, batch: torch.Tensor, draws: npt.NDArray[np.float64]) -> None:
+    def _cut_out(self, batch: torch.Tensor, draws: Draws) -> None:
         height, width = self.size
         half = self.cutout * min(height, width) / 2
         fill = torch.from_numpy(self._fill).view(3, 1, 1)
@@ -141,7 +147,7 @@ class TrainTransform:
             batch[i, :, top : max(0, round(y + half)), left : max(0, round(x + half))] = fill
 
 
-def resized_crop_boxes(shapes: Boxes, draws: npt.NDArray[np.float64], scale: float) -> Boxes:
+def resized_crop_boxes(shapes: Boxes, draws: Draws, scale: float) -> Boxes:
     """Crops with an area in [scale, 1] of the image, log-uniform in ratio: the first of ten that fits into the image.
 
     shapes: (n, 2) heights and widths. draws: (n, 40) in [0, 1). If none fits, the largest central crop whose ratio is
@@ -170,10 +176,6 @@ def _central(height: int, width: int) -> tuple[int, int, int, int]:
     h = min(height, max(1, round(width / _RATIO[0])))
     w = min(width, max(1, round(height * _RATIO[1])))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def _empty_batch(n: int, size: tuple[int, int]) -> torch.Tensor:
-    return torch.empty((n, 3, *size), dtype=torch.uint8, memory_format=torch.channels_last)
 
 
 def _same(image: torch.Tensor) -> torch.Tensor:
