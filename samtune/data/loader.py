@@ -110,7 +110,8 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 
 
 def _load_in_threads(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Iterator[Batch]:
-    with ThreadPoolExecutor(workers, "loader") as pool:
+    # One thread of arithmetic each: they are as many as there shall be.
+    with ThreadPoolExecutor(workers, "loader", torch.set_num_threads, (1,)) as pool:
         try:
             ahead = deque(pool.submit(dataset.__getitem__, key) for key in itertools.islice(plan, 2 * workers))
             while ahead:

@@ -83,9 +83,10 @@ class TrainTransform:
         boxes = resized_crop_boxes(shapes, draws, self.scale).tolist()
         batch = np.empty((len(images), *self.size, 3), np.uint8)
         for i, (top, left, height, width) in enumerate(boxes):
-            resized = self._resize(images[i][None, :, top : top + height, left : left + width])
-            upright = resized[0].permute(1, 2, 0).numpy()
-            batch[i] = upright[:, ::-1] if flipped[i] else upright
+            cropped = images[i][None, :, top : top + height, left : left + width]
+            # Laid out anew, it is resized pixel by pixel; a view would be taken apart into planes, and put together.
+            resized = self._resize(cropped.contiguous(memory_format=torch.channels_last))
+            batch[i] = (resized.flip(-1) if flipped[i] else resized)[0].permute(1, 2, 0).numpy()
         return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
     def _padded_crop(self, images: Pictures, draws: Draws, flipped: Flags) -> torch.Tensor:
@@ -100,10 +101,12 @@ class TrainTransform:
         room[:] = self._fill
         room[:, pad[0] : pad[0] + height, pad[1] : pad[1] + width] = images.permute(0, 2, 3, 1).numpy()
         top, left = ((draws[:, i] * (2 * pad[i] + 1)).astype(np.int64) for i in (0, 1))
-        rows = (top[:, None] + np.arange(height))[:, :, None]
-        across = np.where(flipped[:, None], np.arange(width)[::-1], np.arange(width))
-        moved = room[np.arange(n)[:, None, None], rows, (left[:, None] + across)[:, None, :]]  # (n, h, w, 3)
-        return self._resize(torch.from_numpy(moved).permute(0, 3, 1, 2))
+        moved = np.empty((n, height, width, 3), np.uint8)
+        for i, (y, x) in enumerate(zip(top.tolist(), left.tolist(), strict=True)):
+            moved[i] = room[i, y : y + height, x : x + width]
+        batch = torch.from_numpy(moved).permute(0, 3, 1, 2)
+        batch[torch.from_numpy(flipped)] = batch[torch.from_numpy(flipped)].flip(-1)
+        return self._resize(batch)
 
     def _resize(self, images: torch.Tensor) -> torch.Tensor:
         if images.shape[2:] == self.size:
@@ -244,4 +247,4 @@ def normalize(images: torch.Tensor, data_config: Mapping[str, Any]) -> torch.Ten
     n, channels, height, width = images.shape
     mean, std = ((torch.tensor(data_config[key], device=images.device) * 255).repeat(width) for key in ("mean", "std"))
     rows = images.permute(0, 2, 3, 1).reshape(n * height, width * channels)
-    return rows.float().sub_(mean).div_(std).view(n, height, width, channels).permute(0, 3, 1, 2)
+    return (rows - mean).div_(std).view(n, height, width, channels).permute(0, 3, 1, 2)
