@@ -14,7 +14,7 @@ from torch import nn
 from samtune import console, device, models
 from samtune.config import RunConfig
 from samtune.data import noise
-from samtune.data.cache import Images, bad_among, look_at, refuse, without_bad
+from samtune.data.cache import Images, bad_among, in_both, look_at, refuse, without_bad
 from samtune.data.loader import steps_per_epoch
 from samtune.data.noise import LabelNoise
 from samtune.data.source import Source, Split
@@ -50,6 +50,7 @@ class Job:
     test: Images | None
     test_rows: Indices
     bad_images: list[dict[str, Any]]  # left out of the rows
+    seen_test_images: int  # of the test rows, those that are in train too
     model: nn.Module
     info: ModelInfo
     optimizer: torch.optim.Optimizer
@@ -88,6 +89,7 @@ def prepare(config: RunConfig) -> Job:
     test = tested[0] if tested else None
     train_rows, val_rows = without_bad(train, parts.train_rows), without_bad(val, parts.val_rows)
     test_rows = without_bad(test, parts.test_rows) if test else parts.test_rows
+    seen = in_both(train, train_rows, test, test_rows) if test else 0
     noisy, wrong = _noisy(config, parts.train, train_rows, data.class_names)
     train = replace(train, split=noisy)
     console.note(f"loading model {config.model} ...")
@@ -131,6 +133,7 @@ def prepare(config: RunConfig) -> Job:
         test=test,
         test_rows=test_rows,
         bad_images=bad,
+        seen_test_images=seen,
         model=model,
         info=info,
         optimizer=optimizer,

@@ -25,6 +25,12 @@ def collapse_warning(epoch: int, loss: float, classes: int) -> str | None:
     )
 
 
+def seen_warning(count: int) -> str:
+    """The warning for test images that are in train too."""
+    images = "images are" if count > 1 else "image is"
+    return f"{count} test {images} in train too, byte for byte: the test error is too low (see `samtune data check`)"
+
+
 def write(folder: Path) -> dict[str, Any]:
     """Write report.json and report.md of a finished run and return the former's content."""
     report = collect(folder)
@@ -81,7 +87,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row),
         "cost": {"forward_backward_passes": passes, "sgd_equivalents": passes / steps},
         "checkpoints": [f"checkpoints/{name}" for name in ("last", "best") if (folder / "checkpoints" / name).exists()],
-        "warnings": [warning for warning in warnings if warning],
+        "warnings": provenance["warnings"] + [warning for warning in warnings if warning],
         "bad_images": provenance["bad_images"],
         "versions": provenance["versions"],
         "machine": provenance["machine"],

@@ -113,6 +113,7 @@ def _open_run_folder(job: Job) -> RunLog:
             "ascent_steps": config.ascent_steps,
         },
         "bad_images": job.bad_images,
+        "warnings": [report.seen_warning(job.seen_test_images)] if job.seen_test_images else [],
         "steps_per_epoch": job.steps_per_epoch,
     }
     if job.noise is not None:
@@ -135,6 +136,8 @@ def _open_run_folder(job: Job) -> RunLog:
         f"output  {config.output}",
     ):
         _say(log, line)
+    for warning in provenance["warnings"]:
+        _say(log, warning, console.warn)
     if job.bad_images:
         _say(
             log, f"{len(job.bad_images)} images cannot be decoded and are left out; the report lists them", console.warn

@@ -48,13 +48,13 @@ def image_bytes(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", 
 
 
 def write_image_folder(root: Path, per_class: dict[str, int], classes: tuple[str, ...] = ("cat", "dog")) -> Path:
-    """root/<split>/<class>/*.png, so many images of each class in each split."""
-    for split, count in per_class.items():
+    """root/<split>/<class>/*.png, so many images of each class in each split, all different."""
+    for s, (split, count) in enumerate(per_class.items()):
         for c, name in enumerate(classes):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                (folder / f"{i}.png").write_bytes(image_bytes(1000 * c + i))
+                (folder / f"{i}.png").write_bytes(image_bytes(10_000 * s + 1000 * c + i))
     return root
 
 

@@ -17,7 +17,7 @@ import timm
 import torch
 
 from samtune import config, report, train
-from tests.conftest import samtune, write_image_folder
+from tests.conftest import image_bytes, samtune, write_image_folder
 from tests.test_decode import odd_folder
 
 LITE0 = "tf_efficientnet_lite0"
@@ -292,6 +292,18 @@ def test_damaged_images_are_left_out_and_listed_where_that_is_asked_for(tmp_path
     assert "3 images cannot be decoded and are left out" in done.stderr
     again = samtune("eval", tmp_path / "r", "--split", "val", "--json")
     assert json.loads(again.stdout)["n"] == result["val"]["n"]
+
+
+def test_a_test_image_that_is_in_train_too_is_warned_of(tmp_path):
+    data = write_image_folder(tmp_path / "data", {"train": 12, "test": 2})
+    (data / "test" / "cat" / "0.png").write_bytes((data / "train" / "dog" / "3.png").read_bytes())
+    (data / "test" / "cat" / "1.png").write_bytes(image_bytes(12345))
+    for name in ("0.png", "1.png"):
+        (data / "test" / "dog" / name).write_bytes(image_bytes(54321 + int(name[0])))
+    done = small_run(tmp_path / "r", data, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "1 test image is in train too" in done.stderr
+    assert "1 test image is in train too" in json.loads(done.stdout)["warnings"][0]
 
 
 def test_a_run_with_every_augmentation_trains_and_eval_agrees(folder_data, tmp_path):

@@ -256,6 +256,14 @@ def _make_room(root: Path, room: int) -> None:
         del sizes[path]
 
 
+def in_both(images: Images, rows: Indices, others: Images, other_rows: Indices) -> int:
+    """How many of the other images are, byte for byte, among these; 0 where they are too many to be kept decoded."""
+    if images.pixels is None or others.pixels is None:
+        return 0
+    seen = {hash(images.split.image_bytes(row)) for row in rows.tolist()}
+    return sum(hash(others.split.image_bytes(row)) in seen for row in other_rows.tolist())
+
+
 def bad_among(images: Images, rows: Indices) -> list[dict[str, Any]]:
     """The rows that cannot be decoded: split, row, where, reason; for an error or a report."""
     return [
