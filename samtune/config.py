@@ -134,7 +134,8 @@ class RunConfig(BaseModel):
     batch_size: int = _option("Data", "images per step", 16, ge=1)
     workers: int | None = _option(
         "Data",
-        "data-loading processes; 0 loads in the main one; by default 1, with a GPU half of the cores up to 8",
+        "data-loading threads (processes with --aa, --color-jitter or --reprob); 0 loads between steps; by default 1, "
+        "with a GPU half of the cores up to 8",
         None,
         ge=0,
     )

@@ -1,6 +1,9 @@
 """Rows to augmented batches."""
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -60,6 +63,35 @@ def test_batches_do_not_depend_on_the_number_of_workers_or_the_global_generator(
     torch.manual_seed(99)
     assert_equal_batches(collect(train_split), expected)
     assert_equal_batches(collect(train_split, workers=2), expected)
+
+
+ARITHMETIC = """
+import sys
+import numpy as np
+import torch
+from samtune.data import source
+from samtune.data.cache import Images, look_at
+from samtune.data.loader import train_batches
+from samtune.data.transforms import TrainTransform
+
+split = source.open_source(sys.argv[1]).splits["train"]
+images = look_at(split, np.arange(20), limit=10**9, threads=2, progress=lambda *_: None)
+transform = TrainTransform((16, 16), "bicubic", (0.5, 0.5, 0.5))
+options = {"batch_size": 4, "seed": 0, "total_steps": 5, "workers": 2, "pin_memory": False}
+list(train_batches(images, np.arange(20), transform, **options))
+print(torch.get_num_threads())
+"""
+
+
+def test_loading_in_threads_leaves_the_main_thread_its_threads_of_arithmetic(tmp_path):
+    folder = write_image_folder(tmp_path / "data", {"train": 10})
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"SAMTUNE_CACHE": str(tmp_path / "cache")}
+
+    def printed(code):
+        command = [sys.executable, "-c", code, folder]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+    assert printed(ARITHMETIC) == printed("import torch; print(torch.get_num_threads())")
 
 
 def test_seeds_and_epochs_differ_in_order_and_augmentation(train_split):

@@ -196,7 +196,7 @@ def _decoded(split: Split, rows: Indices, threads: int, progress: Progress) -> I
 
     if 0 < split.encoded_bytes() < _SMALL * len(split):
         threads = 1
-    with ThreadPoolExecutor(threads, "decoder", torch.set_num_threads, (1,)) as pool:
+    with ThreadPoolExecutor(threads, "decoder") as pool:
         for start in range(0, len(rows), _SAMPLE):  # in portions: a data set need not fit into memory
             portion = rows[start : start + _SAMPLE]
             for part in pool.map(some, np.array_split(portion, threads)):

@@ -73,7 +73,9 @@ def eval_batches(
         return torch.stack([transform(image) for image in found])
 
     plan = ((0, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
-    return _load(_Batches(images, plain), plan, workers, pin_memory)
+    # Never in processes: to fork one while training's threads are at work may copy a lock that they hold.
+    load = _load if workers == 0 else _load_in_threads
+    return load(_Batches(images, plain), plan, workers, pin_memory)
 
 
 _Key = tuple[int, Indices]  # epoch, rows of a batch
@@ -110,7 +112,9 @@ def leave_signals_to_the_main_process(worker: int) -> None:
 
 
 def _load_in_threads(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Iterator[Batch]:
-    # One thread of arithmetic each: they are as many as there shall be.
+    # One thread of arithmetic each: they are as many as there shall be. This thread must have asked for its own number
+    # before they set theirs, or it would take theirs.
+    torch.get_num_threads()
     with ThreadPoolExecutor(workers, "loader", torch.set_num_threads, (1,)) as pool:
         try:
             ahead = deque(pool.submit(dataset.__getitem__, key) for key in itertools.islice(plan, 2 * workers))
