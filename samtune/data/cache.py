@@ -55,7 +55,7 @@ class Pixels:
 
     def map(self) -> None:
         """Take hold of the file: it stays readable even if another run removes it to make room."""
-        assert self._bytes.ndim == 1
+        _ = self._bytes
 
     def take(self, places: npt.NDArray[np.int64]) -> torch.Tensor | None:
         """(n, 3, height, width) uint8, a copy, if all images of the file are of one shape; else None."""
