@@ -1,7 +1,6 @@
 """One update of Algorithm 1 (Foret et al. 2021): `SAM` makes its gradient, `Step` is the update of a run around it."""
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,12 +8,24 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from samtune import distributed
+from samtune import device, distributed
+from samtune.errors import OutOfMemory, first_line
+from samtune.parameters import chosen, first_match, unwrapped
+from samtune.replay import (
+    Statistics,
+    batch_norms,
+    generator_states,
+    put_back,
+    set_generator_states,
+    statistics,
+    undone_by_an_error,
+    updating,
+)
 from samtune.sam import Perturbation
 
 Loss = Callable[..., torch.Tensor]
+Batch = tuple[torch.Tensor, ...]  # of one first dimension, the samples
 
 
 class SAM:
@@ -52,6 +63,10 @@ class SAM:
             ranks together. A process group: the batches of its ranks together.
         ascent_fraction: share of the samples that pass 1 uses, the first ones.
         ascent_steps: passes that look for the perturbation, each adding rho / ascent_steps along its dual gradient.
+        micro_batch: the most samples that pass through the model at once; None: all that share a perturbation. It
+            bounds memory and changes nothing else: the samples of m still share one perturbation, made of their mean
+            gradient. But each micro-batch draws its own dropout and drop-path masks (the same in all passes, not those
+            of the whole batch), and batch norm that is not frozen normalises each by itself. May be set between calls.
 
     Raises:
         ValueError: an argument out of range, 16-bit weights, or a filter that matches no parameter.
@@ -70,6 +85,7 @@ class SAM:
         m: Literal["device", "global"] | int | distributed.Group = "device",
         ascent_fraction: float = 1.0,
         ascent_steps: int = 1,
+        micro_batch: int | None = None,
     ) -> None:
         if not 0 < ascent_fraction <= 1:
             raise ValueError(f"ascent_fraction {ascent_fraction:g}: must be in (0, 1]")
@@ -78,25 +94,26 @@ class SAM:
         if m is None or (isinstance(m, str) and m not in ("device", "global")):
             raise ValueError(f'm {m!r}: must be "device", "global", a number of samples or a process group')
         self.model = model
-        self._inner = _unwrapped(model)
+        self._inner = unwrapped(model)
         self.rho = rho
         self.m = m
+        self.micro_batch = micro_batch
         self.ascent_fraction, self.ascent_steps = ascent_fraction, ascent_steps
         self.perturbed = False
         """Whether the weights are w + e at this moment: False in pass 1, for a loss that wants to know."""
-        named = _chosen(self._inner, perturb)
+        named = chosen(self._inner, perturb)
         self._params = list(named.values())
         self._ball = Perturbation(
             self._params,
             p=p,
             adaptive=[adaptive and w.ndim > 1 for w in self._params],
             eta=eta,
-            factors=[_first_match(rho_factors or {}, name) for name in named],
+            factors=[first_match(rho_factors or {}, name) for name in named],
         )
         if rho > 0:
             self._ball.reserve()
         self._device = self._params[0].device
-        self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._batch_norms = batch_norms(model)
 
     @property
     def rho(self) -> float:
@@ -110,6 +127,21 @@ class SAM:
         self._rho = value
 
     @property
+    def micro_batch(self) -> int | None:
+        """The most samples that pass through the model at once; None: all that share a perturbation."""
+        return self._micro_batch
+
+    @micro_batch.setter
+    def micro_batch(self, value: int | None) -> None:
+        if value is not None and value < 1:
+            raise ValueError(f"micro_batch {value}: must be at least 1, or None")
+        self._micro_batch = value
+
+    def at_once(self, n: int) -> int:
+        """Of a batch of n samples, how many pass through the model at once."""
+        return min(n, self.m if isinstance(self.m, int) else n, self.micro_batch or n)
+
+    @property
     def passes(self) -> float:
         """Forward-backward passes over the batch in one call."""
         return 1 + self.ascent_steps * self.ascent_fraction if self.rho > 0 else 1
@@ -118,9 +150,9 @@ class SAM:
         """Add the gradient of the loss at w + e to `.grad` of all parameters of the model; w is as it was.
 
         Args:
-            loss: (*batch) -> (), the mean over the samples it is given. It is called once for each pass, with the
-                random numbers of the first pass in all of them, so that dropout and drop-path masks are the same. A
-                loss scale may be part of it: e does not depend on it.
+            loss: (*batch) -> (), the mean over the samples it is given. It is called once for each pass, or for each
+                micro-batch of it, with the random numbers of the first pass in all of them, so that dropout and
+                drop-path masks are the same. A loss scale may be part of it: e does not depend on it.
             batch: tensors of one first dimension, the samples.
 
         Returns:
@@ -132,7 +164,9 @@ class SAM:
         n = len(batch[0])
         if n == 0:
             raise ValueError("the batch is empty")
-        pieces = list(zip(*(t.split(self.m) for t in batch), strict=True)) if isinstance(self.m, int) else [batch]
+        # The samples of a perturbation; without one, those that pass at once.
+        together = self.m if isinstance(self.m, int) else n
+        pieces = _split(batch, together if self.rho > 0 else self.at_once(n))
         at_w = []
         for piece in pieces:
             share = len(piece[0]) / n
@@ -140,53 +174,80 @@ class SAM:
                 at_w.append(share * self._backward(loss, piece, share))
         return torch.stack(at_w).sum()
 
-    def _backward(self, loss: Loss, batch: tuple[torch.Tensor, ...], share: float) -> torch.Tensor:
+    def _backward(self, loss: Loss, batch: Batch, share: float) -> torch.Tensor:
         """The gradient of one perturbation, times share, is added to `.grad`."""
         if self.rho == 0:
             at_w = loss(*batch)
             _descend(at_w, at_w, share)
             return at_w.detach()
 
-        masks = _generator_states(self._device)
+        masks = generator_states(self._device)
         part = tuple(t[: math.ceil(self.ascent_fraction * len(t))] for t in batch)
         radius = self.rho / self.ascent_steps
         # Pass 1, at w: batch-norm statistics update here, if they update at all.
-        with self._no_sync():
-            at_w = loss(*part)
+        at_w, g1 = self._ascent_gradient(loss, part)
         # e = rho * dual(g1)
-        with self._perturb(at_w, radius):
+        with self._perturb(g1, radius):
             # Further ascent, if it is asked for, from where the last pass arrived.
             for _ in range(self.ascent_steps - 1):
-                _set_generator_states(masks, self._device)
-                with self._no_sync():
-                    self._ball.add_(self._ascent_gradient(loss(*part)), radius)
+                set_generator_states(masks, self._device)
+                self._ball.add_(self._ascent_gradient(loss, part)[1], radius)
+                torch.clear_autocast_cache()  # the weights moved again
             # Pass 2, at w + e: same samples, same masks; statistics stay as pass 1 left them.
-            _set_generator_states(masks, self._device)
-            _descend(loss(*batch), at_w, share)
-        return at_w.detach()
+            set_generator_states(masks, self._device)
+            micro_batches = self._micro_batches(batch)
+            for micro, of_batch in micro_batches:
+                with nullcontext() if micro is micro_batches[-1][0] else self._no_sync():
+                    _descend(loss(*micro), at_w, share * of_batch)
+        return at_w
 
-    def _ascent_gradient(self, loss: torch.Tensor) -> list[torch.Tensor]:
-        """By autograd.grad, which leaves `.grad` and the hooks that communicate it to the final gradient alone."""
-        grads = list(torch.autograd.grad(loss, self._params, materialize_grads=True))
+    def _ascent_gradient(self, loss: Loss, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Loss and gradient where the weights are, detached; the gradient of all ranks that share a perturbation."""
+
+        def gradient(micro: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+            """By autograd.grad, which leaves `.grad` and the hooks that communicate it to the final gradient alone."""
+            with self._no_sync():
+                value = loss(*micro)
+            return value.detach(), list(torch.autograd.grad(value, self._params, materialize_grads=True))
+
+        micro_batches = self._micro_batches(batch)
+        if len(micro_batches) == 1:
+            mean, grads = gradient(batch)
+        else:
+            mean, grads = torch.zeros((), device=self._device), [torch.zeros_like(w) for w in self._params]
+            for micro, share in micro_batches:
+                value, more = gradient(micro)
+                mean = mean + share * value
+                torch._foreach_add_(grads, more, alpha=share)
+                del more  # before the next one needs the room
         if self.m == "device" or isinstance(self.m, int):
-            return grads
+            return mean, grads
         group = None if isinstance(self.m, str) else self.m
-        return distributed.sum_lists_over_ranks(grads, group)
+        return mean, distributed.sum_lists_over_ranks(grads, group)
+
+    def _micro_batches(self, batch: Batch) -> list[tuple[Batch, float]]:
+        """What passes through the model at once, and its share of the batch."""
+        n = len(batch[0])
+        return [(micro, len(micro[0]) / n) for micro in _split(batch, self.micro_batch or n)]
 
     @contextmanager
-    def _perturb(self, at_w: torch.Tensor, radius: float) -> Iterator[None]:
-        """Inside the block weights are w + e, batch-norm statistics rest, and the model refuses to be saved."""
-        updating = [module for module in self._batch_norms if module.training and module.track_running_stats]
+    def _perturb(self, g1: list[torch.Tensor], radius: float) -> Iterator[None]:
+        """Inside the block weights are w + e, batch-norm statistics rest, and the model refuses to be saved.
+
+        g1: one gradient per perturbed parameter. The list is emptied, for pass 2 needs the room.
+        """
+        resting = updating(self._batch_norms)
         guard = self._inner.register_state_dict_pre_hook(_refuse_to_save)
         try:
-            with self._ball.perturbed(self._ascent_gradient(at_w), radius):
+            with self._ball.perturbed(g1, radius):
+                g1.clear()
                 self.perturbed = True
                 torch.clear_autocast_cache()  # 16-bit copies of w, where a caller's autocast is around all passes
-                for module in updating:  # they normalise as before, and keep mean, variance and num_batches_tracked
+                for module in resting:  # they normalise as before, and keep mean, variance and num_batches_tracked
                     module.track_running_stats = False
                 yield
         finally:
-            for module in updating:
+            for module in resting:
                 module.track_running_stats = True
             self.perturbed = False
             torch.clear_autocast_cache()
@@ -198,61 +259,21 @@ class SAM:
         return context
 
 
+def _split(batch: Batch, size: int) -> list[Batch]:
+    """Pieces of so many samples, the last of what is left; one piece is the batch itself."""
+    if size >= len(batch[0]):
+        return [batch]
+    return list(zip(*(t.split(size) for t in batch), strict=True))
+
+
 def _descend(loss: torch.Tensor, at_w: torch.Tensor, share: float) -> None:
     """Backward; where the loss at w is not finite, the gradient is NaN."""
     at_w = at_w.detach().to(torch.promote_types(at_w.dtype, torch.float32))  # a 16-bit share would be off by 0.4 %
     (loss * torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)).backward()
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module whose parameters have the names that their author gave them."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):  # the latter by torch.compile
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
-    return model
-
-
-def _chosen(model: nn.Module, perturb: str) -> dict[str, nn.Parameter]:
-    """The trainable parameters that a filter lets through, by name."""
-    norm = {
-        id(w)
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower()
-        for w in module.parameters(recurse=False)
-    }
-
-    def lets_through(name: str, w: nn.Parameter) -> bool:
-        if perturb in ("norm", "no-norm"):
-            return (id(w) in norm) == (perturb == "norm")
-        return perturb == "all" or re.search(perturb, name) is not None
-
-    chosen = {
-        name: w for name, w in model.named_parameters() if w.requires_grad and w.numel() > 0 and lets_through(name, w)
-    }
-    if not chosen:
-        raise ValueError(f"perturb {perturb!r} matches none of the model's trainable parameters")
-    return chosen
-
-
-def _first_match(factors: Mapping[str, float], name: str) -> float:
-    return next((factor for pattern, factor in factors.items() if re.search(pattern, name)), 1.0)
-
-
 def _refuse_to_save(*_: Any) -> None:
     raise RuntimeError("the weights are perturbed at this moment (w + e): save the model between two steps of SAM")
-
-
-def _generator_states(device: torch.device) -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _set_generator_states(states: list[torch.Tensor], device: torch.device) -> None:
-    """Draw the same random numbers again: each pass has the masks of pass 1, and ends in the state that pass 1 left."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
 
 
 # ------------------------------------------------------------------------------------------------------------- update
@@ -303,13 +324,44 @@ class Step:
         self.sam, self.optimizer, self.loss = sam, optimizer, loss
         self.clip_grad, self.autocast, self.scaler, self.penalty = clip_grad, autocast, scaler, penalty
         self._params = [w for w in sam.model.parameters() if w.requires_grad]
+        self._batch_norms = batch_norms(sam.model)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> StepResult:
         """One update on images (batch, 3, h, w), normalised, and labels: (batch,) int64, or (batch, classes) shares.
 
         weight: number of images here over its mean over the ranks, where they differ.
+
+        Where memory runs out for the gradient, all is as before the step, and it begins again with half as many images
+        at once: `sam.micro_batch`, which then stays. The update is that of a step that had this micro-batch from the
+        start. Raises OutOfMemory where one image does not fit, and on several ranks; nothing is updated then.
         """
-        seen: list[torch.Tensor] = []  # sums at w: loss, wrong, n
+        self.optimizer.zero_grad(set_to_none=True)
+        kept = statistics(self._batch_norms)
+        seen = self._gradient(images, labels, weight, kept)
+
+        # The final gradient: the same on every rank, and NaN on every rank if a value anywhere was not finite.
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.get_total_norm([w.grad for w in self._params if w.grad is not None])
+        # The step's one read from the device: the decision whether to update, with what is logged.
+        sums = distributed.sum_over_ranks(torch.stack(seen).sum(0))
+        loss_sum, wrong, n, norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
+        applied = math.isfinite(norm)
+        if applied:
+            if self.clip_grad > 0:
+                nn.utils.clip_grads_with_norm_(self._params, self.clip_grad, grad_norm)
+            self.optimizer.step()
+        else:
+            put_back(kept)  # nothing of this step stays
+        if self.scaler is not None:
+            self.scaler.update()
+        return StepResult(loss_sum / n, int(wrong), int(n), norm, applied, self.sam.passes)
+
+    def _gradient(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float, kept: Statistics
+    ) -> list[torch.Tensor]:
+        """SAM's gradient in `.grad`; returns sums at w: loss, wrong, n, of each part that passed at once."""
+        seen: list[torch.Tensor] = []
 
         def objective(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             with self.autocast():
@@ -325,21 +377,24 @@ class Step:
                 loss = loss * weight
             return loss if self.scaler is None else self.scaler.scale(loss)
 
-        self.optimizer.zero_grad(set_to_none=True)
-        self.sam.backward(objective, images, labels)
+        def attempt(at_once: int) -> None:
+            if at_once < tried_first:
+                self.sam.micro_batch = at_once
+            try:
+                with undone_by_an_error(kept, images.device):
+                    self.sam.backward(objective, images, labels)
+            except BaseException as error:
+                seen.clear()
+                self.optimizer.zero_grad(set_to_none=True)
+                if device.is_out_of_memory(error) and distributed.world_size() > 1:
+                    # The others wait in a reduction that this rank has left, perhaps half done: none can begin again.
+                    raise OutOfMemory(
+                        f"no memory on a rank for {at_once} of its images at once",
+                        first_line(error),
+                        "let fewer pass at once: a smaller micro-batch, or fewer images on each rank",
+                    ) from None
+                raise
 
-        # The final gradient: the same on every rank, and NaN on every rank if a value anywhere was not finite.
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.get_total_norm([w.grad for w in self._params if w.grad is not None])
-        # The step's one read from the device: the decision whether to update, with what is logged.
-        sums = distributed.sum_over_ranks(torch.stack(seen).sum(0))
-        loss_sum, wrong, n, norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
-        applied = math.isfinite(norm)
-        if applied:
-            if self.clip_grad > 0:
-                nn.utils.clip_grads_with_norm_(self._params, self.clip_grad, grad_norm)
-            self.optimizer.step()
-        if self.scaler is not None:
-            self.scaler.update()
-        return StepResult(loss_sum / n, int(wrong), int(n), norm, applied, self.sam.passes)
+        tried_first = self.sam.at_once(len(images))
+        device.halved_until_it_fits(attempt, tried_first, images.shape[1:])
+        return seen

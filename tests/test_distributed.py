@@ -103,12 +103,14 @@ def mean_of_shards(model, world):
     return sum(len(s[0]) * gradient(model, loss, *s, rho=RHO) for s in shards(world)) / sum(UNEVEN[world])
 
 
-def gradient_here(m):
+def gradient_here(m, micro_batch=None):
     rank, world = dist.get_rank(), dist.get_world_size()
     ddp = DistributedDataParallel(make_model())
     images, labels = shards(world)[rank]
     weight = len(images) * world / sum(UNEVEN[world])
-    return gradient(ddp, lambda x, y: weight * F.cross_entropy(ddp(x), y), images, labels, rho=RHO, m=m).tolist()
+    return gradient(
+        ddp, lambda x, y: weight * F.cross_entropy(ddp(x), y), images, labels, rho=RHO, m=m, micro_batch=micro_batch
+    ).tolist()
 
 
 def test_device_mode_gives_the_mean_of_the_shards_gradients_and_not_the_global_one(ranks):
@@ -119,7 +121,15 @@ def test_device_mode_gives_the_mean_of_the_shards_gradients_and_not_the_global_o
     assert not torch.allclose(joined, expected, rtol=1e-3)
 
 
-def test_micro_batches_on_one_rank_equal_as_many_ranks(ranks):
+@pytest.mark.parametrize("m", ["device", "global"])
+def test_micro_batches_on_each_rank_give_the_gradient_of_all_at_once(ranks, m):
+    """Of 1 image or 2 each: ranks have different numbers of them."""
+    for whole, *split in zip(ranks(gradient_here, m), *(ranks(gradient_here, m, k) for k in (1, 2)), strict=True):
+        for found in split:
+            assert found == pytest.approx(whole, rel=1e-10, abs=1e-13)
+
+
+def test_pieces_on_one_rank_equal_as_many_ranks(ranks):
     """With even shards, since pieces of m images are all of one size but the last."""
     model = make_model()
     world = ranks.world
@@ -180,6 +190,7 @@ def long_run():
     return weights
 
 
+@pytest.mark.slow
 def test_replicas_are_bit_identical_after_500_steps(ranks):
     first, *others = ranks(long_run)
     assert all(other == first for other in others)
@@ -214,7 +225,7 @@ def counted_collectives():
         dist.all_reduce = plain
 
 
-def count(m):
+def count(m, micro_batch):
     rank, world = dist.get_rank(), dist.get_world_size()
     model = make_model()
     ddp = DistributedDataParallel(model)
@@ -226,7 +237,7 @@ def count(m):
         return future.then(lambda done: done.value()[0])
 
     ddp.register_comm_hook(None, hook)
-    step = make_step(ddp, sgd(ddp), rho=RHO, m=m)
+    step = make_step(ddp, sgd(ddp), rho=RHO, m=m, micro_batch=micro_batch)
     step(*shards(world)[rank])  # the first builds the buckets
     buckets.clear()
     with counted_collectives() as seen:
@@ -234,8 +245,11 @@ def count(m):
     return sum(w.numel() for w in model.parameters()), seen, buckets
 
 
-@pytest.mark.parametrize(("m", "gradients"), [("device", 1), (2, 1), ("global", 2)])
-def test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation(ranks, m, gradients):
-    for weights, seen, buckets in ranks(count, m):
+@pytest.mark.parametrize(
+    ("m", "micro_batch", "gradients"),
+    [("device", None, 1), (2, None, 1), ("global", None, 2), ("device", 2, 1), (2, 1, 1), ("global", 1, 2)],
+)
+def test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation(ranks, m, micro_batch, gradients):
+    for weights, seen, buckets in ranks(count, m, micro_batch):
         assert buckets == [weights]
         assert sorted(seen) == [3] + [weights] * gradients  # 3: loss, wrong, n

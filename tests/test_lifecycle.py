@@ -188,8 +188,9 @@ def test_a_moving_average_never_sees_the_perturbed_weights(small_net, batch):
         torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-14)
 
 
-def test_an_autocast_around_all_passes_is_no_trap(batch):
-    """It keeps 16-bit copies of the weights: pass 2 would see those of w."""
+@pytest.mark.parametrize("options", [{}, {"ascent_steps": 3}, {"micro_batch": 3}])
+def test_an_autocast_around_all_passes_is_no_trap(batch, options):
+    """It keeps 16-bit copies of the weights: pass 2 would see those of w, or of where the ascent was before."""
     torch.manual_seed(0)
     model = SmallNet(drop=0.0)
     images, labels = batch[0].float(), batch[1]
@@ -201,9 +202,9 @@ def test_an_autocast_around_all_passes_is_no_trap(batch):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return plain(x, y)
 
-    inside = gradient(model, with_autocast, images, labels, rho=1.0)
+    inside = gradient(model, with_autocast, images, labels, rho=1.0, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outside = gradient(model, plain, images, labels, rho=1.0)
+        outside = gradient(model, plain, images, labels, rho=1.0, **options)
     assert torch.equal(inside, outside)
 
 

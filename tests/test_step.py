@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 
 import numpy as np
 import pytest
@@ -150,6 +151,13 @@ def test_all_passes_see_the_same_dropout_and_drop_path_masks(batch, ascent_steps
         assert len(seen) == 1 + ascent_steps
         assert all(torch.equal(mask, seen[0]) for mask in seen)
         assert 0 < seen[0].sum() < seen[0].numel()
+
+
+def test_a_step_that_is_not_finite_leaves_statistics_as_they_were(small_net, batch):
+    before = state(small_net)
+    result = make_step(small_net, sgd(small_net))(batch[0] * math.inf, batch[1])
+    assert not result.applied
+    assert_same(state(small_net), before)
 
 
 def test_frozen_statistics_stay_while_gamma_and_beta_train(small_net, batch):

@@ -1,4 +1,4 @@
-"""The variants of the step: micro-batches, filters, radii, ascent, L2 in the loss."""
+"""The variants of the step: pieces, filters, radii, ascent, L2 in the loss."""
 
 import math
 
@@ -14,7 +14,7 @@ from samtune.models import train_mode
 from tests.engines import A, Quadratic, cross_entropy_of, gradient, make_step, quadratic_loss, sgd, state
 
 
-def test_micro_batches_have_their_own_perturbations_and_their_mean_gradient(small_net, batch):
+def test_pieces_have_their_own_perturbations_and_their_mean_gradient(small_net, batch):
     train_mode(small_net, freeze_bn=True)
     loss = cross_entropy_of(small_net)
     small_net.drop.p = 0.0
@@ -24,7 +24,7 @@ def test_micro_batches_have_their_own_perturbations_and_their_mean_gradient(smal
     assert not torch.allclose(gradient(small_net, loss, *batch), expected, rtol=1e-4)
 
 
-def test_without_sam_micro_batches_are_gradient_accumulation(small_net, batch):
+def test_without_sam_pieces_are_gradient_accumulation(small_net, batch):
     train_mode(small_net, freeze_bn=True)
     small_net.drop.p = 0.0
     loss = cross_entropy_of(small_net)
@@ -164,6 +164,7 @@ def test_the_l2_term_enters_both_passes_but_not_the_reported_loss():
         ({"m": None}, "None"),
         ({"ascent_fraction": 0.0}, "ascent_fraction"),
         ({"ascent_steps": 0}, "ascent_steps"),
+        ({"micro_batch": 0}, "micro_batch 0"),
         ({"rho_factors": {"fc": -1.0}}, "factors"),
     ],
 )

@@ -1,0 +1,40 @@
+"""Which parameters of a model are perturbed, and which radius each has."""
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module whose parameters have the names that their author gave them."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):  # the latter by torch.compile
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def chosen(model: nn.Module, perturb: str) -> dict[str, nn.Parameter]:
+    """The trainable parameters that a filter lets through, by name."""
+    norm = {
+        id(w)
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        for w in module.parameters(recurse=False)
+    }
+
+    def lets_through(name: str, w: nn.Parameter) -> bool:
+        if perturb in ("norm", "no-norm"):
+            return (id(w) in norm) == (perturb == "norm")
+        return perturb == "all" or re.search(perturb, name) is not None
+
+    chosen = {
+        name: w for name, w in model.named_parameters() if w.requires_grad and w.numel() > 0 and lets_through(name, w)
+    }
+    if not chosen:
+        raise ValueError(f"perturb {perturb!r} matches none of the model's trainable parameters")
+    return chosen
+
+
+def first_match(factors: Mapping[str, float], name: str) -> float:
+    return next((factor for pattern, factor in factors.items() if re.search(pattern, name)), 1.0)
