@@ -1,11 +1,9 @@
 """What people see: notes and progress on stderr, results on stdout. The only user of rich."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Self
 
 from rich.console import Console
@@ -14,66 +12,78 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 _PLAIN_INTERVAL = 15.0  # seconds between two progress lines where there is no terminal
+_FOLDED = 8  # characters: a column of words is not folded to less
 
 
-class _Stderr(Console):
-    def on_broken_pipe(self) -> None:
-        """Whoever read our notes has gone; the run goes on without them. (rich would exit.)"""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
-_err = _Stderr(stderr=True, highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def note(text: str) -> None:
     """A line about what is going on."""
-    _say(escape(text))
+    _err.print(escape(text))
 
 
 def warn(text: str) -> None:
     """Something that the user should look at, though the run goes on."""
-    _say(f"[yellow]warning:[/] {escape(text)}")
+    _err.print(f"[yellow]warning:[/] {escape(text)}")
 
 
 def error(text: str) -> None:
     """Why the command ends."""
-    _say(f"[red]error:[/] {escape(text)}")
-
-
-def _say(markup: str) -> None:
-    with suppress(OSError):  # a terminal that is gone is no reason to lose a run; the log has it all
-        _err.print(markup)
+    _err.print(f"[red]error:[/] {escape(text)}")
 
 
 def print_json(content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """The result, alone on stdout, for programs."""
-    _to_stdout(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # JSON has its own way to write a character that the terminal or a path's bytes have not
+        text = json.dumps(content, indent=2) + "\n"
+    _to_stdout(text)
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
     """The result on stdout, for people: one row per name."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
+    table = Table(title=escape(title), show_header=False, title_justify="left")
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")  # not cut: half a path is worse than none
     for name, value in rows.items():
-        table.add_row(name, escape(value))
+        table.add_row(escape(name), escape(value))
     _print(table)
 
 
-def print_rows(title: str, rows: Sequence[Mapping[str, str | int | None]]) -> None:
-    """A list on stdout, for people: one column per key of the first row, numbers to the right, "-" for None."""
-    table = Table(title=title, title_justify="left")
-    for name, value in rows[0].items():
-        number = not isinstance(value, str)
-        table.add_column(name, justify="right" if number else "left", no_wrap=number)
-    for row in rows:
-        table.add_row(*("-" if value is None else escape(str(value)) for value in row.values()))
-    _print(table)
+def print_rows(title: str, rows: Sequence[Mapping[str, str | float | None]]) -> None:
+    """A list on stdout, for people: one column per key of the first row, numbers to the right, "-" for None.
+
+    Where the columns do not fit beside each other, a value a line: half a number or half a path is worse than none.
+    """
+    cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
+    table = Table(title=escape(title), title_justify="left")
+    room = 1
+    for name in rows[0]:
+        number = not any(isinstance(row[name], str) for row in rows)
+        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
+        widest = max(len(name), *(len(row[name]) for row in cells))
+        room += 3 + (widest if number else min(widest, _FOLDED))
+    for row in cells:
+        table.add_row(*map(escape, row.values()))
+    if room <= Console().width:
+        _print(table)
+    else:
+        print_lines(
+            f"{'  ' if i else ''}{name}: {value}" for row in cells for i, (name, value) in enumerate(row.items())
+        )
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _print(table: Table) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     with console.capture() as drawn:
         console.print(table)
     _to_stdout(drawn.get())
@@ -85,12 +95,8 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def _to_stdout(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has gone, as in `samtune ... | head -1`. The work is done; let Python's own flush at exit succeed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 class RunProgress:
@@ -99,8 +105,9 @@ class RunProgress:
     Use it as a context; notes printed meanwhile appear above the bar.
     """
 
-    def __init__(self, total_steps: int = 0) -> None:
-        self._total = total_steps
+    def __init__(self, total_steps: int = 0, done: int = 0) -> None:
+        """done: steps that an earlier process did."""
+        self._total, self._done = total_steps, done
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if _err.is_interactive:
@@ -114,7 +121,9 @@ class RunProgress:
                 console=_err,
                 transient=True,
             )
-            self._steps = self._bar.add_task("step", total=total_steps, numbers="", visible=total_steps > 0)
+            self._steps = self._bar.add_task(
+                "step", total=total_steps, completed=done, numbers="", visible=total_steps > 0
+            )
         self._counting: TaskID | None = None
 
     def __enter__(self) -> Self:
@@ -133,7 +142,7 @@ class RunProgress:
         if self._bar is not None:
             self._bar.update(self._steps, completed=step, numbers=numbers)
         else:
-            left = (time.monotonic() - self._started) / step * (self._total - step)
+            left = (time.monotonic() - self._started) / (step - self._done) * (self._total - step)
             self._line(f"step {step}/{self._total}  {numbers}  {left:.0f} s left")
 
     def score(self, split: str, done: int, total: int) -> None:
