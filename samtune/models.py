@@ -10,10 +10,11 @@ from typing import Any
 
 import timm
 import timm.data
+import timm.utils
 import torch
 from torch import nn
 
-from samtune import hub
+from samtune import console, hub
 from samtune.errors import CheckpointError, ModelError, first_line
 
 # Names that timm has no pretrained weights for -> the weights that users mean by them; for B7 and L2 the paper's.
@@ -150,7 +151,10 @@ def build(
     from_network = origin.startswith(("hub:", "url:"))
     model = _create(resolved, arguments, download=origin if from_network else None)
     if weights is not None:
-        _load(model, _read_weights(weights), keep_head=classes is None, origin=origin)
+        state_dict = _read_weights(weights)
+        _load(model, state_dict, keep_head=classes is None, origin=origin)
+        if classes is not None:
+            console.note(f"{weights} {_head_words(model, state_dict)}; a new head of {classes} starts at zero")
     elif package is not None and pretrained:
         _load(model, _lite_state_dict(_read_lite(package), model), keep_head=classes is None, origin=origin)
     if classes is not None:
@@ -205,9 +209,10 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         state_dict: dict[str, torch.Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # each format has its own family of errors for damage
+        pickled = "weights_only" in str(error)  # torch goes on to advise what would run the code
         raise CheckpointError(
             f"weights {path} cannot be read",
-            first_line(error),
+            "it holds objects that may run code, or is damaged" if pickled else first_line(error),
             "give a .safetensors file, or a .pth file that holds tensors only",
         ) from None
     return state_dict
@@ -276,10 +281,16 @@ def _load(model: nn.Module, state_dict: dict[str, torch.Tensor], *, keep_head: b
     if wrong:
         raise CheckpointError(
             f"weights {origin} do not fit the model",
-            f"{len(wrong)} tensors differ, first: {'; '.join(wrong[:3])}",
-            "check --model",
+            f"{len(wrong)} of {len(shapes)} tensors differ, first: {'; '.join(wrong[:3])}",
+            "give weights of this architecture, for images of 3 channels, or their --model",
         )
     model.load_state_dict(body, strict=False)
+
+
+def _head_words(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> str:
+    """What weights have for a head that a new one replaces."""
+    outputs = [len(state_dict[f"{name}.weight"]) for name in head_names(model) if f"{name}.weight" in state_dict]
+    return f"has a head of {outputs[0]} outputs, which is left out" if outputs else "has no head"
 
 
 # ------------------------------------------------------------------------------------------------ head and statistics
@@ -326,6 +337,18 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
         for chosen, decay in ((matrices, weight_decay), (vectors, 0.0)):
             groups.append({"params": chosen, "lr": part_lr, "weight_decay": decay, "name": part})
     return [group for group in groups if group["params"]]
+
+
+Average = timm.utils.ModelEmaV3
+
+
+def average(model: nn.Module, decay: float) -> Average:
+    """The exponential moving average of the model's weights and buffers, whose `module` is a model to be scored.
+
+    At step t its decay is 1 - t^(-2/3) or `decay`, whichever is less: a fine-tuning run may have too few steps to
+    forget its first weights otherwise.
+    """
+    return Average(model, decay=decay, use_warmup=True)
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

@@ -200,6 +200,7 @@ def test_a_pair_among_a_hundred_thousand_hashes_is_found():
     assert duplicates.close_pairs(hashes, 4).tolist() == [[3, 70_000]]
 
 
+@pytest.mark.slow
 def test_the_picture_that_stanford_cars_has_under_two_labels_is_found(shared_data):
     done = samtune("data", "check", shared_data / "stanford_cars", "--json")
     assert done.returncode == 0, done.stderr
@@ -208,6 +209,7 @@ def test_the_picture_that_stanford_cars_has_under_two_labels_is_found(shared_dat
     assert {image["label"] for image in group["images"]} == {"Audi A5 Coupe 2012", "Audi TTS Coupe 2012"}
 
 
+@pytest.mark.slow
 @needs_imagehash
 def test_the_near_duplicate_across_the_splits_of_cifar10_is_found(shared_data):
     result = look(shared_data / "cifar10")

@@ -81,7 +81,8 @@ def test_text_labels_are_classes_in_alphabetical_order(tmp_path):
         ([0, None, 1], datasets.ClassLabel(names=["a", "b"]), "row 1 of split train has the label None"),
         (["a", None], datasets.Value("string"), "row 1 of split train has the label None"),
         ([0, 1, -1], datasets.Value("int64"), "row 2 of split train has the label -1"),
-        ([0.0, float("nan")], datasets.Value("float64"), "row 0 of split train has the label 0.0"),
+        ([0.0, float("nan")], datasets.Value("float64"), "row 1 of split train has the label nan"),
+        ([0.0, 0.5], datasets.Value("float64"), "row 1 of split train has the label 0.5"),
     ],
 )
 def test_a_label_without_a_class_is_named_with_its_row(tmp_path, labels, feature, said):

@@ -14,11 +14,13 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import timm
+import torch
 from safetensors.torch import save_file
 
 from samtune.hub import _asked_pause
-from tests.conftest import SHARED_DATA, image_bytes, samtune, write_image_folder
+from tests.conftest import SHARED_DATA, Bomb, image_bytes, samtune, write_image_folder
 from tests.hub import Fault, Hub, Preloaded
+from tests.matrix import row
 
 FLOWERS = "dpdl-benchmark/oxford_flowers102"
 SMALL = "test_efficientnet.r160_in1k"  # timm's smallest
@@ -144,6 +146,7 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_lite0_on_flowers_from_the_hub_then_from_the_cache_and_the_same_batches_as_from_a_folder(flowers, tmp_path):
     root, hub = flowers
     env = environment(hub, tmp_path / "home", PYTHONPATH=f"{root / 'path'}:{Path(__file__).parents[1]}")
@@ -188,14 +191,26 @@ def test_the_commands_in_the_errors_fill_the_cache_for_a_run_without_network(hub
 
 
 def test_weights_that_are_there_as_a_pickle_alone_are_taken(hub, client, folder, monkeypatch):
-    import torch
-
     other = folder / "pickled"
     other.mkdir()
     torch.save(timm.create_model(SMALL.partition(".")[0]).state_dict(), other / "pytorch_model.bin")
     monkeypatch.setitem(hub.repositories, ("model", f"timm/{SMALL}"), other)
     done, _ = client(data=folder / "photos")
     assert done.returncode == 0, done.stderr
+
+
+@row(26)
+def test_a_pickle_of_the_hub_that_would_run_code_is_refused_and_runs_nothing(
+    hub, client, folder, tmp_path, monkeypatch
+):
+    torch.save({"conv_stem.weight": torch.ones(3), "more": Bomb(tmp_path / "exploded")}, tmp_path / "pytorch_model.bin")
+    monkeypatch.setitem(hub.repositories, ("model", f"timm/{SMALL}"), tmp_path)
+    done, _ = client(data=folder / "photos")
+    assert done.returncode == 4, done.stderr
+    what, why, _ = three_lines(done.stderr)
+    assert f"timm/{SMALL}: what came from the hub cannot be read" in what
+    assert "weights_only" in why
+    assert not (tmp_path / "exploded").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
@@ -212,6 +227,7 @@ LASTING = {
 }
 
 
+@row(23)
 @pytest.mark.parametrize("kind", ["model", "dataset"])
 @pytest.mark.parametrize("name", LASTING)
 def test_a_fault_that_lasts_ends_with_what_why_and_how_to_mend_and_the_next_run_succeeds(
@@ -252,6 +268,7 @@ PASSING = {
 }
 
 
+@row(23)
 @pytest.mark.parametrize("name", PASSING)
 def test_a_fault_that_passes_is_waited_for(hub, client, name):
     fault = PASSING[name]
@@ -263,6 +280,7 @@ def test_a_fault_that_passes_is_waited_for(hub, client, name):
         assert "next try in" in done.stderr
 
 
+@row(23)
 def test_a_hub_that_is_down_or_silent_does_not_keep_a_run_from_its_cache(hub, client):
     first, _ = client()
     assert first.returncode == 0, first.stderr
@@ -292,6 +310,7 @@ def test_the_pause_is_as_long_as_the_hub_asks(status, headers, seconds):
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
+@row(23)
 def test_a_truncated_file_of_the_cache_is_fetched_again(hub, client, folder):
     assert client()[0].returncode == 0
     wanted = [folder / "model" / "model.safetensors", *(folder / "data" / "data").iterdir()]
@@ -307,6 +326,7 @@ def test_a_truncated_file_of_the_cache_is_fetched_again(hub, client, folder):
     assert all(hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name for blob in blobs)
 
 
+@row(23)
 def test_a_damaged_file_that_cannot_be_fetched_again_is_named(hub, client, folder):
     assert client(data=folder / "photos")[0].returncode == 0
     blob = next(path for path in (folder / "home" / "hub").glob("models--*/blobs/*") if len(path.name) == 64)

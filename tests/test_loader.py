@@ -1,7 +1,9 @@
 """Rows to augmented batches."""
 
 import io
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms import v2
 
 from samtune import config
@@ -26,8 +29,9 @@ from samtune.data.transforms import (
     resized_crop_boxes,
     train_transform,
 )
-from samtune.errors import DataError
+from samtune.errors import DataError, WorkerLost
 from tests.conftest import image_bytes, write_image_folder
+from tests.matrix import row
 
 DATA_CONFIG = {
     "input_size": (3, 16, 16),
@@ -175,8 +179,8 @@ def test_what_happens_to_an_image_depends_on_seed_epoch_and_row_alone(train_spli
     together = transform(images, 3, 2, rows)
     assert together.dtype == torch.uint8
     assert together.is_contiguous(memory_format=torch.channels_last)
-    for row in range(6):
-        assert torch.equal(transform([images[row]], 3, 2, rows[row : row + 1])[0], together[row])
+    for place in range(6):
+        assert torch.equal(transform([images[place]], 3, 2, rows[place : place + 1])[0], together[place])
     assert not torch.equal(transform(images, 3, 3, rows), together)
 
 
@@ -227,8 +231,8 @@ def test_the_padded_crop_moves_the_image_by_at_most_an_eighth_and_fills_with_the
     picture = torch.randint(1, 255, (3, 32, 32), dtype=torch.uint8)
     transform = TrainTransform((32, 32), "bicubic", (0.0, 0.0, 0.0), crop="pad", hflip=0.0)
     seen = set()
-    for row in range(300):
-        moved = transform([picture], 0, 0, np.array([row]))[0]
+    for place in range(300):
+        moved = transform([picture], 0, 0, np.array([place]))[0]
         room = torch.zeros(3, 40, 40, dtype=torch.uint8)
         room[:, 4:36, 4:36] = picture
         places = ((y, x) for y in range(9) for x in range(9))
@@ -289,3 +293,138 @@ def test_the_settings_of_a_run_become_its_augmentation():
     assert train_transform(DATA_CONFIG, given) == TrainTransform(
         (16, 16), "bicubic", (0.5, 0.4, 0.3), "pad", 0.4, 0.1, "rand", 0.1, 0.2, 0.3
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+IN_PROCESSES = TrainTransform((16, 16), "bicubic", (0.5, 0.4, 0.3), color_jitter=0.3)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The loader looks after its workers ten times a second, not every five."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+
+
+def stream(split, **options):
+    arguments = {"batch_size": 4, "seed": 0, "total_steps": 40, "workers": 2, "pin_memory": False} | options
+    return train_batches(Images(split), np.arange(len(split)), IN_PROCESSES, **arguments)
+
+
+def loaders():
+    return [child for child in multiprocessing.active_children() if child.daemon]
+
+
+def kill_one():
+    """Of the loading processes, and wait until it is dead."""
+    victim = loaders()[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
+    return victim.pid
+
+
+@row(14)
+@pytest.mark.parametrize("delivered", [1, 2, 7])
+def test_a_killed_worker_is_replaced_and_the_batches_are_the_same(train_split, impatient, capsys, delivered):
+    expected = list(stream(train_split))
+    assert capsys.readouterr().err == ""
+    batches = stream(train_split)
+    found = [next(batches) for _ in range(delivered)]
+    victim = kill_one()
+    assert_equal_batches(found + list(batches), expected)
+    said = capsys.readouterr().err
+    assert said.count("warning:") == 1
+    assert f"process {victim}, which loads images, was ended by SIGKILL" in said
+    assert loaders() == []
+
+
+@row(14)
+def test_a_workers_death_does_not_disturb_what_the_main_process_does_meanwhile(train_split, impatient):
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = stream(train_split)
+    found = [next(batches)]
+    kill_one()
+    for _ in range(1000):  # a signal's handler would run between two of these
+        torch.ones(3).sum()
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    assert len(found + list(batches)) == 40
+
+
+@row(14)
+def test_the_second_death_of_a_worker_ends_the_run_with_what_to_do(train_split, impatient, capsys):
+    batches = stream(train_split)
+    next(batches)
+    kill_one()
+    while "warning:" not in capsys.readouterr().err:
+        next(batches)
+    victim = kill_one()
+    with pytest.raises(WorkerLost) as error:
+        list(batches)
+    assert error.value.exit_code == 9
+    assert f"process {victim}" in error.value.what
+    assert "/dev/shm" in error.value.why
+    assert "--workers 0" in error.value.mend
+    assert loaders() == []
+
+
+@row(14)
+def test_a_worker_that_dies_on_the_same_batch_again_ends_the_run(train_split, impatient, monkeypatch):
+    """As the one does that needs more memory than there is."""
+    main = os.getpid()
+    take = Images.take
+
+    def dies(self, rows):
+        if os.getpid() != main and 7 in rows:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take(self, rows)
+
+    monkeypatch.setattr(Images, "take", dies)
+    with pytest.raises(WorkerLost):
+        list(stream(train_split))
+
+
+@row(14)
+def test_a_defect_in_a_worker_is_not_taken_for_its_death(train_split, impatient, monkeypatch, capsys):
+    def breaks(self, rows):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Images, "take", breaks)
+    with pytest.raises(RuntimeError, match="a defect"):
+        list(stream(train_split))
+    assert "warning" not in capsys.readouterr().err
+
+
+BROKEN_OFF = """
+import sys
+import numpy as np
+from samtune.data import source
+from samtune.data.cache import Images
+from samtune.data.loader import train_batches
+from samtune.data.transforms import TrainTransform
+
+split = source.open_source(sys.argv[1]).splits["train"]
+transform = TrainTransform((16, 16), "bicubic", (0.5, 0.5, 0.5), color_jitter=0.3)
+options = {"batch_size": 4, "seed": 0, "total_steps": 500, "workers": 2, "pin_memory": False}
+for batch in train_batches(Images(split), np.arange(20), transform, **options):
+    raise RuntimeError("a defect")
+"""
+
+
+@row(14)
+def test_a_process_that_ends_with_a_traceback_ends_its_workers(tmp_path):
+    folder = write_image_folder(tmp_path, {"train": 10})
+    command = [sys.executable, "-c", BROKEN_OFF, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: a defect\n")
+
+
+@row(14)
+def test_slurms_warning_signal_does_not_end_workers(train_split, impatient, capsys):
+    batches = stream(train_split)
+    found = [next(batches)]
+    for child in loaders():
+        os.kill(child.pid, signal.SIGUSR1)
+    assert_equal_batches(found + list(batches), list(stream(train_split)))
+    assert capsys.readouterr().err == ""

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from samtune import models
 from samtune.data.transforms import eval_transform, normalize
 from samtune.errors import CheckpointError, ModelError
+from tests.conftest import Bomb
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -166,14 +167,8 @@ def test_weights_of_another_architecture_are_refused_with_the_first_keys(tmp_pat
     assert "conv_stem.weight" in error.value.why
 
 
-class Bomb:
-    def __reduce__(self):
-        return (exec, ("import pathlib; pathlib.Path('exploded').touch()",))
-
-
-def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"state_dict": Bomb()}))
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"state_dict": Bomb(tmp_path / "exploded")}))
     with pytest.raises(CheckpointError, match="cannot be read"):
         models.build(LITE0, classes=3, weights=tmp_path / "bomb.pth")
     assert not (tmp_path / "exploded").exists()

@@ -15,6 +15,7 @@ SETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_a_real_data_set_trains_for_a_short_epoch(name, shared_data, tmp_path):
     given = {"model": "resnet10t", "pretrained": False, "dataset": str(shared_data / name)}

@@ -74,7 +74,11 @@ def test_what_is_no_picture_is_passed_over(tmp_path):
     (folder / "train" / "cat" / "._0.png").write_bytes(b"a file of the Finder")
     (folder / "train" / "cat" / "Thumbs.db").write_bytes(b"")
     (folder / ".cache" / "dog").mkdir(parents=True)
-    assert sizes(source.open_source(str(folder))) == {"train": 6}
+    data = source.open_source(str(folder))
+    assert sizes(data) == {"train": 6}
+    assert data.notes == ()
+    (folder / "train" / "cat" / "photo.heic").write_bytes(b"what the decoder does not know")
+    assert "photo.heic" in source.open_source(str(folder)).notes[0]
 
 
 def test_a_link_that_leads_back_is_not_followed_twice(tmp_path):

