@@ -7,72 +7,20 @@ catalog, else the default.
 
 import difflib
 import json
-import math
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    AllowInfNan,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PrivateAttr,
-    Strict,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from samtune.data.catalog import CATALOG
 from samtune.errors import UsageError
+from samtune.fields import DurationField, Interval, NormOrder, PathField, Pattern, RunLength, Samples, SaveInterval
 from samtune.schedules import Duration
 
-
-def _whole_run(duration: Duration) -> Duration:
-    if duration.unit == "%" or duration.amount <= 0:
-        raise ValueError("must be more than 0 epochs or steps")
-    return duration
-
-
-def _interval(duration: Duration) -> Duration:
-    if duration.amount <= 0:
-        raise ValueError("must be more than 0")
-    return duration
-
-
-def _norm_order(p: float | int | str) -> float:
-    """A number or "inf", from a flag or from a recipe."""
-    try:
-        order = float(p)
-    except (TypeError, ValueError):
-        order = math.nan
-    if isinstance(p, bool) or not order >= 1:
-        raise ValueError('must be a number from 1 on, or "inf"')
-    return order
-
-
-def _samples(m: int | str) -> int | str:
-    if isinstance(m, str) and m in ("device", "global"):
-        return m
-    if isinstance(m, bool) or not re.fullmatch("[0-9]+", str(m)) or int(m) < 1:
-        raise ValueError('must be "device", "global", or a number of images')
-    return int(m)
-
-
-def _pattern(perturb: str) -> str:
-    try:
-        re.compile(perturb)
-    except re.error as error:
-        raise ValueError(f'must be "all", "norm", "no-norm" or a regular expression: {error}') from None
-    return perturb
-
-
-_DurationField = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(str)]
-_PathField = Annotated[Path, Strict(False), PlainSerializer(str)]
+_KINDS: dict[Any, str] = {float: "a number", int: "a whole number"}
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
 def _option(panel: str, description: str, default: Any = ..., **limits: Any) -> Any:
@@ -85,7 +33,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str = _option("Model", "timm model name, or an alias such as efficientnet_b7")
-    weights: _PathField | None = _option(
+    weights: PathField | None = _option(
         "Model",
         "pretrained weights from a file (.safetensors, or .pth without code) instead of a package or the hub",
         None,
@@ -132,6 +80,13 @@ class RunConfig(BaseModel):
         ge=1,
     )
     batch_size: int = _option("Data", "images per step", 16, ge=1)
+    micro_batch: int | None = _option(
+        "Data",
+        "images that pass through the model at once, which changes memory and time but not the algorithm; by default "
+        "the batch, and less where memory runs out",
+        None,
+        ge=1,
+    )
     workers: int | None = _option(
         "Data",
         "data-loading threads (processes with --aa, --color-jitter or --reprob); 0 loads between steps; by default 1, "
@@ -188,7 +143,7 @@ class RunConfig(BaseModel):
     noise_seed: int = _option(
         "Data", "seed of the flips; it does not follow --seed, so that runs have the same wrong labels", 0, ge=0
     )
-    train_labels: _PathField | None = _option(
+    train_labels: PathField | None = _option(
         "Data",
         "labels to train on, from a file (.parquet, .csv, .jsonl): one for each row of train in its order, or in any "
         "order with a column `index`; validation and test keep the data set's own",
@@ -216,10 +171,8 @@ class RunConfig(BaseModel):
         "weight decay as an L2 term in the loss of both passes, as the paper's code has it, not in the optimizer",
         False,
     )
-    epochs: Annotated[_DurationField, AfterValidator(_whole_run)] = _option(
-        "Optimizer", 'length of the run: 8, or "5000 steps"', Duration(10, "epochs")
-    )
-    warmup_epochs: _DurationField = _option(
+    epochs: RunLength = _option("Optimizer", 'length of the run: 8, or "5000 steps"', Duration(10, "epochs"))
+    warmup_epochs: DurationField = _option(
         "Optimizer",
         'the body\'s learning rate and rho rise from 0 for so long, the head learns at once: 1, "100 steps" or "5%"',
         Duration(20, "%"),
@@ -233,33 +186,28 @@ class RunConfig(BaseModel):
     smoothing: float = _option("Optimizer", "label smoothing", 0.1, ge=0, lt=1)
 
     rho: float = _option("SAM", "radius of the perturbation in weight units; 0 is the plain optimizer", 0.05, ge=0)
-    p: Annotated[
-        float,
-        AllowInfNan(True),
-        BeforeValidator(_norm_order),
-        PlainSerializer(lambda p: "inf" if math.isinf(p) else p),
-    ] = _option("SAM", "norm of that radius, from 1 to inf", 2.0)
+    p: NormOrder = _option("SAM", "norm of that radius, from 1 to inf", 2.0)
     adaptive: bool = _option(
         "SAM", "ASAM: radius of each weight in units of |weight| + eta; it wants about ten times the rho", False
     )
     eta: float = _option("SAM", "eta of --adaptive, in weight units", 0.01, ge=0)
-    m: Annotated[int | str, BeforeValidator(_samples)] = _option(
+    m: Samples = _option(
         "SAM",
         "images that share a perturbation: device (the batch), global (the batches of all devices), or a number, which "
         "cuts the batch into pieces that are computed one after the other (gradient accumulation)",
         "device",
     )
-    perturb: Annotated[str, AfterValidator(_pattern)] = _option(
+    perturb: Pattern = _option(
         "SAM",
         "what is perturbed: all, norm (normalisation layers alone: a cheaper first pass), no-norm, or a regular "
         "expression for the names of parameters",
         "all",
     )
     head_rho_factor: float = _option("SAM", "rho of the new head over that of the body", 1.0, ge=0)
-    sam_start: _DurationField = _option(
+    sam_start: DurationField = _option(
         "SAM", 'SAM begins after so much of the run: "50%", 5 (epochs) or "100 steps"', Duration(0, "%")
     )
-    sam_end: _DurationField = _option("SAM", "SAM ends after so much of the run", Duration(100, "%"))
+    sam_end: DurationField = _option("SAM", "SAM ends after so much of the run", Duration(100, "%"))
     sam_every: int = _option("SAM", "SAM in every k-th step only, the plain optimizer between", 1, ge=1)
     rho_schedule: Literal["constant", "linear", "cosine", "lr"] = _option(
         "SAM",
@@ -282,15 +230,39 @@ class RunConfig(BaseModel):
         "has it, else float32",
         "auto",
     )
-    seed: int = _option("Run", "seed of order, augmentation and dropout", 0, ge=0)
-    eval_every: Annotated[_DurationField, AfterValidator(_interval)] = _option(
-        "Run", 'how often to validate and save: 1, "500 steps" or "5%" of the run', Duration(1, "epochs")
+    seed: int = _option("Run", "seed of order, augmentation and dropout", 0, ge=0, lt=2**63)
+    eval_every: Interval = _option(
+        "Run", 'how often to validate: 1, "500 steps" or "5%" of the run', Duration(1, "epochs")
+    )
+    save_every: SaveInterval = _option(
+        "Run",
+        'how often to save, besides where validation is better than ever and at the end: "10 minutes", "200 steps", 1',
+        Duration(10, "minutes"),
+    )
+    keep_checkpoints: int = _option("Run", "how many of the newest checkpoints stay, besides the best", 2, ge=1)
+    model_ema: bool = _option(
+        "Run", "average the weights over the steps, too; the average is scored and saved beside the last weights", False
+    )
+    model_ema_decay: float = _option(
+        "Run", "decay of that average; in the first steps less, 1 - step^(-2/3)", 0.9998, gt=0, lt=1
+    )
+    on_nan: Literal["stop", "skip", "rollback"] = _option(
+        "Run",
+        "where loss or gradient are not finite: stop with the weights from before; skip the step, 20 in a row at most; "
+        "or go back to the newest checkpoint and leave out the batches since then, 3 times at most",
+        "stop",
+    )
+    deterministic: bool = _option(
+        "Run", "only operations whose result is the same every time; a CPU's are anyway, a GPU gets slower", False
+    )
+    step_timeout: float = _option(
+        "Run", "minutes without a step, or a batch of an evaluation, after which the run is ended; 0 waits", 30.0, ge=0
     )
     test: bool = _option("Run", "score the test split once, at the end", True)
     select: Literal["last", "best"] = _option(
         "Run", "the checkpoint to score: the last, or the best on validation", "last"
     )
-    output: _PathField | None = _option("Run", "run folder; by default a new one under runs/", None)
+    output: PathField | None = _option("Run", "run folder; by default a new one under runs/", None)
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -320,15 +292,43 @@ class RunConfig(BaseModel):
 
 def load(recipe: Path | None = None, flags: Mapping[str, Any] | None = None) -> RunConfig:
     """Flag > recipe > data set's row > default. Raises UsageError that names key, origin and allowed range."""
-    given: dict[str, tuple[Any, str]] = {}
-    if recipe is not None:
-        given |= {key: (value, f"recipe {recipe}") for key, value in _read_recipe(recipe).items()}
-    given |= {key: (value, "flag") for key, value in (flags or {}).items()}
-    name = given.get("dataset", ("", ""))[0]
+    found = _with_origins(recipe, flags)
+    name = found.get("dataset", ("", ""))[0]
     if isinstance(name, str) and name in CATALOG:
         row = CATALOG[name].defaults
-        given = {key: (value, f"data set {name}") for key, value in row.items()} | given
+        found = {key: (value, f"data set {name}") for key, value in row.items()} | found
+    return _validated(found)
 
+
+def load_over(
+    stored: Mapping[str, Any], origins: Mapping[str, str], recipe: Path | None, flags: Mapping[str, Any]
+) -> tuple[RunConfig, RunConfig, set[str]]:
+    """The settings of a run that goes on, flag > recipe > as stored: (now, before, keys that differ).
+
+    origins: where the stored values came from. What the run settled for itself stays settled: amp_dtype "auto" asks for
+    nothing else. Raises UsageError as `load` does.
+    """
+    own = {key: (value, origins.get(key, "the run's own settings")) for key, value in stored.items()}
+    asked = _with_origins(recipe, flags)
+    if asked.get("amp_dtype", ("",))[0] == "auto":
+        del asked["amp_dtype"]
+    before, now = _validated(own), _validated(own | asked)
+    return now, before, {key for key in RunConfig.model_fields if getattr(now, key) != getattr(before, key)}
+
+
+def given(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the command gives, by flags or by its recipe."""
+    return {key: value for key, (value, _) in _with_origins(recipe, flags).items()}
+
+
+def _with_origins(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, tuple[Any, str]]:
+    found: dict[str, tuple[Any, str]] = {}
+    if recipe is not None:
+        found |= {key: (value, f"recipe {recipe}") for key, value in _read_recipe(recipe).items()}
+    return found | {key: (value, "flag") for key, value in (flags or {}).items()}
+
+
+def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
     try:
         config = RunConfig.model_validate({key: value for key, (value, _) in given.items()})
     except ValidationError as error:
@@ -380,4 +380,17 @@ def _explain(key: str, kind: str, message: str, given: Mapping[str, tuple[Any, s
         mend = f"did you mean {near[0]}?" if near else "`samtune run --help` lists all keys (as flags)"
         return UsageError(f"unknown key {key} in {origin}", mend=mend)
     rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
-    return UsageError(f"{where}: {rule}", mend=f"{flag_name(key)}: {RunConfig.model_fields[key].description}")
+    mend = f"{flag_name(key)}: {RunConfig.model_fields[key].description}"
+    if kind in ("float_type", "int_type", "bool_type") and isinstance(value, str) and origin != "flag":
+        mend = f"write {key} = {value} without quotes, if that is meant; {mend}"
+    return UsageError(f"{where}: {rule}", _allowed(key), mend)
+
+
+def _allowed(key: str) -> str:
+    """The range of a number in words; "" where the rule that was broken tells all that is allowed."""
+    field = RunConfig.model_fields[key]
+    types: tuple[Any, ...] = (field.annotation, *get_args(field.annotation))
+    kind = next((words for type_, words in _KINDS.items() if type_ in types), "")
+    rules = [(words, getattr(rule, name, None)) for rule in field.metadata for name, words in _LIMITS.items()]
+    limits = [f"{words} {limit}" for words, limit in rules if limit is not None]
+    return f"allowed: {kind}, {' and '.join(limits)}" if kind and limits else ""

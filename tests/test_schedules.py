@@ -28,7 +28,9 @@ def test_what_is_no_duration_is_refused(text):
         Duration.parse(text)
 
 
-@pytest.mark.parametrize("text", ["8 epochs", "5000 steps", "2.5%"])
+@pytest.mark.parametrize(
+    "text", ["8 epochs", "2000000 steps", "123456.7 steps", "0.1234567%", "0.00000001%", "10 minutes"]
+)
 def test_a_duration_prints_as_it_is_read(text):
     assert str(Duration.parse(text)) == text
 

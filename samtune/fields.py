@@ -1,0 +1,71 @@
+"""The kinds of values that a setting can have, from a flag (text) or a recipe (TOML), with the rules they keep."""
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, PlainSerializer, Strict
+
+from samtune.schedules import Duration
+
+
+def _no_minutes(duration: Duration) -> Duration:
+    if duration.unit == "minutes":
+        raise ValueError("must be epochs, steps or a share of the run, so that a repeated run is the same")
+    return duration
+
+
+def _whole_run(duration: Duration) -> Duration:
+    if duration.unit == "%" or duration.amount <= 0:
+        raise ValueError("must be more than 0 epochs or steps")
+    return duration
+
+
+def _interval(duration: Duration) -> Duration:
+    if duration.amount <= 0:
+        raise ValueError("must be more than 0")
+    return duration
+
+
+def _norm_order(p: float | int | str) -> float:
+    """A number or "inf", from a flag or from a recipe."""
+    try:
+        order = float(p)
+    except (TypeError, ValueError):
+        order = math.nan
+    if isinstance(p, bool) or not order >= 1:
+        raise ValueError('must be a number from 1 on, or "inf"')
+    return order
+
+
+def _samples(m: int | str) -> int | str:
+    if isinstance(m, str) and m in ("device", "global"):
+        return m
+    if isinstance(m, bool) or not re.fullmatch("[0-9]+", str(m)) or int(m) < 1:
+        raise ValueError('must be "device", "global", or a number of images')
+    return int(m)
+
+
+def _pattern(perturb: str) -> str:
+    try:
+        re.compile(perturb)
+    except re.error as error:
+        raise ValueError(f'must be "all", "norm", "no-norm" or a regular expression: {error}') from None
+    return perturb
+
+
+_AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(str)]
+DurationField = Annotated[_AnyDuration, AfterValidator(_no_minutes)]
+RunLength = Annotated[DurationField, AfterValidator(_whole_run)]
+Interval = Annotated[DurationField, AfterValidator(_interval)]
+SaveInterval = Annotated[_AnyDuration, AfterValidator(_interval)]
+PathField = Annotated[Path, Strict(False), PlainSerializer(str)]
+NormOrder = Annotated[
+    float,
+    AllowInfNan(True),
+    BeforeValidator(_norm_order),
+    PlainSerializer(lambda p: "inf" if math.isinf(p) else p),
+]
+Samples = Annotated[int | str, BeforeValidator(_samples)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
