@@ -1,23 +1,29 @@
-"""Checkpoints: immutable folders that appear whole or not at all, and load in timm.
+"""Checkpoints: immutable folders that appear whole or not at all, load in timm, and let a run go on.
 
     checkpoints/step-000123/model.safetensors   weights
                             config.json         what timm needs to build the model around them
+                            ema/                the same two files for the averaged weights, if there are any
+                            state.pt            optimizer, random numbers, place in the run: what is needed to go on
                             manifest.json       sha256 and size of each file, step, run config, versions; written last
     checkpoints/{last,best}                     relative links to one of these folders
 
 A folder is written beside its place, every file synced, then renamed; then a link moves. So a link never points to half
-a checkpoint, and the one before it is deleted only after that.
+a checkpoint, and the one before it is deleted only after the new one was read back and found to be as written. Only the
+sums tell whether bytes have changed since: a flipped bit loads silently from either format.
 """
 
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
+import safetensors.torch
+import torch
 from torch import nn
 
 from samtune.config import RunConfig
@@ -27,40 +33,112 @@ Name = Literal["last", "best"]
 
 
 def save(
-    checkpoints: Path, model: nn.Module, step: int, *, timm_config: Mapping[str, Any], about: Mapping[str, Any]
+    checkpoints: Path,
+    model: nn.Module,
+    step: int,
+    *,
+    timm_config: Mapping[str, Any],
+    about: Mapping[str, Any],
+    ema: nn.Module | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the model's weights as checkpoint of a step, verify what is on disk, and return its folder.
+    """Write the checkpoint of a step, read it back, and return its folder.
 
-    about: what the manifest says besides sums and step: the run's config, class_names, versions.
+    about: what the manifest says besides sums and step: the run's config, class_names, versions. ema: the averaged
+    model. state: tensors, numbers and texts in dicts and lists, which load without executing anything.
+
+    Raises OSError, for example for want of room; then nothing of it stays behind.
     """
     folder = checkpoints / f"step-{step:06d}"
     unfinished = checkpoints / f".{folder.name}.part"
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, unfinished / "model.safetensors")
-    _write_json(unfinished / "config.json", timm_config)
-    files = {path.name: {"sha256": _sha256(path), "size": path.stat().st_size} for path in sorted(unfinished.iterdir())}
-    _write_json(unfinished / "manifest.json", {"step": step, "files": files, **about})
-    for path in (*unfinished.iterdir(), unfinished):
-        _sync(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        files = {}
+        for name, content in _contents(model, ema, timm_config, state):
+            _write(unfinished / name, content)
+            files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+        _write(unfinished / "manifest.json", _json({"step": step, "files": files, **about}))
+        for path in (unfinished, *(path for path in unfinished.iterdir() if path.is_dir())):
+            _sync(path)
+        try:
+            verify(unfinished)
+        except CheckpointError as error:
+            raise OSError(errno.EIO, f"what was written is not what is read: {error.why}") from None
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)  # of this step, but damaged: a valid one would have been used
     unfinished.rename(folder)
     _sync(checkpoints)
-    verify(folder)
     return folder
 
 
+def _contents(
+    model: nn.Module, ema: nn.Module | None, timm_config: Mapping[str, Any], state: Mapping[str, Any] | None
+) -> Iterator[tuple[str, bytes]]:
+    """The files, one after the other, so that only one of them is in memory."""
+    for folder, network in (("", model), ("ema/", ema)):
+        if network is not None:
+            weights = {key: value.contiguous() for key, value in network.state_dict().items()}
+            yield f"{folder}model.safetensors", safetensors.torch.save(weights)
+            yield f"{folder}config.json", _json(timm_config)
+    if state is not None:
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        yield "state.pt", buffer.getvalue()
+
+
 def point(checkpoints: Path, name: Name, folder: Path) -> None:
-    """Let last or best mean this folder from now on, and delete the folders that nothing means any more."""
+    """Let last or best mean this folder from now on."""
     link = checkpoints / f".{name}.part"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name, target_is_directory=True)
     link.replace(checkpoints / name)
     _sync(checkpoints)
-    meant = {path.resolve() for path in checkpoints.iterdir() if path.is_symlink()}
-    for path in checkpoints.glob("step-*"):
-        if path.resolve() not in meant:
+
+
+def prune(checkpoints: Path, newest: Path, keep: int) -> list[Path]:
+    """Delete all but the keep newest checkpoints up to `newest` and what last and best mean; returns what went.
+
+    What is newer than `newest` goes too: it was damaged, or the run went back behind it.
+    """
+    there = steps(checkpoints)
+    kept = {there[step] for step in sorted(step for step in there if step <= _step(newest))[-keep:]}
+    links = [checkpoints / name for name in ("last", "best")]
+    kept |= {checkpoints / link.readlink() for link in links if link.is_symlink()}
+    gone = [path for path in there.values() if path not in kept]
+    for path in gone:
+        shutil.rmtree(path)
+    return gone
+
+
+def steps(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoint folders, valid or not, by their step."""
+    return {_step(path): path for path in checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()}
+
+
+def newest_valid(checkpoints: Path) -> tuple[Path | None, list[CheckpointError]]:
+    """The valid checkpoint of the latest step, whatever links and clocks say, and what is wrong with newer ones."""
+    damage: list[CheckpointError] = []
+    for _, folder in sorted(steps(checkpoints).items(), reverse=True):
+        try:
+            verify(folder)
+            return folder, damage
+        except CheckpointError as error:
+            damage.append(error)
+    return None, damage
+
+
+def remove_leftovers(checkpoints: Path) -> list[Path]:
+    """Delete what a save left unfinished; returns what it was."""
+    left = list(checkpoints.glob(".*.part"))
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+        else:
+            path.unlink()
+    return left
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -79,9 +157,34 @@ def verify(folder: Path) -> dict[str, Any]:
                 )
     except OSError as error:
         raise CheckpointError(f"checkpoint {folder} is not complete", f"{error.filename}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder} has no valid manifest", str(error)) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {folder} has no valid manifest", first_line(error)) from None
     return manifest
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The state that `save` was given, on the CPU. Raises CheckpointError for what is no data but code."""
+    try:
+        state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {folder} has no state to go on from", f"state.pt: {error.strerror}", "start a new run"
+        ) from None
+    except Exception as error:  # pickle, zip and torch have a family of errors each
+        raise CheckpointError(
+            f"the state in checkpoint {folder} cannot be read",
+            f"state.pt holds more than tensors, numbers and texts: {first_line(error)}",
+            "nothing of it was executed; start a new run",
+        ) from None
+    return state
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Weights of a model.safetensors into a model that has the same. Raises CheckpointError if it has not."""
+    try:
+        model.load_state_dict(safetensors.torch.load_file(file))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"weights {file} do not fit the model", first_line(error)) from None
 
 
 def run_config(manifest: Mapping[str, Any]) -> RunConfig:
@@ -92,8 +195,20 @@ def run_config(manifest: Mapping[str, Any]) -> RunConfig:
         raise CheckpointError("the checkpoint does not say how it was made", first_line(error)) from None
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:

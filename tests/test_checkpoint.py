@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, and at home in timm."""
 
 import json
+import os
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ import torch
 
 from samtune import checkpoint, models
 from samtune.errors import CheckpointError
+from tests.conftest import Bomb
 
 NAMES = ("cat", "dog", "owl")
 
@@ -45,15 +47,24 @@ def test_other_architectures_load_too(tmp_path, name):
     assert data_config["input_size"] == (3, 96, 96)
 
 
-def test_pointers_move_and_what_nothing_points_to_is_deleted(tmp_path, model_and_info):
-    first = save(tmp_path, model_and_info, 1)
-    checkpoint.point(tmp_path, "best", first)
-    checkpoint.point(tmp_path, "last", first)
-    for step in (2, 3):
-        checkpoint.point(tmp_path, "last", save(tmp_path, model_and_info, step))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-000001", "step-000003"]
-    assert checkpoint.verify(tmp_path / "last")["step"] == 3
-    assert checkpoint.verify(tmp_path / "best")["step"] == 1
+def test_the_newest_ones_stay_and_what_last_and_best_mean(tmp_path, model_and_info):
+    for step in range(1, 7):
+        folder = save(tmp_path, model_and_info, step)
+        if step == 2:
+            checkpoint.point(tmp_path, "best", folder)
+        checkpoint.point(tmp_path, "last", folder)
+        checkpoint.prune(tmp_path, folder, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-000002", "step-000005", "step-000006"]
+    assert checkpoint.verify(tmp_path / "last")["step"] == 6
+    assert checkpoint.verify(tmp_path / "best")["step"] == 2
+
+
+def test_a_run_that_went_back_drops_what_was_newer(tmp_path, model_and_info):
+    for step in (10, 20, 30, 15):
+        folder = save(tmp_path, model_and_info, step)
+    gone = checkpoint.prune(tmp_path, folder, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000010", "step-000015"]
+    assert {path.name for path in gone} == {"step-000020", "step-000030"}
 
 
 def test_a_checkpoint_survives_moving_its_run_folder(tmp_path, model_and_info):
@@ -64,9 +75,7 @@ def test_a_checkpoint_survives_moving_its_run_folder(tmp_path, model_and_info):
 
 def test_one_flipped_bit_is_seen(tmp_path, model_and_info):
     folder = save(tmp_path, model_and_info, 1)
-    weights = bytearray((folder / "model.safetensors").read_bytes())
-    weights[-1000] ^= 1
-    (folder / "model.safetensors").write_bytes(weights)
+    flip(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="damaged") as error:
         checkpoint.verify(folder)
     assert "model.safetensors" in error.value.why
@@ -97,8 +106,19 @@ def test_a_save_that_was_cut_off_leaves_nothing_behind_after_the_next(tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, model_and_info, 1)
     assert not list(tmp_path.glob("step-*"))
+    assert [p.name for p in checkpoint.remove_leftovers(tmp_path)] == [".step-000001.part"]
     save(tmp_path, model_and_info, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_disk_that_gives_back_something_else_is_an_error_of_the_disk_and_leaves_nothing(
+    tmp_path, model_and_info, monkeypatch
+):
+    sums = iter(["not what was written"])
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: next(sums))
+    with pytest.raises(OSError, match="not what is read"):
+        save(tmp_path, model_and_info, 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_manifest_lists_every_other_file_with_its_size(tmp_path, model_and_info):
@@ -107,3 +127,60 @@ def test_the_manifest_lists_every_other_file_with_its_size(tmp_path, model_and_i
     assert manifest["files"].keys() == {"model.safetensors", "config.json"}
     assert all((folder / n).stat().st_size == f["size"] for n, f in manifest["files"].items())
     assert manifest["note"] == "x"
+
+
+def test_the_averaged_model_lies_beside_it_and_loads_in_timm(tmp_path, model_and_info):
+    model, info = model_and_info
+    averaged = models.average(model, 0.9).module
+    with torch.no_grad():
+        averaged.classifier.bias.add_(torch.arange(3.0))
+    config = models.timm_config(model, info, NAMES)
+    folder = checkpoint.save(tmp_path, model, 1, timm_config=config, about={}, ema=averaged)
+    loaded = timm.create_model(f"local-dir:{folder / 'ema'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), averaged(images))
+        assert not torch.equal(loaded(images), model.eval()(images))
+
+
+def test_the_newest_valid_one_is_found_by_its_step_whatever_is_broken(tmp_path, model_and_info):
+    for step in (9, 10, 11, 12):
+        save(tmp_path, model_and_info, step)
+    os.utime(tmp_path / "step-000009")  # as if a clock had been set back
+    (tmp_path / "last").symlink_to("step-000099")
+    (tmp_path / "step-000012" / "manifest.json").unlink()
+    flip(tmp_path / "step-000011" / "model.safetensors")
+    found, damage = checkpoint.newest_valid(tmp_path)
+    assert found == tmp_path / "step-000010"
+    assert ["step-000012" in damage[0].what, "step-000011" in damage[1].what] == [True, True]
+
+
+def test_a_checkpoint_is_hardly_larger_than_weights_optimizer_and_average(tmp_path, model_and_info):
+    model, info = model_and_info
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for w in model.parameters():
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    config = models.timm_config(model, info, NAMES)
+    state = {"optimizer": optimizer.state_dict()["state"]}
+    averaged = models.average(model, 0.9).module
+    folder = checkpoint.save(tmp_path, model, 1, timm_config=config, about={}, ema=averaged, state=state)
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    momentum = sum(w.numel() * 4 for w in model.parameters())
+    assert written <= 1.05 * (2 * sum(t.numel() * t.element_size() for t in model.state_dict().values()) + momentum)
+
+
+def test_a_state_that_holds_code_is_refused_and_nothing_is_executed(tmp_path, model_and_info):
+    folder = save(tmp_path, model_and_info, 1)
+    torch.save({"position": Bomb(tmp_path / "executed")}, folder / "state.pt")
+    with pytest.raises(CheckpointError, match="cannot be read") as error:
+        checkpoint.load_state(folder)
+    assert "nothing of it was executed" in error.value.mend
+    assert not (tmp_path / "executed").exists()
+
+
+def flip(path):
+    """One bit, in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
