@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from samtune import __version__, config
+from samtune import __version__, config, signals, streams
 from samtune.config import RunConfig, flag_name
-from samtune.errors import SamtuneError, Stopped
+from samtune.errors import SamtuneError, Stopped, UsageError
+from samtune.resume import Resumed, finished_report, settle
+from samtune.runlog import check_free, check_unused, has_checkpoints
 
 app = typer.Typer(
     help="Fine-tune pretrained image models with Sharpness-Aware Minimization, and measure what it gained.",
@@ -91,6 +93,18 @@ def _annotation(key: str) -> Any:
 def run(
     recipe: Annotated[Path | None, typer.Argument(help="TOML file with any of the options below as keys.")] = None,
     *,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on with the run in --output from its newest valid checkpoint, exactly; settings that are not "
+            "given are the run's own. Where there is no run yet, begin one.",
+        ),
+    ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(help="With --resume: a setting that may differ from before. Repeatable.", metavar="SETTING"),
+    ] = None,
     as_json: _Json = False,
     flags: dict[str, Any],
 ) -> None:
@@ -102,13 +116,10 @@ def run(
     recipe), metrics, checkpoints that load in timm, and the report. A GPU is used if there is one;
     CUDA_VISIBLE_DEVICES chooses.
     """
-    settings = config.load(recipe, flags)
-    _check_before_slow_work(settings)
+    with signals.listening() as stop:
+        result = _run(recipe, flags, resume, allow_change or [], stop)
 
-    from samtune import report, train
-
-    result = train.run(settings)
-    from samtune import console
+    from samtune import console, report
 
     if as_json:
         console.print_json(result)
@@ -116,17 +127,44 @@ def run(
         console.print_table("Result", report.summary(result))
 
 
-def _check_before_slow_work(settings: RunConfig) -> None:
+def _run(
+    recipe: Path | None, flags: dict[str, Any], resume: bool, allow_change: list[str], stop: signals.StopRequest
+) -> dict[str, Any]:
+    resumed = None
+    if resume:
+        settings, resumed = settle(recipe, flags, allow_change)
+    elif allow_change:
+        raise UsageError("--allow-change without --resume", mend="it says what may differ from the run that goes on")
+    else:
+        settings = config.load(recipe, flags)
+    if resumed is not None:
+        stop.saved = has_checkpoints(resumed.folder)
+        result = finished_report(resumed.folder) if not resumed.changed else None
+        if result is not None:
+            from samtune import console
+
+            console.note(f"run {resumed.folder} is done already; this is its result")
+            return result
+    _check_before_slow_work(settings, resumed)
+
+    from samtune import train
+
+    return train.run(settings, resumed)
+
+
+def _check_before_slow_work(settings: RunConfig, resumed: Resumed | None) -> None:
     from samtune.data.source import locate
     from samtune.errors import CheckpointError, DataError
-    from samtune.runlog import check_free
 
     locate(settings.dataset)
-    if settings.weights is not None and not settings.weights.is_file():
+    begins = resumed is None or not has_checkpoints(resumed.folder)  # a checkpoint has the weights
+    if begins and settings.weights is not None and not settings.weights.is_file():
         raise CheckpointError(f"weights {settings.weights} are not there", mend="check the path of --weights")
     if settings.train_labels is not None and not settings.train_labels.is_file():
         raise DataError(f"labels {settings.train_labels} are not there", mend="check the path of --train-labels")
-    if settings.output is not None:
+    if resumed is not None:
+        check_unused(resumed.folder)
+    elif settings.output is not None:
         check_free(settings.output)
 
 
@@ -144,6 +182,9 @@ def evaluate(
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best")
     ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema/--no-ema", help="Score the averaged weights of a run with --model-ema.")
+    ] = False,
     dataset: Annotated[
         str | None, typer.Option(help="Name or path, if the data is no longer where the run read it.")
     ] = None,
@@ -163,7 +204,7 @@ def evaluate(
 
     with console.RunProgress() as progress:
         scored, about = evaluate_checkpoint(
-            run_or_checkpoint, name=checkpoint, split=split, dataset=dataset, progress=progress.score
+            run_or_checkpoint, name=checkpoint, split=split, dataset=dataset, progress=progress.score, ema=ema
         )
     result = scored.summary()
     if as_json:
@@ -206,6 +247,30 @@ def data_check(
         console.print_table(f"Data check: {result['dataset']}", check.summary(result))
         console.print_lines(check.findings(result))
     check.refuse_unreadable(result)
+
+
+@app.command(name="runs")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders, or one of them.")] = Path("runs"),
+    as_json: _Json = False,
+) -> None:
+    """List runs, the newest first: how far each came, its errors, and what to do next.
+
+    Example: samtune runs
+
+    A run whose process ended without a word, as at a power cut, is shown as killed; it can be resumed. The error is
+    that of the report, or else the last that the run measured.
+    """
+    from samtune import console, runs
+
+    rows = runs.list_runs(folder)
+    if as_json:
+        console.print_json(rows)
+    elif rows:
+        console.print_rows("Runs, with top-1 errors", runs.table(rows))
+        console.print_lines(runs.todo(rows))
+    else:
+        console.note(f"there are no runs in {folder}")
 
 
 datasets = typer.Typer()
@@ -255,12 +320,15 @@ def show(
 
 def main() -> None:
     """Run the command line and exit with the codes of `samtune.errors`."""
+    streams.guard()
     sys.exit(_exit_code())
 
 
 def _exit_code() -> int:
     try:
-        return int(app(standalone_mode=False) or 0)
+        code = int(app(standalone_mode=False) or 0)
+        sys.stdout.flush()
+        return code
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
@@ -272,7 +340,7 @@ def _exit_code() -> int:
         _print_error(str(error))
         return error.exit_code
     except Stopped as error:
-        _print_error(f"{error}; what was saved before is in the run folder")
+        _print_error(f"{error}\n  mend: {error.mend}")
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _print_error("stopped by Ctrl-C")

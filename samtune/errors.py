@@ -7,9 +7,10 @@
      |- CheckpointError     5    files that samtune or somebody else wrote
      |- OutOfMemory         6    the device's memory
      |- Diverged            7    a loss or a gradient that is not finite
-     `- MachineError        8    folders, disks, devices
+     |- MachineError        8    folders, disks, devices
+     `- WorkerLost          9    a data worker or a device that does not answer any more
 
-    Stopped      129, 130, 143   SIGHUP, Ctrl-C, SIGTERM: nothing is wrong
+    Stopped          75, 128 + n    signal n: nothing is wrong; 75 where a checkpoint has all that was done
 
 Exit code 0 is success and 1 is a defect of samtune itself, which keeps its traceback.
 """
@@ -83,9 +84,22 @@ class MachineError(SamtuneError):
     exit_code = 8
 
 
+class WorkerLost(SamtuneError):
+    """A data worker that was killed, or a step that does not end."""
+
+    exit_code = 9
+
+
 class Stopped(BaseException):
     """A signal ended the run. Not an Exception: no handler for errors may swallow it."""
 
-    def __init__(self, signal_name: str, exit_code: int) -> None:
-        super().__init__(f"stopped by {signal_name}")
+    SAVED = 75  # sysexits.h: temporary failure, try again
+
+    def __init__(self, what: str, exit_code: int) -> None:
+        super().__init__(what)
         self.exit_code = exit_code
+
+    @property
+    def mend(self) -> str:
+        """What to do next."""
+        return "go on with --resume" if self.exit_code == self.SAVED else "what was saved before is intact"

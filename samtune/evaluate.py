@@ -29,7 +29,8 @@ class Evaluation:
     """What a model said about every image of a split, in the split's order; all metrics follow from it.
 
     rows: (n,) index into the split. labels, predictions: (n,) int64. probability: (n,) of the predicted class.
-    in_top5: (n,) bool. nats: (n,) the cross-entropy of each image, without label smoothing.
+    in_top5: (n,) bool. nats: (n,) the cross-entropy of each image, without label smoothing. batch_size: images that
+    passed through the model at once, as many as memory had room for.
     """
 
     split: str
@@ -39,6 +40,7 @@ class Evaluation:
     probability: npt.NDArray[np.float32]
     in_top5: npt.NDArray[np.bool_]
     nats: npt.NDArray[np.float32]
+    batch_size: int
 
     @property
     def wrong(self) -> int:
@@ -66,7 +68,6 @@ class Evaluation:
         }
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     images: Images,
@@ -75,34 +76,48 @@ def evaluate(
     config: RunConfig,
     data_config: Mapping[str, Any],
     progress: Progress,
+    batch_size: int | None = None,
 ) -> Evaluation:
-    """Score every one of these rows once. Puts the model into evaluation mode. Raises Diverged for NaN or inf.
+    """Score every one of these rows once. Puts the model into evaluation mode.
 
     config gives workers, memory layout and arithmetic; data_config the size, crop and normalisation of the weights.
+    batch_size: images at once, such as the `batch_size` of an evaluation before; None: twice those of training. Where
+    memory runs out, it is halved and the pass begins again: what is said of an image does not depend on the others.
+
+    Raises:
+        Diverged: NaN or inf.
+        OutOfMemory: one image does not fit.
     """
     model.eval()
     target_device = next(model.parameters()).device
     autocast = device.autocast(target_device, config.amp_dtype)
-    batches = eval_batches(
-        images,
-        rows,
-        eval_transform(data_config),
-        batch_size=2 * config.batch_size,  # without gradients that fits where training does
-        workers=config.workers or 0,
-        pin_memory=target_device.type == "cuda",
-    )
-    parts, done = [], 0
-    for batch, labels in batches:
-        with autocast():
-            logits = model(to_device(batch, target_device, data_config, config.channels_last))
-        logits = logits.float()  # (batch, classes)
-        target = labels.to(target_device)
-        probability, prediction = logits.softmax(1).max(1)
-        in_top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]).any(1)
-        parts.append((target, prediction, probability, in_top5, F.cross_entropy(logits, target, reduction="none")))
-        done += len(labels)
-        progress(name, done, len(rows))
-    scored = Evaluation(name, rows, *(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+
+    @torch.inference_mode()
+    def attempt(at_once: int) -> Evaluation:
+        batches = eval_batches(
+            images,
+            rows,
+            eval_transform(data_config),
+            batch_size=at_once,
+            workers=config.workers or 0,
+            pin_memory=target_device.type == "cuda",
+        )
+        parts, done = [], 0
+        for batch, labels in batches:
+            with autocast():
+                logits = model(to_device(batch, target_device, data_config, config.channels_last))
+            logits = logits.float()  # (batch, classes)
+            target = labels.to(target_device)
+            probability, prediction = logits.softmax(1).max(1)
+            in_top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]).any(1)
+            parts.append((target, prediction, probability, in_top5, F.cross_entropy(logits, target, reduction="none")))
+            done += len(labels)
+            progress(name, done, len(rows))
+        label, predicted, of_it, among_5, nats = (torch.cat(c).cpu().numpy() for c in zip(*parts, strict=True))
+        return Evaluation(name, rows, label, predicted, of_it, among_5, nats, at_once)
+
+    # Twice those of training: without gradients that fits where training does.
+    scored = device.halved_until_it_fits(attempt, batch_size or 2 * config.batch_size, data_config["input_size"])
     if not np.isfinite(scored.nats).all():
         raise Diverged(
             f"the model's output on {name} is not finite",
@@ -121,14 +136,14 @@ def to_device(
 
 
 def evaluate_checkpoint(
-    path: Path, *, name: str | None, split: str, dataset: str | None, progress: Progress
+    path: Path, *, name: str | None, split: str, dataset: str | None, progress: Progress, ema: bool = False
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Score a run's checkpoint, or a checkpoint folder, on a split: (evaluation, what was scored).
 
     name: "last" or "best" of a run; None takes the one that the run's report scored. split: "val" is the part that the
     run validated on, "train" the part it trained on, "test" the part it was scored on, any other name a whole split of
-    the data set. dataset: read another
-    place than the run did. The same images, arithmetic and batches as in the run: the same numbers.
+    the data set. dataset: read another place than the run did. ema: score the averaged weights. The same images,
+    arithmetic and batches as in the run: the same numbers.
 
     Raises:
         CheckpointError: no such run or checkpoint, or a damaged one.
@@ -145,7 +160,9 @@ def evaluate_checkpoint(
         folder = path / "checkpoints" / (name or config.select)
     manifest = checkpoint.verify(folder)
     config = checkpoint.run_config(manifest)
-    model, data_config = models.load_checkpoint(folder)
+    if ema and not config.model_ema:
+        raise UsageError(f"--ema: {folder} has no averaged weights", mend="train with --model-ema")
+    model, data_config = models.load_checkpoint(folder / "ema" if ema else folder)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=device.pick(), memory_format=layout)  # type: ignore[call-overload]
 
@@ -172,6 +189,5 @@ def evaluate_checkpoint(
     (images,) = look_at_data(config, [(chosen, rows)])
     if config.on_bad_image == "error":
         refuse(bad_among(images, rows))
-    with device.room_for(f"{2 * config.batch_size} images of {data_config['input_size'][1]} px"):
-        evaluation = evaluate(model, images, without_bad(images, rows), split, config, data_config, progress)
-    return evaluation, {"checkpoint": str(folder), "step": manifest["step"], "dataset": data.origin}
+    evaluation = evaluate(model, images, without_bad(images, rows), split, config, data_config, progress)
+    return evaluation, {"checkpoint": str(folder), "step": manifest["step"], "ema": ema, "dataset": data.origin}

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ class Job:
     bad_images: list[dict[str, Any]]  # left out of the rows
     seen_test_images: int  # of the test rows, those that are in train too
     model: nn.Module
+    ema: models.Average | None
     info: ModelInfo
     optimizer: torch.optim.Optimizer
     update: Step
@@ -60,17 +61,20 @@ class Job:
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
+    eval_batch: int | None = None  # images of an evaluation at once; None: not tried yet
 
     def epoch(self, step: int) -> int:
         """The epoch, from 1, that a step (from 1) belongs to."""
         return (step - 1) // self.steps_per_epoch + 1
 
 
-def prepare(config: RunConfig) -> Job:
+def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
     """Read the data's table of contents, build the model, settle what the config leaves open.
 
+    trained: of a run that goes on, what its provenance says of the model; the caller will load its weights.
     Raises DataError, ModelError or CheckpointError.
     """
+    device.deterministic(config.deterministic)
     target = device.pick()
     torch.manual_seed(config.seed)
     models.resolve(config.model)  # a misspelt name need not wait for the data
@@ -96,12 +100,14 @@ def prepare(config: RunConfig) -> Job:
     model, info = models.build(
         config.model,
         classes=len(data.class_names),
-        weights=config.weights,
-        pretrained=config.pretrained,
+        weights=config.weights if trained is None else None,
+        pretrained=config.pretrained and trained is None,
         img_size=config.img_size,
         drop=config.drop,
         drop_path=config.drop_path,
     )
+    if trained is not None:
+        info = replace(info, **{key: trained[key] for key in ("requested", "weights", "pretraining") if key in trained})
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     with device.room_for(f"the weights of {info.resolved}"):
         model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
@@ -135,6 +141,7 @@ def prepare(config: RunConfig) -> Job:
         bad_images=bad,
         seen_test_images=seen,
         model=model,
+        ema=models.average(model, config.model_ema_decay) if config.model_ema else None,
         info=info,
         optimizer=optimizer,
         update=update,
@@ -204,6 +211,7 @@ def _sam(model: nn.Module, config: RunConfig) -> SAM:
             perturb=config.perturb,
             rho_factors={head: config.head_rho_factor},
             m=config.m,  # type: ignore[arg-type]
+            micro_batch=config.micro_batch,
             ascent_fraction=config.ascent_fraction,
             ascent_steps=config.ascent_steps,
         )

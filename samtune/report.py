@@ -31,35 +31,37 @@ def seen_warning(count: int) -> str:
     return f"{count} test {images} in train too, byte for byte: the test error is too low (see `samtune data check`)"
 
 
-def write(folder: Path) -> dict[str, Any]:
-    """Write report.json and report.md of a finished run and return the former's content."""
-    report = collect(folder)
+def write(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write report.json and report.md from what `collect` returned."""
     (folder / "report.json").write_text(
         json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
     (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
-    return report
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """The report of a run folder, schema version 1.
+    """The report of a run folder whose steps are done, schema version 1.
 
     Errors are in percent, intervals are Wilson's at 95 %, times in seconds. train_seconds runs from the first step to
-    the last, validations and checkpoints between them included; images_per_second is of training alone.
-    cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps.
+    the last, validations and checkpoints between them included, pauses left out; images_per_second is of training
+    alone. cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. What
+    cannot be known, as rows of metrics are missing, is null.
     """
     config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     provenance = runlog.read_provenance(folder)
     rows = runlog.read_metrics(folder)
     train = [row for row in rows if row["split"] == "train"]
-    val = [row for row in rows if row["split"] == "val"]
-    test = [row for row in rows if row["split"] == "test"]
+    val, test, val_ema, test_ema = (
+        [row for row in rows if row["split"] == split] for split in ("val", "test", "val_ema", "test_ema")
+    )
     best = min(val, key=best_key) if val else None
     chosen = best if config["select"] == "best" else (val[-1] if val else None)
 
     images = sum(row["n"] for row in train)
-    passes = sum(row["passes"] for row in train)
-    steps = train[-1]["step"]
+    seconds = sum(row["n"] / row["images_per_second"] for row in train)
+    steps = max((row["step"] for row in rows), default=0)
+    whole_record = sum(row["steps"] for row in train) == steps
+    passes = sum(row["passes"] for row in train) if whole_record else None
     classes = provenance["dataset"]["classes"]
     per_epoch = provenance["steps_per_epoch"]
     whole = {epoch: loss for epoch, loss in epoch_losses(train).items() if epoch * per_epoch <= steps}
@@ -79,15 +81,29 @@ def collect(folder: Path) -> dict[str, Any]:
         "precision": config["amp_dtype"],
         "test": _scores(test[-1]) if test else None,
         "val": _scores(chosen) if chosen else None,
+        "ema": {
+            "decay": config["model_ema_decay"],
+            "test": _scores(test_ema[-1]) if test_ema else None,
+            "val": next((_scores(row) for row in val_ema if chosen and row["step"] == chosen["step"]), None),
+        }
+        if config["model_ema"]
+        else None,
         "selected": config["select"],
         "best_epoch": best["epoch"] if best else None,
-        "train_seconds": train[-1]["seconds"],
-        "images_per_second": images / sum(row["n"] / row["images_per_second"] for row in train),
-        "data_wait": sum(row["data_wait"] * row["n"] for row in train) / images,
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row),
-        "cost": {"forward_backward_passes": passes, "sgd_equivalents": passes / steps},
+        "train_seconds": train[-1]["seconds"] if train else None,
+        "images_per_second": images / seconds if train else None,
+        "data_wait": sum(row["data_wait"] * row["n"] for row in train) / images if train else None,
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in train), default=None),
+        "cost": {
+            "forward_backward_passes": passes,
+            "sgd_equivalents": passes / steps if passes is not None else None,
+        },
         "checkpoints": [f"checkpoints/{name}" for name in ("last", "best") if (folder / "checkpoints" / name).exists()],
-        "warnings": provenance["warnings"] + [warning for warning in warnings if warning],
+        "warnings": provenance["warnings"]
+        + ([] if whole_record else ["rows of metrics.jsonl are missing: what was to be counted from them is not known"])
+        + [warning for warning in warnings if warning],
+        "rollbacks": [{"step": row["step"], "to": row["to_step"]} for row in rows if row["split"] == "rollback"],
+        "resumed": provenance.get("resumed", []),
         "bad_images": provenance["bad_images"],
         "versions": provenance["versions"],
         "machine": provenance["machine"],
@@ -123,20 +139,28 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
     """The rows that people look at first."""
     rows = {f"{split} top-1 error": score_line(report[split]) for split in ("test", "val") if report[split]}
     model, sam, cost = report["model"], report["sam"], report["cost"]
-    speed = f"{report['images_per_second']:.0f} images/s, data wait {100 * report['data_wait']:.0f} %"
+    time = count = "not known: rows of metrics.jsonl are missing"
+    if report["train_seconds"] is not None:
+        speed = f"{report['images_per_second']:.0f} images/s, data wait {100 * report['data_wait']:.0f} %"
+        time = f"{report['train_seconds']:.0f} s, {speed}"
+    if cost["sgd_equivalents"] is not None:
+        count = f"{cost['forward_backward_passes']:.0f} passes, {cost['sgd_equivalents']:g} times plain SGD's"
     scored = report["test"] or report["val"]
     if scored:
         rows["top-5, mean per class"] = (
             f"{scored['top5_error']:.2f} %, {scored['mean_per_class_error']:.2f} % ({scored['split']})"
         )
+    for split in ("test", "val") if report["ema"] else ():
+        if report["ema"][split]:
+            rows[f"{split}, averaged weights"] = score_line(report["ema"][split])
     if "label_noise" in report["dataset"]:
         rows["label noise"] = f"{noise_words(report['dataset']['label_noise'])}; validation and test are clean"
     rows |= {
         "model": f"{model['resolved']}, pretrained on {model['pretraining']}, {model['img_size']} px",
         "data": "{name}: train {train}, val {val}, test {test}, {classes} classes".format(**report["dataset"]),
         "SAM": sam_words(sam, report["steps"]),
-        "time": f"{report['train_seconds']:.0f} s, {speed}",
-        "cost": f"{cost['forward_backward_passes']:.0f} passes, {cost['sgd_equivalents']:g} times plain SGD's",
+        "time": time,
+        "cost": count,
     }
     return rows
 

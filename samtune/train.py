@@ -1,248 +1,89 @@
-"""The story of a run, from top to bottom: job, run folder, steps, validation, one test, report."""
+"""The story of a run, from top to bottom: job, run folder, steps, validation, checkpoints, one test, report."""
 
+import json
 import math
-import os
-import platform
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import load_model
+import torch
+from torch import nn
 
-from samtune import checkpoint, console, device, models, report, runlog
+from samtune import checkpoint, console, device, models, opening, position, report, signals
 from samtune.config import RunConfig
-from samtune.data.loader import train_batches
-from samtune.data.splits import split_hash
+from samtune.data.cache import Images
+from samtune.data.loader import Batch, rows_of_step, train_batches
+from samtune.data.splits import Indices
 from samtune.data.transforms import mix, train_transform
-from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, first_line
+from samtune.errors import CheckpointError, Diverged, SamtuneError
 from samtune.evaluate import Evaluation, evaluate, to_device
-from samtune.job import Job, prepare
+from samtune.job import Job
+from samtune.position import Meter, Position
+from samtune.replay import generator_states, set_generator_states
+from samtune.resume import Resumed
 from samtune.runlog import RunLog
+from samtune.saver import Saver
 from samtune.schedules import cosine, warmup
 from samtune.step import StepResult
+from samtune.watchdog import Watchdog
 
 _ROW_STEPS = 100  # a row of metrics at least this often
 # Steps in a row without an update after which a run is given up. A loss scale for float16 finds its place in 16.
 _MOST_SKIPPED = 20
+_MOST_ROLLBACKS = 3
 
 
-def run(config: RunConfig) -> dict[str, Any]:
-    """Fine-tune as the config says, leave a run folder, and return its report.
+@dataclass(frozen=True)
+class _Run:
+    """A run and what goes with it."""
 
-    Raises a SamtuneError for what the user can mend, Stopped after Ctrl-C or SIGTERM; status.json says so too.
+    job: Job
+    log: RunLog
+    saver: Saver
+    stop: signals.StopRequest
+    progress: console.RunProgress
+    watchdog: Watchdog
+
+    def beat(self, step: int) -> None:
+        """After so many steps something more is done: for those who look from outside, and for the watchdog."""
+        self.log.beat(step)
+        self.watchdog.beat()
+
+
+def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any]:
+    """Fine-tune as the config says, leave a run folder, and return its report. resumed: go on with that one.
+
+    Raises a SamtuneError for what the user can mend, Stopped after a signal; status.json says so too.
     """
-    job = prepare(config)
-    log = _open_run_folder(job)
-    with _outcome(job, log):
-        with console.RunProgress(job.total_steps) as progress:
-            validated = _train(job, log, progress)
-            scored = _test_once(job, log, progress) or validated
-        _write_predictions(log.folder / "predictions.parquet", scored)
-        return report.write(log.folder)
+    with signals.listening() as stop:
+        opened = opening.begin(config) if resumed is None else opening.go_on(config, resumed, stop)
+        job, log, newest, place = opened
+        watchdog = opening.watchdog(log, 60 * config.step_timeout)
+        with opening.outcome(job, log), console.RunProgress(job.total_steps, place.step) as progress, watchdog:
+            this = _Run(job, log, Saver(job, log, newest), stop, progress, watchdog)
+            stop.patient = True
+            this.saver.link(place)  # a kill may have come before the links
+            _train(this, place)
+            scored = _score_selected(this)
+            with log.never_fatal("predictions.parquet"):
+                _write_predictions(log.folder / "predictions.parquet", scored)
+            result = report.collect(log.folder)
+            with log.never_fatal("report"):
+                report.write(log.folder, result)
+            return result
 
 
-# ---------------------------------------------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------------------------------------------- steps
 
 
-def _open_run_folder(job: Job) -> RunLog:
-    config, info, data = job.config, job.info, job.data
-    optimizer: dict[str, Any] = {
-        "name": config.opt,
-        "lr": config.lr,
-        "head_lr": max(group["lr"] for group in job.optimizer.param_groups if group["name"] == "head"),
-        "weight_decay": config.weight_decay,
-        "clip_grad": config.clip_grad,
-        "schedule": "cosine",
-        "warmup_steps": job.warmup_steps,
-        "batch_size": job.batch_size,
-        "l2_in_loss": config.l2_in_loss,
-    }
-    if config.opt == "sgd":
-        optimizer |= {"momentum": config.momentum, "nesterov": config.momentum > 0}
-    provenance: dict[str, Any] = {
-        "command": runlog.command(),
-        "started": runlog.now(),
-        "versions": runlog.versions(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "devices": [device.describe(job.device)],
-        "model": {
-            "requested": info.requested,
-            "resolved": info.resolved,
-            "weights": info.weights,
-            "pretraining": info.pretraining,
-            "parameters": info.parameters,
-            "img_size": info.img_size,
-        },
-        "dataset": {
-            "name": data.name,
-            "source": data.origin,
-            "train": len(job.train_rows),
-            "val": len(job.val_rows),
-            "test": len(job.test_rows),
-            "classes": len(data.class_names),
-            "split_hash": split_hash(
-                job.train_rows,
-                job.train.split.labels[job.train_rows],
-                job.val_rows,
-                job.val.split.labels[job.val_rows],
-            ),
-        },
-        "optimizer": optimizer,
-        "sam": {
-            "enabled": config.rho > 0,
-            "rho": config.rho,
-            "p": "inf" if math.isinf(config.p) else config.p,
-            "adaptive": config.adaptive,
-            "eta": config.eta,
-            "m": config.m,
-            "perturb": config.perturb,
-            "head_rho_factor": config.head_rho_factor,
-            "start": job.rho.start,
-            "end": job.rho.end,
-            "every": job.rho.every,
-            "schedule": job.rho.shape,
-            "final": job.rho.final,
-            "warmup_steps": job.rho.warmup_steps,
-            "ascent_fraction": config.ascent_fraction,
-            "ascent_steps": config.ascent_steps,
-        },
-        "bad_images": job.bad_images,
-        "warnings": [report.seen_warning(job.seen_test_images)] if job.seen_test_images else [],
-        "steps_per_epoch": job.steps_per_epoch,
-    }
-    if job.noise is not None:
-        provenance["dataset"]["label_noise"] = job.noise.about
-    assert config.output is not None
-    log = RunLog(config.output, config.to_toml(), provenance, job.total_steps)
-
-    resolved = "" if info.requested == info.resolved else f" -> {info.resolved}"
-    held_out = job.val.split.name == job.train.split.name
-    own = f"a stratified {100 * config.val_fraction:g} % of train" if held_out else "its own split"
-    sizes = f"train {len(job.train_rows)}, val {len(job.val_rows)} ({own}), test {provenance['dataset']['test']}"
-    for line in (
-        f"model   {info.requested}{resolved}: pretrained on {info.pretraining}, weights {info.weights}, "
-        f"{info.parameters / 1e6:.1f} M parameters, {info.img_size} px",
-        f"data    {data.name} ({data.origin}): {sizes}; {len(data.class_names)} classes",
-        f"steps   {job.total_steps} of {job.batch_size} images ({config.epochs}), warm-up {job.warmup_steps}, cosine",
-        f"update  {report.sam_words(provenance['sam'], job.total_steps)}",
-        f"        {config.opt}, lr {config.lr:g} (head {optimizer['head_lr']:g}), clip {config.clip_grad:g}",
-        f"device  {provenance['devices'][0]}, {config.amp_dtype}; {config.workers} data workers",
-        f"output  {config.output}",
-    ):
-        _say(log, line)
-    for warning in provenance["warnings"]:
-        _say(log, warning, console.warn)
-    if job.bad_images:
-        _say(
-            log, f"{len(job.bad_images)} images cannot be decoded and are left out; the report lists them", console.warn
-        )
-    if job.noise is not None:
-        job.noise.write(log.folder / "label_noise.parquet")
-        _say(log, f"noise   {report.noise_words(job.noise.about)}; validation and test keep clean labels")
-    for note in data.notes:
-        log.note(note)
-    if data.test is None:
-        _say(log, f"{data.name} has no test split: the report will show the validation error alone", console.warn)
-    return log
-
-
-def _say(log: RunLog, text: str, speak: Callable[[str], None] = console.note) -> None:
-    speak(text)
-    log.note(text)
-
-
-@contextmanager
-def _outcome(job: Job, log: RunLog) -> Iterator[None]:
-    """Whatever ends the run, status.json says how; SIGTERM and SIGHUP end it like Ctrl-C does."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(signal.Signals(number).name, 128 + number)
-
-    # What is ignored stays ignored: nohup means it.
-    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
-    before = {s: signal.signal(s, stop) for s in heard}
-    try:
-        try:
-            with device.room_for(f"{job.batch_size} images of {job.info.img_size} px"):
-                yield
-            log.status("done", 0)
-        except KeyboardInterrupt:
-            raise Stopped("Ctrl-C", 128 + signal.SIGINT) from None
-        except OSError as error:
-            raise MachineError(
-                f"the machine broke off run {log.folder}",
-                first_line(error),
-                "check disk space and permissions, run again",
-            ) from None
-    except (SamtuneError, Stopped) as error:
-        with suppress(OSError):
-            log.note(str(error))
-            log.status("stopped" if isinstance(error, Stopped) else "failed", error.exit_code)
-        raise
-    except BaseException:
-        log.status("failed", SamtuneError.exit_code)
-        raise
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-# -------------------------------------------------------------------------------------------------------------- epochs
-
-
-class _Meter:
-    """Sums over some steps; means are taken when they are asked for."""
-
-    def __init__(self) -> None:
-        self.steps = self.skipped = self.n = self.seen = self.wrong = 0
-        self.loss = self.grad_norm = self.passes = self.rho = self.waiting = self.working = 0.0
-
-    def add(self, result: StepResult, n: int, rho: float, waiting: float, working: float) -> None:
-        """A step on n images. Where nothing was updated, loss and error are not counted."""
-        self.steps += 1
-        self.n += n
-        self.passes += result.passes
-        self.rho = rho or self.rho
-        self.waiting += waiting
-        self.working += working
-        if not result.applied:
-            self.skipped += 1
-            return
-        self.seen += result.n
-        self.wrong += result.wrong
-        self.loss += result.loss * result.n
-        self.grad_norm += result.grad_norm
-
-    @property
-    def mean_grad_norm(self) -> float:
-        """NaN if no step was applied."""
-        return self.grad_norm / (self.steps - self.skipped) if self.seen else math.nan
-
-    def means(self) -> dict[str, float]:
-        """Loss in nats, error in percent, images per second, share of the time spent waiting for data in [0, 1].
-
-        Loss and error are NaN if no step was applied.
-        """
-        seconds = self.waiting + self.working
-        return {
-            "loss": self.loss / self.seen if self.seen else math.nan,
-            "top1_error": 100 * self.wrong / self.seen if self.seen else math.nan,
-            "images_per_second": self.n / seconds,
-            "data_wait": self.waiting / seconds,
-        }
-
-
-def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
-    """All steps, with validation and checkpoints on the way; returns the validation of the selected checkpoint."""
-    config = job.config
-    peaks = [group["lr"] for group in job.optimizer.param_groups]
-    eval_steps = max(1, config.eval_every.steps(job.steps_per_epoch, job.total_steps))
+def _train(this: _Run, place: Position) -> None:
+    """All steps that are left, with validation and checkpoints on the way."""
+    job, config = this.job, this.job.config
     batches = train_batches(
         job.train,
         job.train_rows,
@@ -252,86 +93,199 @@ def _train(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation:
         total_steps=job.total_steps,
         workers=config.workers or 0,
         pin_memory=job.device.type == "cuda",
+        done=place.step,
     )
-    row, whole_epoch = _Meter(), _Meter()
-    best: Evaluation | None = None
-    skipped_in_a_row = 0
+    peaks = [group["lr"] for group in job.optimizer.param_groups]
     models.train_mode(job.model, freeze_bn=config.freeze_bn)
-    for step in range(1, job.total_steps + 1):
-        asked = time.perf_counter()
-        images, labels = next(batches)
-        arrived = time.perf_counter()
-        # While a new head knows nothing, gradients of the body and perturbations are noise: both rise slowly, rho by
-        # its schedule.
-        rising = warmup(step - 1, job.warmup_steps)
-        for group, peak in zip(job.optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * cosine(step - 1, job.total_steps) * (rising if group["name"] == "body" else 1)
-        rho = job.update.sam.rho = job.rho(step - 1)
-        inputs = to_device(images, job.device, job.info.data_config, config.channels_last)
-        targets = labels.to(job.device, non_blocking=True)
-        # Mixed once, so that both passes see the same images and shares.
-        inputs, targets = mix(
-            inputs,
-            targets,
-            len(job.data.class_names),
-            mixup=config.mixup,
-            cutmix=config.cutmix,
-            seed=config.seed,
-            step=step,
-        )
-        result = job.update(inputs, targets)
-        skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
-        if skipped_in_a_row == _MOST_SKIPPED:
-            raise _diverged(step, result)
-        for meter in (row, whole_epoch):
-            meter.add(result, len(labels), rho, arrived - asked, time.perf_counter() - arrived)
-        progress.train(step, **whole_epoch.means())
+    if config.on_nan == "rollback" and this.saver.newest is None:
+        this.saver.save(place)  # to go back to
+    while True:
+        # Between two steps, where all is whole: what is due is done before the next one, in this process or another.
+        if place.settled < place.step:
+            try:
+                _settle(this, place)
+            except signals.Interrupted:
+                pass  # it is done when the run goes on
+            except (SamtuneError, OSError):
+                if _finite(job.model):  # what was earned until now
+                    this.saver.save(place)
+                raise
+        is_best, last, stopping = place.best_step == place.step > 0, place.step == job.total_steps, this.stop.by
+        if is_best or last or (place.step > 0 and this.saver.due(place.step)) or stopping:
+            this.saver.save(place)
+            this.stop.saved = True
+        if stopping:
+            this.stop.end()
+        if last:
+            return
+        _step(this, place, batches, peaks)
+        this.beat(place.step)
 
-        last = step == job.total_steps
-        end_of_epoch = last or step % job.steps_per_epoch == 0
-        validating = last or step % eval_steps == 0
-        if end_of_epoch or validating or row.steps == _ROW_STEPS:
-            log.metrics(
-                step=step,
-                epoch=job.epoch(step),
-                split="train",
-                n=row.n,
-                **{key: _or_null(value) for key, value in row.means().items()},
-                lr=job.optimizer.param_groups[0]["lr"],
-                rho=row.rho,
-                sam=row.rho > 0,
-                grad_norm=_or_null(row.mean_grad_norm),
-                passes=row.passes,
-                skipped=row.skipped,
-                peak_memory_bytes=device.peak_memory_bytes(job.device),
-            )
-            row = _Meter()
-        if not (end_of_epoch or validating):
-            continue
 
-        means = whole_epoch.means()
+def _step(this: _Run, place: Position, batches: Iterator[Batch], peaks: list[float]) -> None:
+    """One update, and what is counted of it."""
+    job, config, step = this.job, this.job.config, place.step + 1
+    asked = time.perf_counter()
+    images, labels = next(batches)
+    arrived = time.perf_counter()
+    # While a new head knows nothing, gradients of the body and perturbations are noise: both rise slowly, rho by
+    # its schedule.
+    rising = warmup(step - 1, job.warmup_steps)
+    for group, peak in zip(job.optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * cosine(step - 1, job.total_steps) * (rising if group["name"] == "body" else 1)
+    rho = job.update.sam.rho = job.rho(step - 1)
+    inputs = to_device(images, job.device, job.info.data_config, config.channels_last)
+    targets = labels.to(job.device, non_blocking=True)
+    # Mixed once, so that both passes see the same images and shares.
+    inputs, targets = mix(
+        inputs,
+        targets,
+        len(job.data.class_names),
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        seed=config.seed,
+        step=step,
+    )
+    generators = generator_states(job.device)
+    at_once = job.update.sam.micro_batch
+    result = job.update(inputs, targets)
+    if job.update.sam.micro_batch != at_once:
+        less = f"step {step}: no memory for {at_once or job.batch_size} images at once"
+        this.log.warn(f"{less}; from now on {job.update.sam.micro_batch}, with the same update")
+    if result.applied:
+        place.skipped_in_a_row = 0
+    else:
+        _not_finite(this, place, step, result, generators)
+    place.step = step
+    if result.applied and job.ema is not None:
+        job.ema.update(job.model, step=step)
+    for meter in (place.row, place.epoch):
+        meter.add(result, len(labels), rho, arrived - asked, time.perf_counter() - arrived)
+    this.progress.train(step, **place.epoch.means())
+
+
+def _not_finite(this: _Run, place: Position, step: int, result: StepResult, generators: list[torch.Tensor]) -> None:
+    """A step that was not applied: pass over it, go back to the newest checkpoint, or end the run, as --on-nan says."""
+    job, config = this.job, this.job.config
+    in_a_row = place.skipped_in_a_row + 1
+    # Of a float16 loss scale that finds its place, gradients overflow while the loss is finite.
+    searching = job.update.scaler is not None and math.isfinite(result.loss)
+    if (config.on_nan == "skip" or searching) and in_a_row < _MOST_SKIPPED:
+        place.skipped_in_a_row = in_a_row
+        return
+    if config.on_nan == "rollback" and place.rollbacks < _MOST_ROLLBACKS and not searching:
+        newest = position.find(this.log.folder)
+        if newest is None:
+            raise CheckpointError(f"run {this.log.folder} has lost its checkpoints", mend="start a new run")
+        back = position.load(job, newest)
+        models.train_mode(job.model, freeze_bn=config.freeze_bn)
+        place.rollbacks += 1
+        place.skipped_in_a_row = 0
+        this.log.metrics(step=step, epoch=job.epoch(step), split="rollback", to_step=back.step)
+        text = f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}; back to the weights of step"
+        this.log.warn(f"{text} {back.step}, on to the batches that come next")
+        return
+    set_generator_states(generators, job.device)
+    if place.step > 0:
+        this.saver.save(place)
+        this.stop.saved = True
+    raise _diverged(this, place, step, result, in_a_row)
+
+
+def _diverged(this: _Run, place: Position, step: int, result: StepResult, in_a_row: int) -> Diverged:
+    job, config, rho = this.job, this.job.config, this.job.update.sam.rho
+    where = "the loss is not finite at the weights themselves, in pass 1"
+    if math.isfinite(result.loss):
+        where = f"the loss is finite, its gradient is not, or not in pass 2, at the perturbed weights (rho {rho:g})"
+    content = {
+        "step": step,
+        "epoch": job.epoch(step),
+        "where": where,
+        "loss": str(result.loss),
+        "grad_norm": str(result.grad_norm),
+        "mean_loss_before": str(place.epoch.means()["loss"]) if place.epoch.steps else None,
+        "lr": [group["lr"] for group in job.optimizer.param_groups],
+        "rho": rho,
+        "weights_finite": _finite(job.model),
+        "rows": rows_of_step(job.train_rows, job.batch_size, config.seed, step - 1).tolist(),
+    }
+    with suppress(OSError):
+        (this.log.folder / "diagnostics.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    times = f"; {in_a_row} steps in a row" if in_a_row > 1 else ""
+    times += f"; went back {place.rollbacks} times" if place.rollbacks else ""
+    return Diverged(
+        f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}",
+        f"{where}{times}; the weights were not updated with it, and diagnostics.json names the images",
+        "go on with --resume and a lower --lr or --rho, or --on-nan skip (--allow-change lets each differ); "
+        "or start anew with these, or with --clip-grad 1",
+    )
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+# ------------------------------------------------------------------------------------------------------ between steps
+
+
+def _settle(this: _Run, place: Position) -> None:
+    """All that is due after a step: a row of metrics, validation, a line.
+
+    Raises Interrupted where a signal asks to end during validation; to settle again gives the same.
+    """
+    job, config, step = this.job, this.job.config, place.step
+    last = step == job.total_steps
+    end_of_epoch = last or step % job.steps_per_epoch == 0
+    every = max(1, config.eval_every.steps(job.steps_per_epoch, job.total_steps))
+    validating = last or step % every == 0
+    if place.row.steps and (end_of_epoch or validating or place.row.steps == _ROW_STEPS):
+        _write_row(this, place)
+    if end_of_epoch or validating:
+        means = place.epoch.means()
         line = f"epoch {job.epoch(step):>3}  step {step}/{job.total_steps}"
         line += f"  train loss {means['loss']:.3f}, error {means['top1_error']:.1f} %"
-        line += f", {whole_epoch.skipped} steps skipped (not finite)" if whole_epoch.skipped else ""
+        line += f", {place.epoch.skipped} steps skipped (not finite)" if place.epoch.skipped else ""
         if validating:
-            validation = evaluate(job.model, job.val, job.val_rows, "val", config, job.info.data_config, progress.score)
-            models.train_mode(job.model, freeze_bn=config.freeze_bn)
+            validation, averaged = _validate(this)
             scores = validation.summary()
-            log.metrics(step=step, epoch=job.epoch(step), **scores)
-            is_best = best is None or report.best_key(scores) < report.best_key(best.summary())
-            best = validation if is_best else best
-            _save(job, log, step, is_best)
+            for scored in (validation, averaged):
+                if scored is not None:
+                    this.log.metrics(step=step, epoch=job.epoch(step), **scored.summary())
+            key = report.best_key(scores)
+            if place.best is None or key < place.best:
+                place.best, place.best_step = key, step
             line += f"  val error {validation.top1_error:.2f} % ({validation.wrong}/{len(job.val_rows)})"
-        left = log.seconds() / step * (job.total_steps - step)
+            line += f", averaged weights {averaged.top1_error:.2f} %" if averaged else ""
+        left = this.log.seconds() / step * (job.total_steps - step)
         line += f"  {means['images_per_second']:.0f} images/s, data wait {100 * means['data_wait']:.0f} %"
         line += f", {left:.0f} s left"
-        _say(log, line)
-        if step % job.steps_per_epoch == 0:
-            warning = report.collapse_warning(job.epoch(step), means["loss"], len(job.data.class_names))
-            if warning:
-                _say(log, warning, console.warn)
-            whole_epoch = _Meter()
-    return best if config.select == "best" and best is not None else validation
+        this.log.say(line)
+    if step % job.steps_per_epoch == 0:
+        warning = report.collapse_warning(job.epoch(step), place.epoch.means()["loss"], len(job.data.class_names))
+        if warning:
+            this.log.warn(warning)
+        place.epoch = Meter()
+    place.settled = step
+
+
+def _write_row(this: _Run, place: Position) -> None:
+    job, row = this.job, place.row
+    this.log.metrics(
+        step=place.step,
+        epoch=job.epoch(place.step),
+        split="train",
+        n=row.n,
+        **{key: _or_null(value) for key, value in row.means().items()},
+        lr=job.optimizer.param_groups[0]["lr"],
+        rho=row.rho,
+        sam=row.rho > 0,
+        grad_norm=_or_null(row.mean_grad_norm),
+        steps=row.steps,
+        passes=row.passes,
+        skipped=row.skipped,
+        peak_memory_bytes=device.peak_memory_bytes(job.device),
+    )
+    place.row = Meter()
 
 
 def _or_null(value: float) -> float | None:
@@ -339,45 +293,56 @@ def _or_null(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _diverged(step: int, result: StepResult) -> Diverged:
-    return Diverged(
-        f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}",
-        f"values were not finite in {_MOST_SKIPPED} steps in a row; the weights were not updated with them",
-        "lower --lr or --rho, or clip with --clip-grad 1; the last checkpoint of the run is intact",
-    )
+def _validate(this: _Run) -> tuple[Evaluation, Evaluation | None]:
+    """The last weights on validation, and their average, if there is one."""
+    job = this.job
+
+    def seen(split: str, done: int, total: int) -> None:
+        this.progress.score(split, done, total)
+        this.beat(this.log.step)
+        if this.stop.by:
+            raise signals.Interrupted
+
+    try:
+        validation = _score(job, job.model, job.val, job.val_rows, "val", seen)
+        averaged = _score(job, job.ema.module, job.val, job.val_rows, "val_ema", seen) if job.ema else None
+    finally:
+        models.train_mode(job.model, freeze_bn=job.config.freeze_bn)
+    return validation, averaged
 
 
-def _save(job: Job, log: RunLog, step: int, is_best: bool) -> None:
-    class_names = job.data.class_names
-    folder = checkpoint.save(
-        log.checkpoints,
-        job.model,
-        step,
-        timm_config=models.timm_config(job.model, job.info, class_names),
-        about={
-            "config": job.config.model_dump(mode="json"),
-            "class_names": list(class_names),
-            "versions": runlog.versions(),
-        },
-    )
-    if is_best:
-        checkpoint.point(log.checkpoints, "best", folder)
-    checkpoint.point(log.checkpoints, "last", folder)
-    log.status("running", None)
+def _score(
+    job: Job, model: nn.Module, images: Images, rows: Indices, name: str, progress: Callable[[str, int, int], None]
+) -> Evaluation:
+    scored = evaluate(model, images, rows, name, job.config, job.info.data_config, progress, job.eval_batch)
+    job.eval_batch = scored.batch_size  # less than at first, if memory ran out
+    return scored
 
 
 # ---------------------------------------------------------------------------------------------------------- test, once
 
 
-def _test_once(job: Job, log: RunLog, progress: console.RunProgress) -> Evaluation | None:
-    """Score the selected checkpoint on test; None without a test split or with --no-test."""
-    if job.test is None or not job.config.test:
-        return None
-    folder = log.checkpoints / job.config.select
+def _score_selected(this: _Run) -> Evaluation:
+    """Score the selected checkpoint on test, once; without a test split, or with --no-test, on validation again."""
+    job = this.job
+
+    def seen(split: str, done: int, total: int) -> None:
+        this.progress.score(split, done, total)
+        this.beat(this.log.step)
+        if this.stop.by:
+            this.stop.end()
+
+    folder = this.log.checkpoints / job.config.select
     step = int(checkpoint.verify(folder)["step"])
-    load_model(job.model, folder / "model.safetensors", device=str(job.device))
-    scored = evaluate(job.model, job.test, job.test_rows, "test", job.config, job.info.data_config, progress.score)
-    log.metrics(step=step, epoch=job.epoch(step), **scored.summary())
+    checkpoint.load_weights(job.model, folder / "model.safetensors")
+    if job.test is None or not job.config.test:
+        return _score(job, job.model, job.val, job.val_rows, "val", seen)
+    scored = _score(job, job.model, job.test, job.test_rows, "test", seen)
+    this.log.metrics(step=step, epoch=job.epoch(step), **scored.summary())
+    if job.ema is not None:
+        checkpoint.load_weights(job.ema.module, folder / "ema" / "model.safetensors")
+        averaged = _score(job, job.ema.module, job.test, job.test_rows, "test_ema", seen)
+        this.log.metrics(step=step, epoch=job.epoch(step), **averaged.summary())
     return scored
 
 

@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 
 import pyarrow.parquet as pq
@@ -66,6 +64,7 @@ def pets(tmp_path_factory, shared_data, lite0_package):
     return folder, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_lite0_learns_three_breeds_in_three_epochs(pets):
     _, result = pets
     assert result["test"]["n"] == 120
@@ -76,6 +75,7 @@ def test_lite0_learns_three_breeds_in_three_epochs(pets):
     assert result["cost"]["sgd_equivalents"] == 2
 
 
+@pytest.mark.slow
 def test_the_train_loss_of_the_first_epoch_begins_at_ln_classes_and_falls(pets):
     folder, result = pets
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -85,6 +85,7 @@ def test_the_train_loss_of_the_first_epoch_begins_at_ln_classes_and_falls(pets):
     assert result["warnings"] == []
 
 
+@pytest.mark.slow
 def test_eval_reproduces_the_reported_numbers_exactly(pets):
     folder, result = pets
     for split in ("test", "val"):
@@ -93,6 +94,7 @@ def test_eval_reproduces_the_reported_numbers_exactly(pets):
             assert again[key] == result[split][key], (split, key)
 
 
+@pytest.mark.slow
 def test_timm_loads_the_result_and_finds_the_same_classes(pets):
     folder, _ = pets
     from samtune.evaluate import evaluate_checkpoint
@@ -140,7 +142,7 @@ def test_the_run_folder_is_whole(finished):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
         *("config.toml", "provenance.json", "status.json", "metrics.jsonl", "log.txt", "checkpoints"),
-        *("report.json", "report.md", "predictions.parquet"),
+        *("report.json", "report.md", "predictions.parquet", ".lock"),
     }
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, status["total_steps"])
@@ -165,8 +167,18 @@ def test_the_report_is_a_function_of_the_folder(finished):
     written = {name: (folder / name).read_bytes() for name in ("report.json", "report.md")}
     for name in written:
         (folder / name).unlink()
-    report.write(folder)
+    report.write(folder, report.collect(folder))
     assert {name: (folder / name).read_bytes() for name in written} == written
+
+
+def test_a_report_says_what_it_cannot_know_where_metrics_are_lost(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "copy", symlinks=True)
+    (tmp_path / "copy" / "metrics.jsonl").write_text('{"a": 1}\n[]\nhalf a row')
+    found = report.collect(tmp_path / "copy")
+    assert found["cost"]["sgd_equivalents"] is None
+    assert "missing" in found["warnings"][0]
+    assert "not known" in report.summary(found)["cost"]
 
 
 def test_the_saved_config_repeats_the_run_bit_for_bit(finished, tmp_path):
@@ -230,7 +242,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(folder_data, tmp_p
     done = small_run(tmp_path / "r", folder_data, *wild)
     assert done.returncode == 7
     assert re.search(r"error: step \d+: loss", done.stderr)
-    assert "20 steps in a row" in done.stderr
+    assert "not finite" in done.stderr
     status = json.loads((tmp_path / "r" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 7)
 
@@ -274,15 +286,6 @@ def test_a_variant_runs_costs_what_it_should_and_is_reported(name, folder_data, 
     json.dumps(result, allow_nan=False)
 
 
-def test_damaged_images_end_the_run_before_it_begins_with_all_their_names(tmp_path):
-    done = small_run(tmp_path / "r", odd_folder(tmp_path / "data"))
-    assert done.returncode == 3
-    assert "3 images cannot be decoded" in done.stderr
-    assert set(re.findall(r"(\w+)\.(?:jpg|png|gif)", done.stderr)) == {"truncated", "text", "empty"}
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "r").exists()
-
-
 def test_damaged_images_are_left_out_and_listed_where_that_is_asked_for(tmp_path):
     done = small_run(tmp_path / "r", odd_folder(tmp_path / "data"), "--on-bad-image", "skip", "--json")
     assert done.returncode == 0, done.stderr
@@ -322,24 +325,6 @@ def test_a_run_is_the_same_with_and_without_the_cache(folder_data, tmp_path):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([row["loss"] for row in rows])
     assert losses[0] == losses[1]
-
-
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_ends_the_run_with_its_code_and_leaves_the_last_checkpoint(folder_data, tmp_path, sent, code):
-    command = [sys.executable, "-m", "samtune", "run", "--model", "resnet10t", "--no-pretrained", "--img-size", "32"]
-    command += ["--epochs", "10000", "--dataset", str(folder_data), "--output", str(tmp_path / "r"), "--lr", "0.01"]
-    heard = signal.signal(sent, signal.SIG_DFL)  # a job in the background ignores Ctrl-C, and so would its children
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    signal.signal(sent, heard)
-    while not (tmp_path / "r" / "checkpoints" / "last").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.killpg(process.pid, sent)  # to the data workers too, as a terminal and a batch system do
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code, said
-    assert "Traceback" not in said
-    assert json.loads((tmp_path / "r" / "status.json").read_text())["state"] == "stopped"
-    assert samtune("eval", tmp_path / "r", "--split", "val").returncode == 0
 
 
 def test_a_reader_that_leaves_early_is_no_error(finished):
@@ -385,3 +370,16 @@ def test_on_a_gpu_a_run_uses_bfloat16_and_eval_agrees(folder_data, tmp_path):
     result = json.loads(small_run(tmp_path / "r", folder_data, "--json").stdout)
     assert result["precision"] == "bfloat16"
     assert json.loads(samtune("eval", tmp_path / "r", "--json").stdout)["wrong"] == result["test"]["wrong"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_killed_run_goes_on_to_the_same_end(folder_data, tmp_path):
+    from tests.fingerprint import fingerprint
+    from tests.interruptions import resume, run
+
+    assert run(folder_data, tmp_path / "whole", "--deterministic").returncode == 0
+    fault = {"at": "samtune.sam:Perturbation.add_", "call": 8, "do": "SIGKILL"}
+    assert run(folder_data, tmp_path / "r", "--deterministic", faults=[fault]).returncode == -signal.SIGKILL
+    assert resume(tmp_path / "r").returncode == 0
+    assert fingerprint(tmp_path / "r") == fingerprint(tmp_path / "whole")
