@@ -66,6 +66,16 @@ def samtune(*arguments: object, env: dict[str, str] | None = None, **options) ->
     )
 
 
+class Bomb:
+    """What runs code when it is unpickled: it makes a file, no more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
 class SmallNet(torch.nn.Module):
     """Convolution, batch norm, dropout, linear: the parts that SAM steps go wrong with."""
 
@@ -92,3 +102,31 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64)
     return images, torch.randint(0, 3, (8,), generator=generator)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder of pictures that small runs train on."""
+    return write_image_folder(tmp_path_factory.mktemp("photos") / "pets", {"train": 24, "test": 8})
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, photos) -> Path:
+    """The run that those which break off and go on must equal."""
+    from tests.interruptions import run
+
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(photos, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory, photos) -> Path:
+    """A run that was asked to end in step 7, to be copied."""
+    from tests.interruptions import run
+
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    done = run(photos, folder, faults=[{"at": "samtune.sam:Perturbation.add_", "call": 7, "do": "SIGTERM"}])
+    assert done.returncode == 75, done.stderr
+    return folder

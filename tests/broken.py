@@ -1,0 +1,76 @@
+"""The command line in a process in which something breaks at a chosen place.
+
+    python -m tests.broken '[{"at": "samtune.sam:Perturbation.add_", "call": 3, "do": "SIGKILL"}]' run --model ...
+
+Each fault: at: module:name of a function. call: at which of its calls, from 1. do: a signal to the process itself;
+"hang"; "oom"; "ENOSPC" and the like, raised in the function's place; "nan", its result becomes NaN; "wreck", the
+parameters of a Perturbation become NaN; "fill FILE", FILE takes all room that its disk has left; "limit BYTES", no
+file may grow beyond that. when: "before" (default) or "after" the call. again: true breaks the later calls, too.
+"""
+
+import contextlib
+import errno
+import importlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+from typing import Any
+
+import torch
+
+
+def break_at(at: str, call: int, do: str, when: str = "before", again: bool = False) -> None:
+    module_name, _, path = at.partition(":")
+    holder: Any = importlib.import_module(module_name)
+    *parents, name = path.split(".")
+    for parent in parents:
+        holder = getattr(holder, parent)
+    function = getattr(holder, name)
+    calls = 0
+
+    def act(*arguments: Any) -> None:
+        if do.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[do])
+        elif do == "hang":
+            threading.Event().wait()
+        elif do == "oom":
+            raise torch.OutOfMemoryError("simulated")
+        elif do.startswith("fill "):
+            with contextlib.suppress(OSError), open(do.removeprefix("fill "), "ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**20))
+        elif do.startswith("limit "):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(do.removeprefix("limit ")),) * 2)
+        elif do in errno.errorcode.values():
+            raise OSError(getattr(errno, do), os.strerror(getattr(errno, do)))
+        elif do == "wreck":
+            with torch.no_grad():
+                arguments[0].params[0].fill_(math.nan)
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        hit = calls == call or (again and calls > call)
+        if hit and when == "before":
+            act(*arguments)
+        result = function(*arguments, **named)
+        if hit and do == "nan":
+            return result * math.nan
+        if hit and when == "after":
+            act(*arguments)
+        return result
+
+    setattr(holder, name, broken)
+
+
+if __name__ == "__main__":
+    for fault in json.loads(sys.argv[1]):
+        break_at(**fault)
+    sys.argv[1:] = sys.argv[2:]
+    from samtune.cli import main
+
+    main()
