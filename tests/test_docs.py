@@ -36,12 +36,13 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     def begin(*_, **__):
         raise Parsed
 
-    monkeypatch.setattr("samtune.cli._check_before_slow_work", lambda settings: None)
+    monkeypatch.setattr("samtune.cli._check_before_slow_work", lambda settings, resumed: None)
     monkeypatch.setattr("samtune.train.run", begin)
     monkeypatch.setattr("samtune.evaluate.evaluate_checkpoint", begin)
     monkeypatch.setattr("samtune.data.source.locate", lambda dataset: None)
     monkeypatch.setattr("samtune.data.check.check", begin)
     monkeypatch.setattr("samtune.data.describe.describe", begin)
+    monkeypatch.setattr("samtune.runs.list_runs", begin)
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.split(">")[0], comments=True)
     with pytest.raises(Parsed):
@@ -65,6 +66,7 @@ def test_no_page_has_a_gap_to_be_filled_in():
         assert "@@" not in page.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_in_miniature(recipe, tmp_path):
     data = write_image_folder(tmp_path / "data", {"train": 6, "test": 2})
@@ -76,7 +78,8 @@ def test_every_recipe_runs_in_miniature(recipe, tmp_path):
 def test_options_in_the_readme_exist():
     known = {flag_name(key) for key in RunConfig.model_fields}
     known |= {flag_name(f"no_{key}") for key, field in RunConfig.model_fields.items() if field.annotation is bool}
-    known |= {"--json", "--split", "--without-pip", "--python", "--help", "--repeat", "--repo-type"}
+    known |= {"--json", "--resume", "--allow-change", "--split", "--ema", "--help"}
+    known |= {"--kills", "--repeat", "--repo-type", "--signal", "--without-pip", "--python"}  # of other programs
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
@@ -86,6 +89,14 @@ def test_continuous_integration_runs_the_readmes_test_command():
     )
     assert found.stdout.strip().endswith(".venv/bin/python -m pytest")
     assert "grep -m 1 -- '-m pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_continuous_integration_runs_every_lane_and_the_readme_names_them():
+    script = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert "set -euo pipefail" in script  # each step fails loudly
+    for lane in ("fault", "slow"):
+        assert f".venv/bin/python -m pytest -m {lane}" in script
+        assert f"`-m {lane}`" in README
 
 
 def test_the_python_example_in_the_readme_runs_on_a_checkpoint(tmp_path, monkeypatch):
