@@ -144,13 +144,13 @@ def watchdog(log: RunLog, timeout: float) -> Watchdog:
 
     def slow(seconds: float, usual: float) -> None:
         log.warn(
-            f"step {log.step + 1} has taken {seconds:.0f} s, usually it is {usual:.1f} s; log.txt says where it is"
+            f"after step {log.step} nothing has moved for {seconds:.0f} s, usually {usual:.1f} s; log.txt says where"
         )
         _write_stacks(log)
 
     def stuck(seconds: float) -> None:
         error = WorkerLost(
-            f"step {log.step + 1} has taken {seconds / 60:.0f} minutes and does not end",
+            f"after step {log.step} nothing has moved for {seconds / 60:.0f} minutes",
             "a device, a disk or a data worker does not answer; log.txt says where the run stands",
             "go on with --resume; --step-timeout gives it more time",
         )

@@ -190,7 +190,7 @@ def test_a_step_that_does_not_end_is_named_and_ends_the_run_with_9(photos, unint
     hang = PERTURBED | {"call": 8, "do": "hang"}
     ended = run(photos, tmp_path / "r", "--step-timeout", "0.05", faults=[hang])
     assert ended.returncode == 9, ended.stderr
-    assert "step 8 has taken" in ended.stderr
+    assert "after step 7 nothing has moved" in ended.stderr
     assert "broken.py" in (tmp_path / "r" / "log.txt").read_text()
     found = status(tmp_path / "r")
     assert (found["state"], found["exit_code"]) == ("failed", 9)
