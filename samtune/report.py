@@ -60,7 +60,7 @@ def collect(folder: Path) -> dict[str, Any]:
     images = sum(row["n"] for row in train)
     seconds = sum(row["n"] / row["images_per_second"] for row in train)
     steps = max((row["step"] for row in rows), default=0)
-    whole_record = sum(row["steps"] for row in train) == steps
+    whole_record = 0 < steps == sum(row["steps"] for row in train)
     passes = sum(row["passes"] for row in train) if whole_record else None
     classes = provenance["dataset"]["classes"]
     per_epoch = provenance["steps_per_epoch"]
