@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -130,3 +131,10 @@ def stopped(tmp_path_factory, photos) -> Path:
     done = run(photos, folder, faults=[{"at": "samtune.sam:Perturbation.add_", "call": 7, "do": "SIGTERM"}])
     assert done.returncode == 75, done.stderr
     return folder
+
+
+@pytest.fixture
+def broken_off(stopped, tmp_path) -> Path:
+    """A copy of that run, which has checkpoints of steps 5 (the best), 6 and 7."""
+    shutil.copytree(stopped, tmp_path / "r", symlinks=True)
+    return tmp_path / "r"

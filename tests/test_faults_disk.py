@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +18,6 @@ from tests.matrix import row
 from tests.test_checkpoint import flip
 
 WRITE, FILES = "samtune.checkpoint:_write", 6
-
-
-@pytest.fixture
-def broken_off(stopped, tmp_path):
-    """A run that ended after step 7 and has checkpoints of steps 6 and 7."""
-    shutil.copytree(stopped, tmp_path / "r", symlinks=True)
-    return tmp_path / "r"
 
 
 def newest(run_folder):

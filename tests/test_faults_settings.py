@@ -11,12 +11,6 @@ from tests.interruptions import SETTINGS, resume, run, status
 from tests.matrix import row
 
 
-@pytest.fixture
-def broken_off(stopped, tmp_path):
-    shutil.copytree(stopped, tmp_path / "r", symlinks=True)
-    return tmp_path / "r"
-
-
 @row(24)
 @pytest.mark.parametrize(
     ("setting", "value"),

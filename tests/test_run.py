@@ -263,6 +263,7 @@ VARIANTS = {
     "three_ascents": ({"ascent_steps": 3}, 4),
     "l2_in_loss": ({"l2_in_loss": True}, 2),
     "float16": ({"amp_dtype": "float16"}, 2),
+    "deterministic": ({"deterministic": True}, 2),
     "no_sam": ({"rho": 0.0, "m": 4}, 1),
 }
 
@@ -276,6 +277,7 @@ def test_a_variant_runs_costs_what_it_should_and_is_reported(name, folder_data, 
     result = train.run(config.load(None, base | given))
     assert result["cost"]["sgd_equivalents"] == pytest.approx(cost)
     assert result["steps"] == 8
+    assert torch.are_deterministic_algorithms_enabled() == (name == "deterministic")
     reported = result["sam"]
     assert reported["enabled"] == (name != "no_sam")
     for key in reported.keys() & given.keys():
