@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from samtune.step import SAM
+    from samtune.gradient import SAM
 
 __all__ = ["SAM", "__version__"]
 __version__ = "0.1.0"
@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """SAM on first use: the command line answers --help without torch."""
     if name == "SAM":
-        from samtune.step import SAM
+        from samtune.gradient import SAM
 
         return SAM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,10 +20,11 @@ from samtune.data.noise import LabelNoise
 from samtune.data.source import Source, Split
 from samtune.data.splits import Indices, open_parts
 from samtune.errors import UsageError
+from samtune.gradient import SAM
 from samtune.losses import cross_entropy, l2_penalty
 from samtune.models import ModelInfo
 from samtune.schedules import RhoSchedule
-from samtune.step import SAM, Step
+from samtune.step import Step
 
 # Peak learning rates of the body for a batch of 32; they trained every data set we tried (README). They grow with the
 # square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.

@@ -53,7 +53,7 @@ MUTATIONS = {
         "test_step.py::test_twenty_steps_equal_those_of_a_published_sam",
     ),
     "pass 2 updates batch-norm statistics too": (
-        {"step.py": [("module.track_running_stats = False", "pass")]},
+        {"gradient.py": [("module.track_running_stats = False", "pass")]},
         "test_step.py::test_statistics_and_generator_after_a_sam_step_are_those_after_one_plain_forward",
     ),
     "pass 2 draws its own masks": (
@@ -68,11 +68,11 @@ MUTATIONS = {
         "test_step.py::test_all_passes_see_the_same_dropout_and_drop_path_masks",
     ),
     "16-bit copies of the weights outlive pass 1": (
-        {"step.py": [("torch.clear_autocast_cache()  # 16-bit", "pass  # 16-bit")]},
+        {"gradient.py": [("torch.clear_autocast_cache()  # 16-bit", "pass  # 16-bit")]},
         "test_lifecycle.py::test_an_autocast_around_all_passes_is_no_trap",
     ),
     "the first gradient is kept through pass 2": (
-        {"step.py": [("                g1.clear()\n", "")]},
+        {"gradient.py": [("                g1.clear()\n", "")]},
         "test_step.py::test_beyond_the_first_pass_no_copy_but_the_backup_is_alive",
     ),
     "values that are not finite are used": (
@@ -81,10 +81,10 @@ MUTATIONS = {
     ),
     "each rank decides by itself whether to skip": (
         {
+            "gradient.py": [("torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)", "share")],
             "step.py": [
-                ("torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)", "share"),
-                ("applied = math.isfinite(norm)", "applied = math.isfinite(norm) and bool(seen[0][0].isfinite())"),
-            ]
+                ("applied = math.isfinite(norm)", "applied = math.isfinite(norm) and bool(seen[0][0].isfinite())")
+            ],
         },
         "test_distributed.py::test_a_bad_value_on_one_rank_skips_the_same_update_on_all",
     ),
@@ -101,15 +101,15 @@ MUTATIONS = {
         "test_distributed.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
     ),
     "a global perturbation is that of the rank": (
-        {"step.py": [("return mean, distributed.sum_lists_over_ranks(grads, group)", "return mean, grads")]},
+        {"gradient.py": [("return mean, distributed.sum_lists_over_ranks(grads, group)", "return mean, grads")]},
         "test_distributed.py::test_global_mode_equals_one_process_on_the_joined_batch",
     ),
     "micro-batches of different sizes weigh the same": (
-        {"step.py": [("alpha=share)", "alpha=1)")]},
+        {"gradient.py": [("alpha=share)", "alpha=1)")]},
         "test_memory.py::test_micro_batches_give_the_gradient_of_all_samples_at_once",
     ),
     "each micro-batch communicates": (
-        {"step.py": [("nullcontext() if micro is micro_batches[-1][0] else self._no_sync()", "nullcontext()")]},
+        {"gradient.py": [("nullcontext() if micro is micro_batches[-1][0] else self._no_sync()", "nullcontext()")]},
         "test_distributed.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
     ),
     "a failed attempt leaves its statistics": (

@@ -1,0 +1,265 @@
+"""The gradient of Algorithm 1 (Foret et al. 2021)."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from samtune import distributed
+from samtune.parameters import chosen, first_match, unwrapped
+from samtune.replay import batch_norms, generator_states, set_generator_states, updating
+from samtune.sam import Perturbation
+
+Loss = Callable[..., torch.Tensor]
+Batch = tuple[torch.Tensor, ...]  # of one first dimension, the samples
+
+
+class SAM:
+    """The gradient of Sharpness-Aware Minimization, for any model, loss and base optimizer.
+
+    `sam.backward(loss, *batch)` stands where `loss(*batch).backward()` stood, and adds the SAM gradient to `.grad`:
+
+        sam = SAM(model, rho=0.05)
+        for images, labels in loader:
+            optimizer.zero_grad()
+            sam.backward(lambda x, y: F.cross_entropy(model(x), y), images, labels)
+            optimizer.step()
+
+    The rest of the loop stays as it is: clipping, GradScaler, schedulers, accumulation, DistributedDataParallel,
+    checkpoints. Between two calls nothing is kept but the room for a copy of the perturbed weights, so there is no
+    state to save.
+
+    Args:
+        model: the module whose trainable float32 parameters are perturbed, on its device already; it may be wrapped in
+            DistributedDataParallel, whose gradient reduction then happens once, in the last pass.
+        rho: radius of the perturbation in weight units; the attribute may be set between calls, as a schedule does.
+            rho = 0 is the plain gradient, bit for bit, for one pass.
+        p: the norm of the radius, in [1, inf] (Foret et al. 2021, eq. 2).
+        adaptive: measure the radius of each weight in units of |w| + eta (ASAM, Kwon et al. 2021, eq. 5); biases and
+            norm parameters, all that have less than two dimensions, keep weight units.
+        eta: see adaptive; in weight units.
+        perturb: "all"; "norm", the parameters of normalisation layers alone (SAM-ON, Mueller et al. 2023), for which
+            pass 1 computes no other weight gradients; "no-norm", all others; or a regular expression that is searched
+            for in the parameters' names.
+        rho_factors: radius of the parameters whose name holds a regular expression, in units of rho; the first that
+            matches counts, 1 where none does. The ball is then ||e_g / rho_g||_p <= 1 over all groups together.
+        m: the samples that share a perturbation ("m-sharpness", Foret et al. 2021, section 4.1). "device": the batch,
+            on each rank its own. A number: pieces of so many samples, one after the other, each with a perturbation of
+            its own; their gradients are averaged, which is gradient accumulation too. "global": the batches of all
+            ranks together. A process group: the batches of its ranks together.
+        ascent_fraction: share of the samples that pass 1 uses, the first ones.
+        ascent_steps: passes that look for the perturbation, each adding rho / ascent_steps along its dual gradient.
+        micro_batch: the most samples that pass through the model at once; None: all that share a perturbation. It
+            bounds memory and changes nothing else: the samples of m still share one perturbation, made of their mean
+            gradient. But each micro-batch draws its own dropout and drop-path masks (the same in all passes, not those
+            of the whole batch), and batch norm that is not frozen normalises each by itself. May be set between calls.
+
+    Raises:
+        ValueError: an argument out of range, 16-bit weights, or a filter that matches no parameter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rho: float = 0.05,
+        *,
+        p: float = 2.0,
+        adaptive: bool = False,
+        eta: float = 0.01,
+        perturb: str = "all",
+        rho_factors: Mapping[str, float] | None = None,
+        m: Literal["device", "global"] | int | distributed.Group = "device",
+        ascent_fraction: float = 1.0,
+        ascent_steps: int = 1,
+        micro_batch: int | None = None,
+    ) -> None:
+        if not 0 < ascent_fraction <= 1:
+            raise ValueError(f"ascent_fraction {ascent_fraction:g}: must be in (0, 1]")
+        if ascent_steps < 1 or (isinstance(m, int) and m < 1):
+            raise ValueError(f"ascent_steps {ascent_steps}, m {m}: must be at least 1")
+        if m is None or (isinstance(m, str) and m not in ("device", "global")):
+            raise ValueError(f'm {m!r}: must be "device", "global", a number of samples or a process group')
+        self.model = model
+        self._inner = unwrapped(model)
+        self.rho = rho
+        self.m = m
+        self.micro_batch = micro_batch
+        self.ascent_fraction, self.ascent_steps = ascent_fraction, ascent_steps
+        self.perturbed = False
+        """Whether the weights are w + e at this moment: False in pass 1, for a loss that wants to know."""
+        named = chosen(self._inner, perturb)
+        self._params = list(named.values())
+        self._ball = Perturbation(
+            self._params,
+            p=p,
+            adaptive=[adaptive and w.ndim > 1 for w in self._params],
+            eta=eta,
+            factors=[first_match(rho_factors or {}, name) for name in named],
+        )
+        if rho > 0:
+            self._ball.reserve()
+        self._device = self._params[0].device
+        self._batch_norms = batch_norms(model)
+
+    @property
+    def rho(self) -> float:
+        """Radius of the perturbation in weight units."""
+        return self._rho
+
+    @rho.setter
+    def rho(self, value: float) -> None:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"rho {value:g}: must be finite and at least 0")
+        self._rho = value
+
+    @property
+    def micro_batch(self) -> int | None:
+        """The most samples that pass through the model at once; None: all that share a perturbation."""
+        return self._micro_batch
+
+    @micro_batch.setter
+    def micro_batch(self, value: int | None) -> None:
+        if value is not None and value < 1:
+            raise ValueError(f"micro_batch {value}: must be at least 1, or None")
+        self._micro_batch = value
+
+    def at_once(self, n: int) -> int:
+        """Of a batch of n samples, how many pass through the model at once."""
+        return min(n, self.m if isinstance(self.m, int) else n, self.micro_batch or n)
+
+    @property
+    def passes(self) -> float:
+        """Forward-backward passes over the batch in one call."""
+        return 1 + self.ascent_steps * self.ascent_fraction if self.rho > 0 else 1
+
+    def backward(self, loss: Loss, *batch: torch.Tensor) -> torch.Tensor:
+        """Add the gradient of the loss at w + e to `.grad` of all parameters of the model; w is as it was.
+
+        Args:
+            loss: (*batch) -> (), the mean over the samples it is given. It is called once for each pass, or for each
+                micro-batch of it, with the random numbers of the first pass in all of them, so that dropout and
+                drop-path masks are the same. A loss scale may be part of it: e does not depend on it.
+            batch: tensors of one first dimension, the samples.
+
+        Returns:
+            The mean loss at w (of the samples of pass 1), detached: what SGD's curve would show.
+
+        A loss or gradient that is not finite, in any pass, makes the whole gradient NaN: every rank and every
+        GradScaler sees it. Batch-norm statistics update in pass 1, if they update at all.
+        """
+        n = len(batch[0])
+        if n == 0:
+            raise ValueError("the batch is empty")
+        # The samples of a perturbation; without one, those that pass at once.
+        together = self.m if isinstance(self.m, int) else n
+        pieces = _split(batch, together if self.rho > 0 else self.at_once(n))
+        at_w = []
+        for piece in pieces:
+            share = len(piece[0]) / n
+            with nullcontext() if piece is pieces[-1] else self._no_sync():
+                at_w.append(share * self._backward(loss, piece, share))
+        return torch.stack(at_w).sum()
+
+    def _backward(self, loss: Loss, batch: Batch, share: float) -> torch.Tensor:
+        """The gradient of one perturbation, times share, is added to `.grad`."""
+        if self.rho == 0:
+            at_w = loss(*batch)
+            _descend(at_w, at_w, share)
+            return at_w.detach()
+
+        masks = generator_states(self._device)
+        part = tuple(t[: math.ceil(self.ascent_fraction * len(t))] for t in batch)
+        radius = self.rho / self.ascent_steps
+        # Pass 1, at w: batch-norm statistics update here, if they update at all.
+        at_w, g1 = self._ascent_gradient(loss, part)
+        # e = rho * dual(g1)
+        with self._perturb(g1, radius):
+            # Further ascent, if it is asked for, from where the last pass arrived.
+            for _ in range(self.ascent_steps - 1):
+                set_generator_states(masks, self._device)
+                self._ball.add_(self._ascent_gradient(loss, part)[1], radius)
+                torch.clear_autocast_cache()  # the weights moved again
+            # Pass 2, at w + e: same samples, same masks; statistics stay as pass 1 left them.
+            set_generator_states(masks, self._device)
+            micro_batches = self._micro_batches(batch)
+            for micro, of_batch in micro_batches:
+                with nullcontext() if micro is micro_batches[-1][0] else self._no_sync():
+                    _descend(loss(*micro), at_w, share * of_batch)
+        return at_w
+
+    def _ascent_gradient(self, loss: Loss, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Loss and gradient where the weights are, detached; the gradient of all ranks that share a perturbation."""
+
+        def gradient(micro: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+            """By autograd.grad, which leaves `.grad` and the hooks that communicate it to the final gradient alone."""
+            with self._no_sync():
+                value = loss(*micro)
+            return value.detach(), list(torch.autograd.grad(value, self._params, materialize_grads=True))
+
+        micro_batches = self._micro_batches(batch)
+        if len(micro_batches) == 1:
+            mean, grads = gradient(batch)
+        else:
+            mean, grads = torch.zeros((), device=self._device), [torch.zeros_like(w) for w in self._params]
+            for micro, share in micro_batches:
+                value, more = gradient(micro)
+                mean = mean + share * value
+                torch._foreach_add_(grads, more, alpha=share)
+                del more  # before the next one needs the room
+        if self.m == "device" or isinstance(self.m, int):
+            return mean, grads
+        group = None if isinstance(self.m, str) else self.m
+        return mean, distributed.sum_lists_over_ranks(grads, group)
+
+    def _micro_batches(self, batch: Batch) -> list[tuple[Batch, float]]:
+        """What passes through the model at once, and its share of the batch."""
+        n = len(batch[0])
+        return [(micro, len(micro[0]) / n) for micro in _split(batch, self.micro_batch or n)]
+
+    @contextmanager
+    def _perturb(self, g1: list[torch.Tensor], radius: float) -> Iterator[None]:
+        """Inside the block weights are w + e, batch-norm statistics rest, and the model refuses to be saved.
+
+        g1: one gradient per perturbed parameter. The list is emptied, for pass 2 needs the room.
+        """
+        resting = updating(self._batch_norms)
+        guard = self._inner.register_state_dict_pre_hook(_refuse_to_save)
+        try:
+            with self._ball.perturbed(g1, radius):
+                g1.clear()
+                self.perturbed = True
+                torch.clear_autocast_cache()  # 16-bit copies of w, where a caller's autocast is around all passes
+                for module in resting:  # they normalise as before, and keep mean, variance and num_batches_tracked
+                    module.track_running_stats = False
+                yield
+        finally:
+            for module in resting:
+                module.track_running_stats = True
+            self.perturbed = False
+            torch.clear_autocast_cache()
+            guard.remove()
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        """No reduction of gradients, where the model is wrapped in something that reduces them."""
+        context: AbstractContextManager[Any] = getattr(self.model, "no_sync", nullcontext)()
+        return context
+
+
+def _split(batch: Batch, size: int) -> list[Batch]:
+    """Pieces of so many samples, the last of what is left; one piece is the batch itself."""
+    if size >= len(batch[0]):
+        return [batch]
+    return list(zip(*(t.split(size) for t in batch), strict=True))
+
+
+def _descend(loss: torch.Tensor, at_w: torch.Tensor, share: float) -> None:
+    """Backward; where the loss at w is not finite, the gradient is NaN."""
+    at_w = at_w.detach().to(torch.promote_types(at_w.dtype, torch.float32))  # a 16-bit share would be off by 0.4 %
+    (loss * torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)).backward()
+
+
+def _refuse_to_save(*_: Any) -> None:
+    raise RuntimeError("the weights are perturbed at this moment (w + e): save the model between two steps of SAM")
