@@ -26,8 +26,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from samtune.config import RunConfig
 from samtune.errors import CheckpointError, first_line
+from samtune.options import RunConfig
 
 Name = Literal["last", "best"]
 

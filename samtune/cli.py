@@ -1,20 +1,23 @@
 """The command line: parse, one call, print. Nothing heavy is imported before a command runs."""
 
-import inspect
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from samtune import __version__, config, signals, streams
-from samtune.config import RunConfig, flag_name
+from samtune import __version__, config, ranks, signals, streams
 from samtune.errors import SamtuneError, Stopped, UsageError
+from samtune.fields import gpu_choice
+from samtune.flags import with_config_flags
+from samtune.options import RunConfig
 from samtune.resume import Resumed, finished_report, settle
 from samtune.runlog import check_free, check_unused, has_checkpoints
+
+if TYPE_CHECKING:
+    pass
 
 app = typer.Typer(
     help="Fine-tune pretrained image models with Sharpness-Aware Minimization, and measure what it gained.",
@@ -29,7 +32,6 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 
-_SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}
 _UsageError: Any = typer.BadParameter.__base__  # of the click that this typer stands on
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
 
@@ -43,53 +45,8 @@ def _version(
         raise typer.Exit
 
 
-def _with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one flag for each field of RunConfig; it receives those that were typed, as `flags`."""
-
-    @wraps(command)
-    def wrapped(**arguments: Any) -> None:
-        own = {key: arguments.pop(key) for key in list(arguments) if key not in RunConfig.model_fields}
-        command(**own, flags={key: value for key, value in arguments.items() if value is not None})
-
-    signature = inspect.signature(command)
-    parameters = [p for p in signature.parameters.values() if p.name != "flags"]
-    parameters += [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(key))
-        for key in RunConfig.model_fields
-    ]
-    parameters.sort(key=lambda p: p.kind)
-    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapped
-
-
-def _annotation(key: str) -> Any:
-    field = RunConfig.model_fields[key]
-    given: Any = field.annotation
-    types = [t for t in get_args(given) if t is not type(None)] if type(None) in get_args(given) else [given]
-    kind = types[0] if types[0] in (bool, int, float) else str
-    choices = get_args(types[0]) if get_origin(types[0]) is Literal else ()
-    names = [flag_name(key)]
-    if kind is bool:
-        names = [f"{flag_name(key)}/{flag_name('no_' + key)}"]
-    elif key in _SHORT:
-        names.append(_SHORT[key])
-    extra: Any = field.json_schema_extra
-    default = None if field.is_required() or field.default is None else str(field.default)
-    if kind is bool:
-        default = flag_name(key if field.default else f"no_{key}").removeprefix("--")
-    option = typer.Option(
-        *names,
-        help=f"{field.description}." + (f" Default: {default}." if default is not None else ""),
-        show_default=False,
-        rich_help_panel=extra["panel"],
-        metavar="|".join(choices) or None,
-    )
-    return Annotated[kind | None, option]
-
-
 @app.command()
-@_with_config_flags
+@with_config_flags
 def run(
     recipe: Annotated[Path | None, typer.Argument(help="TOML file with any of the options below as keys.")] = None,
     *,
@@ -117,19 +74,20 @@ def run(
     CUDA_VISIBLE_DEVICES chooses.
     """
     with signals.listening() as stop:
-        result = _run(recipe, flags, resume, allow_change or [], stop)
+        result = _run(recipe, flags, resume or ranks.restarts() > 0, allow_change or [], stop)
+    mine = _to_print(result)
+    if mine is not None:
+        from samtune import console, report
 
-    from samtune import console, report
-
-    if as_json:
-        console.print_json(result)
-    else:
-        console.print_table("Result", report.summary(result))
+        if as_json:
+            console.print_json(mine)
+        else:
+            console.print_table("Result", report.summary(mine))
 
 
 def _run(
     recipe: Path | None, flags: dict[str, Any], resume: bool, allow_change: list[str], stop: signals.StopRequest
-) -> dict[str, Any]:
+) -> Mapping[str, Any] | None:
     resumed = None
     if resume:
         settings, resumed = settle(recipe, flags, allow_change)
@@ -145,11 +103,27 @@ def _run(
 
             console.note(f"run {resumed.folder} is done already; this is its result")
             return result
-    _check_before_slow_work(settings, resumed)
+    if ranks.is_first():
+        _check_before_slow_work(settings, resumed)
+    if ranks.asked_for(settings.gpus, settings.processes, settings.nnodes):
+        from samtune import launch
+
+        return launch.run(settings, stop)
 
     from samtune import train
 
     return train.run(settings, resumed)
+
+
+def _to_print(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What this process prints of a result: a rank of our launcher hands it on, and ranks beside rank 0 print none."""
+    if ranks.folder() is not None:
+        ranks.say(0, result=result)
+    if ranks.place() is not None:
+        from samtune import distributed
+
+        distributed.leave()
+    return result if ranks.folder() is None and ranks.is_first() else None
 
 
 def _check_before_slow_work(settings: RunConfig, resumed: Resumed | None) -> None:
@@ -188,6 +162,8 @@ def evaluate(
     dataset: Annotated[
         str | None, typer.Option(help="Name or path, if the data is no longer where the run read it.")
     ] = None,
+    gpus: Annotated[str, typer.Option(help="auto, all, a number of GPUs, or a list of them, as in a run.")] = "auto",
+    processes: Annotated[int | None, typer.Option(min=1, help="So many ranks on the CPU, in place of GPUs.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Score a checkpoint: exact top-1, top-5 and mean per-class error, every image once.
@@ -199,20 +175,54 @@ def evaluate(
     if checkpoint not in (None, "last", "best"):
         raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
 
-    from samtune import console, report
-    from samtune.evaluate import evaluate_checkpoint
+    _check_devices(gpus, processes)
 
-    with console.RunProgress() as progress:
-        scored, about = evaluate_checkpoint(
-            run_or_checkpoint, name=checkpoint, split=split, dataset=dataset, progress=progress.score, ema=ema
-        )
-    result = scored.summary()
+    def score() -> dict[str, Any]:
+        from samtune import console, distributed
+        from samtune.evaluate import evaluate_checkpoint
+
+        with console.RunProgress() as progress, distributed.losses_named():
+            scored, about = evaluate_checkpoint(
+                run_or_checkpoint,
+                name=checkpoint,
+                split=split,
+                dataset=dataset,
+                progress=progress.score,
+                ema=ema,
+                gpus=gpus,
+                processes=processes,
+            )
+        return about | scored.summary()
+
+    def score_on_ranks() -> Mapping[str, Any] | None:
+        from samtune import launch
+
+        return launch.launch(sys.argv[1:], launch.Fleet(launch.ranks_here(gpus, processes)), stop)
+
+    with signals.listening() as stop:
+        result = score_on_ranks() if ranks.asked_for(gpus, processes) else score()
+    result = _to_print(result)
+    if result is None:
+        return
+    from samtune import console, report
+
     if as_json:
-        console.print_json(about | result)
+        console.print_json(result)
         return
     others = f"{result['top5_error']:.2f} %, {result['mean_per_class_error']:.2f} %"
     rows = {f"{split} top-1 error": report.score_line(result), "top-5, mean per class": others}
-    console.print_table("Result", rows | {key: str(value) for key, value in about.items()})
+    about = ("checkpoint", "step", "ema", "dataset")
+    console.print_table("Result", rows | {key: str(result[key]) for key in about})
+
+
+def _check_devices(gpus: str, processes: int | None) -> None:
+    """As the settings of a run are checked."""
+    if processes is not None and gpus != "auto":
+        raise UsageError("--processes and --gpus contradict each other", mend="give one of them")
+    try:
+        gpu_choice(gpus)
+    except ValueError as error:
+        raise UsageError(f"--gpus {gpus}: {error}") from None
 
 
 @data_app.command(name="check")
@@ -321,6 +331,12 @@ def show(
 def main() -> None:
     """Run the command line and exit with the codes of `samtune.errors`."""
     streams.guard()
+    if ranks.folder() is not None:
+        over = ranks.over()
+        if over is not None:
+            sys.exit(over)
+        ranks.say(None)
+    ranks.end_with_the_launcher()
     sys.exit(_exit_code())
 
 
@@ -336,15 +352,22 @@ def _exit_code() -> int:
         context = f"{error.ctx.command_path} --help" if error.ctx else "samtune --help"
         _print_error(f"{error.format_message()}\n  mend: `{context}` shows what there is")
         return 2
-    except SamtuneError as error:
-        _print_error(str(error))
-        return error.exit_code
-    except Stopped as error:
-        _print_error(f"{error}\n  mend: {error.mend}")
-        return error.exit_code
+    except (SamtuneError, Stopped) as error:
+        return _end(error)
     except (KeyboardInterrupt, typer.Abort):
         _print_error("stopped by Ctrl-C")
         return 130
+
+
+def _end(error: SamtuneError | Stopped) -> int:
+    """Say why the command ends, or have the launcher say it; returns the exit code."""
+    if ranks.folder() is not None:
+        ranks.say(error.exit_code, error)
+        # All ranks have agreed to stop: nothing for torch's agent to clear up, or to begin again.
+        return 0 if error.exit_code == Stopped.SAVED else error.exit_code
+    who = "" if ranks.is_first() else f"rank {os.environ['RANK']}: "
+    _print_error(who + (str(error) if isinstance(error, SamtuneError) else f"{error}\n  mend: {error.mend}"))
+    return error.exit_code
 
 
 def _print_error(text: str) -> None:

@@ -11,11 +11,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from samtune import ranks
+
 _PLAIN_INTERVAL = 15.0  # seconds between two progress lines where there is no terminal
 _FOLDED = 8  # characters: a column of words is not folded to less
 
 
-_err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+# Of several ranks the first one speaks; an error is said by whoever has it.
+_quiet = not ranks.is_first()
+_err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=_quiet)
 
 
 def note(text: str) -> None:
@@ -30,7 +34,8 @@ def warn(text: str) -> None:
 
 def error(text: str) -> None:
     """Why the command ends."""
-    _err.print(f"[red]error:[/] {escape(text)}")
+    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    console.print(f"[red]error:[/] {escape(text)}")
 
 
 def print_json(content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -110,7 +115,7 @@ class RunProgress:
         self._total, self._done = total_steps, done
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
-        if _err.is_interactive:
+        if _err.is_interactive and not _quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),

@@ -11,15 +11,55 @@ from typing import TypeVar
 
 import torch
 
-from samtune.errors import OutOfMemory, first_line
+from samtune import ranks
+from samtune.errors import MachineError, OutOfMemory, first_line
 
 Autocast = Callable[[], AbstractContextManager[None]]
 T = TypeVar("T")
 
 
-def pick() -> torch.device:
-    """The GPU if there is one (CUDA_VISIBLE_DEVICES chooses which), else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def gpu_numbers(gpus: str) -> list[int]:
+    """The GPUs that --gpus asks for, as torch numbers those that CUDA_VISIBLE_DEVICES lets it see.
+
+    auto: the first one, if there is one; all; a number of them; or a list. Raises MachineError for more than there are.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus == "auto":
+        return [0][:there]
+    numbers = [int(number) for number in gpus.split(",") if number]
+    if gpus.isdigit():
+        numbers = list(range(int(gpus)))
+    found = list(range(there)) if gpus == "all" else numbers
+    if (gpus == "all" and not found) or max(found, default=-1) >= there:
+        names = ", ".join(f"{i}: {torch.cuda.get_device_name(i)}" for i in range(there))
+        raise MachineError(
+            f"--gpus {gpus}: there {'is' if there == 1 else 'are'} {there or 'no'} GPU{'s' if there != 1 else ''} here",
+            names or _no_gpu(),
+            "ask for what is there; --gpus auto takes the CPU if there is none, --processes N several ranks on it",
+        )
+    return found
+
+
+def _no_gpu() -> str:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return "CUDA_VISIBLE_DEVICES is empty"
+    built = torch.version.cuda
+    return f"torch is built for CUDA {built}, and no driver answers" if built else "torch is built without CUDA"
+
+
+def pick(gpus: str = "auto", processes: int | None = None) -> torch.device:
+    """The device of this rank: its GPU of those that are asked for, else the CPU."""
+    here = ranks.place()
+    if processes is not None or gpus == "0":
+        return torch.device("cpu")
+    if gpus == "auto" and here is not None and torch.cuda.is_available():  # whoever launched the ranks has chosen
+        return torch.device("cuda", here.local_rank % torch.cuda.device_count())
+    numbers = gpu_numbers(gpus)
+    if here is not None and here.local_rank >= len(numbers) > 0:
+        raise MachineError(
+            f"--gpus {gpus} with {here.local_world_size} ranks on this machine", "each needs a GPU", "start fewer"
+        )
+    return torch.device("cuda", numbers[here.local_rank if here else 0]) if numbers else torch.device("cpu")
 
 
 def describe(device: torch.device) -> str:
@@ -81,9 +121,7 @@ def halved_until_it_fits(attempt: Callable[[int], T], at_once: int, shape: Seque
                 raise
             why = first_line(error)
         # Out here the error is gone, and with it the frames that held what did not fit: not before can memory be freed.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         if at_once == 1:
             raise OutOfMemory(
                 f"no memory on {describe(pick())} for one image of {' x '.join(map(str, shape))}",
@@ -91,6 +129,13 @@ def halved_until_it_fits(attempt: Callable[[int], T], at_once: int, shape: Seque
                 "lower --img-size, compute with --amp-dtype bfloat16, or take a smaller model",
             )
         at_once = math.ceil(at_once / 2)
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

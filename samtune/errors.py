@@ -36,6 +36,10 @@ class SamtuneError(Exception):
         return "\n".join(lines)
 
 
+LOST = "the connection to another rank is lost"
+"""What a rank says that only sees what another one's end did to it."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line, with its type."""
     text = str(error).strip()

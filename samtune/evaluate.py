@@ -1,5 +1,6 @@
 """Exact metrics of one pass over a split: counts first, one division at the end."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samtune import checkpoint, device, models
-from samtune.config import RunConfig
+from samtune import checkpoint, device, distributed, models
 from samtune.data.cache import Images, bad_among, refuse, without_bad
 from samtune.data.loader import eval_batches
+from samtune.data.source import Source
 from samtune.data.splits import Indices, open_parts
 from samtune.data.transforms import eval_transform, normalize
 from samtune.errors import CheckpointError, DataError, Diverged, UsageError
 from samtune.job import look_at_data
+from samtune.options import RunConfig
+from samtune.signals import Interrupted
 from samtune.stats import wilson_interval
 
 Progress = Callable[[str, int, int], None]  # split, images done, images in all
@@ -77,44 +80,82 @@ def evaluate(
     data_config: Mapping[str, Any],
     progress: Progress,
     batch_size: int | None = None,
+    asked_to_end: Callable[[], bool] = bool,
 ) -> Evaluation:
-    """Score every one of these rows once. Puts the model into evaluation mode.
+    """Score every one of these rows once, the ranks in turns. Puts the model into evaluation mode.
+
+    The batches are those of one rank alone, dealt out, and what was said of all images is brought together once: the
+    same result for any number of ranks.
 
     config gives workers, memory layout and arithmetic; data_config the size, crop and normalisation of the weights.
     batch_size: images at once, such as the `batch_size` of an evaluation before; None: twice those of training. Where
-    memory runs out, it is halved and the pass begins again: what is said of an image does not depend on the others.
+    memory runs out, on any rank, it is halved and the pass begins again: what is said of an image does not depend on
+    the others. asked_to_end: whether somebody wants this rank to end.
 
     Raises:
         Diverged: NaN or inf.
+        Interrupted: a rank was asked to end.
         OutOfMemory: one image does not fit.
     """
     model.eval()
     target_device = next(model.parameters()).device
     autocast = device.autocast(target_device, config.amp_dtype)
 
+    n, world = len(rows), distributed.world_size()
+
     @torch.inference_mode()
     def attempt(at_once: int) -> Evaluation:
+        starts = range(0, n, at_once)
+        own = starts[distributed.rank() :: world]
         batches = eval_batches(
             images,
-            rows,
+            np.concatenate([rows[i : i + at_once] for i in own]) if own else rows[:0],
             eval_transform(data_config),
             batch_size=at_once,
             workers=config.workers or 0,
             pin_memory=target_device.type == "cuda",
         )
-        parts, done = [], 0
-        for batch, labels in batches:
+        # label, prediction, its probability, whether among the first 5, nats; of the images of other ranks 0
+        found = torch.zeros((5, n), dtype=torch.float64, device=target_device)
+
+        def score(start: int) -> None:
+            batch, labels = next(batches)
             with autocast():
                 logits = model(to_device(batch, target_device, data_config, config.channels_last))
             logits = logits.float()  # (batch, classes)
             target = labels.to(target_device)
             probability, prediction = logits.softmax(1).max(1)
             in_top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]).any(1)
-            parts.append((target, prediction, probability, in_top5, F.cross_entropy(logits, target, reduction="none")))
-            done += len(labels)
-            progress(name, done, len(rows))
-        label, predicted, of_it, among_5, nats = (torch.cat(c).cpu().numpy() for c in zip(*parts, strict=True))
-        return Evaluation(name, rows, label, predicted, of_it, among_5, nats, at_once)
+            nats = F.cross_entropy(logits, target, reduction="none")
+            for row, values in zip(found, (target, prediction, probability, in_top5, nats), strict=True):
+                row[start : start + at_once] = values
+
+        for turn in range(math.ceil(len(starts) / world)):
+            failed: Exception | None = None
+            try:
+                if turn < len(own):
+                    score(own[turn])
+            except Exception as error:
+                if world == 1 or not device.is_out_of_memory(error):
+                    raise
+                failed = error
+            progress(name, min(n, (turn + 1) * world * at_once), n)
+            asked, no_memory = distributed.any_rank(asked_to_end(), failed is not None)
+            if no_memory:
+                raise failed or MemoryError("memory ran out on another rank")
+            if asked:
+                raise Interrupted
+        label, predicted, of_it, among_5, nats = distributed.sum_over_ranks(found).cpu().numpy()
+        return Evaluation(
+            split=name,
+            rows=rows,
+            labels=label.astype(np.int64),
+            predictions=predicted.astype(np.int64),
+            probability=of_it.astype(np.float32),
+            in_top5=among_5 > 0,
+            nats=nats.astype(np.float32),
+            batch_size=at_once,
+        )
 
     # Twice those of training: without gradients that fits where training does.
     scored = device.halved_until_it_fits(attempt, batch_size or 2 * config.batch_size, data_config["input_size"])
@@ -136,14 +177,22 @@ def to_device(
 
 
 def evaluate_checkpoint(
-    path: Path, *, name: str | None, split: str, dataset: str | None, progress: Progress, ema: bool = False
+    path: Path,
+    *,
+    name: str | None,
+    split: str,
+    dataset: str | None,
+    progress: Progress,
+    ema: bool = False,
+    gpus: str = "auto",
+    processes: int | None = None,
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Score a run's checkpoint, or a checkpoint folder, on a split: (evaluation, what was scored).
 
     name: "last" or "best" of a run; None takes the one that the run's report scored. split: "val" is the part that the
     run validated on, "train" the part it trained on, "test" the part it was scored on, any other name a whole split of
-    the data set. dataset: read another place than the run did. ema: score the averaged weights. The same images,
-    arithmetic and batches as in the run: the same numbers.
+    the data set. dataset: read another place than the run did. ema: score the averaged weights. gpus, processes: as in
+    a run. The same images, arithmetic and batches as in the run: the same numbers.
 
     Raises:
         CheckpointError: no such run or checkpoint, or a damaged one.
@@ -162,10 +211,20 @@ def evaluate_checkpoint(
     config = checkpoint.run_config(manifest)
     if ema and not config.model_ema:
         raise UsageError(f"--ema: {folder} has no averaged weights", mend="train with --model-ema")
-    model, data_config = models.load_checkpoint(folder / "ema" if ema else folder)
+    target = device.pick(gpus, processes)
+    distributed.join(target)
+    with distributed.first_of_machine():
+        model, data_config = models.load_checkpoint(folder / "ema" if ema else folder)
+        data, images, rows = _images_of(config, manifest, split, dataset)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(device=device.pick(), memory_format=layout)  # type: ignore[call-overload]
+    model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
+    evaluation = evaluate(model, images, rows, split, config, data_config, progress)
+    return evaluation, {"checkpoint": str(folder), "step": manifest["step"], "ema": ema, "dataset": data.origin}
 
+
+def _images_of(
+    config: RunConfig, manifest: Mapping[str, Any], split: str, dataset: str | None
+) -> tuple[Source, Images, Indices]:
     parts = open_parts(config, dataset)
     data = parts.data
     if list(data.class_names) != manifest["class_names"]:
@@ -189,5 +248,4 @@ def evaluate_checkpoint(
     (images,) = look_at_data(config, [(chosen, rows)])
     if config.on_bad_image == "error":
         refuse(bad_among(images, rows))
-    evaluation = evaluate(model, images, without_bad(images, rows), split, config, data_config, progress)
-    return evaluation, {"checkpoint": str(folder), "step": manifest["step"], "ema": ema, "dataset": data.origin}
+    return data, images, without_bad(images, rows)

@@ -40,11 +40,25 @@ def _norm_order(p: float | int | str) -> float:
 
 
 def _samples(m: int | str) -> int | str:
-    if isinstance(m, str) and m in ("device", "global"):
+    if isinstance(m, str) and re.fullmatch("device|global|group:[1-9][0-9]*", m):
         return m
     if isinstance(m, bool) or not re.fullmatch("[0-9]+", str(m)) or int(m) < 1:
-        raise ValueError('must be "device", "global", or a number of images')
+        raise ValueError('must be "device", "global", "group:4" (devices that share it), or a number of images')
     return int(m)
+
+
+def gpu_choice(gpus: int | str) -> str:
+    """What --gpus may be. Raises ValueError with what it must be."""
+    if isinstance(gpus, bool) or not re.fullmatch("auto|all|[0-9]+(,[0-9]*)*", str(gpus)):
+        raise ValueError('must be "auto", "all", a number of GPUs, or a list of them ("0,2"; "2," is one)')
+    return str(gpus)
+
+
+def _endpoint(endpoint: str) -> str:
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ValueError('must be "host:port", where the first machine listens')
+    return endpoint
 
 
 def _pattern(perturb: str) -> str:
@@ -68,4 +82,6 @@ NormOrder = Annotated[
     PlainSerializer(lambda p: "inf" if math.isinf(p) else p),
 ]
 Samples = Annotated[int | str, BeforeValidator(_samples)]
+Gpus = Annotated[str, BeforeValidator(gpu_choice)]
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
 Pattern = Annotated[str, AfterValidator(_pattern)]

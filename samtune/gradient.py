@@ -101,6 +101,7 @@ class SAM:
         )
         if rho > 0:
             self._ball.reserve()
+        self._owed = 0  # reductions of an ascent gradient that this call has still to take part in
         self._device = self._params[0].device
         self._batch_norms = batch_norms(model)
 
@@ -153,6 +154,9 @@ class SAM:
         n = len(batch[0])
         if n == 0:
             raise ValueError("the batch is empty")
+        self._owed = self.ascent_steps if self.rho > 0 and self._shares_perturbation else 0
+        if isinstance(self.model, distributed.DataParallel):
+            self.model.begin()
         # The samples of a perturbation; without one, those that pass at once.
         together = self.m if isinstance(self.m, int) else n
         pieces = _split(batch, together if self.rho > 0 else self.at_once(n))
@@ -209,10 +213,30 @@ class SAM:
                 mean = mean + share * value
                 torch._foreach_add_(grads, more, alpha=share)
                 del more  # before the next one needs the room
-        if self.m == "device" or isinstance(self.m, int):
-            return mean, grads
-        group = None if isinstance(self.m, str) else self.m
-        return mean, distributed.sum_lists_over_ranks(grads, group)
+        if self._shares_perturbation:
+            grads = distributed.sum_lists_over_ranks(grads, self._group)
+            self._owed -= 1
+        return mean, grads
+
+    def complete(self) -> None:
+        """For a rank on which `backward` failed, while the others go on: take part in what they reduce, with NaN.
+
+        They get a gradient of NaN then, in place of waiting for ever. The model needs a new wrapper afterwards.
+        """
+        for _ in range(self._owed):
+            distributed.sum_lists_over_ranks([torch.full_like(w, math.nan) for w in self._params], self._group)
+        if isinstance(self.model, distributed.DataParallel):
+            self.model.complete()
+
+    @property
+    def _shares_perturbation(self) -> bool:
+        """Whether other ranks have the same perturbation."""
+        return self.m != "device" and not isinstance(self.m, int)
+
+    @property
+    def _group(self) -> distributed.Group:
+        """The ranks that share it."""
+        return None if isinstance(self.m, str | int) else self.m
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Batch, float]]:
         """What passes through the model at once, and its share of the batch."""

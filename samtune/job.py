@@ -1,18 +1,16 @@
 """Config -> job: the data, model, optimizer and schedule of a run, before anything is written."""
 
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from samtune import console, device, models
-from samtune.config import RunConfig
+from samtune import console, device, distributed, models
+from samtune.batch import Batch, group_size
 from samtune.data import noise
 from samtune.data.cache import Images, bad_among, in_both, look_at, refuse, without_bad
 from samtune.data.loader import steps_per_epoch
@@ -23,6 +21,7 @@ from samtune.errors import UsageError
 from samtune.gradient import SAM
 from samtune.losses import cross_entropy, l2_penalty
 from samtune.models import ModelInfo
+from samtune.options import RunConfig
 from samtune.schedules import RhoSchedule
 from samtune.step import Step
 
@@ -37,11 +36,9 @@ _MOST_DECAY = 0.002
 
 
 @dataclass
-class Job:
-    """All that a run needs, built before anything is written."""
+class Data:
+    """The images of a run."""
 
-    config: RunConfig  # nothing left open
-    device: torch.device
     data: Source
     train: Images  # with the labels to train on
     train_rows: Indices
@@ -52,13 +49,22 @@ class Job:
     test_rows: Indices
     bad_images: list[dict[str, Any]]  # left out of the rows
     seen_test_images: int  # of the test rows, those that are in train too
+
+
+@dataclass(kw_only=True)
+class Job(Data):
+    """All that a run needs, built before anything is written."""
+
+    config: RunConfig  # nothing left open
+    device: torch.device
     model: nn.Module
     ema: models.Average | None
     info: ModelInfo
     optimizer: torch.optim.Optimizer
     update: Step
     rho: RhoSchedule
-    batch_size: int
+    batch: Batch
+    lr: float  # peak rate of the body
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
@@ -76,9 +82,67 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
     Raises DataError, ModelError or CheckpointError.
     """
     device.deterministic(config.deterministic)
-    target = device.pick()
-    torch.manual_seed(config.seed)
+    target = device.pick(config.gpus, config.processes)
     models.resolve(config.model)  # a misspelt name need not wait for the data
+    distributed.join(target)
+    torch.manual_seed(config.seed)
+    with distributed.first_of_machine():
+        read = _read_data(config)
+        console.note(f"loading model {config.model} ...")
+        model, info = models.build(
+            config.model,
+            classes=len(read.data.class_names),
+            weights=config.weights if trained is None else None,
+            pretrained=config.pretrained and trained is None,
+            img_size=config.img_size,
+            drop=config.drop,
+            drop_path=config.drop_path,
+        )
+    if trained is not None:
+        info = replace(info, **{key: trained[key] for key in ("requested", "weights", "pretraining") if key in trained})
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    with device.room_for(f"the weights of {info.resolved}"):
+        model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
+    if config.sync_bn:
+        model = models.synchronised(model, target)
+    if config.grad_checkpointing:
+        models.checkpoint_activations(model)
+
+    batch = Batch.of(config, distributed.world_size(), len(read.train_rows))
+    config = _fill_in(config, target, info, len(read.train_rows), batch)
+    lr = _peak_rate(config, batch)
+    per_epoch = steps_per_epoch(len(read.train_rows), batch.total)
+    total_steps = max(1, config.epochs.steps(per_epoch))
+    warmup_steps = config.warmup_epochs.steps(per_epoch, total_steps)
+    optimizer, penalty = _optimizer(model, config, lr)
+    update = Step(
+        _sam(model, config, batch),
+        optimizer,
+        partial(cross_entropy, smoothing=config.smoothing),
+        clip_grad=config.clip_grad,
+        autocast=device.autocast(target, config.amp_dtype),
+        scaler=device.loss_scaler(target, config.amp_dtype),
+        penalty=penalty,
+    )
+    return Job(
+        **vars(read),
+        config=config,
+        device=target,
+        model=model,
+        ema=models.average(model, config.model_ema_decay) if config.model_ema else None,
+        info=info,
+        optimizer=optimizer,
+        update=update,
+        rho=_rho_schedule(config, per_epoch, total_steps, warmup_steps),
+        batch=batch,
+        lr=lr,
+        steps_per_epoch=per_epoch,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+    )
+
+
+def _read_data(config: RunConfig) -> Data:
     console.note(f"reading data set {config.dataset} ...")
     parts = open_parts(config)
     data = parts.data
@@ -94,45 +158,10 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
     test = tested[0] if tested else None
     train_rows, val_rows = without_bad(train, parts.train_rows), without_bad(val, parts.val_rows)
     test_rows = without_bad(test, parts.test_rows) if test else parts.test_rows
-    seen = in_both(train, train_rows, test, test_rows) if test else 0
     noisy, wrong = _noisy(config, parts.train, train_rows, data.class_names)
-    train = replace(train, split=noisy)
-    console.note(f"loading model {config.model} ...")
-    model, info = models.build(
-        config.model,
-        classes=len(data.class_names),
-        weights=config.weights if trained is None else None,
-        pretrained=config.pretrained and trained is None,
-        img_size=config.img_size,
-        drop=config.drop,
-        drop_path=config.drop_path,
-    )
-    if trained is not None:
-        info = replace(info, **{key: trained[key] for key in ("requested", "weights", "pretraining") if key in trained})
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    with device.room_for(f"the weights of {info.resolved}"):
-        model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
-
-    config = _fill_in(config, target, info, len(train_rows))
-    batch_size = min(config.batch_size, len(train_rows))
-    per_epoch = steps_per_epoch(len(train_rows), batch_size)
-    total_steps = max(1, config.epochs.steps(per_epoch))
-    warmup_steps = config.warmup_epochs.steps(per_epoch, total_steps)
-    optimizer, penalty = _optimizer(model, config)
-    update = Step(
-        _sam(model, config),
-        optimizer,
-        partial(cross_entropy, smoothing=config.smoothing),
-        clip_grad=config.clip_grad,
-        autocast=device.autocast(target, config.amp_dtype),
-        scaler=device.loss_scaler(target, config.amp_dtype),
-        penalty=penalty,
-    )
-    return Job(
-        config=config,
-        device=target,
+    return Data(
         data=data,
-        train=train,
+        train=replace(train, split=noisy),
         train_rows=train_rows,
         noise=wrong,
         val=val,
@@ -140,17 +169,7 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
         test=test,
         test_rows=test_rows,
         bad_images=bad,
-        seen_test_images=seen,
-        model=model,
-        ema=models.average(model, config.model_ema_decay) if config.model_ema else None,
-        info=info,
-        optimizer=optimizer,
-        update=update,
-        rho=_rho_schedule(config, per_epoch, total_steps, warmup_steps),
-        batch_size=batch_size,
-        steps_per_epoch=per_epoch,
-        total_steps=total_steps,
-        warmup_steps=warmup_steps,
+        seen_test_images=in_both(train, train_rows, test, test_rows) if test else 0,
     )
 
 
@@ -162,7 +181,7 @@ def look_at_data(config: RunConfig, parts: Iterable[tuple[Split, Indices]]) -> l
                 split,
                 rows,
                 limit=int(config.cache_limit * 2**30),
-                threads=device.cores(),
+                threads=max(1, device.cores() // distributed.local_world_size()),
                 progress=progress.decode,
                 always=config.on_bad_image == "skip",
             )
@@ -183,14 +202,20 @@ def _noisy(
     return train, None
 
 
-def _optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.Optimizer, Callable[[], torch.Tensor] | None]:
-    """The base optimizer, and the L2 term that takes the place of its weight decay, if it is asked for."""
+def _peak_rate(config: RunConfig, batch: Batch) -> float:
     assert config.lr is not None
+    if config.lr_base_batch is None:
+        return config.lr
+    return float(f"{config.lr * (batch.nominal / config.lr_base_batch) ** 0.5:.3g}")
+
+
+def _optimizer(
+    model: nn.Module, config: RunConfig, lr: float
+) -> tuple[torch.optim.Optimizer, Callable[[], torch.Tensor] | None]:
+    """The base optimizer, and the L2 term that takes the place of its weight decay, if it is asked for."""
     assert config.weight_decay is not None
     in_optimizer = 0.0 if config.l2_in_loss else config.weight_decay
-    groups = models.parameter_groups(
-        model, lr=config.lr, head_lr=config.lr * config.head_lr_factor, weight_decay=in_optimizer
-    )
+    groups = models.parameter_groups(model, lr=lr, head_lr=lr * config.head_lr_factor, weight_decay=in_optimizer)
     penalty = None
     if config.l2_in_loss:
         decayed = [w for w in model.parameters() if w.requires_grad and w.ndim > 1]
@@ -200,8 +225,18 @@ def _optimizer(model: nn.Module, config: RunConfig) -> tuple[torch.optim.Optimiz
     return torch.optim.AdamW(groups), penalty
 
 
-def _sam(model: nn.Module, config: RunConfig) -> SAM:
+def _sam(model: nn.Module, config: RunConfig, batch: Batch) -> SAM:
+    batch.sharing(config.m)  # whether it can be
+    m: Any = config.m
+    micro_batch = config.micro_batch
+    if batch.parts > 1 and m == "device":
+        m = batch.part  # a part has the perturbation that it would have on a device of its own
+    elif batch.parts > 1 and isinstance(m, str):
+        micro_batch = min(micro_batch or batch.part, batch.part)
+    if isinstance(m, str) and m.startswith("group:"):
+        m = distributed.subgroup(group_size(m)) if batch.devices > 1 else "device"
     head = "|".join(rf"^{re.escape(name)}\." for name in models.head_names(model))
+    model = distributed.data_parallel(model, next(model.parameters()).device)
     try:
         return SAM(
             model,
@@ -211,8 +246,8 @@ def _sam(model: nn.Module, config: RunConfig) -> SAM:
             eta=config.eta,
             perturb=config.perturb,
             rho_factors={head: config.head_rho_factor},
-            m=config.m,  # type: ignore[arg-type]
-            micro_batch=config.micro_batch,
+            m=m,
+            micro_batch=micro_batch,
             ascent_fraction=config.ascent_fraction,
             ascent_steps=config.ascent_steps,
         )
@@ -246,26 +281,26 @@ def _rho_schedule(config: RunConfig, per_epoch: int, total_steps: int, warmup_st
     )
 
 
-def _fill_in(config: RunConfig, target: torch.device, info: ModelInfo, train_images: int) -> RunConfig:
+def _fill_in(config: RunConfig, target: torch.device, info: ModelInfo, train_images: int, batch: Batch) -> RunConfig:
     """Settle what the config leaves open, with the reason as origin."""
+    if config.batch_size != batch.part:
+        config = config.derive("batch_size", batch.part, "global_batch_size over the devices")
     if config.lr is None:
         base = _BASE_LR[config.opt]
-        lr = base * (config.batch_size / _BASE_BATCH) ** 0.5
-        config = config.derive("lr", float(f"{lr:.3g}"), f"{base:g} x sqrt(batch_size / {_BASE_BATCH})")
+        lr = base * (batch.nominal / _BASE_BATCH) ** 0.5
+        reason = f"{base:g} x sqrt({batch.nominal} images a step / {_BASE_BATCH})"
+        config = config.derive("lr", float(f"{lr:.3g}"), reason)
     if config.weight_decay is None:
         decay = min(_MOST_DECAY, 1 / train_images)
         config = config.derive(
             "weight_decay", float(f"{decay:.3g}"), f"1 / {train_images} training images, at most {_MOST_DECAY:g}"
         )
     if config.workers is None:
-        cores = device.cores()
+        cores = device.cores() // distributed.local_world_size()
         workers = min(8, max(1, cores // 2)) if target.type == "cuda" else 1
         config = config.derive("workers", workers, f"for {cores} cores and device {target.type}")
     if config.amp_dtype == "auto":
         config = config.derive("amp_dtype", device.best_dtype(target), f"best on device {target.type}")
     if config.img_size is None:
         config = config.derive("img_size", info.img_size, f"size of the weights {info.resolved}")
-    if config.output is None:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model}-{Path(config.dataset).name}-rho{config.rho:g}"
-        config = config.derive("output", Path("runs") / name, "time, model, data set, rho")
-    return config
+    return distributed.from_first(config.with_output)

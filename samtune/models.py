@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from samtune import console, hub
-from samtune.errors import CheckpointError, ModelError, first_line
+from samtune.errors import CheckpointError, MachineError, ModelError, first_line
 
 # Names that timm has no pretrained weights for -> the weights that users mean by them; for B7 and L2 the paper's.
 ALIASES = {
@@ -325,6 +325,24 @@ def train_mode(model: nn.Module, *, freeze_bn: bool) -> None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
+
+
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """Batch norm over the batches of all ranks. Raises MachineError on a CPU, for which torch has none."""
+    if device.type == "cpu":
+        raise MachineError("--sync-bn on a CPU", "torch synchronises batch norm on GPUs alone", "leave it out")
+    converted: nn.Module = timm.layers.convert_sync_batchnorm(model)
+    return converted
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Activations inside the model's blocks are computed again for the gradient. Raises ModelError if it cannot."""
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"--grad-checkpointing: model {type(model).__name__} cannot", first_line(error), "leave it out"
+        ) from None
 
 
 def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -3,18 +3,18 @@
 import faulthandler
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from samtune import console, device, lock, position, provenance, report, runlog, saver, signals
-from samtune.config import RunConfig
+from samtune import console, device, distributed, lock, position, provenance, ranks, report, runlog, saver, signals
 from samtune.errors import CheckpointError, MachineError, SamtuneError, Stopped, WorkerLost, first_line
 from samtune.job import Job, prepare
+from samtune.options import RunConfig
 from samtune.position import Position
 from samtune.resume import Resumed
-from samtune.runlog import RunLog
+from samtune.runlog import RankLog, RunLog
 from samtune.watchdog import Watchdog
 
 _PATIENCE = 5.0  # seconds for a last word on the terminal
@@ -37,40 +37,54 @@ def begin(config: RunConfig) -> tuple[Job, RunLog, None, Position]:
     """A new run and its folder."""
     job = prepare(config)
     assert job.config.output is not None
-    saver.check_room(job, job.config.output)
+    folder = job.config.output
     about = provenance.describe(job)
-    log = RunLog.create(job.config.output, job.config.to_toml(), about, job.total_steps)
-    with _disks(log.folder):
+
+    def create() -> RunLog:
+        saver.check_room(job, folder)
+        return RunLog.create(folder, job.config.to_toml(), about, job.total_steps)
+
+    log = _by_rank(create, lambda: RankLog(folder, distributed.rank(), job.total_steps))
+    with _disks(folder):
         _introduce(job, log, about)
     return job, log, None, Position()
+
+
+def _by_rank(first: Callable[[], RunLog], others: Callable[[], RunLog]) -> RunLog:
+    """The log of this rank: rank 0's goes before, and where it fails, all fail."""
+    made = []
+    distributed.from_first(lambda: made.append(first()))
+    return made[0] if made else others()
 
 
 def go_on(config: RunConfig, resumed: Resumed, stop: signals.StopRequest) -> tuple[Job, RunLog, Path | None, Position]:
     """A run as its newest valid checkpoint left it; without one, from its beginning."""
     folder = resumed.folder
-    held = lock.take(folder)
+    held = lock.take(folder) if ranks.is_first() else None
     try:
         with _disks(folder):
             return _go_on(config, resumed, stop, held)
     except BaseException:
-        held.release()
+        if held is not None:
+            held.release()
         raise
 
 
 def _go_on(
-    config: RunConfig, resumed: Resumed, stop: signals.StopRequest, held: lock.Lock
+    config: RunConfig, resumed: Resumed, stop: signals.StopRequest, held: lock.Lock | None
 ) -> tuple[Job, RunLog, Path | None, Position]:
     folder = resumed.folder
-    newest = position.find(folder)
+    distributed.join(device.pick(config.gpus, config.processes))
+    newest, before = distributed.from_first(lambda: (position.find(folder), _provenance(folder)))
     stop.saved = newest is not None
-    before = _provenance(folder)
     job = prepare(config, trained=before.get("model", {}) if newest else None)
     about = provenance.describe(job)
-    if before and about["dataset"]["split_hash"] != before["dataset"]["split_hash"]:
-        raise CheckpointError(
-            f"run {folder} cannot go on: data set {job.data.origin} is not what it was",
-            "other images or labels would be trained and validated on",
-            "give the data of the run by --dataset and --allow-change dataset, or start a new run",
+    if before:
+        _check_same(job, before, about, resumed)
+    if newest is not None and not newest.is_dir():
+        raise MachineError(
+            f"rank {distributed.rank()} does not see {newest}",
+            mend="--output must be on a disk that all machines share",
         )
     place = position.load(job, newest) if newest else Position()
     if job.total_steps < place.step:
@@ -85,16 +99,47 @@ def _go_on(
     entry = {"step": place.step, "started": runlog.now(), "command": runlog.command()}
     entry |= {"versions": runlog.versions(), "changed": changed}
     about["model"] = before.get("model", about["model"])
-    log = RunLog.reopen(
-        folder, held, job.total_steps, step=place.step, seconds=place.seconds, metrics_bytes=place.metrics_bytes
-    )
-    with log.never_fatal("provenance.json"):
-        runlog.note_resume(folder, job.config.to_toml() if changed else None, entry, about)
+
+    def reopen() -> RunLog:
+        assert held is not None
+        log = RunLog.reopen(
+            folder, held, job.total_steps, step=place.step, seconds=place.seconds, metrics_bytes=place.metrics_bytes
+        )
+        with log.never_fatal("provenance.json"):
+            runlog.note_resume(folder, job.config.to_toml() if changed else None, entry, about)
+        return log
+
+    log = _by_rank(reopen, lambda: RankLog(folder, distributed.rank(), job.total_steps, place.step, place.seconds))
     _introduce(job, log, about)
     log.say(f"resume  {newest.name if newest else 'from the beginning: no checkpoint was saved yet'}")
     if before.get("versions", entry["versions"]) != entry["versions"]:
         log.warn("versions have changed since: the run is no longer the same to the last bit")
     return job, log, newest, place
+
+
+def _check_same(job: Job, before: Mapping[str, Any], about: Mapping[str, Any], resumed: Resumed) -> None:
+    """Raise CheckpointError where the run would go on with other images, or another division of them."""
+    if about["dataset"]["split_hash"] != before["dataset"]["split_hash"]:
+        raise CheckpointError(
+            f"run {resumed.folder} cannot go on: data set {job.data.origin} is not what it was",
+            "other images or labels would be trained and validated on",
+            "give the data of the run by --dataset and --allow-change dataset, or start a new run",
+        )
+    then, now = before.get("world_size", 1), about["world_size"]
+    if then == now:
+        return
+    if before["steps_per_epoch"] != job.steps_per_epoch:
+        raise CheckpointError(
+            f"run {resumed.folder} was started with {then} devices, and there are {now}",
+            f"a step would have {job.batch.total} images, and not {before['optimizer']['batch_size']}",
+            f"go on with {then}; only a run with --global-batch-size can go on with another number",
+        )
+    if not resumed.other_devices:
+        raise CheckpointError(
+            f"run {resumed.folder} was started with {then} devices, and there are {now}",
+            "masks are drawn by device: the run would no longer be the same to the last bit",
+            f"go on with {then}, or let the number differ by --allow-change gpus",
+        )
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
@@ -113,7 +158,8 @@ def _introduce(job: Job, log: RunLog, about: dict[str, Any]) -> None:
     if job.bad_images:
         log.warn(f"{len(job.bad_images)} images cannot be decoded and are left out; the report lists them")
     if job.noise is not None:
-        job.noise.write(log.folder / "label_noise.parquet")
+        if distributed.rank() == 0:
+            job.noise.write(log.folder / "label_noise.parquet")
         log.say(f"noise   {report.noise_words(job.noise.about)}; validation and test keep clean labels")
     for note in job.data.notes:
         log.note(note)
@@ -125,7 +171,8 @@ def _introduce(job: Job, log: RunLog, about: dict[str, Any]) -> None:
 def outcome(job: Job, log: RunLog) -> Iterator[None]:
     """Whatever ends the run, status.json says how."""
     try:
-        with _disks(log.folder), device.room_for(f"{job.batch_size} images of {job.info.img_size} px"):
+        images = f"{job.update.sam.at_once(job.batch.per_device)} images of {job.info.img_size} px"
+        with _disks(log.folder), device.room_for(images), distributed.losses_named():
             yield
         log.status("done", 0)
     except (SamtuneError, Stopped) as error:
@@ -151,23 +198,46 @@ def watchdog(log: RunLog, timeout: float) -> Watchdog:
     def stuck(seconds: float) -> None:
         error = WorkerLost(
             f"after step {log.step} nothing has moved for {seconds / 60:.0f} minutes",
-            "a device, a disk or a data worker does not answer; log.txt says where the run stands",
+            f"a device, a disk or a data worker does not answer; {log.notes.name} says where the run stands",
             "go on with --resume; --step-timeout gives it more time",
         )
         try:
+            if distributed.world_size() > 1:
+                error = _named(error, distributed.absent_ranks(_PATIENCE))
             log.note(str(error))
             _write_stacks(log)
             log.status("failed", error.exit_code, error)
             # The main thread may hang in a terminal that takes nothing more, and so would this one.
-            saying = threading.Thread(target=console.error, args=(str(error),), daemon=True)
+            saying = threading.Thread(target=_last_word, args=(error,), daemon=True)
             saying.start()
             saying.join(_PATIENCE)
         finally:
             os._exit(error.exit_code)  # from this thread: the main one cannot be reached
 
+    def orphaned() -> None:
+        error = WorkerLost("the launcher is gone", "nobody watches over the ranks any more", "go on with --resume")
+        log.note(str(error))
+        log.status("failed", error.exit_code, error)
+
+    ranks.before_an_orphan_ends(orphaned)
     return Watchdog(timeout, slow, stuck)
 
 
+def _named(error: WorkerLost, absent: Sequence[int]) -> WorkerLost:
+    """Which rank the others wait for."""
+    if not absent:
+        return error
+    names = " and ".join(f"rank {rank}" for rank in absent)
+    return WorkerLost(f"{names} is stuck: {error.what}", "the other ranks wait for it", error.mend)
+
+
+def _last_word(error: WorkerLost) -> None:
+    if ranks.folder() is not None:
+        ranks.say(error.exit_code, error)
+    else:
+        console.error(str(error))
+
+
 def _write_stacks(log: RunLog) -> None:
-    with suppress(OSError), (log.folder / "log.txt").open("a", encoding="utf-8") as file:
+    with suppress(OSError), log.notes.open("a", encoding="utf-8") as file:
         faulthandler.dump_traceback(file)

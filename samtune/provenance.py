@@ -3,10 +3,11 @@
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from samtune import device, report, runlog
+from samtune import device, distributed, report, runlog
 from samtune.data.splits import split_hash
 from samtune.job import Job
 
@@ -16,13 +17,14 @@ def describe(job: Job) -> dict[str, Any]:
     config, info, data = job.config, job.info, job.data
     optimizer: dict[str, Any] = {
         "name": config.opt,
-        "lr": config.lr,
+        "lr": job.lr,
         "head_lr": max(group["lr"] for group in job.optimizer.param_groups if group["name"] == "head"),
         "weight_decay": config.weight_decay,
         "clip_grad": config.clip_grad,
         "schedule": "cosine",
         "warmup_steps": job.warmup_steps,
-        "batch_size": job.batch_size,
+        "batch_size": job.batch.total,
+        "batch": {"per_device": job.batch.part, "devices": job.batch.devices, "micro_batches": job.batch.parts},
         "l2_in_loss": config.l2_in_loss,
     }
     if config.opt == "sgd":
@@ -32,7 +34,8 @@ def describe(job: Job) -> dict[str, Any]:
         "started": runlog.now(),
         "versions": runlog.versions(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "devices": [device.describe(job.device)],
+        "devices": distributed.from_all(device.describe(job.device)),
+        "world_size": distributed.world_size(),
         "model": {
             "requested": info.requested,
             "resolved": info.resolved,
@@ -63,6 +66,7 @@ def describe(job: Job) -> dict[str, Any]:
             "adaptive": config.adaptive,
             "eta": config.eta,
             "m": config.m,
+            "m_images": job.batch.sharing(config.m),
             "perturb": config.perturb,
             "head_rho_factor": config.head_rho_factor,
             "start": job.rho.start,
@@ -96,10 +100,22 @@ def lines(job: Job, provenance: Mapping[str, Any]) -> list[str]:
         f"model   {model['requested']}{resolved}: pretrained on {model['pretraining']}, weights {model['weights']}, "
         f"{model['parameters'] / 1e6:.1f} M parameters, {model['img_size']} px",
         f"data    {data.name} ({data.origin}): {sizes}; {len(data.class_names)} classes",
-        f"steps   {job.total_steps} of {job.batch_size} images{pieces} ({config.epochs}), "
+        f"steps   {job.total_steps} of {job.batch.words()}{pieces} ({config.epochs}), "
         f"warm-up {job.warmup_steps}, cosine",
         f"update  {report.sam_words(provenance['sam'], job.total_steps)}",
-        f"        {config.opt}, lr {config.lr:g} (head {head_lr:g}), clip {config.clip_grad:g}",
-        f"device  {device.describe(job.device)}, {config.amp_dtype}; {config.workers} data workers",
+        f"        {config.opt}, lr {job.lr:g}{_scaled(job)} (head {head_lr:g}), clip {config.clip_grad:g}",
+        f"device  {_devices(provenance['devices'])}, {config.amp_dtype}; {config.workers} data workers"
+        + (" each" if job.batch.devices > 1 else ""),
         f"output  {config.output}",
     ]
+
+
+def _scaled(job: Job) -> str:
+    """Where the rate is not the one that was given, from what it follows."""
+    base = job.config.lr_base_batch
+    return "" if base is None else f" = {job.config.lr:g} x sqrt({job.batch.nominal} / {base})"
+
+
+def _devices(names: Sequence[str]) -> str:
+    counts = Counter(names)
+    return " + ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())

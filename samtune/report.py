@@ -77,7 +77,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "skipped_steps": sum(row["skipped"] for row in train),
         "seed": config["seed"],
         "devices": provenance["devices"],
-        "world_size": 1,
+        "world_size": provenance.get("world_size", 1),
         "precision": config["amp_dtype"],
         "test": _scores(test[-1]) if test else None,
         "val": _scores(chosen) if chosen else None,

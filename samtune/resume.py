@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from samtune import config, console
-from samtune.config import RunConfig, flag_name
+from samtune.config import flag_name
 from samtune.errors import CheckpointError, UsageError
+from samtune.options import RunConfig
 from samtune.runlog import has_checkpoints, holds_run
 
 # Settings that change no number: they may differ without being asked about.
-_FREE = {"workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "output"}
+_FREE = {
+    *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "output"),
+    *("gpus", "processes", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts", "grad_checkpointing"),
+}
 # Settings that the weights, or the meaning of "step 123" or "validation", hang on: another value is another run.
 _FIXED = {
-    *("model", "weights", "pretrained", "img_size", "model_ema", "opt", "seed", "batch_size"),
+    *("model", "weights", "pretrained", "img_size", "model_ema", "opt", "seed", "batch_size", "global_batch_size"),
     *("image_key", "label_key", "train_split", "val_split", "test_split", "val_fraction", "split_seed"),
     *("train_fraction", "max_train", "max_eval", "on_bad_image"),
     *("label_noise", "noise_kind", "noise_seed", "train_labels", "train_labels_key"),
@@ -27,10 +31,14 @@ _FIXED = {
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run folder to go on with. changed: settings that matter and differ from before, as (before, now)."""
+    """A run folder to go on with. changed: settings that matter and differ from before, as (before, now).
+
+    other_devices: whether their number may differ from before.
+    """
 
     folder: Path
     changed: Mapping[str, tuple[Any, Any]]
+    other_devices: bool = False
 
 
 def settle(
@@ -77,7 +85,8 @@ def settle(
             _table(changed, allow_change),
             "leave them out to go on as before, or start a new run with another --output",
         )
-    return settings, Resumed(folder, {key: values for key, values in changed.items() if key not in _FREE})
+    differ = {key: values for key, values in changed.items() if key not in _FREE}
+    return settings, Resumed(folder, differ, not {"gpus", "processes"}.isdisjoint(allow_change))
 
 
 def _refuse_to_allow(key: str) -> None:

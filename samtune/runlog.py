@@ -5,7 +5,7 @@ provenance.json   command, versions, machine, what config names turned into (wei
 status.json       state (running, done, stopped, failed), exit_code, step, total_steps, degraded; pid, host, updated,
                   error (what, why, mend)
 metrics.jsonl     one object a line, append-only
-log.txt           what the terminal said
+log.txt           what the terminal said; log-rank1.txt and so on: the same of the other ranks
 
 None of it is worth a run: where status, metrics or notes cannot be written, the run goes on and is marked as degraded.
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from samtune import console, lock
-from samtune.errors import MachineError, SamtuneError, Stopped, UsageError, first_line
+from samtune.errors import LOST, MachineError, SamtuneError, Stopped, UsageError, first_line
 
 _COLUMNS = (
     *("step", "epoch", "split", "loss", "top1_error", "lr", "rho", "sam", "grad_norm"),
@@ -80,11 +80,12 @@ def _check_empty(folder: Path) -> None:
 class RunLog:
     """Writes one run folder, alone: while it is open, no other process can."""
 
-    def __init__(self, folder: Path, held: lock.Lock, total_steps: int, seconds: float = 0.0) -> None:
+    def __init__(self, folder: Path, held: lock.Lock | None, total_steps: int, seconds: float = 0.0) -> None:
         """seconds: what the run had taken when it was interrupted. Use `create` or `reopen`."""
         self.folder, self.checkpoints, self.total_steps = folder, folder / "checkpoints", total_steps
         self.step = 0
         self.degraded = False
+        self._name = "log.txt"
         self._lock = held
         self._opened = time.perf_counter() - seconds
         self._last_status = -_HEARTBEAT
@@ -132,7 +133,8 @@ class RunLog:
 
     def close(self) -> None:
         """Let other processes use the folder."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def metrics(self, **row: Any) -> None:
         """Append a row to metrics.jsonl: all of _COLUMNS, with null for what its split does not have, and more."""
@@ -157,9 +159,14 @@ class RunLog:
         """Time that the run has taken since its folder was opened, which is when training begins; pauses left out."""
         return time.perf_counter() - self._opened
 
+    @property
+    def notes(self) -> Path:
+        """log.txt, of the other ranks log-rank1.txt and so on."""
+        return self.folder / self._name
+
     def note(self, text: str) -> None:
         """Append a line, with its time, to log.txt."""
-        with self.never_fatal("log.txt"), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        with self.never_fatal(self._name), self.notes.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     def say(self, text: str) -> None:
@@ -208,6 +215,32 @@ class RunLog:
         if not self.degraded:
             console.warn(f"{why}; the run goes on")
         self.degraded = True
+
+
+class RankLog(RunLog):
+    """What the ranks beside rank 0 have in its place: notes go to log-rank1.txt and so on, the rest is rank 0's."""
+
+    def __init__(self, folder: Path, rank: int, total_steps: int, step: int = 0, seconds: float = 0.0) -> None:
+        super().__init__(folder, None, total_steps, seconds)
+        self.step = step
+        self._name = f"log-rank{rank}.txt"
+        self.degraded = True  # rank 0 says it where the folder cannot be written
+
+    def metrics(self, **row: Any) -> None:
+        """Nothing: rank 0's are those of all."""
+
+    def status(self, state: State, exit_code: int | None, error: BaseException | None = None) -> None:
+        """Nothing but the time."""
+        self._last_status = time.monotonic()
+
+
+def amend_status(folder: Path, error: SamtuneError) -> None:
+    """The launcher knows better what ended a run than rank 0, which was only left alone, or was killed itself."""
+    with suppress(OSError, ValueError):
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        if status["state"] == "running" or (status["error"] or {}).get("what") == LOST:
+            status |= {"state": "failed", "exit_code": error.exit_code, "error": _in_words(error), "updated": now()}
+            _write_whole(folder / "status.json", _json(status), durable=False)
 
 
 def _in_words(error: BaseException) -> dict[str, str]:

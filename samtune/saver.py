@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from samtune import checkpoint, console, models, runlog
+from samtune import checkpoint, console, distributed, models, runlog
 from samtune.errors import MachineError, first_line
 from samtune.job import Job
 from samtune.position import Position, to_state
@@ -34,8 +34,12 @@ class Saver:
     def save(self, position: Position) -> None:
         """Write a checkpoint of this position, unless there is one, and let last and best mean what they should.
 
-        Raises MachineError if it cannot be written, with all that is expendable gone; the last one stays.
+        Raises MachineError if it cannot be written, with all that is expendable gone; the last one stays. Rank 0 writes
+        for all, and asks nobody: what the others draw follows from the step.
         """
+        if distributed.rank() > 0:
+            self.newest = self._folder(position.step)
+            return
         if self.newest != self._folder(position.step):
             position.metrics_bytes = self._log.synced_metrics_bytes()
             position.seconds = self._log.seconds()
@@ -46,6 +50,8 @@ class Saver:
 
     def link(self, position: Position) -> None:
         """Let last mean the newest checkpoint, and best that of the position's best step."""
+        if distributed.rank() > 0:
+            return
         if self.newest is not None:
             checkpoint.point(self._log.checkpoints, "last", self.newest)
         if position.best_step is None:

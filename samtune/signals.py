@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from samtune import ranks
 from samtune.errors import Stopped
 
 # Slurm sends SIGUSR1 some time before it ends a job (--signal=USR1@60); SIGHUP comes when the terminal is gone.
@@ -23,21 +24,29 @@ class StopRequest:
     """What signals have asked for so far.
 
     patient: whether the first signal is only remembered, as the run will look; otherwise it raises Stopped, too.
-    saved: whether there is a checkpoint that a stopped run can go on from.
+    saved: whether there is a checkpoint that a stopped run can go on from. agreed: whether all ranks know of a signal,
+    though this one may have heard none.
     """
 
     def __init__(self) -> None:
         self.patient = False
         self.saved = False
+        self.agreed = False
         self.by: signal.Signals | None = None
+
+    def is_heard(self) -> bool:
+        """Whether this process was asked to end."""
+        return self.by is not None
 
     def end(self) -> NoReturn:
         """Raise Stopped as the first signal asked for: where all that was done is saved, or does not count."""
-        assert self.by is not None
-        raise Stopped(f"stopped by {self.by.name}", Stopped.SAVED if self.saved else 128 + self.by)
+        by = self.by.name if self.by else "a signal to another rank"
+        raise Stopped(f"stopped by {by}", Stopped.SAVED if self.saved else 128 + (self.by or signal.SIGTERM))
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.by is not None and number in _AT_ONCE:
+        # A rank hears what its launcher hands on, besides what was sent to the whole group of processes: that is one.
+        is_second = self.by is not None and (ranks.folder() is None or self.by == number)
+        if is_second and number in _AT_ONCE:
             raise Stopped(f"stopped by a second signal, {signal.Signals(number).name}", 128 + number)
         self.by = self.by or signal.Signals(number)
         if not self.patient:

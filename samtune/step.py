@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from samtune import device, distributed
-from samtune.errors import OutOfMemory, first_line
+from samtune.errors import first_line
 from samtune.gradient import SAM, Loss
 from samtune.replay import Statistics, batch_norms, put_back, statistics, undone_by_an_error
 
@@ -21,7 +21,7 @@ class StepResult:
 
     loss: mean over the samples of pass 1, nats. wrong: images of those whose class was missed. n: how many they were.
     grad_norm: L2 norm of the final gradient before clipping. applied: False where a value was not finite and nothing
-    was updated. passes: forward-backward passes over the batch.
+    was updated. passes: forward-backward passes over the batch. asked_to_end: whether any rank was.
     """
 
     loss: float
@@ -30,6 +30,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     passes: float
+    asked_to_end: bool = False
 
 
 class Step:
@@ -62,41 +63,61 @@ class Step:
         self._params = [w for w in sam.model.parameters() if w.requires_grad]
         self._batch_norms = batch_norms(sam.model)
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> StepResult:
+    def __call__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        weight: float = 1.0,
+        asked_to_end: Callable[[], bool] = bool,
+    ) -> StepResult:
         """One update on images (batch, 3, h, w), normalised, and labels: (batch,) int64, or (batch, classes) shares.
 
-        weight: number of images here over its mean over the ranks, where they differ.
+        weight: number of images here over its mean over the ranks, where they differ; 0 for a rank that has none, and
+        is given one so that it can take part. asked_to_end: whether somebody wants this rank to end; the ranks decide
+        that together.
 
-        Where memory runs out for the gradient, all is as before the step, and it begins again with half as many images
-        at once: `sam.micro_batch`, which then stays. The update is that of a step that had this micro-batch from the
-        start. Raises OutOfMemory where one image does not fit, and on several ranks; nothing is updated then.
+        Where memory runs out for the gradient, on any rank, all is as before the step on all of them, and it begins
+        again with half as many images at once: `sam.micro_batch`, which then stays. The update is that of a step that
+        had this micro-batch from the start. Raises OutOfMemory where one image does not fit; nothing is updated then.
         """
-        self.optimizer.zero_grad(set_to_none=True)
         kept = statistics(self._batch_norms)
-        seen = self._gradient(images, labels, weight, kept)
+        tried_first = self.sam.at_once(len(images))
 
-        # The final gradient: the same on every rank, and NaN on every rank if a value anywhere was not finite.
+        def attempt(at_once: int) -> list[float]:
+            if at_once < tried_first:
+                self.sam.micro_batch = at_once
+            try:
+                with undone_by_an_error(kept, images.device):
+                    return self._attempt(images, labels, weight, asked_to_end)
+            except BaseException:
+                self.optimizer.zero_grad(set_to_none=True)
+                raise
+
+        decided = device.halved_until_it_fits(attempt, tried_first, images.shape[1:])
+        loss_sum, wrong, n, asked, grad_norm = decided
+        applied = math.isfinite(grad_norm)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.get_total_norm([w.grad for w in self._params if w.grad is not None])
-        # The step's one read from the device: the decision whether to update, with what is logged.
-        sums = distributed.sum_over_ranks(torch.stack(seen).sum(0))
-        loss_sum, wrong, n, norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
-        applied = math.isfinite(norm)
         if applied:
             if self.clip_grad > 0:
-                nn.utils.clip_grads_with_norm_(self._params, self.clip_grad, grad_norm)
+                nn.utils.clip_grads_with_norm_(self._params, self.clip_grad, self._params[0].new_tensor(grad_norm))
             self.optimizer.step()
+            self._share_statistics(kept)
         else:
             put_back(kept)  # nothing of this step stays
         if self.scaler is not None:
             self.scaler.update()
-        return StepResult(loss_sum / n, int(wrong), int(n), norm, applied, self.sam.passes)
+        return StepResult(loss_sum / n, int(wrong), int(n), grad_norm, applied, self.sam.passes, asked > 0)
 
-    def _gradient(
-        self, images: torch.Tensor, labels: torch.Tensor, weight: float, kept: Statistics
-    ) -> list[torch.Tensor]:
-        """SAM's gradient in `.grad`; returns sums at w: loss, wrong, n, of each part that passed at once."""
+    def _attempt(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float, asked_to_end: Callable[[], bool]
+    ) -> list[float]:
+        """SAM's gradient in `.grad`, the same on every rank, and NaN on every rank if a value anywhere was not finite.
+
+        Returns what the ranks decide by: sums at w of loss, wrong and n, how many were asked to end; norm of the
+        gradient. Raises an error of memory on all ranks if it ran out on one.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
         seen: list[torch.Tensor] = []
 
         def objective(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -106,31 +127,41 @@ class Step:
             if not self.sam.perturbed:
                 classes = labels if labels.ndim == 1 else labels.argmax(1)  # of a mixed image the larger share
                 wrong = (logits.detach().argmax(1) != classes).sum()
-                seen.append(torch.stack([loss.detach() * len(labels), wrong, wrong.new_tensor(len(labels))]))
+                sums = torch.stack([loss.detach() * len(labels), wrong, wrong.new_tensor(len(labels))])
+                seen.append(sums if weight > 0 else torch.zeros_like(sums))
             if self.penalty is not None:
                 loss = loss + self.penalty()
             if weight != 1:
                 loss = loss * weight
             return loss if self.scaler is None else self.scaler.scale(loss)
 
-        def attempt(at_once: int) -> None:
-            if at_once < tried_first:
-                self.sam.micro_batch = at_once
-            try:
-                with undone_by_an_error(kept, images.device):
-                    self.sam.backward(objective, images, labels)
-            except BaseException as error:
-                seen.clear()
-                self.optimizer.zero_grad(set_to_none=True)
-                if device.is_out_of_memory(error) and distributed.world_size() > 1:
-                    # The others wait in a reduction that this rank has left, perhaps half done: none can begin again.
-                    raise OutOfMemory(
-                        f"no memory on a rank for {at_once} of its images at once",
-                        first_line(error),
-                        "let fewer pass at once: a smaller micro-batch, or fewer images on each rank",
-                    ) from None
+        no_memory = ""
+        try:
+            self.sam.backward(objective, images, labels)
+        except Exception as error:
+            if distributed.world_size() == 1 or not device.is_out_of_memory(error):
                 raise
+            no_memory = first_line(error)
+        if no_memory:  # the others wait in a reduction
+            seen = [torch.zeros(3, device=images.device)]
+            self.optimizer.zero_grad(set_to_none=True)
+            device.free_memory()
+            self.sam.complete()
+        # The step's one small reduction, and its one read from the device: all decisions, with what is logged.
+        flags = torch.tensor([bool(no_memory), asked_to_end()], dtype=seen[0].dtype).to(images.device)
+        sums = distributed.sum_over_ranks(torch.cat([torch.stack(seen).sum(0), flags]))
+        norm = nn.utils.get_total_norm([w.grad for w in self._params if w.grad is not None]).to(sums)
+        if self.scaler is not None:
+            norm = norm / self.scaler.scale(torch.ones_like(norm))
+        loss_sum, wrong, n, without_memory, asked, norm = torch.cat([sums, norm.reshape(1)]).tolist()
+        if without_memory:
+            self.sam.model = distributed.wrapped_anew(self.sam.model)
+            raise MemoryError(no_memory or "memory ran out on another rank")
+        return [loss_sum, wrong, n, asked, norm]
 
-        tried_first = self.sam.at_once(len(images))
-        device.halved_until_it_fits(attempt, tried_first, images.shape[1:])
-        return seen
+    def _share_statistics(self, kept: Statistics) -> None:
+        """Batch-norm statistics that update become their mean over the ranks, each of which has seen its own images."""
+        updated = [buffer for buffer, _ in kept if buffer.is_floating_point()]
+        if distributed.world_size() > 1 and updated:
+            means = distributed.sum_lists_over_ranks(updated)
+            torch._foreach_copy_(updated, torch._foreach_div(means, distributed.world_size()))

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from samtune import checkpoint, console, device, models, opening, position, report, signals
-from samtune.config import RunConfig
+from samtune import checkpoint, console, device, distributed, models, opening, position, report, signals
 from samtune.data.cache import Images
 from samtune.data.loader import Batch, rows_of_step, train_batches
 from samtune.data.splits import Indices
@@ -23,6 +22,7 @@ from samtune.data.transforms import mix, train_transform
 from samtune.errors import CheckpointError, Diverged, SamtuneError
 from samtune.evaluate import Evaluation, evaluate, to_device
 from samtune.job import Job
+from samtune.options import RunConfig
 from samtune.position import Meter, Position
 from samtune.replay import generator_states, set_generator_states
 from samtune.resume import Resumed
@@ -55,12 +55,14 @@ class _Run:
         self.watchdog.beat()
 
 
-def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any]:
+def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | None:
     """Fine-tune as the config says, leave a run folder, and return its report. resumed: go on with that one.
+
+    Each rank of a launch calls it; rank 0 writes and reports, the others return None.
 
     Raises a SamtuneError for what the user can mend, Stopped after a signal; status.json says so too.
     """
-    with signals.listening() as stop:
+    with signals.listening() as stop, distributed.losses_named():
         opened = opening.begin(config) if resumed is None else opening.go_on(config, resumed, stop)
         job, log, newest, place = opened
         watchdog = opening.watchdog(log, 60 * config.step_timeout)
@@ -68,8 +70,14 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any]:
             this = _Run(job, log, Saver(job, log, newest), stop, progress, watchdog)
             stop.patient = True
             this.saver.link(place)  # a kill may have come before the links
+            place.best, place.best_step = distributed.from_first(lambda: (place.best, place.best_step))
             _train(this, place)
-            scored = _score_selected(this)
+            try:
+                scored = _score_selected(this)
+            except signals.Interrupted:
+                stop.end()
+            if distributed.rank() > 0:
+                return None
             with log.never_fatal("predictions.parquet"):
                 _write_predictions(log.folder / "predictions.parquet", scored)
             result = report.collect(log.folder)
@@ -88,12 +96,13 @@ def _train(this: _Run, place: Position) -> None:
         job.train,
         job.train_rows,
         train_transform(job.info.data_config, config),
-        batch_size=job.batch_size,
+        batch_size=job.batch.total,
         seed=config.seed,
         total_steps=job.total_steps,
         workers=config.workers or 0,
         pin_memory=job.device.type == "cuda",
         done=place.step,
+        share=lambda rows: job.batch.share(rows, distributed.rank()),
     )
     peaks = [group["lr"] for group in job.optimizer.param_groups]
     models.train_mode(job.model, freeze_bn=config.freeze_bn)
@@ -110,11 +119,12 @@ def _train(this: _Run, place: Position) -> None:
                 if _finite(job.model):  # what was earned until now
                     this.saver.save(place)
                 raise
-        is_best, last, stopping = place.best_step == place.step > 0, place.step == job.total_steps, this.stop.by
+        is_best, last, stopping = place.best_step == place.step > 0, place.step == job.total_steps, this.stop.agreed
         if is_best or last or (place.step > 0 and this.saver.due(place.step)) or stopping:
             this.saver.save(place)
             this.stop.saved = True
         if stopping:
+            distributed.wait_for_all()  # none ends before rank 0 has saved
             this.stop.end()
         if last:
             return
@@ -146,11 +156,13 @@ def _step(this: _Run, place: Position, batches: Iterator[Batch], peaks: list[flo
         seed=config.seed,
         step=step,
     )
+    distributed.draw_apart(config.seed, step)
     generators = generator_states(job.device)
     at_once = job.update.sam.micro_batch
-    result = job.update(inputs, targets)
+    result = job.update(inputs, targets, job.batch.weight(distributed.rank()), this.stop.is_heard)
+    this.stop.agreed = result.asked_to_end
     if job.update.sam.micro_batch != at_once:
-        less = f"step {step}: no memory for {at_once or job.batch_size} images at once"
+        less = f"step {step}: no memory for {at_once or job.batch.per_device} images at once"
         this.log.warn(f"{less}; from now on {job.update.sam.micro_batch}, with the same update")
     if result.applied:
         place.skipped_in_a_row = 0
@@ -160,7 +172,7 @@ def _step(this: _Run, place: Position, batches: Iterator[Batch], peaks: list[flo
     if result.applied and job.ema is not None:
         job.ema.update(job.model, step=step)
     for meter in (place.row, place.epoch):
-        meter.add(result, len(labels), rho, arrived - asked, time.perf_counter() - arrived)
+        meter.add(result, job.batch.total, rho, arrived - asked, time.perf_counter() - arrived)
     this.progress.train(step, **place.epoch.means())
 
 
@@ -174,7 +186,7 @@ def _not_finite(this: _Run, place: Position, step: int, result: StepResult, gene
         place.skipped_in_a_row = in_a_row
         return
     if config.on_nan == "rollback" and place.rollbacks < _MOST_ROLLBACKS and not searching:
-        newest = position.find(this.log.folder)
+        newest = distributed.from_first(lambda: position.find(this.log.folder))
         if newest is None:
             raise CheckpointError(f"run {this.log.folder} has lost its checkpoints", mend="start a new run")
         back = position.load(job, newest)
@@ -189,6 +201,7 @@ def _not_finite(this: _Run, place: Position, step: int, result: StepResult, gene
     if place.step > 0:
         this.saver.save(place)
         this.stop.saved = True
+        distributed.wait_for_all()
     raise _diverged(this, place, step, result, in_a_row)
 
 
@@ -207,10 +220,12 @@ def _diverged(this: _Run, place: Position, step: int, result: StepResult, in_a_r
         "lr": [group["lr"] for group in job.optimizer.param_groups],
         "rho": rho,
         "weights_finite": _finite(job.model),
-        "rows": rows_of_step(job.train_rows, job.batch_size, config.seed, step - 1).tolist(),
+        "rows": rows_of_step(job.train_rows, job.batch.total, config.seed, step - 1).tolist(),
     }
     with suppress(OSError):
-        (this.log.folder / "diagnostics.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if distributed.rank() == 0:
+            text = json.dumps(content, indent=2) + "\n"
+            (this.log.folder / "diagnostics.json").write_text(text, encoding="utf-8")
     times = f"; {in_a_row} steps in a row" if in_a_row > 1 else ""
     times += f"; went back {place.rollbacks} times" if place.rollbacks else ""
     return Diverged(
@@ -296,25 +311,29 @@ def _or_null(value: float) -> float | None:
 def _validate(this: _Run) -> tuple[Evaluation, Evaluation | None]:
     """The last weights on validation, and their average, if there is one."""
     job = this.job
-
-    def seen(split: str, done: int, total: int) -> None:
-        this.progress.score(split, done, total)
-        this.beat(this.log.step)
-        if this.stop.by:
-            raise signals.Interrupted
-
     try:
-        validation = _score(job, job.model, job.val, job.val_rows, "val", seen)
-        averaged = _score(job, job.ema.module, job.val, job.val_rows, "val_ema", seen) if job.ema else None
+        validation = _score(this, job.model, job.val, job.val_rows, "val")
+        averaged = _score(this, job.ema.module, job.val, job.val_rows, "val_ema") if job.ema else None
     finally:
         models.train_mode(job.model, freeze_bn=job.config.freeze_bn)
     return validation, averaged
 
 
-def _score(
-    job: Job, model: nn.Module, images: Images, rows: Indices, name: str, progress: Callable[[str, int, int], None]
-) -> Evaluation:
-    scored = evaluate(model, images, rows, name, job.config, job.info.data_config, progress, job.eval_batch)
+def _score(this: _Run, model: nn.Module, images: Images, rows: Indices, name: str) -> Evaluation:
+    """Raises Interrupted, on all ranks, where a signal asks one of them to end."""
+    job = this.job
+
+    def seen(split: str, done: int, total: int) -> None:
+        this.progress.score(split, done, total)
+        this.beat(this.log.step)
+
+    try:
+        scored = evaluate(
+            model, images, rows, name, job.config, job.info.data_config, seen, job.eval_batch, this.stop.is_heard
+        )
+    except signals.Interrupted:
+        this.stop.agreed = True
+        raise
     job.eval_batch = scored.batch_size  # less than at first, if memory ran out
     return scored
 
@@ -325,23 +344,16 @@ def _score(
 def _score_selected(this: _Run) -> Evaluation:
     """Score the selected checkpoint on test, once; without a test split, or with --no-test, on validation again."""
     job = this.job
-
-    def seen(split: str, done: int, total: int) -> None:
-        this.progress.score(split, done, total)
-        this.beat(this.log.step)
-        if this.stop.by:
-            this.stop.end()
-
     folder = this.log.checkpoints / job.config.select
-    step = int(checkpoint.verify(folder)["step"])
+    step = int(distributed.from_first(lambda: checkpoint.verify(folder)["step"]))
     checkpoint.load_weights(job.model, folder / "model.safetensors")
     if job.test is None or not job.config.test:
-        return _score(job, job.model, job.val, job.val_rows, "val", seen)
-    scored = _score(job, job.model, job.test, job.test_rows, "test", seen)
+        return _score(this, job.model, job.val, job.val_rows, "val")
+    scored = _score(this, job.model, job.test, job.test_rows, "test")
     this.log.metrics(step=step, epoch=job.epoch(step), **scored.summary())
     if job.ema is not None:
         checkpoint.load_weights(job.ema.module, folder / "ema" / "model.safetensors")
-        averaged = _score(job, job.ema.module, job.test, job.test_rows, "test_ema", seen)
+        averaged = _score(this, job.ema.module, job.test, job.test_rows, "test_ema")
         this.log.metrics(step=step, epoch=job.epoch(step), **averaged.summary())
     return scored
 

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from samtune.config import RunConfig, flag_name
+from samtune.config import flag_name
+from samtune.options import RunConfig
 from tests.conftest import ROOT, samtune, write_image_folder
 
 LITE0 = "tf_efficientnet_lite0"

@@ -6,8 +6,8 @@ import tomllib
 import pytest
 
 from samtune import config
-from samtune.config import RunConfig
 from samtune.errors import UsageError
+from samtune.options import RunConfig
 
 NEEDED = {"model": "tf_efficientnet_lite0", "dataset": "cifar10"}
 

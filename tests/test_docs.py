@@ -10,8 +10,9 @@ import torch
 
 from samtune import config, models
 from samtune.cli import app
-from samtune.config import RunConfig, flag_name
+from samtune.config import flag_name
 from samtune.data import source
+from samtune.options import RunConfig
 from tests.conftest import ROOT, SmallNet, samtune, write_image_folder
 
 README = (ROOT / "README.md").read_text()

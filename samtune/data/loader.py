@@ -46,8 +46,11 @@ def train_batches(
     workers: int,
     pin_memory: bool,
     done: int = 0,
+    share: Callable[[Indices], Indices] = lambda rows: rows,
 ) -> Iterator[Batch]:
     """One batch for each of total_steps steps, through as many epochs as that takes; the first `done` are left out.
+
+    share: of the rows of a step, those that this rank computes.
 
     One loader serves all epochs, so that workers prepare the next epoch while the last one is validated.
     Raises DataError from the image that caused it.
@@ -62,7 +65,7 @@ def train_batches(
             epoch, batch = divmod(step, per_epoch)
             if batch == 0 or step == done:
                 order = _order(rows, seed, epoch)
-            yield epoch, order[batch * batch_size : (batch + 1) * batch_size]
+            yield epoch, share(order[batch * batch_size : (batch + 1) * batch_size])
 
     # Cropping and copying release Python's lock, so that threads do; their batches need not be sent anywhere.
     load = _load if transform.photometric or workers == 0 else _load_in_threads

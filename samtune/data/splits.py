@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from samtune.config import RunConfig
 from samtune.data import source
 from samtune.data.roles import Wanted
 from samtune.data.source import Source, Split
 from samtune.errors import DataError
+from samtune.options import RunConfig
 
 Indices = npt.NDArray[np.int64]
 

@@ -1,0 +1,58 @@
+"""The fields of RunConfig as flags of a command."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from samtune.config import flag_name
+from samtune.options import RunConfig
+
+_SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}
+
+
+def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for each field of RunConfig; it receives those that were typed, as `flags`."""
+
+    @wraps(command)
+    def wrapped(**arguments: Any) -> None:
+        own = {key: arguments.pop(key) for key in list(arguments) if key not in RunConfig.model_fields}
+        command(**own, flags={key: value for key, value in arguments.items() if value is not None})
+
+    signature = inspect.signature(command)
+    parameters = [p for p in signature.parameters.values() if p.name != "flags"]
+    parameters += [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(key))
+        for key in RunConfig.model_fields
+    ]
+    parameters.sort(key=lambda p: p.kind)
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+def _annotation(key: str) -> Any:
+    field = RunConfig.model_fields[key]
+    given: Any = field.annotation
+    types = [t for t in get_args(given) if t is not type(None)] if type(None) in get_args(given) else [given]
+    kind = types[0] if types[0] in (bool, int, float) else str
+    choices = get_args(types[0]) if get_origin(types[0]) is Literal else ()
+    names = [flag_name(key)]
+    if kind is bool:
+        names = [f"{flag_name(key)}/{flag_name('no_' + key)}"]
+    elif key in _SHORT:
+        names.append(_SHORT[key])
+    extra: Any = field.json_schema_extra
+    default = None if field.is_required() or field.default is None else str(field.default)
+    if kind is bool:
+        default = flag_name(key if field.default else f"no_{key}").removeprefix("--")
+    option = typer.Option(
+        *names,
+        help=f"{field.description}." + (f" Default: {default}." if default is not None else ""),
+        show_default=False,
+        rich_help_panel=extra["panel"],
+        metavar="|".join(choices) or None,
+    )
+    return Annotated[kind | None, option]

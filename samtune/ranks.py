@@ -1,0 +1,170 @@
+"""Which of several processes of one command this one is, and what it tells the process that launched it.
+
+A launcher gives each of its processes, the ranks, a place: ours and torchrun by RANK, WORLD_SIZE and their like, Slurm
+by variables of its own. Ours also gives them a folder, in which each says who it is and how it ended: an exit code
+alone could not carry an error's words, nor tell the cause from what follows from it.
+"""
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from samtune.errors import SamtuneError, Stopped, WorkerLost
+
+FOLDER = "SAMTUNE_LAUNCH"
+_LOOK = 0.5  # seconds
+_PORTS = range(20_000, 30_000)  # one of them for each Slurm job
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place among all. machine: number of the machine, from 0; local: among the ranks of this machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    machine: int
+
+
+@cache
+def place() -> Place | None:
+    """The place of this process; None where it is alone. Slurm's variables are translated into torch.distributed's."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and not _translate(os.environ):
+        return None
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Place(rank, world_size, local_rank, local_world_size, int(os.environ.get("GROUP_RANK", 0)))
+
+
+def _translate(environ: Any) -> bool:
+    """Slurm's variables of a job step with several tasks -> torch.distributed's; False where there is no such step."""
+    # A batch script itself is no rank: SLURM_PROCID is 0 there, but the number of tasks of a step is not set.
+    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return False
+    tasks = re.match("[0-9]+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    environ["RANK"], environ["WORLD_SIZE"] = environ["SLURM_PROCID"], environ["SLURM_STEP_NUM_TASKS"]
+    environ["LOCAL_RANK"], environ["GROUP_RANK"] = environ["SLURM_LOCALID"], environ.get("SLURM_NODEID", "0")
+    environ["LOCAL_WORLD_SIZE"] = tasks[0] if tasks else "1"
+    environ.setdefault("MASTER_ADDR", first_host(environ.get("SLURM_STEP_NODELIST", "localhost")))
+    job = int(environ.get("SLURM_JOB_ID", 0)) + int(environ.get("SLURM_STEP_ID", 0))
+    environ.setdefault("MASTER_PORT", str(_PORTS[job % len(_PORTS)]))
+    return True
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a list as Slurm writes it: "gpu[03-05,9],cpu1" -> "gpu03"."""
+    prefix, number = re.match(r"([^,\[]*)(?:\[(\w+))?", nodes).groups()  # type: ignore[union-attr]
+    return f"{prefix}{number or ''}"
+
+
+def asked_for(gpus: str, processes: int | None, nnodes: int = 1) -> bool:
+    """Whether this process shall launch ranks, and not be one: that a single GPU comes of it is not ruled out."""
+    return place() is None and (nnodes > 1 or (processes or 1) > 1 or (processes is None and gpus not in ("auto", "0")))
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all: rank 0, or the only one."""
+    here = place()
+    return here is None or here.rank == 0
+
+
+def restarts() -> int:
+    """How often the launcher has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+_last_words: list[Callable[[], None]] = []
+
+
+def before_an_orphan_ends(say_so: Callable[[], None]) -> None:
+    """Have this done if the launcher is gone, and this rank ends for that."""
+    _last_words.append(say_so)
+
+
+def end_with_the_launcher() -> None:
+    """From now on, this rank ends within a second after its launcher, ours or torchrun, whatever it is doing."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_LOOK)
+        try:
+            for say_so in _last_words:
+                say_so()
+        finally:
+            os._exit(WorkerLost.exit_code)  # from this thread: the main one may wait for another rank
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+# ----------------------------------------------------------------------------------------------- words to the launcher
+
+
+@dataclass(frozen=True)
+class Word:
+    """What a rank tells its launcher. exit_code: None while it is at work. result: what rank 0 has to print.
+
+    attempt: how often the ranks had been started again.
+    """
+
+    rank: int
+    pid: int
+    attempt: int = 0
+    exit_code: int | None = None
+    what: str = ""
+    why: str = ""
+    mend: str = ""
+    time: float = 0.0
+    result: Mapping[str, Any] | None = None
+
+    @property
+    def is_cause(self) -> bool:
+        """Whether this rank ended for a reason of its own, which a restart would not mend."""
+        return self.exit_code not in (None, 0, SamtuneError.exit_code, WorkerLost.exit_code)
+
+
+def folder() -> Path | None:
+    """Where a rank of our own launcher leaves its words; None for all other processes."""
+    given = os.environ.get(FOLDER)
+    return Path(given) if given and place() is not None else None
+
+
+def say(
+    exit_code: int | None, error: SamtuneError | Stopped | None = None, result: Mapping[str, Any] | None = None
+) -> None:
+    """Tell the launcher that this rank is at work (None), or how it ended."""
+    there, here = folder(), place()
+    assert there is not None
+    assert here is not None
+    words = (error.what, error.why, error.mend) if isinstance(error, SamtuneError) else (str(error or ""), "", "")
+    word = Word(here.rank, os.getpid(), restarts(), exit_code, *words, time.time(), result)
+    part = there / f".{here.rank}"
+    part.write_text(json.dumps(asdict(word)), encoding="utf-8")
+    part.replace(there / f"{here.rank}.json")
+
+
+def over() -> int | None:
+    """The exit code of a launch that is over, for a rank that is only started again; None if there is work to do."""
+    there = folder()
+    if there is None or not restarts():
+        return None
+    if (there / "over").exists():
+        return int((there / "over").read_text(encoding="utf-8"))
+    return next((word.exit_code for word in words(there).values() if word.is_cause), None)
+
+
+def words(there: Path) -> dict[int, Word]:
+    """What the ranks of this machine have said, by rank; of those that were started last."""
+    said = [Word(**json.loads(path.read_text(encoding="utf-8"))) for path in there.glob("[0-9]*.json")]
+    latest = max((word.attempt for word in said), default=0)
+    return {word.rank: word for word in sorted(said, key=lambda word: word.rank) if word.attempt == latest}
