@@ -5,7 +5,8 @@
 Each fault: at: module:name of a function. call: at which of its calls, from 1. do: a signal to the process itself;
 "hang"; "oom"; "ENOSPC" and the like, raised in the function's place; "nan", its result becomes NaN; "wreck", the
 parameters of a Perturbation become NaN; "fill FILE", FILE takes all room that its disk has left; "limit BYTES", no
-file may grow beyond that. when: "before" (default) or "after" the call. again: true breaks the later calls, too.
+file may grow beyond that. when: "before" (default) or "after" the call. again: true breaks the later calls, too. rank:
+of several ranks the one in which it happens; it happens in none that a launcher starts again.
 """
 
 import contextlib
@@ -67,9 +68,19 @@ def break_at(at: str, call: int, do: str, when: str = "before", again: bool = Fa
     setattr(holder, name, broken)
 
 
+def break_here(faults: list[dict[str, Any]]) -> None:
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    for fault in faults:
+        if str(fault.pop("rank", here := os.environ.get("RANK"))) == str(here):
+            break_at(**fault)
+
+
 if __name__ == "__main__":
-    for fault in json.loads(sys.argv[1]):
-        break_at(**fault)
+    from samtune import launch
+
+    launch.COMMAND = (sys.executable, "-m", "tests.broken", sys.argv[1])
+    break_here(json.loads(sys.argv[1]))
     sys.argv[1:] = sys.argv[2:]
     from samtune.cli import main
 
