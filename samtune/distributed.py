@@ -235,7 +235,8 @@ class _Buckets:
 class DataParallel(DistributedDataParallel):
     """DistributedDataParallel that counts its reductions, and in which a rank without a gradient can complete them.
 
-    Buffers are not broadcast: the statistics of batch norm are frozen, or the step averages them.
+    Buffers are not broadcast: the statistics of batch norm are frozen, or the step averages them. is_settled: whether a
+    gradient was made, after which torch arranges the reductions anew, once.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -246,6 +247,7 @@ class DataParallel(DistributedDataParallel):
             **_NO_BUFFERS,
         )
         self.on = device
+        self.is_settled = False
         self._buckets = _Buckets()
         self.register_comm_hook(self._buckets, _mean_of_bucket)
 
@@ -274,7 +276,7 @@ def wrapped_anew(model: nn.Module) -> nn.Module:
     if not isinstance(model, DataParallel):
         return model
     inner, device = model.module, model.on
-    del model.reducer  # its hooks on the parameters go with it
+    del model.logger, model.reducer  # and with it its hooks on the parameters
     return DataParallel(inner, device)
 
 

@@ -12,7 +12,15 @@ from torch import nn
 from samtune import device, distributed
 from samtune.errors import first_line
 from samtune.gradient import SAM, Loss
-from samtune.replay import Statistics, batch_norms, put_back, statistics, undone_by_an_error
+from samtune.replay import (
+    Statistics,
+    batch_norms,
+    generator_states,
+    put_back,
+    set_generator_states,
+    statistics,
+    undone_by_an_error,
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class Step:
         had this micro-batch from the start. Raises OutOfMemory where one image does not fit; nothing is updated then.
         """
         kept = statistics(self._batch_norms)
+        self._settle_reductions(images, labels)
         tried_first = self.sam.at_once(len(images))
 
         def attempt(at_once: int) -> list[float]:
@@ -148,16 +157,35 @@ class Step:
             device.free_memory()
             self.sam.complete()
         # The step's one small reduction, and its one read from the device: all decisions, with what is logged.
-        flags = torch.tensor([bool(no_memory), asked_to_end()], dtype=seen[0].dtype).to(images.device)
-        sums = distributed.sum_over_ranks(torch.cat([torch.stack(seen).sum(0), flags]))
+        flags = torch.tensor([bool(no_memory), asked_to_end()], dtype=torch.float64).to(images.device)
+        sums = distributed.sum_over_ranks(torch.cat([torch.stack(seen).sum(0).double(), flags]))
         norm = nn.utils.get_total_norm([w.grad for w in self._params if w.grad is not None]).to(sums)
         if self.scaler is not None:
             norm = norm / self.scaler.scale(torch.ones_like(norm))
         loss_sum, wrong, n, without_memory, asked, norm = torch.cat([sums, norm.reshape(1)]).tolist()
         if without_memory:
             self.sam.model = distributed.wrapped_anew(self.sam.model)
+            self._settle_reductions(images, labels)
             raise MemoryError(no_memory or "memory ran out on another rank")
         return [loss_sum, wrong, n, asked, norm]
+
+    def _settle_reductions(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Have torch arrange its reductions before the first of them counts.
+
+        It arranges them anew after the first gradient, by the order in which its parts came, and on three ranks or more
+        sums then differ in the last bit: a run that goes on would not equal one that was not interrupted.
+        """
+        model = self.sam.model
+        if not isinstance(model, distributed.DataParallel) or model.is_settled:
+            return
+        kept, generators = statistics(self._batch_norms), generator_states(images.device)
+        with self.autocast():  # of two images, as batch norm wants more than one
+            loss = self.loss(model(images[:1].expand(2, *images.shape[1:])), labels[:1].expand(2, *labels.shape[1:]))
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        put_back(kept)
+        set_generator_states(generators, images.device)
+        model.is_settled = True
 
     def _share_statistics(self, kept: Statistics) -> None:
         """Batch-norm statistics that update become their mean over the ranks, each of which has seen its own images."""

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,13 @@ class Ranks:
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call a module's function on every rank; its results in order of the ranks."""
         calls = [self._pool.submit(_call, function, arguments) for _ in range(self.world)]
-        return [result for _, result in sorted((call.result(timeout=120) for call in calls), key=lambda pair: pair[0])]
+        done, waiting = wait(calls, timeout=120, return_when=FIRST_EXCEPTION)
+        if waiting:  # for a rank that has failed, and would do so for ever
+            for process in list(self._pool._processes.values()):
+                process.kill()
+        results = [call.result() for call in sorted(done, key=lambda call: call.exception() is None)]
+        assert not waiting, "ranks wait for each other"
+        return [result for _, result in sorted(results, key=lambda pair: pair[0])]
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

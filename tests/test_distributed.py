@@ -9,10 +9,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from samtune import SAM
+from samtune import SAM, config, distributed, models
+from samtune.data.splits import open_parts
+from samtune.errors import DataError
+from samtune.evaluate import evaluate
+from samtune.job import look_at_data
 from samtune.models import train_mode
-from tests.conftest import SmallNet
+from tests.conftest import SmallNet, image_bytes, write_image_folder
 from tests.engines import cross_entropy_of, gradient, make_step, sgd, state
+from tests.matrix import row
 from tests.ranks import Ranks
 
 RHO = 0.5
@@ -253,3 +258,222 @@ def test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbati
     for weights, seen, buckets in ranks(count, m, micro_batch):
         assert buckets == [weights]
         assert sorted(seen) == [5] + [weights] * gradients  # 5: loss, wrong, n; out of memory, asked to end
+
+
+def said_together():
+    rank = dist.get_rank()
+    flags = distributed.any_rank(rank == 1, False, True)
+    word = distributed.from_first(lambda: {"rank": rank})
+    with pytest.raises(DataError, match="of rank 0"):
+        distributed.from_first(fail_on_first)
+    return flags, word, distributed.from_all(rank)
+
+
+def fail_on_first():
+    raise DataError("of rank 0") if dist.get_rank() == 0 else AssertionError
+
+
+def test_decisions_are_shared_and_rank_0_speaks_for_all(ranks):
+    for flags, word, everybody in ranks(said_together):
+        assert flags == [True, False, True]
+        assert word == {"rank": 0}
+        assert everybody == list(range(ranks.world))
+
+
+class Broken(torch.autograd.Function):
+    """In whose backward memory runs out, when it is asked for."""
+
+    @staticmethod
+    def forward(ctx, x, fails):
+        ctx.fails = fails
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.fails:
+            raise MemoryError("simulated")
+        return gradient, None
+
+
+class Wide(torch.nn.Module):
+    """Whose gradients make several buckets of 1 MiB and more."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(400, 400, bias=False) for _ in range(30))
+        self.fails_in = None
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = torch.tanh(layer(Broken.apply(x, i == self.fails_in)))
+        return x[:, :3]
+
+
+def without_memory(bad_rank, where, m, again):
+    """Two updates; in the first, memory runs out on one rank in a pass; returns weights and what was said."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = Wide().double()
+    ddp = distributed.data_parallel(model, torch.device("cpu"))
+    step = make_step(ddp, sgd(ddp), rho=RHO, m=m)
+    generator = torch.Generator().manual_seed(rank)
+    calls = []
+
+    def loss(logits, labels):
+        if rank == bad_rank and len(logits) == 4 and len(calls) < again:
+            calls.append(1)
+            if where == ("forward", step.sam.perturbed):
+                raise MemoryError("simulated")
+        return F.cross_entropy(logits, labels)
+
+    def forward(module, inputs):
+        here = len(inputs[0]) == 4 and rank == bad_rank and len(calls) < again
+        wanted = here and where == ("backward", step.sam.perturbed)
+        model.fails_in = 4 if wanted else None
+
+    model.register_forward_pre_hook(forward)
+    step.loss = loss
+    said = []
+    for _ in range(2):
+        images = torch.randn(4, 400, generator=generator, dtype=torch.float64)
+        said.append(step(images, torch.arange(4) % 3))
+    return [w.sum().item() for w in model.parameters()], said, step.sam.micro_batch
+
+
+@pytest.mark.parametrize("m", ["device", "global"])
+@pytest.mark.parametrize(
+    "where", [("forward", False), ("forward", True), ("backward", False), ("backward", True)], ids=str
+)
+def test_where_memory_runs_out_on_one_rank_all_begin_the_step_again_with_half_as_many_images(ranks, m, where):
+    whole = ranks(without_memory, None, where, m, 0)
+    for bad_rank in (0, 1):
+        for found, expected in zip(
+            ranks(without_memory, bad_rank, where, m, 1 if where[1] is False else 2), whole, strict=True
+        ):
+            assert found[0] == pytest.approx(expected[0], rel=1e-9)
+            assert [s.n for s in found[1]] == [s.n for s in expected[1]] == [4 * ranks.world] * 2
+            assert found[2] == 2
+
+
+def statistics_after(steps):
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = SmallNet(drop=0.0).double()
+    model.train()
+    ddp = distributed.data_parallel(model, torch.device("cpu"))
+    step = make_step(ddp, sgd(ddp), rho=RHO)
+    for i in range(steps):
+        images, labels = shards(dist.get_world_size(), i)[rank]
+        step(images, labels)
+    return model.bn.running_mean.tolist(), model.bn.running_var.tolist(), int(model.bn.num_batches_tracked)
+
+
+def test_statistics_that_update_are_the_mean_over_the_ranks_and_the_same_everywhere(ranks):
+    found = ranks(statistics_after, 1)
+    assert all(other == found[0] for other in found)
+    means = []
+    for images, _ in shards(ranks.world):
+        model = SmallNet(drop=0.0).double()
+        torch.manual_seed(0)
+        model = SmallNet(drop=0.0).double().train()
+        model(images)
+        means.append(model.bn.running_mean)
+    assert found[0][0] == pytest.approx(torch.stack(means).mean(0).tolist(), rel=1e-12)
+    assert found[0][2] == 1
+    later = ranks(statistics_after, 5)
+    assert all(other == later[0] for other in later)
+
+
+def without_images():
+    """One image for all ranks: the others have it too, and it counts nothing there."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = make_model()
+    ddp = distributed.data_parallel(model, torch.device("cpu"))
+    step = make_step(ddp, sgd(ddp), rho=RHO)
+    images, labels = joined_batch(world)
+    said = step(images[:1], labels[:1], weight=world if rank == 0 else 0)
+    return whole(model), said
+
+
+def test_a_rank_without_images_counts_nothing(ranks):
+    model = make_model()
+    step = make_step(model, sgd(model), rho=RHO)
+    images, labels = joined_batch(ranks.world)
+    alone = step(images[:1], labels[:1])
+    for weights, said in ranks(without_images):
+        assert (said.loss, said.wrong, said.n) == (pytest.approx(alone.loss, rel=1e-12), alone.wrong, 1)
+        assert_close(weights, whole(model), 1e-12)
+
+
+def sent_by(rho, m):
+    """What distributed.traffic counts for one step, and what the wrapper's reductions are."""
+    model = Wide().double()
+    ddp = distributed.data_parallel(model, torch.device("cpu"))
+    step = make_step(ddp, sgd(ddp), rho=rho, m=m)
+    images, labels = torch.randn(2, 400, dtype=torch.float64), torch.arange(2)
+    step(images, labels)
+    calls, sent = distributed.traffic.calls, distributed.traffic.bytes
+    step(images, labels)
+    weights = sum(8 * w.numel() for w in model.parameters())
+    return distributed.traffic.calls - calls, distributed.traffic.bytes - sent, weights
+
+
+def test_a_step_of_sam_sends_what_a_step_of_sgd_sends_and_a_global_one_the_gradient_twice(ranks):
+    for plain, device, together in zip(
+        ranks(sent_by, 0.0, "device"), ranks(sent_by, RHO, "device"), ranks(sent_by, RHO, "global"), strict=True
+    ):
+        assert plain == device
+        calls, sent, weights = device
+        assert calls > 2  # several buckets, and the decision
+        assert sent == weights + 5 * 8
+        assert together == (calls + 1, sent + weights, weights)
+
+
+def scored_here(folder):
+    settings = config.load(None, {"model": "resnet10t", "dataset": str(folder), "batch_size": 2, "workers": 0})
+    parts = open_parts(settings)
+    (images,) = look_at_data(settings, [(parts.test, parts.test_rows)])
+    torch.manual_seed(0)
+    model, info = models.build("resnet10t", classes=2, pretrained=False, img_size=32)
+    torch.nn.init.normal_(model.fc.weight)
+    found = evaluate(model, images, parts.test_rows, "test", settings, info.data_config, lambda *_: None)
+    return found.summary(), found.nats.tolist(), found.predictions.tolist()
+
+
+@row(19)
+def test_an_evaluation_is_the_same_to_the_last_bit_for_any_number_of_ranks(ranks, tmp_path):
+    """15 images in batches of 4, so that the last batch is small, and one rank of three has fewer."""
+    folder = write_image_folder(tmp_path / "pets", {"train": 4, "test": 7})
+    (folder / "test" / "cat" / "one_more.png").write_bytes(image_bytes(99))
+    alone = scored_here(folder)
+    assert alone[0]["n"] == 15
+    assert 0 < alone[0]["wrong"] < 15
+    assert ranks(scored_here, folder) == [alone] * ranks.world
+
+
+def short_of_memory(folder, bad_rank):
+    calls = []
+    plain = models.nn.Module.__call__
+
+    def counted(self, *arguments, **options):
+        if type(self).__name__ == "ResNet":
+            calls.append(len(arguments[0]))
+            if dist.get_rank() == bad_rank and len(arguments[0]) > 2:
+                raise MemoryError("simulated")
+        return plain(self, *arguments, **options)
+
+    models.nn.Module.__call__ = counted
+    try:
+        return scored_here(folder), max(calls[-2:])
+    finally:
+        models.nn.Module.__call__ = plain
+
+
+@row(11)
+def test_an_evaluation_without_memory_on_one_rank_begins_again_on_all(ranks, tmp_path):
+    folder = write_image_folder(tmp_path / "pets", {"train": 4, "test": 7})
+    alone = scored_here(folder)
+    for found, at_once in ranks(short_of_memory, folder, 1):
+        assert at_once <= 2
+        assert found[2] == alone[2]
+        assert found[0]["wrong"] == alone[0]["wrong"]

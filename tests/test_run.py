@@ -116,7 +116,20 @@ def test_the_report_has_what_its_readers_rely_on(finished):
     assert result["model"].keys() == {"requested", "resolved", "weights", "pretraining", "parameters", "img_size"}
     assert result["dataset"].keys() == {"name", "source", "train", "val", "test", "classes", "split_hash"}
     assert result["sam"].keys() == {
-        *("enabled", "rho", "p", "adaptive", "eta", "m", "perturb", "head_rho_factor", "start", "end", "every"),
+        *(
+            "enabled",
+            "rho",
+            "p",
+            "adaptive",
+            "eta",
+            "m",
+            "m_images",
+            "perturb",
+            "head_rho_factor",
+            "start",
+            "end",
+            "every",
+        ),
         *("schedule", "final", "warmup_steps", "ascent_fraction", "ascent_steps"),
     }
     assert {
