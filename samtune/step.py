@@ -44,6 +44,8 @@ class Step:
         autocast: makes the context of a forward pass (mixed precision); weights and gradients stay float32.
         scaler: scales the loss for float16; None does not.
         penalty: () -> scalar that is added to the loss in all passes, but not to the loss that is reported.
+
+    Raises ValueError for a penalty on a sharded model: it would see one rank's parts.
     """
 
     def __init__(
@@ -61,6 +63,9 @@ class Step:
         self.clip_grad, self.autocast, self.scaler, self.penalty = clip_grad, autocast, scaler, penalty
         self._params = [w for w in sam.model.parameters() if w.requires_grad]
         self._batch_norms = batch_norms(sam.model)
+        if penalty is not None and sam.shards is not None:
+            raise ValueError("a penalty on weights cannot be part of the loss of a sharded model")
+        self._total_norm = nn.utils.get_total_norm if sam.shards is None else sam.shards.total_norm
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> StepResult:
         """One update on images (batch, 3, h, w), normalised, and labels: (batch,) int64, or (batch, classes) shares.
@@ -78,7 +83,7 @@ class Step:
         # The final gradient: the same on every rank, and NaN on every rank if a value anywhere was not finite.
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.get_total_norm([w.grad for w in self._params if w.grad is not None])
+        grad_norm = self._total_norm([w.grad for w in self._params if w.grad is not None])
         # The step's one read from the device: the decision whether to update, with what is logged.
         sums = distributed.sum_over_ranks(torch.stack(seen).sum(0))
         loss_sum, wrong, n, norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
