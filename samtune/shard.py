@@ -128,10 +128,9 @@ class Shards:
         All ranks meet in every pass, so none may have one more. Where a rank has fewer samples than another has
         pieces, pieces are larger.
         """
-        needed, n_least = (
-            distributed.gathered(torch.tensor([math.ceil(n / size), -n], device=device)).max(0).values.tolist()
-        )
-        return min(needed, -n_least)
+        here = torch.tensor([math.ceil(n / size), -n], device=device)
+        needed, minus_least = distributed.gathered(here).amax(0).tolist()
+        return int(min(needed, -minus_least))
 
     @contextmanager
     def reset_by_an_error(self) -> Iterator[None]:
@@ -244,8 +243,9 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[i
         if isinstance(value, tuple):
             place = torch.zeros_like(params[index], dtype=value[0], requires_grad=False)
             _fill(place, state[index][key] if first and state is not None else None)
-            value = place
-        loaded[index][key] = value
+            loaded[index][key] = place
+        else:  # the optimizer counts on in place, and the caller's state stays as it is
+            loaded[index][key] = value.clone() if isinstance(value, torch.Tensor) else value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": loaded})
 
 
