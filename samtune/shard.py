@@ -119,8 +119,9 @@ class Shards:
 
     def average_over_replicas(self, on: bool) -> None:
         """Whether the next backward passes average gradients between the groups too, or within each one alone."""
-        for block in self.blocks:
-            block.set_all_reduce_hook(_mean_over(self.replicas) if on and self.replicas is not None else _nothing)
+        if self.replicas is not None:
+            for block in self.blocks:
+                block.set_all_reduce_hook(_mean_over(self.replicas if on else None))
 
     def pieces(self, n: int, size: int, device: torch.device) -> int:
         """Into how many pieces of about so many samples each rank cuts its n: as many as the others.
@@ -171,15 +172,16 @@ def _members(group: dist.ProcessGroup) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
-def _mean_over(group: dist.ProcessGroup) -> Callable[[torch.Tensor], None]:
+def _mean_over(replicas: dist.ProcessGroup | None) -> Callable[[torch.Tensor], None]:
+    """What becomes of a gradient that one group has reduced, in place: its mean over the groups, if any are named."""
+
     def mean(grad: torch.Tensor) -> None:
-        distributed.sum_over_ranks(grad, group).div_(distributed.world_size(group))
+        if grad.is_cuda:  # before torch 2.15 nothing else holds it until this stream has added it to `.grad`
+            grad.record_stream(torch.cuda.current_stream(grad.device))
+        if replicas is not None:
+            distributed.sum_over_ranks(grad, replicas).div_(distributed.world_size(replicas))
 
     return mean
-
-
-def _nothing(grad: torch.Tensor) -> None:
-    pass
 
 
 # ----------------------------------------------------------------------------------------------------- whole, and back
