@@ -1,4 +1,7 @@
-"""What ranks do together; a process that is alone sends nothing. Only the launcher uses torch.distributed besides."""
+"""What ranks do together; a process that is alone sends nothing.
+
+With samtune.launch and samtune.shard the only user of torch.distributed.
+"""
 
 import inspect
 import itertools
@@ -72,28 +75,29 @@ def join(device: torch.device) -> None:
 
 def leave() -> None:
     """Not to be called where another rank may be lost: it would wait for it."""
-    if _is_joined():
+    if in_use():
         dist.destroy_process_group()
 
 
-def _is_joined() -> bool:
+def in_use() -> bool:
+    """Whether this process has joined others."""
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size(group: Group = None) -> int:
     """Ranks of a group, 1 where torch.distributed is not in use."""
-    return dist.get_world_size(group) if _is_joined() else 1
+    return dist.get_world_size(group) if in_use() else 1
 
 
 def local_world_size() -> int:
     """Ranks that share this machine."""
     here = ranks.place()
-    return here.local_world_size if here is not None and _is_joined() else 1
+    return here.local_world_size if here is not None and in_use() else 1
 
 
-def rank() -> int:
-    """Number of this process among all ranks; 0 where it is alone."""
-    return dist.get_rank() if _is_joined() else 0
+def rank(group: Group = None) -> int:
+    """The place of this process in the group, 0 where it is alone."""
+    return dist.get_rank(group) if in_use() else 0
 
 
 def subgroup(size: int) -> dist.ProcessGroup:
@@ -109,7 +113,7 @@ def losses_named() -> Iterator[None]:
         yield
     except (dist.DistError, RuntimeError) as error:
         is_loss = isinstance(error, dist.DistError) or any(said in str(error) for said in _SAID_OF_A_LOSS)
-        if not (_is_joined() and is_loss):
+        if not (in_use() and is_loss):
             raise
         raise WorkerLost(
             LOST,
@@ -218,6 +222,16 @@ def sum_lists_over_ranks(tensors: list[torch.Tensor], group: Group = None) -> li
     return list(torch._utils._unflatten_dense_tensors(flat, tensors))
 
 
+def gathered(values: torch.Tensor, group: Group = None) -> torch.Tensor:
+    """A few numbers of each rank of the group, the same on all of them: values (...) -> (ranks, ...)."""
+    if world_size(group) == 1:
+        return values[None]
+    traffic.count(values)
+    parts = [torch.empty_like(values) for _ in range(world_size(group))]
+    dist.all_gather(parts, values, group=group)
+    return torch.stack(parts)
+
+
 # Buffers are not sent before every pass. (torch 2.15 has a new name for the option.)
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
 _NO_BUFFERS: dict[str, Any] = {
@@ -268,7 +282,7 @@ class DataParallel(DistributedDataParallel):
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model, wrapped so that its gradients become their mean over the ranks; in a process that is alone, itself."""
-    return DataParallel(model, device) if _is_joined() else model
+    return DataParallel(model, device) if in_use() else model
 
 
 def wrapped_anew(model: nn.Module) -> nn.Module:

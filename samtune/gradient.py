@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from samtune import distributed
 from samtune.parameters import chosen, first_match, unwrapped
 from samtune.replay import batch_norms, generator_states, set_generator_states, updating
 from samtune.sam import Perturbation
+
+if TYPE_CHECKING:
+    from samtune.shard import Shards
 
 Loss = Callable[..., torch.Tensor]
 Batch = tuple[torch.Tensor, ...]  # of one first dimension, the samples
@@ -34,7 +37,9 @@ class SAM:
 
     Args:
         model: the module whose trainable float32 parameters are perturbed, on its device already; it may be wrapped in
-            DistributedDataParallel, whose gradient reduction then happens once, in the last pass.
+            DistributedDataParallel, whose gradient reduction then happens once, in the last pass. Or it was sharded by
+            samtune.shard, before the optimizer was made; then m must be "global" or the group that holds the model, and
+            pass 1 computes all gradients, whatever is perturbed.
         rho: radius of the perturbation in weight units; the attribute may be set between calls, as a schedule does.
             rho = 0 is the plain gradient, bit for bit, for one pass.
         p: the norm of the radius, in [1, inf] (Foret et al. 2021, eq. 2).
@@ -58,7 +63,8 @@ class SAM:
             of the whole batch), and batch norm that is not frozen normalises each by itself. May be set between calls.
 
     Raises:
-        ValueError: an argument out of range, 16-bit weights, or a filter that matches no parameter.
+        ValueError: an argument out of range, 16-bit weights, a filter that matches no parameter, or another m than a
+            sharded model can have.
     """
 
     def __init__(
@@ -92,12 +98,17 @@ class SAM:
         """Whether the weights are w + e at this moment: False in pass 1, for a loss that wants to know."""
         named = chosen(self._inner, perturb)
         self._params = list(named.values())
+        self.shards = _shards_of(self._inner)
+        """How the model is sharded; None if it is not."""
+        if self.shards is not None:
+            self.shards.refuse_other_than(m)
         self._ball = Perturbation(
-            self._params,
+            self._params if self.shards is None else self.shards.parts(self._params),
             p=p,
             adaptive=[adaptive and w.ndim > 1 for w in self._params],
             eta=eta,
             factors=[first_match(rho_factors or {}, name) for name in named],
+            group=None if self.shards is None else self.shards.group,
         )
         if rho > 0:
             self._ball.reserve()
@@ -154,17 +165,18 @@ class SAM:
         n = len(batch[0])
         if n == 0:
             raise ValueError("the batch is empty")
-        self._owed = self.ascent_steps if self.rho > 0 and self._shares_perturbation else 0
+        self._owed = self.ascent_steps if self.rho > 0 and self._shares_perturbation and self.shards is None else 0
         if isinstance(self.model, distributed.DataParallel):
             self.model.begin()
         # The samples of a perturbation; without one, those that pass at once.
         together = self.m if isinstance(self.m, int) else n
-        pieces = _split(batch, together if self.rho > 0 else self.at_once(n))
+        pieces = _split(batch, together) if self.rho > 0 else self._split(batch, self.at_once(n))
         at_w = []
-        for piece in pieces:
-            share = len(piece[0]) / n
-            with nullcontext() if piece is pieces[-1] else self._no_sync():
-                at_w.append(share * self._backward(loss, piece, share))
+        with nullcontext() if self.shards is None else self.shards.reset_by_an_error():
+            for piece in pieces:
+                share = len(piece[0]) / n
+                with nullcontext() if piece is pieces[-1] else self._no_sync():
+                    at_w.append(share * self._backward(loss, piece, share))
         return torch.stack(at_w).sum()
 
     def _backward(self, loss: Loss, batch: Batch, share: float) -> torch.Tensor:
@@ -204,6 +216,8 @@ class SAM:
             return value.detach(), list(torch.autograd.grad(value, self._params, materialize_grads=True))
 
         micro_batches = self._micro_batches(batch)
+        if self.shards is not None:
+            return self._sharded_ascent_gradient(self.shards, loss, micro_batches)
         if len(micro_batches) == 1:
             mean, grads = gradient(batch)
         else:
@@ -238,10 +252,41 @@ class SAM:
         """The ranks that share it."""
         return None if isinstance(self.m, str | int) else self.m
 
+    def _sharded_ascent_gradient(
+        self, shards: "Shards", loss: Loss, micro_batches: list[tuple[Batch, float]]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`_ascent_gradient` of this rank's parts, by backward: that alone gathers weights and scatters gradients.
+
+        `.grad` is as before. Each micro-batch is reduced at once: gradients that wait for a last one would be whole.
+        """
+        params = [w for w in self.model.parameters() if w.requires_grad]
+        before = [w.grad for w in params]
+        for w in params:
+            w.grad = None
+        shards.average_over_replicas(self.m == "global")
+        try:
+            mean = torch.zeros((), device=self._device)
+            for micro, share in micro_batches:
+                value = loss(*micro)
+                _descend(value, value, share)
+                mean = mean + share * value.detach()
+            return mean, shards.parts([torch.zeros_like(w) if w.grad is None else w.grad for w in self._params])
+        finally:
+            shards.average_over_replicas(True)
+            for w, grad in zip(params, before, strict=True):
+                w.grad = grad
+
     def _micro_batches(self, batch: Batch) -> list[tuple[Batch, float]]:
         """What passes through the model at once, and its share of the batch."""
         n = len(batch[0])
-        return [(micro, len(micro[0]) / n) for micro in _split(batch, self.micro_batch or n)]
+        return [(micro, len(micro[0]) / n) for micro in self._split(batch, self.micro_batch or n)]
+
+    def _split(self, batch: Batch, size: int) -> list[Batch]:
+        """Micro-batches of so many samples; of a sharded model, as many on each rank."""
+        if self.shards is None or self.micro_batch is None:
+            return _split(batch, size)
+        count = self.shards.pieces(len(batch[0]), size, self._device)
+        return list(zip(*(t.tensor_split(count) for t in batch), strict=True))
 
     @contextmanager
     def _perturb(self, g1: list[torch.Tensor], radius: float) -> Iterator[None]:
@@ -270,6 +315,14 @@ class SAM:
         """No reduction of gradients, where the model is wrapped in something that reduces them."""
         context: AbstractContextManager[Any] = getattr(self.model, "no_sync", nullcontext)()
         return context
+
+
+def _shards_of(model: nn.Module) -> "Shards | None":
+    if not distributed.in_use():
+        return None
+    from samtune.shard import shards_of  # torch can be built without
+
+    return shards_of(model)
 
 
 def _split(batch: Batch, size: int) -> list[Batch]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from samtune import distributed
+
 Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 
@@ -37,16 +39,16 @@ def dual(h: Tensors, p: float) -> list[torch.Tensor]:
     return [x.sign() * (x.abs() / norm) ** (q - 1) for x in h]
 
 
-def _dual_(h: list[torch.Tensor], p: float) -> None:
-    """`dual`, fused and in place; powers are taken of values in [0, 1]."""
+def _dual_(h: list[torch.Tensor], p: float, group: distributed.Group = None) -> None:
+    """`dual`, fused and in place; powers are taken of values in [0, 1]. group: see Perturbation."""
     if p == 2:
-        torch._foreach_mul_(h, _inverse(_norm(h)).to(h[0].dtype))
+        torch._foreach_mul_(h, _inverse(_joined(_norm(h), 2, group)).to(h[0].dtype))
         return
-    largest = torch.stack(torch._foreach_norm(h, math.inf)).max()
+    largest = _largest(h, group)
     visible = torch.where(largest.isfinite(), 1.0, math.nan)  # a sign forgets that it was NaN
     if p == 1:
         flat = torch._utils._flatten_dense_tensors(h)
-        first = flat.abs().argmax(keepdim=True)
+        first = flat.abs().argmax(keepdim=True) if group is None else _first_of_all(h, flat.abs(), group)
         u = torch.zeros_like(flat).scatter_(0, first, flat[first].sign()) * visible
         torch._foreach_copy_(h, torch._utils._unflatten_dense_tensors(u, h))
         return
@@ -56,7 +58,7 @@ def _dual_(h: list[torch.Tensor], p: float) -> None:
     torch._foreach_mul_(h, _inverse(largest))
     torch._foreach_abs_(h)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(h, q)), q)
-    torch._foreach_mul_(h, _inverse(norm))
+    torch._foreach_mul_(h, _inverse(_joined(norm, q, group)).to(h[0].dtype))
     torch._foreach_pow_(h, q - 1)
     torch._foreach_mul_(h, sign)
 
@@ -79,6 +81,37 @@ def _norm(tensors: Tensors) -> torch.Tensor:
     return wide
 
 
+def _largest(h: Tensors, group: distributed.Group) -> torch.Tensor:
+    """The largest |value| of all tensors, on all ranks of a group that holds parts of them."""
+    if group is None:
+        return torch.stack(torch._foreach_norm(h, math.inf)).max()
+    parts = [x for x in h if x.numel() > 0]  # of a small tensor some ranks have nothing
+    here = torch.stack(torch._foreach_norm(parts, math.inf)).max() if parts else h[0].new_zeros(())
+    return distributed.gathered(here, group).max()
+
+
+def _joined(norm: torch.Tensor, q: float, group: distributed.Group) -> torch.Tensor:
+    """||.||_q of what all ranks of a group hold, from that of each one's part: the same bits on all of them."""
+    if group is None:
+        return norm
+    of_all: torch.Tensor = torch.linalg.vector_norm(distributed.gathered(norm.double(), group), q)
+    return of_all
+
+
+def _first_of_all(h: Tensors, sizes: torch.Tensor, group: distributed.Group) -> torch.Tensor:
+    """Where the largest of all ranks' values is among the flat sizes here, the first of equals: (1,), or (0,).
+
+    Ranks hold consecutive parts of each tensor: of equals in one tensor the lowest rank has the first.
+    """
+    first = sizes.argmax(keepdim=True) if len(sizes) else torch.zeros(0, dtype=torch.long, device=sizes.device)
+    ends = torch.tensor([x.numel() for x in h], device=sizes.device).cumsum(0)
+    here = torch.stack([sizes[first], torch.searchsorted(ends, first, right=True)], dim=1).double()
+    of_all = distributed.gathered(torch.cat([here, here.new_tensor([[-1.0, 0.0]])])[0], group)  # (ranks, 2)
+    size, tensor = of_all.unbind(1)
+    winner = int(torch.where(size == size.max(), tensor, math.inf).argmin())
+    return first if winner == distributed.rank(group) else first[:0]
+
+
 def _inverse(norm: torch.Tensor) -> torch.Tensor:
     """1 / norm; 1 for zero, where there is nothing to scale; NaN where the norm is not finite."""
     return torch.where(norm.isfinite(), 1 / torch.where(norm == 0, 1.0, norm), math.nan)
@@ -98,6 +131,9 @@ class Perturbation:
         eta: keeps T away from 0, in weight units.
         factors: rho_g in units of rho for each parameter; 0 leaves it where it is, and out of the norm. None is 1 for
             all.
+        group: where params are one rank's parts of sharded parameters, some perhaps empty: the ranks that hold the
+            other parts, each of which perturbs its own at the same time. The norm is then that of all parts together.
+            None: the parameters are whole.
 
     Raises:
         ValueError: no parameters, 16-bit parameters (rounding would swallow a perturbation of the usual size), p, eta
@@ -112,6 +148,7 @@ class Perturbation:
         adaptive: Sequence[bool] | None = None,
         eta: float = 0.01,
         factors: Sequence[float] | None = None,
+        group: distributed.Group = None,
     ) -> None:
         if not params:
             raise ValueError("there are no parameters to perturb")
@@ -123,7 +160,7 @@ class Perturbation:
         if not 0 <= eta < math.inf:
             raise ValueError(f"eta {eta:g}: must be finite and at least 0")
         self.params: list[torch.Tensor] = list(params)
-        self.p, self.eta = p, eta
+        self.p, self.eta, self.group = p, eta, group
         self.adaptive = list(adaptive) if adaptive is not None else [False] * len(params)
         self.factors = list(factors) if factors is not None else [1.0] * len(params)
         if not all(0 <= factor < math.inf for factor in self.factors):
@@ -141,7 +178,7 @@ class Perturbation:
 
     @torch.no_grad()
     def plain(self, grads: Tensors, rho: float) -> list[torch.Tensor]:
-        """The perturbation e at the present w for gradients g: new tensors, shaped like w.
+        """The perturbation e of whole parameters at the present w for gradients g: new tensors, shaped like w.
 
         rho: radius in weight units.
         """
@@ -158,7 +195,7 @@ class Perturbation:
     def add_(self, grads: Tensors, rho: float) -> None:
         """Add the perturbation to the parameters: `plain`, fused. Called inside `perturbed`, for T is that of w."""
         if self._round:  # s = rho, so that e = rho g / ||g||_2: no temporary tensors are needed
-            scale = rho * _inverse(_norm(grads))
+            scale = rho * _inverse(_joined(_norm(grads), 2, self.group))
             if scale.is_cpu:
                 torch._foreach_add_(self.params, grads, alpha=scale.item())  # nothing to wait for on a CPU
             else:
@@ -171,7 +208,7 @@ class Perturbation:
         torch._foreach_mul_(s, [rho * factor for factor in self.factors])
         # e = s dual_p(s g)
         e = list(torch._foreach_mul(s, grads))
-        _dual_(e, self.p)
+        _dual_(e, self.p, self.group)
         torch._foreach_mul_(e, s)
         torch._foreach_add_(self.params, e)
 

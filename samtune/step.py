@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from samtune import device, distributed
-from samtune.errors import first_line
+from samtune.errors import OutOfMemory, first_line
 from samtune.gradient import SAM, Loss
 from samtune.replay import (
     Statistics,
@@ -53,6 +53,8 @@ class Step:
         autocast: makes the context of a forward pass (mixed precision); weights and gradients stay float32.
         scaler: scales the loss for float16; None does not.
         penalty: () -> scalar that is added to the loss in all passes, but not to the loss that is reported.
+
+    Raises ValueError for a penalty on a sharded model: it would see one rank's parts.
     """
 
     def __init__(
@@ -70,6 +72,9 @@ class Step:
         self.clip_grad, self.autocast, self.scaler, self.penalty = clip_grad, autocast, scaler, penalty
         self._params = [w for w in sam.model.parameters() if w.requires_grad]
         self._batch_norms = batch_norms(sam.model)
+        if penalty is not None and sam.shards is not None:
+            raise ValueError("a penalty on weights cannot be part of the loss of a sharded model")
+        self._total_norm = nn.utils.get_total_norm if sam.shards is None else sam.shards.total_norm
 
     def __call__(
         self,
@@ -109,7 +114,8 @@ class Step:
             self.scaler.unscale_(self.optimizer)
         if applied:
             if self.clip_grad > 0:
-                nn.utils.clip_grads_with_norm_(self._params, self.clip_grad, self._params[0].new_tensor(grad_norm))
+                norm = torch.tensor(grad_norm, dtype=self._params[0].dtype, device=images.device)
+                nn.utils.clip_grads_with_norm_(self._params, self.clip_grad, norm)
             self.optimizer.step()
             self._share_statistics(kept)
         else:
@@ -150,6 +156,12 @@ class Step:
         except Exception as error:
             if distributed.world_size() == 1 or not device.is_out_of_memory(error):
                 raise
+            if self.sam.shards is not None:
+                raise OutOfMemory(
+                    f"no memory on rank {distributed.rank()} for its part of a step",
+                    first_line(error),
+                    "give a smaller --micro-batch or --batch-size: ranks that share a model cannot begin again",
+                ) from None
             no_memory = first_line(error)
         if no_memory:  # the others wait in a reduction
             seen = [torch.zeros(3, device=images.device)]
@@ -159,7 +171,7 @@ class Step:
         # The step's one small reduction, and its one read from the device: all decisions, with what is logged.
         flags = torch.tensor([bool(no_memory), asked_to_end()], dtype=torch.float64).to(images.device)
         sums = distributed.sum_over_ranks(torch.cat([torch.stack(seen).sum(0).double(), flags]))
-        norm = nn.utils.get_total_norm([w.grad for w in self._params if w.grad is not None]).to(sums)
+        norm = self._total_norm([w.grad for w in self._params if w.grad is not None]).to(sums)
         if self.scaler is not None:
             norm = norm / self.scaler.scale(torch.ones_like(norm))
         loss_sum, wrong, n, without_memory, asked, norm = torch.cat([sums, norm.reshape(1)]).tolist()
