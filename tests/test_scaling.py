@@ -66,6 +66,7 @@ def test_ratios_of_known_times():
     assert told["images_per_s"] == {"alone": 4.0, "together": 6.4, "silent": 8.0}
     assert (told["scaling_efficiency"], told["machine_efficiency"]) == (0.8, 1.0)
     assert told["communication_share"] == pytest.approx(0.2)
+    assert told["quartiles"]["scaling_efficiency"] == (0.5, 7.2)
 
 
 def test_one_core_is_too_few(monkeypatch, capsys):

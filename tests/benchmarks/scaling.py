@@ -260,17 +260,32 @@ def measure(settings: Settings, rounds: int, cores: tuple[int, int]) -> dict[str
 
 
 def scaling(batch_size: int, times: dict[str, list[float]]) -> dict[str, Any]:
-    """Seconds of steps by side, one for each round -> medians, images/s and their ratios."""
+    """Seconds of steps by side, one for each round -> medians, images/s and their ratios.
+
+    A ratio is that of the medians; its quartiles are those of the rounds' own ratios.
+    """
+
+    def ratios(alone: float, together: float, silent: float) -> dict[str, float]:
+        return {
+            "scaling_efficiency": alone / together,
+            "machine_efficiency": alone / silent,
+            "communication_share": (together - silent) / together,
+        }
+
     t = {side: statistics.median(times[side]) for side in SIDES}
-    by_round = sorted(a / b for a, b in zip(times["alone"], times["together"], strict=True))
+    by_round = [ratios(*of_round) for of_round in zip(*(times[side] for side in SIDES), strict=True)]
     return {
         "ms": {side: 1000 * value for side, value in t.items()},
         "images_per_s": {side: batch_size * (1 if side == "alone" else 2) / value for side, value in t.items()},
-        "scaling_efficiency": t["alone"] / t["together"],
-        "scaling_efficiency_quartiles": [by_round[len(by_round) // 4], by_round[-1 - len(by_round) // 4]],
-        "machine_efficiency": t["alone"] / t["silent"],
-        "communication_share": (t["together"] - t["silent"]) / t["together"],
+        **ratios(**t),
+        "quartiles": {name: quartiles([found[name] for found in by_round]) for name in by_round[0]},
     }
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """Half of the values lie between the two."""
+    ordered, quarter = sorted(values), len(values) // 4
+    return ordered[quarter], ordered[-1 - quarter]
 
 
 def with_sum(parts: Traffic) -> Traffic:
@@ -289,11 +304,8 @@ def show(result: dict[str, Any]) -> None:
         ("silent", "2 ranks, communication switched off"),
     ):
         print(f"  {what:<38}{ms[side]:9.1f} ms {speed[side]:9.2f} images/s")
-    low, high = result["scaling_efficiency_quartiles"]
-    print(f"  scaling efficiency            {result['scaling_efficiency']:.3f}", end=" ")
-    print(f"(half of the rounds: {low:.3f} to {high:.3f})")
-    print(f"  of it, the machine's          {result['machine_efficiency']:.3f}")
-    print(f"  communication, of the step    {100 * result['communication_share']:.1f} %")
+    for name, (low, high) in result["quartiles"].items():
+        print(f"  {name.replace('_', ' '):<38}{result[name]:9.3f}    (half of the rounds: {low:.3f} to {high:.3f})")
     print(f"\nwhat a rank gives into reductions in a step, calls: bytes (weights: {result['parameter_bytes']:,} bytes)")
     print(f"  {'':<24}" + "".join(f"{part.replace('_', ' '):>17}" for part in (*PARTS, "step")) + "  over SGD")
     for kind, parts in result["traffic"].items():
