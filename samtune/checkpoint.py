@@ -18,13 +18,12 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from torch import nn
 
 from samtune.errors import CheckpointError, first_line
 from samtune.options import RunConfig
@@ -34,18 +33,19 @@ Name = Literal["last", "best"]
 
 def save(
     checkpoints: Path,
-    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
     step: int,
     *,
     timm_config: Mapping[str, Any],
     about: Mapping[str, Any],
-    ema: nn.Module | None = None,
+    ema: Mapping[str, torch.Tensor] | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the checkpoint of a step, read it back, and return its folder.
 
-    about: what the manifest says besides sums and step: the run's config, class_names, versions. ema: the averaged
-    model. state: tensors, numbers and texts in dicts and lists, which load without executing anything.
+    weights, ema: state_dicts of the model and of its average. about: what the manifest says besides sums and step: the
+    run's config, class_names, versions. state: tensors, numbers and texts in dicts and lists, which load without
+    executing anything.
 
     Raises OSError, for example for want of room; then nothing of it stays behind.
     """
@@ -55,7 +55,7 @@ def save(
     try:
         unfinished.mkdir(parents=True)
         files = {}
-        for name, content in _contents(model, ema, timm_config, state):
+        for name, content in _contents(weights, ema, timm_config, state):
             _write(unfinished / name, content)
             files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
         _write(unfinished / "manifest.json", _json({"step": step, "files": files, **about}))
@@ -75,13 +75,16 @@ def save(
 
 
 def _contents(
-    model: nn.Module, ema: nn.Module | None, timm_config: Mapping[str, Any], state: Mapping[str, Any] | None
+    weights: Mapping[str, torch.Tensor],
+    ema: Mapping[str, torch.Tensor] | None,
+    timm_config: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
 ) -> Iterator[tuple[str, bytes]]:
     """The files, one after the other, so that only one of them is in memory."""
-    for folder, network in (("", model), ("ema/", ema)):
-        if network is not None:
-            weights = {key: value.contiguous() for key, value in network.state_dict().items()}
-            yield f"{folder}model.safetensors", safetensors.torch.save(weights)
+    for folder, values in (("", weights), ("ema/", ema)):
+        if values is not None:
+            contiguous = {key: value.contiguous() for key, value in values.items()}
+            yield f"{folder}model.safetensors", safetensors.torch.save(contiguous)
             yield f"{folder}config.json", _json(timm_config)
     if state is not None:
         buffer = io.BytesIO()
@@ -179,10 +182,10 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Weights of a model.safetensors into a model that has the same. Raises CheckpointError if it has not."""
+def load_weights(load: Callable[[Mapping[str, torch.Tensor]], object], file: Path) -> None:
+    """Weights of a model.safetensors, by a model's load_state_dict. Raises CheckpointError if it has others."""
     try:
-        model.load_state_dict(safetensors.torch.load_file(file))
+        load(safetensors.torch.load_file(file))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"weights {file} do not fit the model", first_line(error)) from None
 

@@ -83,6 +83,17 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         raise UsageError("--sync-bn without --no-freeze-bn", "frozen statistics are the same everywhere", "give both")
     if config.lr_base_batch is not None and config.lr is None:
         raise UsageError("--lr-base-batch without --lr", "the default rate grows with the batch by itself", "give --lr")
+    if config.shard and config.l2_in_loss:
+        raise UsageError("--shard and --l2-in-loss contradict each other", "no rank has all weights", "leave one out")
+    if config.shard and "m" not in given:
+        config = config.derive("m", "global", "no device has a whole model to perturb by itself")
+        given = {**given, "m": ("global", config.origins["m"])}
+    if config.shard and (config.m == "device" or isinstance(config.m, int)):
+        raise UsageError(
+            f"--shard with --m {config.m}",
+            "no device has a whole model to perturb by itself",
+            "give --m global, or --m group:8 for groups of devices that hold the model together",
+        )
     if isinstance(config.m, int) and config.global_batch_size is None and config.m > config.batch_size:
         raise UsageError(
             f"--m {config.m} is more than --batch-size {config.batch_size}",

@@ -89,6 +89,15 @@ def world_size(group: Group = None) -> int:
     return dist.get_world_size(group) if in_use() else 1
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each rank has a part of the model alone (samtune.shard)."""
+    if not in_use():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(w, DTensor) for w in model.parameters())
+
+
 def local_world_size() -> int:
     """Ranks that share this machine."""
     here = ranks.place()

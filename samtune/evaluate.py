@@ -102,6 +102,7 @@ def evaluate(
     autocast = device.autocast(target_device, config.amp_dtype)
 
     n, world = len(rows), distributed.world_size()
+    is_sharded = distributed.is_sharded(model)
 
     @torch.inference_mode()
     def attempt(at_once: int) -> Evaluation:
@@ -135,8 +136,10 @@ def evaluate(
             try:
                 if turn < len(own):
                     score(own[turn])
+                elif is_sharded:  # the others compute with the parts that are here
+                    model(torch.zeros((1, *data_config["input_size"]), device=target_device))
             except Exception as error:
-                if world == 1 or not device.is_out_of_memory(error):
+                if world == 1 or is_sharded or not device.is_out_of_memory(error):
                     raise
                 failed = error
             progress(name, min(n, (turn + 1) * world * at_once), n)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from samtune import console, device, distributed, models
+from samtune import console, device, distributed, models, shard
 from samtune.batch import Batch, group_size
 from samtune.data import noise
 from samtune.data.cache import Images, bad_among, in_both, look_at, refuse, without_bad
@@ -70,6 +70,36 @@ class Job(Data):
     warmup_steps: int
     eval_batch: int | None = None  # images of an evaluation at once; None: not tried yet
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank has a part of the model alone; what makes it whole, or computes with it, all ranks do."""
+        return self.update.sam.shards is not None
+
+    def weights(self, model: nn.Module) -> Mapping[str, torch.Tensor]:
+        """The state_dict of the run's model or of its average, whole on rank 0."""
+        return shard.full_state_dict(model) if self.is_sharded else model.state_dict()
+
+    def load(self, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+        """The same, the other way. Raises RuntimeError where they are not those of the model."""
+        if self.is_sharded:
+            shard.load_full_state_dict(model, weights)
+        else:
+            model.load_state_dict(weights)
+
+    def optimizer_state(self) -> Mapping[int, Any]:
+        """What the optimizer remembers, whole on rank 0. Rates, decay and the like follow from settings and step."""
+        if self.is_sharded:
+            return shard.full_optimizer_state(self.optimizer)
+        state: Mapping[int, Any] = self.optimizer.state_dict()["state"]
+        return state
+
+    def load_optimizer_state(self, state: Mapping[int, Any]) -> None:
+        """The same, the other way."""
+        if self.is_sharded:
+            shard.load_full_optimizer_state(self.optimizer, state)
+        else:
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
     def epoch(self, step: int) -> int:
         """The epoch, from 1, that a step (from 1) belongs to."""
         return (step - 1) // self.steps_per_epoch + 1
@@ -108,6 +138,14 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
     if config.grad_checkpointing:
         models.checkpoint_activations(model)
 
+    ema = models.average(model, config.model_ema_decay) if config.model_ema else None
+    if config.shard:
+        group = group_size(config.m) if isinstance(config.m, str) and config.m != "global" else None
+        for part in (model, *([ema.module] if ema else [])):
+            _shard(part, target, group)
+        if ema is not None:
+            ema.foreach = False  # torch's loops over lists mix parts with whole buffers
+
     batch = Batch.of(config, distributed.world_size(), len(read.train_rows))
     config = _fill_in(config, target, info, len(read.train_rows), batch)
     lr = _peak_rate(config, batch)
@@ -129,7 +167,7 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
         config=config,
         device=target,
         model=model,
-        ema=models.average(model, config.model_ema_decay) if config.model_ema else None,
+        ema=ema,
         info=info,
         optimizer=optimizer,
         update=update,
@@ -236,7 +274,8 @@ def _sam(model: nn.Module, config: RunConfig, batch: Batch) -> SAM:
     if isinstance(m, str) and m.startswith("group:"):
         m = distributed.subgroup(group_size(m)) if batch.devices > 1 else "device"
     head = "|".join(rf"^{re.escape(name)}\." for name in models.head_names(model))
-    model = distributed.data_parallel(model, next(model.parameters()).device)
+    if not config.shard:
+        model = distributed.data_parallel(model, next(model.parameters()).device)
     try:
         return SAM(
             model,
@@ -254,6 +293,19 @@ def _sam(model: nn.Module, config: RunConfig, batch: Batch) -> SAM:
     except ValueError as error:  # what only the model can tell
         raise UsageError(
             f"--perturb {config.perturb}", str(error), f"its names begin with {_first_names(model)}"
+        ) from None
+
+
+def _shard(model: nn.Module, target: torch.device, group: int | None) -> None:
+    if distributed.world_size() == 1:
+        raise UsageError(
+            "--shard with one device", "there is nothing to share a model with", "give --gpus or --processes"
+        )
+    try:
+        shard.shard(model, target, group)
+    except ValueError as error:
+        raise UsageError(
+            "--shard cannot divide this model", str(error), "choose another --m group, or leave it out"
         ) from None
 
 

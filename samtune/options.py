@@ -260,6 +260,13 @@ class RunConfig(BaseModel):
     rdzv_endpoint: Endpoint | None = _option(
         "Devices", "where they meet: host:port of the first one, a port that is free there", None
     )
+    shard: bool = _option(
+        "Devices",
+        "keep a part of the model, its gradients and the optimizer's state on each device (FSDP), for models that do "
+        "not fit one; a perturbation is then shared by all devices (--m global), or by groups that hold the model "
+        "together (--m group:8)",
+        False,
+    )
     max_restarts: int = _option(
         "Devices", "how often all ranks begin again from the newest checkpoint when one is lost", 0, ge=0
     )

@@ -6,6 +6,7 @@ of the step is all there is to remember.
 
 import math
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,7 @@ def to_state(job: Job, position: Position) -> dict[str, Any]:
     scaler = job.update.scaler
     return {
         "position": asdict(position),
-        # Rates, decay and the like follow from the settings and the step.
-        "optimizer": job.optimizer.state_dict()["state"],
+        "optimizer": job.optimizer_state(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "generators": generator_states(job.device),
         "micro_batch": job.update.sam.micro_batch,
@@ -107,11 +107,11 @@ def load(job: Job, folder: Path) -> Position:
     Raises CheckpointError for state or weights that do not fit, or that are no data but code.
     """
     state = checkpoint.load_state(folder)
-    checkpoint.load_weights(job.model, folder / "model.safetensors")
+    checkpoint.load_weights(partial(job.load, job.model), folder / "model.safetensors")
     if job.ema is not None:
-        checkpoint.load_weights(job.ema.module, folder / "ema" / "model.safetensors")
+        checkpoint.load_weights(partial(job.load, job.ema.module), folder / "ema" / "model.safetensors")
     try:
-        job.optimizer.load_state_dict(job.optimizer.state_dict() | {"state": state["optimizer"]})
+        job.load_optimizer_state(state["optimizer"])
         if job.update.scaler is not None and state["scaler"] is not None:
             job.update.scaler.load_state_dict(state["scaler"])
         set_generator_states(state["generators"], job.device)

@@ -3,6 +3,7 @@
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,22 +29,29 @@ class Saver:
     def due(self, step: int) -> bool:
         """Whether --save-every asks for a checkpoint after this step."""
         if self._minutes is not None:
-            return time.monotonic() - self._saved_at >= 60 * self._minutes
+            passed = time.monotonic() - self._saved_at >= 60 * self._minutes
+            # All ranks have a part in the checkpoint of a sharded model, but not the same clock.
+            return distributed.any_rank(passed)[0] if self._job.is_sharded else passed
         return self._steps is not None and step % self._steps == 0
 
     def save(self, position: Position) -> None:
         """Write a checkpoint of this position, unless there is one, and let last and best mean what they should.
 
         Raises MachineError if it cannot be written, with all that is expendable gone; the last one stays. Rank 0 writes
-        for all, and asks nobody: what the others draw follows from the step.
+        for all, and needs nothing of the others unless the model is sharded: what they draw follows from the step.
         """
+        is_there = self.newest == self._folder(position.step)
         if distributed.rank() > 0:
+            if self._job.is_sharded and not is_there:
+                self._content(position)
             self.newest = self._folder(position.step)
+            self._saved_at = time.monotonic()
             return
-        if self.newest != self._folder(position.step):
+        if not is_there:
             position.metrics_bytes = self._log.synced_metrics_bytes()
             position.seconds = self._log.seconds()
             self.newest = self._with_room(position)
+        assert self.newest is not None
         self.link(position)
         checkpoint.prune(self._log.checkpoints, self.newest, self._job.config.keep_checkpoints)
         self._saved_at = time.monotonic()
@@ -64,9 +72,19 @@ class Saver:
     def _folder(self, step: int) -> Path:
         return self._log.checkpoints / f"step-{step:06d}"
 
+    def _content(self, position: Position) -> dict[str, Any]:
+        """What is saved; whole on rank 0."""
+        job = self._job
+        return {
+            "weights": job.weights(job.model),
+            "ema": None if job.ema is None else job.weights(job.ema.module),
+            "state": to_state(job, position),
+        }
+
     def _with_room(self, position: Position) -> Path:
+        content = self._content(position)
         try:
-            return self._write(position)
+            return self._write(position.step, content)
         except OSError as error:
             gone = checkpoint.prune(self._log.checkpoints, self.newest, 1) if self.newest else []
             if not gone:
@@ -74,24 +92,22 @@ class Saver:
             names = ", ".join(sorted(path.name for path in gone))
             console.warn(f"step {position.step} cannot be saved ({first_line(error)}): {names} removed to make room")
         try:
-            return self._write(position)
+            return self._write(position.step, content)
         except OSError as error:
             raise self._no_room(position, error) from None
 
-    def _write(self, position: Position) -> Path:
+    def _write(self, step: int, content: dict[str, Any]) -> Path:
         job = self._job
         return checkpoint.save(
             self._log.checkpoints,
-            job.model,
-            position.step,
+            step=step,
             timm_config=models.timm_config(job.model, job.info, job.data.class_names),
             about={
                 "config": job.config.model_dump(mode="json"),
                 "class_names": list(job.data.class_names),
                 "versions": runlog.versions(),
             },
-            ema=None if job.ema is None else job.ema.module,
-            state=to_state(job, position),
+            **content,
         )
 
     def _no_room(self, position: Position, error: OSError) -> MachineError:

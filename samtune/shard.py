@@ -33,7 +33,7 @@ def shard(model: nn.Module, device: torch.device, group: int | None = None) -> n
 
     group: ranks that hold one copy of the model together, a divisor of all; gradients are averaged between the groups
     too. None: all ranks. Build the optimizer and SAM after it. Parameters are in torch's default memory layout
-    afterwards; batch-norm statistics stay whole, and each rank's own.
+    afterwards; batch-norm statistics stay whole.
 
     Raises:
         ValueError: the group does not divide the ranks, or a parameter has no dimension to cut.
@@ -190,7 +190,7 @@ def _mean_over(replicas: dist.ProcessGroup | None) -> Callable[[torch.Tensor], N
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights and buffers of the unsharded model, on the CPU of rank 0; {} on the others.
 
-    Batch-norm statistics are those of rank 0. One tensor at a time is whole on the device.
+    One tensor at a time is whole on the device.
     """
     whole = ((name, _whole(value)) for name, value in model.state_dict().items())
     return {name: value for name, value in whole if value is not None}
@@ -249,12 +249,6 @@ def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[i
         else:  # the optimizer counts on in place, and the caller's state stays as it is
             loaded[index][key] = value.clone() if isinstance(value, torch.Tensor) else value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": loaded})
-
-
-def agree_on_buffers(model: nn.Module) -> None:
-    """Batch-norm statistics as they are on rank 0, on all ranks: before an evaluation that they share."""
-    for buffer in model.buffers():
-        dist.broadcast(buffer, 0)
 
 
 def _whole(value: torch.Tensor) -> torch.Tensor | None:

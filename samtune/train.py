@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _train(this: _Run, place: Position) -> None:
             except signals.Interrupted:
                 pass  # it is done when the run goes on
             except (SamtuneError, OSError):
-                if _finite(job.model):  # what was earned until now
+                if not job.is_sharded and _finite(job.model):  # what was earned until now
                     this.saver.save(place)
                 raise
         is_best, last, stopping = place.best_step == place.step > 0, place.step == job.total_steps, this.stop.agreed
@@ -219,7 +220,7 @@ def _diverged(this: _Run, place: Position, step: int, result: StepResult, in_a_r
         "mean_loss_before": str(place.epoch.means()["loss"]) if place.epoch.steps else None,
         "lr": [group["lr"] for group in job.optimizer.param_groups],
         "rho": rho,
-        "weights_finite": _finite(job.model),
+        "weights_finite": None if job.is_sharded else _finite(job.model),
         "rows": rows_of_step(job.train_rows, job.batch.total, config.seed, step - 1).tolist(),
     }
     with suppress(OSError):
@@ -346,13 +347,13 @@ def _score_selected(this: _Run) -> Evaluation:
     job = this.job
     folder = this.log.checkpoints / job.config.select
     step = int(distributed.from_first(lambda: checkpoint.verify(folder)["step"]))
-    checkpoint.load_weights(job.model, folder / "model.safetensors")
+    checkpoint.load_weights(partial(job.load, job.model), folder / "model.safetensors")
     if job.test is None or not job.config.test:
         return _score(this, job.model, job.val, job.val_rows, "val")
     scored = _score(this, job.model, job.test, job.test_rows, "test")
     this.log.metrics(step=step, epoch=job.epoch(step), **scored.summary())
     if job.ema is not None:
-        checkpoint.load_weights(job.ema.module, folder / "ema" / "model.safetensors")
+        checkpoint.load_weights(partial(job.load, job.ema.module), folder / "ema" / "model.safetensors")
         averaged = _score(this, job.ema.module, job.test, job.test_rows, "test_ema")
         this.log.metrics(step=step, epoch=job.epoch(step), **averaged.summary())
     return scored

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 
 
-def _join(counter: Any, world: int, meeting_point: str) -> None:
+def _join(counter: Any, world: int, meeting_point: str, cores: Sequence[int] | None) -> None:
     with counter.get_lock():
         rank = counter.value
         counter.value += 1
+    if cores is not None:
+        os.sched_setaffinity(0, {cores[rank]})  # before gloo has threads: they stay on the rank's core
     torch.set_num_threads(1)  # ranks that spin for the same core slow each other twentyfold
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=world)
 
@@ -27,14 +29,17 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[int
 
 
 class Ranks:
-    """A group of ranks that waits for functions."""
+    """A group of ranks that waits for functions; cores: the one that each of them is pinned to."""
 
-    def __init__(self, world: int, folder: Path) -> None:
+    def __init__(self, world: int, folder: Path, cores: Sequence[int] | None = None) -> None:
         self.world = world
         context = multiprocessing.get_context("spawn")
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         self._pool = ProcessPoolExecutor(
-            world, context, initializer=_join, initargs=(context.Value("i", 0), world, str(folder / "meeting"))
+            world,
+            context,
+            initializer=_join,
+            initargs=(context.Value("i", 0), world, str(folder / "meeting"), cores),
         )
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
