@@ -74,7 +74,7 @@ def run(
     CUDA_VISIBLE_DEVICES chooses.
     """
     with signals.listening() as stop:
-        result = _run(recipe, flags, resume or ranks.restarts() > 0, allow_change or [], stop)
+        result = _run(recipe, flags, resume, allow_change or [], stop)
     mine = _to_print(result)
     if mine is not None:
         from samtune import console, report
@@ -89,8 +89,13 @@ def _run(
     recipe: Path | None, flags: dict[str, Any], resume: bool, allow_change: list[str], stop: signals.StopRequest
 ) -> Mapping[str, Any] | None:
     resumed = None
-    if resume:
+    # A rank goes on with what is there, if it is started again; on what the command may find its launcher has decided.
+    if resume or ranks.folder() is not None or ranks.restarts() > 0:
         settings, resumed = settle(recipe, flags, allow_change)
+        if resumed is None and resume:
+            from samtune import console
+
+            console.note(f"{settings.output} holds no run yet: a new one begins")
     elif allow_change:
         raise UsageError("--allow-change without --resume", mend="it says what may differ from the run that goes on")
     else:

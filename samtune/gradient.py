@@ -10,7 +10,7 @@ from torch import nn
 
 from samtune import distributed
 from samtune.parameters import chosen, first_match, unwrapped
-from samtune.replay import batch_norms, generator_states, set_generator_states, updating
+from samtune.replay import batch_norms, generator_states, put_back, set_generator_states, statistics, updating
 from samtune.sam import Perturbation
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class SAM:
         self._owed = 0  # reductions of an ascent gradient that this call has still to take part in
         self._device = self._params[0].device
         self._batch_norms = batch_norms(model)
+        self._recomputes = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
 
     @property
     def rho(self) -> float:
@@ -183,7 +184,8 @@ class SAM:
         """The gradient of one perturbation, times share, is added to `.grad`."""
         if self.rho == 0:
             at_w = loss(*batch)
-            _descend(at_w, at_w, share)
+            with self._statistics_stay():
+                _descend(at_w, at_w, share)
             return at_w.detach()
 
         masks = generator_states(self._device)
@@ -213,7 +215,8 @@ class SAM:
             """By autograd.grad, which leaves `.grad` and the hooks that communicate it to the final gradient alone."""
             with self._no_sync():
                 value = loss(*micro)
-            return value.detach(), list(torch.autograd.grad(value, self._params, materialize_grads=True))
+            with self._statistics_stay():
+                return value.detach(), list(torch.autograd.grad(value, self._params, materialize_grads=True))
 
         micro_batches = self._micro_batches(batch)
         if self.shards is not None:
@@ -268,7 +271,8 @@ class SAM:
             mean = torch.zeros((), device=self._device)
             for micro, share in micro_batches:
                 value = loss(*micro)
-                _descend(value, value, share)
+                with self._statistics_stay():
+                    _descend(value, value, share)
                 mean = mean + share * value.detach()
             return mean, shards.parts([torch.zeros_like(w) if w.grad is None else w.grad for w in self._params])
         finally:
@@ -310,6 +314,13 @@ class SAM:
             self.perturbed = False
             torch.clear_autocast_cache()
             guard.remove()
+
+    @contextmanager
+    def _statistics_stay(self) -> Iterator[None]:
+        """Where a backward pass computes activations again, they do not update batch-norm statistics once more."""
+        kept = statistics(self._batch_norms) if self._recomputes else []
+        yield
+        put_back(kept)
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         """No reduction of gradients, where the model is wrapped in something that reduces them."""

@@ -113,6 +113,8 @@ def launch(arguments: Sequence[str], fleet: Fleet, stop: StopRequest) -> Mapping
 def _set_environment(folder: Path, fleet: Fleet) -> None:
     """What all ranks inherit."""
     os.environ[ranks.FOLDER] = str(folder)
+    # Ranks that begin again meet at another port: at the old one they would find addresses of those that are gone.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # Ranks that compete for the same cores, each with a thread for every one of them, slow each other twentyfold.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, device.cores() // fleet.ranks)))
     if fleet.nnodes == 1:
@@ -171,7 +173,7 @@ class _Watch:
     def __init__(self, folder: Path, fleet: Fleet, stop: StopRequest) -> None:
         self._folder, self._fleet, self._stop = folder, fleet, stop
         self._handed_on = False
-        self._attempt = 0
+        self._attempt = ""
         self._failed_at: float | None = None
         self._restarts = fleet.max_restarts
         self.killed: set[int] = set()
@@ -182,11 +184,13 @@ class _Watch:
             if not said and self._fleet.nnodes > 1:
                 self._stop.end()  # no rank has begun; the other machines may never come
             self._handed_on = bool(said)
+            if self._handed_on:
+                console.note(f"{self._stop.by.name}: the ranks end after their step; a second one ends them at once")
             # Not the signal itself: a terminal or Slurm has sent that to the ranks already, and twice means at once.
             _send(said.values(), signal.SIGUSR1)
         failed = [word for word in said.values() if _has_failed(word)]
-        attempt = max((word.attempt for word in said.values()), default=0)
-        if attempt > self._attempt:
+        attempt = next((word.attempt for word in said.values()), "")
+        if attempt != self._attempt:
             self._attempt, self._failed_at = attempt, None
         if not failed:
             return
@@ -194,8 +198,10 @@ class _Watch:
             self._failed_at = time.monotonic()
             if self._restarts and not any(word.is_cause for word in failed):
                 self._restarts -= 1
-                who = ", ".join(f"rank {word.rank} (process {word.pid})" for word in failed)
-                console.warn(f"{who} is lost; all ranks begin again, {self._restarts} times more at most")
+                lost = [word for word in failed if word.exit_code is None] or failed
+                who = " and ".join(f"rank {word.rank} (process {word.pid})" for word in lost)
+                again = f"restart {self._fleet.max_restarts - self._restarts} of {self._fleet.max_restarts}"
+                console.warn(f"lost {who}; all ranks begin again from the newest checkpoint ({again})")
         elif time.monotonic() - self._failed_at > _GRACE:
             # One that waits in a driver for the lost one answers to no other signal.
             left = [word for word in said.values() if word not in failed and _is_alive(word.pid)]

@@ -203,7 +203,7 @@ def watchdog(log: RunLog, timeout: float) -> Watchdog:
         )
         try:
             if distributed.world_size() > 1:
-                error = _named(error, distributed.absent_ranks(_PATIENCE))
+                error = _named(error, _absent_ranks())
             log.note(str(error))
             _write_stacks(log)
             log.status("failed", error.exit_code, error)
@@ -221,6 +221,15 @@ def watchdog(log: RunLog, timeout: float) -> Watchdog:
 
     ranks.before_an_orphan_ends(orphaned)
     return Watchdog(timeout, slow, stuck)
+
+
+def _absent_ranks() -> Sequence[int]:
+    """Who the others wait for. They ask each other through rank 0: if even that does not answer, it is rank 0."""
+    found: list[Sequence[int]] = []
+    asking = threading.Thread(target=lambda: found.append(distributed.absent_ranks(_PATIENCE)), daemon=True)
+    asking.start()
+    asking.join(2 * _PATIENCE)
+    return found[0] if found else [0]
 
 
 def _named(error: WorkerLost, absent: Sequence[int]) -> WorkerLost:

@@ -114,12 +114,12 @@ def end_with_the_launcher() -> None:
 class Word:
     """What a rank tells its launcher. exit_code: None while it is at work. result: what rank 0 has to print.
 
-    attempt: how often the ranks had been started again.
+    attempt: what the ranks have in common that were started together, and no others.
     """
 
     rank: int
     pid: int
-    attempt: int = 0
+    attempt: str = ""
     exit_code: int | None = None
     what: str = ""
     why: str = ""
@@ -147,24 +147,30 @@ def say(
     assert there is not None
     assert here is not None
     words = (error.what, error.why, error.mend) if isinstance(error, SamtuneError) else (str(error or ""), "", "")
-    word = Word(here.rank, os.getpid(), restarts(), exit_code, *words, time.time(), result)
+    attempt = os.environ["MASTER_PORT"]  # our launcher has another one for each
+    word = Word(here.rank, os.getpid(), attempt, exit_code, *words, time.time(), result)
     part = there / f".{here.rank}"
     part.write_text(json.dumps(asdict(word)), encoding="utf-8")
     part.replace(there / f"{here.rank}.json")
 
 
 def over() -> int | None:
-    """The exit code of a launch that is over, for a rank that is only started again; None if there is work to do."""
+    """The exit code of a launch that is over, for a rank that is started all the same; None if there is work to do."""
     there = folder()
-    if there is None or not restarts():
+    if there is None:
         return None
     if (there / "over").exists():
         return int((there / "over").read_text(encoding="utf-8"))
-    return next((word.exit_code for word in words(there).values() if word.is_cause), None)
+    return next((word.exit_code for word in _all_words(there) if word.is_cause), None)
 
 
 def words(there: Path) -> dict[int, Word]:
     """What the ranks of this machine have said, by rank; of those that were started last."""
-    said = [Word(**json.loads(path.read_text(encoding="utf-8"))) for path in there.glob("[0-9]*.json")]
-    latest = max((word.attempt for word in said), default=0)
-    return {word.rank: word for word in sorted(said, key=lambda word: word.rank) if word.attempt == latest}
+    said = _all_words(there)
+    latest = max(said, key=lambda word: word.time).attempt if said else ""
+    return {word.rank: word for word in said if word.attempt == latest}
+
+
+def _all_words(there: Path) -> list[Word]:
+    said = (Word(**json.loads(path.read_text(encoding="utf-8"))) for path in there.glob("[0-9]*.json"))
+    return sorted(said, key=lambda word: word.rank)

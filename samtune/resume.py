@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samtune import config, console
+from samtune import config
 from samtune.config import flag_name
 from samtune.errors import CheckpointError, UsageError
 from samtune.options import RunConfig
@@ -66,7 +66,6 @@ def settle(
             "write it again: manifest.json of a checkpoint has them as `config`",
         )
     if not holds_run(folder):
-        console.note(f"{folder} holds no run yet: a new one begins")
         return config.load(recipe, flags), None
     try:
         text = (folder / "config.toml").read_text(encoding="utf-8")

@@ -2,11 +2,11 @@
 
     python -m tests.broken '[{"at": "samtune.sam:Perturbation.add_", "call": 3, "do": "SIGKILL"}]' run --model ...
 
-Each fault: at: module:name of a function. call: at which of its calls, from 1. do: a signal to the process itself;
-"hang"; "oom"; "ENOSPC" and the like, raised in the function's place; "nan", its result becomes NaN; "wreck", the
-parameters of a Perturbation become NaN; "fill FILE", FILE takes all room that its disk has left; "limit BYTES", no
-file may grow beyond that. when: "before" (default) or "after" the call. again: true breaks the later calls, too. rank:
-of several ranks the one in which it happens; it happens in none that a launcher starts again.
+Each fault: at: module:name of a function. call: at which of its calls, from 1. do: a signal to the process itself, or,
+as "parent SIGTERM", to its parent; "hang"; "oom"; "ENOSPC" and the like, raised in the function's place; "nan", its
+result becomes NaN; "wreck", the parameters of a Perturbation become NaN; "fill FILE", FILE takes all room that its disk
+has left; "limit BYTES", no file may grow beyond that. when: "before" (default) or "after" the call. again: true breaks
+the later calls, too. rank: of several ranks the one in which it happens, and in none that is started again.
 """
 
 import contextlib
@@ -34,7 +34,9 @@ def break_at(at: str, call: int, do: str, when: str = "before", again: bool = Fa
     calls = 0
 
     def act(*arguments: Any) -> None:
-        if do.startswith("SIG"):
+        if do.startswith("parent "):
+            os.kill(os.getppid(), signal.Signals[do.removeprefix("parent ")])
+        elif do.startswith("SIG"):
             os.kill(os.getpid(), signal.Signals[do])
         elif do == "hang":
             threading.Event().wait()

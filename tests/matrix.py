@@ -18,6 +18,7 @@ ROWS = {
     9: "run folder read-only, not empty, or in use",
     10: "NaN or inf in loss or gradient",
     11: "out of memory",
+    12: "a rank killed, or the launcher",
     13: "a step that does not end",
     14: "a loader worker killed",
     15: "image truncated, empty, no image, with a wrong extension, or a decompression bomb",
