@@ -40,10 +40,7 @@ def load_over(
     asked = _with_origins(recipe, flags)
     if asked.get("amp_dtype", ("",))[0] == "auto":
         del asked["amp_dtype"]
-    for one, other in (("gpus", "processes"), ("processes", "gpus")):
-        if one in asked and other not in asked:
-            own.pop(other, None)
-    before, now = _validated(own), _validated(own | asked)
+    before, now = _validated(own), _validated(_over(own, asked))
     return now, before, {key for key in RunConfig.model_fields if getattr(now, key) != getattr(before, key)}
 
 
@@ -56,7 +53,15 @@ def _with_origins(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[
     found: dict[str, tuple[Any, str]] = {}
     if recipe is not None:
         found |= {key: (value, f"recipe {recipe}") for key, value in _read_recipe(recipe).items()}
-    return found | {key: (value, "flag") for key, value in (flags or {}).items()}
+    return _over(found, {key: (value, "flag") for key, value in (flags or {}).items()})
+
+
+def _over(below: dict[str, tuple[Any, str]], above: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+    """What goes before what; one choice of devices takes the place of the other."""
+    for one, other in (("gpus", "processes"), ("processes", "gpus")):
+        if one in above and other not in above:
+            below = {key: value for key, value in below.items() if key != other}
+    return below | dict(above)
 
 
 def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:

@@ -39,6 +39,8 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
 
     monkeypatch.setattr("samtune.cli._check_before_slow_work", lambda settings, resumed: None)
     monkeypatch.setattr("samtune.train.run", begin)
+    monkeypatch.setattr("samtune.launch.launch", begin)
+    monkeypatch.setattr("samtune.launch.ranks_here", lambda gpus, processes: 2)
     monkeypatch.setattr("samtune.evaluate.evaluate_checkpoint", begin)
     monkeypatch.setattr("samtune.data.source.locate", lambda dataset: None)
     monkeypatch.setattr("samtune.data.check.check", begin)
@@ -72,6 +74,7 @@ def test_no_page_has_a_gap_to_be_filled_in():
 def test_every_recipe_runs_in_miniature(recipe, tmp_path):
     data = write_image_folder(tmp_path / "data", {"train": 6, "test": 2})
     small = ["--model", "resnet10t", "--no-pretrained", "--dataset", data, "--img-size", 32, "--epochs", "2 steps"]
+    small += ["--processes", 1]  # whatever devices it is for
     done = samtune("run", recipe, *small, "--batch-size", 4, "--output", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
 
