@@ -26,10 +26,12 @@ def gpu_numbers(gpus: str) -> list[int]:
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == "auto":
         return [0][:there]
-    numbers = [int(number) for number in gpus.split(",") if number]
-    if gpus.isdigit():
-        numbers = list(range(int(gpus)))
-    found = list(range(there)) if gpus == "all" else numbers
+    if gpus == "all":
+        found = list(range(there))
+    elif gpus.isdigit():
+        found = list(range(int(gpus)))
+    else:
+        found = [int(number) for number in gpus.split(",") if number]
     if (gpus == "all" and not found) or max(found, default=-1) >= there:
         names = ", ".join(f"{i}: {torch.cuda.get_device_name(i)}" for i in range(there))
         raise MachineError(

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from samtune import ranks
-from samtune.errors import LOST, MachineError, SamtuneError, WorkerLost, first_line
+from samtune.errors import LOST, ORPHANED, MachineError, SamtuneError, WorkerLost, first_line
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # None: all ranks
 T = TypeVar("T")
@@ -125,7 +125,7 @@ def losses_named() -> Iterator[None]:
         if not (in_use() and is_loss):
             raise
         raise WorkerLost(
-            LOST,
+            ORPHANED if ranks.is_orphan() else LOST,
             first_line(error),
             "its own words tell why it ended; go on with --resume",
         ) from None

@@ -36,6 +36,7 @@ class SamtuneError(Exception):
         return "\n".join(lines)
 
 
+ORPHANED = "the launcher is gone"
 LOST = "the connection to another rank is lost"
 """What a rank says that only sees what another one's end did to it."""
 

@@ -283,8 +283,8 @@ def _ended(failure: Exception | None) -> dict[int, tuple[int, int]]:
 
 
 def _error(word: Word, said: Mapping[int, Word]) -> SamtuneError:
-    everybody = any(other.what == word.what for other in said.values() if other is not word)
-    error = SamtuneError(word.what if everybody else f"rank {word.rank}: {word.what}", word.why, word.mend)
+    is_named = word.what.startswith("rank ") or any(w.what == word.what for w in said.values() if w is not word)
+    error = SamtuneError(word.what if is_named else f"rank {word.rank}: {word.what}", word.why, word.mend)
     assert word.exit_code is not None
     error.exit_code = word.exit_code
     return error

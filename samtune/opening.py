@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from samtune import console, device, distributed, lock, position, provenance, ranks, report, runlog, saver, signals
-from samtune.errors import CheckpointError, MachineError, SamtuneError, Stopped, WorkerLost, first_line
+from samtune.errors import ORPHANED, CheckpointError, MachineError, SamtuneError, Stopped, WorkerLost, first_line
 from samtune.job import Job, prepare
 from samtune.options import RunConfig
 from samtune.position import Position
@@ -215,7 +215,7 @@ def watchdog(log: RunLog, timeout: float) -> Watchdog:
             os._exit(error.exit_code)  # from this thread: the main one cannot be reached
 
     def orphaned() -> None:
-        error = WorkerLost("the launcher is gone", "nobody watches over the ranks any more", "go on with --resume")
+        error = WorkerLost(ORPHANED, "nobody watches over the ranks any more", "go on with --resume")
         log.note(str(error))
         log.status("failed", error.exit_code, error)
 

@@ -82,6 +82,7 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+_launcher: int | None = None  # its process
 _last_words: list[Callable[[], None]] = []
 
 
@@ -92,10 +93,13 @@ def before_an_orphan_ends(say_so: Callable[[], None]) -> None:
 
 def end_with_the_launcher() -> None:
     """From now on, this rank ends within a second after its launcher, ours or torchrun, whatever it is doing."""
-    launcher = os.getppid()
+    global _launcher
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    _launcher = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == launcher:
+        while not is_orphan():
             time.sleep(_LOOK)
         try:
             for say_so in _last_words:
@@ -103,8 +107,12 @@ def end_with_the_launcher() -> None:
         finally:
             os._exit(WorkerLost.exit_code)  # from this thread: the main one may wait for another rank
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=watch, name="launcher", daemon=True).start()
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+def is_orphan() -> bool:
+    """Whether the launcher has ended before this rank."""
+    return _launcher is not None and os.getppid() != _launcher
 
 
 # ----------------------------------------------------------------------------------------------- words to the launcher

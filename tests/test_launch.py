@@ -11,8 +11,8 @@ import safetensors.torch
 import timm
 import torch
 
-from samtune import config, launch, ranks
-from samtune.errors import SamtuneError, Stopped, UsageError
+from samtune import config, device, launch, ranks
+from samtune.errors import MachineError, SamtuneError, Stopped, UsageError
 from samtune.ranks import Word
 from tests.conftest import ROOT, samtune, write_image_folder
 from tests.matrix import row
@@ -329,6 +329,33 @@ def test_gpus_in_place_of_processes_may_be_asked_of_a_run_that_goes_on(photos):
     assert (now.gpus, now.processes) == ("2", None)
     with pytest.raises(UsageError):
         config.load_over(stored, {}, None, {"gpus": "2", "processes": 2})
+
+
+@pytest.fixture
+def three_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i=0: "H100")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "numbers"),
+    [("auto", [0]), ("all", [0, 1, 2]), ("2", [0, 1]), ("0,2", [0, 2]), ("2,", [2]), ("0", [])],
+)
+def test_gpus_are_chosen_by_number_or_by_name(three_gpus, gpus, numbers, monkeypatch):
+    assert device.gpu_numbers(gpus) == numbers
+    assert device.pick(gpus) == (torch.device("cuda", numbers[0]) if numbers else torch.device("cpu"))
+    assert device.pick(gpus, processes=2) == torch.device("cpu")
+    for local, number in enumerate(numbers if gpus != "auto" else [0, 1, 2]):
+        monkeypatch.setattr(ranks, "place", lambda local=local: ranks.Place(local, 3, local, 3, 0))
+        assert device.pick(gpus) == torch.device("cuda", number)
+
+
+@pytest.mark.parametrize("gpus", ["4", "0,3", "7,"])
+def test_more_gpus_than_there_are_are_refused_with_those_that_are_there(three_gpus, gpus):
+    with pytest.raises(MachineError, match="there are 3 GPUs here") as refused:
+        device.gpu_numbers(gpus)
+    assert "2: H100" in refused.value.why
 
 
 @pytest.mark.gpu

@@ -112,6 +112,14 @@ MUTATIONS = {
         {"gradient.py": [("nullcontext() if micro is micro_batches[-1][0] else self._no_sync()", "nullcontext()")]},
         "test_distributed.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
     ),
+    "each rank keeps the statistics of its own images": (
+        {"step.py": [("            self._share_statistics(kept)\n", "")]},
+        "test_distributed.py::test_statistics_that_update_are_the_mean_over_the_ranks_and_the_same_everywhere",
+    ),
+    "every rank scores all images": (
+        {"evaluate.py": [("own = starts[distributed.rank() :: world]", "own = starts")]},
+        "test_distributed.py::test_an_evaluation_is_the_same_to_the_last_bit_for_any_number_of_ranks",
+    ),
     "a failed attempt leaves its statistics": (
         {"replay.py": [("buffer.copy_(value)", "pass")]},
         "test_memory.py::test_what_was_done_before_memory_ran_out_is_undone",
