@@ -74,6 +74,7 @@ def run(
     CUDA_VISIBLE_DEVICES chooses.
     """
     with signals.listening() as stop:
+        ranks.report_for_work()
         result = _run(recipe, flags, resume, allow_change or [], stop)
     mine = _to_print(result)
     if mine is not None:
@@ -205,6 +206,7 @@ def evaluate(
         return launch.launch(sys.argv[1:], launch.Fleet(launch.ranks_here(gpus, processes)), stop)
 
     with signals.listening() as stop:
+        ranks.report_for_work()
         result = score_on_ranks() if ranks.asked_for(gpus, processes) else score()
     result = _to_print(result)
     if result is None:
@@ -340,7 +342,6 @@ def main() -> None:
         over = ranks.over()
         if over is not None:
             sys.exit(over)
-        ranks.say(None)
     ranks.end_with_the_launcher()
     sys.exit(_exit_code())
 

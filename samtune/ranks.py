@@ -147,6 +147,12 @@ def folder() -> Path | None:
     return Path(given) if given and place() is not None else None
 
 
+def report_for_work() -> None:
+    """Tell the launcher that this rank is there, and hears signals from now on. In other processes it does nothing."""
+    if folder() is not None:
+        say(None)
+
+
 def say(
     exit_code: int | None, error: SamtuneError | Stopped | None = None, result: Mapping[str, Any] | None = None
 ) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from samtune import SAM, config, distributed, models
+from samtune import ranks as samtune_ranks
 from samtune.data.splits import open_parts
 from samtune.errors import DataError
 from samtune.evaluate import evaluate
@@ -477,3 +478,23 @@ def test_an_evaluation_without_memory_on_one_rank_begins_again_on_all(ranks, tmp
         assert at_once <= 2
         assert found[2] == alone[2]
         assert found[0]["wrong"] == alone[0]["wrong"]
+
+
+def in_turn(path):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plain = samtune_ranks.place
+    samtune_ranks.place = lambda: samtune_ranks.Place(rank, world, rank, world, 0)
+    try:
+        for _ in range(3):
+            with distributed.first_of_machine(), path.open("a") as file:
+                file.write(f"{rank}\n")
+            dist.barrier()
+    finally:
+        samtune_ranks.place = plain
+
+
+def test_one_rank_of_a_machine_goes_first_and_the_others_find_what_it_has_fetched(ranks, tmp_path):
+    ranks(in_turn, tmp_path / "order")
+    order = (tmp_path / "order").read_text().split()
+    assert len(order) == 3 * ranks.world
+    assert order[:: ranks.world] == ["0"] * 3
