@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,9 +15,6 @@ from samtune.flags import with_config_flags
 from samtune.options import RunConfig
 from samtune.resume import Resumed, finished_report, settle
 from samtune.runlog import check_free, check_unused, has_checkpoints
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="Fine-tune pretrained image models with Sharpness-Aware Minimization, and measure what it gained.",
@@ -176,8 +173,6 @@ def evaluate(
 
     Example: samtune eval runs/r1 --split val
     """
-    from samtune.errors import UsageError
-
     if checkpoint not in (None, "last", "best"):
         raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
 

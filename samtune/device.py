@@ -69,6 +69,11 @@ def describe(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
 
 
+def _here() -> str:
+    """The device that this process computes on."""
+    return describe(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
+
+
 def best_dtype(device: torch.device) -> str:
     """The arithmetic of --amp-dtype auto. On CPUs bfloat16 is slower: depthwise convolutions lack a fast form."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -126,7 +131,7 @@ def halved_until_it_fits(attempt: Callable[[int], T], at_once: int, shape: Seque
         free_memory()
         if at_once == 1:
             raise OutOfMemory(
-                f"no memory on {describe(pick())} for one image of {' x '.join(map(str, shape))}",
+                f"no memory on {_here()} for one image of {' x '.join(map(str, shape))}",
                 why,
                 "lower --img-size, compute with --amp-dtype bfloat16, or take a smaller model",
             )
@@ -149,7 +154,7 @@ def room_for(what: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"no memory on {describe(pick())} for {what}", first_line(error), "lower --batch-size or --img-size"
+            f"no memory on {_here()} for {what}", first_line(error), "lower --batch-size or --img-size"
         ) from None
 
 

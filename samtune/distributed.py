@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from samtune import ranks
@@ -27,6 +28,7 @@ Group: TypeAlias = "dist.ProcessGroup | None"  # None: all ranks
 T = TypeVar("T")
 
 _FOREVER = timedelta(days=365)  # what takes too long is for the watchdog to tell, which knows what is usual
+_PATIENCE = timedelta(minutes=10)  # for ranks that have not come yet
 _POLL = 0.05  # seconds
 _SAID_OF_A_LOSS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -63,7 +65,8 @@ def join(device: torch.device) -> None:
         torch.cuda.set_device(device)
         backend += ",cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=_FOREVER)
+        store, rank, world_size = next(rendezvous("env://", timeout=_PATIENCE))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_FOREVER)
     except (dist.DistError, RuntimeError, ValueError) as error:
         meeting_point = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise MachineError(
@@ -190,9 +193,15 @@ def first_of_machine() -> Iterator[None]:
     key = f"samtune/machine-{here.machine}/{next(_turns)}"
     while here.local_rank > 0 and not store.check([key]):
         time.sleep(_POLL)  # and not in the store, where no signal could be heard
-    yield
-    if here.local_rank == 0:
-        store.set(key, "done")
+    if here.local_rank > 0 and store.get(key) != b"done":
+        raise WorkerLost(LOST, "the first rank of this machine has failed", "its own words tell why")
+    outcome = "failed"
+    try:
+        yield
+        outcome = "done"
+    finally:
+        if here.local_rank == 0:
+            store.set(key, outcome)
 
 
 def absent_ranks(patience: float) -> list[int]:

@@ -70,7 +70,7 @@ def run(settings: RunConfig, stop: StopRequest) -> Mapping[str, Any] | None:
     named = [] if settings.origins["output"] == "flag" else ["--output", str(settings.output)]
     try:
         result = launch([*sys.argv[1:], *named], fleet, stop)
-    except SamtuneError as error:
+    except (SamtuneError, Stopped) as error:
         amend_status(settings.output, error)
         raise
     if result is None:
@@ -94,16 +94,15 @@ def launch(arguments: Sequence[str], fleet: Fleet, stop: StopRequest) -> Mapping
         stop.patient = True
         agent.start()
         try:
-            while agent.is_alive():
-                agent.join(_LOOK)
+            while not agent.ended.wait(_LOOK):
                 watch.look()
         except BaseException as error:
             _give_up(folder, error, agent)
             raise
         said = ranks.words(folder)
         cause = _cause(said, agent.error, watch)
-        if isinstance(cause, Stopped) and stop.by is not None:  # they heard what was handed on
-            stop.saved = cause.exit_code == Stopped.SAVED
+        if isinstance(cause, Stopped | WorkerLost) and stop.by is not None:  # they ended as they were asked to
+            stop.saved = isinstance(cause, Stopped) and cause.exit_code == Stopped.SAVED
             stop.end()
         if cause is not None:
             raise cause
@@ -113,6 +112,8 @@ def launch(arguments: Sequence[str], fleet: Fleet, stop: StopRequest) -> Mapping
 def _set_environment(folder: Path, fleet: Fleet) -> None:
     """What all ranks inherit."""
     os.environ[ranks.FOLDER] = str(folder)
+    os.environ[ranks.LAUNCHER] = str(os.getpid())
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch dumps stacks where a rank notices that another ended
     # Ranks that begin again meet at another port: at the old one they would find addresses of those that are gone.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # Ranks that compete for the same cores, each with a thread for every one of them, slow each other twentyfold.
@@ -128,6 +129,8 @@ class _Agent(threading.Thread):
         super().__init__(name="agent", daemon=True)
         self._command, self._folder, self._fleet = command, folder, fleet
         self.error: Exception | None = None
+        # Not `join`: a signal handler that raises in it makes Python 3.11 believe that the thread has ended.
+        self.ended = threading.Event()
 
     def run(self) -> None:
         """Until all ranks have ended, and those that began again, too."""
@@ -152,6 +155,8 @@ class _Agent(threading.Thread):
             elastic_launch(config, self._command[0])(*self._command[1:])
         except Exception as error:
             self.error = error
+        finally:
+            self.ended.set()
 
 
 def _own_address(endpoint: str | None) -> str | None:
@@ -185,6 +190,7 @@ class _Watch:
                 self._stop.end()  # no rank has begun; the other machines may never come
             self._handed_on = bool(said)
             if self._handed_on:
+                (self._folder / "over").write_text(str(128 + self._stop.by), encoding="utf-8")  # none begins any more
                 console.note(f"{self._stop.by.name}: the ranks end after their step; a second one ends them at once")
             # Not the signal itself: a terminal or Slurm has sent that to the ranks already, and twice means at once.
             _send(said.values(), signal.SIGUSR1)
@@ -234,9 +240,10 @@ def _give_up(folder: Path, error: BaseException, agent: _Agent) -> None:
     code = error.exit_code if isinstance(error, Stopped) else SamtuneError.exit_code
     (folder / "over").write_text(str(code), encoding="utf-8")
     deadline = time.monotonic() + _GRACE
-    while agent.is_alive() and time.monotonic() < deadline:
+    while True:
         _send(ranks.words(folder).values(), signal.SIGKILL)
-        agent.join(_LOOK)
+        if agent.ended.wait(_LOOK) or time.monotonic() > deadline:
+            return
 
 
 def _cause(said: Mapping[int, Word], failure: Exception | None, watch: _Watch) -> SamtuneError | Stopped | None:

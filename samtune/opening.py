@@ -197,7 +197,7 @@ def watchdog(log: RunLog, timeout: float) -> Watchdog:
 
     def stuck(seconds: float) -> None:
         error = WorkerLost(
-            f"after step {log.step} nothing has moved for {seconds / 60:.0f} minutes",
+            f"after step {log.step} nothing has moved for {_long(seconds)}",
             f"a device, a disk or a data worker does not answer; {log.notes.name} says where the run stands",
             "go on with --resume; --step-timeout gives it more time",
         )
@@ -221,6 +221,10 @@ def watchdog(log: RunLog, timeout: float) -> Watchdog:
 
     ranks.before_an_orphan_ends(orphaned)
     return Watchdog(timeout, slow, stuck)
+
+
+def _long(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
 def _absent_ranks() -> Sequence[int]:

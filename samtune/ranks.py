@@ -18,7 +18,7 @@ from typing import Any
 
 from samtune.errors import SamtuneError, Stopped, WorkerLost
 
-FOLDER = "SAMTUNE_LAUNCH"
+FOLDER, LAUNCHER = "SAMTUNE_LAUNCH", "SAMTUNE_LAUNCHER"  # where ranks leave their words; the launcher's process
 _LOOK = 0.5  # seconds
 _PORTS = range(20_000, 30_000)  # one of them for each Slurm job
 
@@ -96,7 +96,7 @@ def end_with_the_launcher() -> None:
     global _launcher
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    _launcher = os.getppid()
+    _launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # it may be gone already
 
     def watch() -> None:
         while not is_orphan():
@@ -137,8 +137,12 @@ class Word:
 
     @property
     def is_cause(self) -> bool:
-        """Whether this rank ended for a reason of its own, which a restart would not mend."""
-        return self.exit_code not in (None, 0, SamtuneError.exit_code, WorkerLost.exit_code)
+        """Whether this rank ended for a reason of its own, which a restart would not mend.
+
+        A signal before there was anything to save is none: torch's agent sends it to those that are left.
+        """
+        none = (None, 0, SamtuneError.exit_code, WorkerLost.exit_code)
+        return self.exit_code not in none and (self.exit_code or 0) < 128
 
 
 def folder() -> Path | None:

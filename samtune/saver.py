@@ -52,22 +52,26 @@ class Saver:
             position.seconds = self._log.seconds()
             self.newest = self._with_room(position)
         assert self.newest is not None
-        self.link(position)
+        self._point(position)
         checkpoint.prune(self._log.checkpoints, self.newest, self._job.config.keep_checkpoints)
         self._saved_at = time.monotonic()
 
     def link(self, position: Position) -> None:
-        """Let last mean the newest checkpoint, and best that of the position's best step."""
-        if distributed.rank() > 0:
-            return
+        """Let last mean the newest checkpoint, and best that of the position's best step, when a run begins or goes on.
+
+        If that is gone, as it was damaged, there is no best one any more, on no rank: the run will come to it again.
+        """
+        if distributed.rank() == 0:
+            if position.best_step is not None and not self._folder(position.best_step).is_dir():
+                position.best = position.best_step = None
+            self._point(position)
+        position.best, position.best_step = distributed.from_first(lambda: (position.best, position.best_step))
+
+    def _point(self, position: Position) -> None:
         if self.newest is not None:
             checkpoint.point(self._log.checkpoints, "last", self.newest)
-        if position.best_step is None:
-            return
-        if self._folder(position.best_step).is_dir():
+        if position.best_step is not None and self._folder(position.best_step).is_dir():
             checkpoint.point(self._log.checkpoints, "best", self._folder(position.best_step))
-        else:  # a later one took its place, and was damaged: the run will come to it again
-            position.best = position.best_step = None
 
     def _folder(self, step: int) -> Path:
         return self._log.checkpoints / f"step-{step:06d}"

@@ -273,5 +273,5 @@ def _fill(place: torch.Tensor, full: torch.Tensor | None) -> None:
 
 def _of_rank_0(value: Any) -> Any:
     box = [value]
-    dist.broadcast_object_list(box, 0)
+    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     return box[0]

@@ -74,6 +74,8 @@ class Step:
         self._batch_norms = batch_norms(sam.model)
         if penalty is not None and sam.shards is not None:
             raise ValueError("a penalty on weights cannot be part of the loss of a sharded model")
+        # Ranks that meet in every pass: one that leaves it cannot be waited for.
+        self._in_step = sam.shards is not None or any(isinstance(m, nn.SyncBatchNorm) for m in self._batch_norms)
         self._total_norm = nn.utils.get_total_norm if sam.shards is None else sam.shards.total_norm
 
     def __call__(
@@ -95,7 +97,9 @@ class Step:
         """
         kept = statistics(self._batch_norms)
         self._settle_reductions(images, labels)
-        tried_first = self.sam.at_once(len(images))
+        # On all ranks the same number, which is halved on all of them, though some may have an image less.
+        most = math.ceil(len(images) / weight - 1e-9) if weight > 0 else 1
+        tried_first = self.sam.at_once(most)
 
         def attempt(at_once: int) -> list[float]:
             if at_once < tried_first:
@@ -117,7 +121,7 @@ class Step:
                 norm = torch.tensor(grad_norm, dtype=self._params[0].dtype, device=images.device)
                 nn.utils.clip_grads_with_norm_(self._params, self.clip_grad, norm)
             self.optimizer.step()
-            self._share_statistics(kept)
+            self._share_statistics(kept, weight)
         else:
             put_back(kept)  # nothing of this step stays
         if self.scaler is not None:
@@ -156,11 +160,11 @@ class Step:
         except Exception as error:
             if distributed.world_size() == 1 or not device.is_out_of_memory(error):
                 raise
-            if self.sam.shards is not None:
+            if self._in_step:
                 raise OutOfMemory(
                     f"no memory on rank {distributed.rank()} for its part of a step",
                     first_line(error),
-                    "give a smaller --micro-batch or --batch-size: ranks that share a model cannot begin again",
+                    "give a smaller --micro-batch or --batch-size: with --shard or --sync-bn no step can begin again",
                 ) from None
             no_memory = first_line(error)
         if no_memory:  # the others wait in a reduction
@@ -191,17 +195,18 @@ class Step:
         if not isinstance(model, distributed.DataParallel) or model.is_settled:
             return
         kept, generators = statistics(self._batch_norms), generator_states(images.device)
-        with self.autocast():  # of two images, as batch norm wants more than one
-            loss = self.loss(model(images[:1].expand(2, *images.shape[1:])), labels[:1].expand(2, *labels.shape[1:]))
-        loss.backward()
+        n = 2 if kept else 1  # batch norm that is not frozen wants more than one
+        with device.room_for(f"{n} images"), self.autocast():
+            loss = self.loss(model(images[:1].expand(n, *images.shape[1:])), labels[:1].expand(n, *labels.shape[1:]))
+            loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
         put_back(kept)
         set_generator_states(generators, images.device)
         model.is_settled = True
 
-    def _share_statistics(self, kept: Statistics) -> None:
+    def _share_statistics(self, kept: Statistics, weight: float) -> None:
         """Batch-norm statistics that update become their mean over the ranks, each of which has seen its own images."""
         updated = [buffer for buffer, _ in kept if buffer.is_floating_point()]
         if distributed.world_size() > 1 and updated:
-            means = distributed.sum_lists_over_ranks(updated)
+            means = distributed.sum_lists_over_ranks(list(torch._foreach_mul(updated, weight)))
             torch._foreach_copy_(updated, torch._foreach_div(means, distributed.world_size()))

@@ -71,7 +71,6 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
             this = _Run(job, log, Saver(job, log, newest), stop, progress, watchdog)
             stop.patient = True
             this.saver.link(place)  # a kill may have come before the links
-            place.best, place.best_step = distributed.from_first(lambda: (place.best, place.best_step))
             _train(this, place)
             try:
                 scored = _score_selected(this)
@@ -191,6 +190,7 @@ def _not_finite(this: _Run, place: Position, step: int, result: StepResult, gene
         if newest is None:
             raise CheckpointError(f"run {this.log.folder} has lost its checkpoints", mend="start a new run")
         back = position.load(job, newest)
+        distributed.wait_for_all()  # before rank 0 saves again, and removes it
         models.train_mode(job.model, freeze_bn=config.freeze_bn)
         place.rollbacks += 1
         place.skipped_in_a_row = 0

@@ -309,3 +309,43 @@ def test_another_number_of_ranks_is_another_run_unless_it_is_allowed(photos, tmp
     refused = resume(tmp_path / "o", "--processes", "1", "--allow-change", "gpus")
     assert refused.returncode == 5, refused.stderr
     assert "--global-batch-size" in refused.stderr
+
+
+@row(4)
+def test_a_second_ctrl_c_ends_ranks_that_are_well(photos, tmp_path):
+    """They may have ended by the first one already: at any moment it is one of the two, and nobody is left."""
+    with started(photos, tmp_path / "r", "--epochs", "10000") as process:
+        process.send_signal(signal.SIGINT)
+        said = "".join(iter_until(process.stderr, "SIGINT: the ranks end after their step"))
+        process.send_signal(signal.SIGINT)
+        said += process.stderr.read()
+    assert process.returncode in (75, 130), said
+    assert "Traceback" not in said
+    until(lambda: not left_of_session(process.pid))
+
+
+@row(12)
+def test_a_rank_that_is_lost_while_the_others_prepare_begins_again_too(photos, whole, tmp_path):
+    fault = {"at": "samtune.models:build", "call": 1, "do": "SIGKILL", "rank": 0}
+    done = run(photos, tmp_path / "r", *TWO, "--max-restarts", "1", faults=[fault])
+    assert done.returncode == 0, done.stderr
+    assert fingerprint(tmp_path / "r") == fingerprint(whole)
+
+
+@row(12)
+@pytest.mark.parametrize("at", ["samtune.ranks:end_with_the_launcher", "samtune.models:build"])
+def test_where_the_launcher_is_killed_while_ranks_begin_none_is_left(at, photos, tmp_path):
+    fault = {"at": at, "call": 1, "do": "parent SIGKILL", "rank": 0}
+    command = ["run", *SETTINGS, "--dataset", photos, "--output", tmp_path / "r", *TWO, "--epochs", "10000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.broken", json.dumps([fault]), *map(str, command)],
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    try:
+        assert process.wait(timeout=60) == -signal.SIGKILL
+        until(lambda: not left_of_session(process.pid), seconds=20)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
