@@ -11,7 +11,7 @@ from samtune.schedules import Duration
 
 def made(every):
     config = SimpleNamespace(save_every=Duration.parse(every))
-    return Saver(SimpleNamespace(config=config, steps_per_epoch=10, total_steps=100), None, None)
+    return Saver(SimpleNamespace(config=config, steps_per_epoch=10, total_steps=100, is_sharded=False), None, None)
 
 
 @pytest.mark.parametrize(("every", "due"), [("4 steps", [4, 8, 12]), ("0.5 epochs", [5, 10]), ("6%", [6, 12])])
