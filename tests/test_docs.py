@@ -16,19 +16,11 @@ README = (ROOT / "README.md").read_text()
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 SCRIPTS = sorted((ROOT / "recipes").rglob("*.sbatch"))
 PAGES = (ROOT / "README.md", ROOT / "recipes" / "README.md", *RECIPES, *SCRIPTS)
+COMMAND = {".md": r"^(samtune .+)$", ".toml": r"^#     (samtune .+)$", ".sbatch": r"^[^#\n]*?(samtune [a-z]+ .+)$"}
 COMMANDS = [
-    *(
-        command
-        for page in PAGES
-        if page.suffix == ".md"
-        for command in re.findall(r"^samtune .+$", page.read_text(), re.M)
-    ),
-    *(command for recipe in RECIPES for command in re.findall(r"^#     (samtune .+)$", recipe.read_text(), re.M)),
-    *(
-        command
-        for script in SCRIPTS
-        for command in re.findall(r"^[^#\n]*?(samtune [a-z]+ .+)$", script.read_text().replace("\\\n", " "), re.M)
-    ),
+    command
+    for page in PAGES
+    for command in re.findall(COMMAND[page.suffix], page.read_text().replace("\\\n", " "), re.M)
 ]
 EXAMPLES = re.findall(r"```python\n(.+?)```", README, re.S)
 

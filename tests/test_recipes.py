@@ -199,7 +199,7 @@ def test_every_recipe_runs_in_miniature(recipe, tmp_path, small_data):
     }
     report = train.run(config.load(recipe, small | {"output": tmp_path / "run"}))
     ran, meant = config.load(tmp_path / "run" / "config.toml"), config.load(recipe)
-    kept = read(recipe).keys() - small.keys() - {"expected", "sweep", "gpus"}
+    kept = read(recipe).keys() - small.keys() - {"expected", "sweep"}
     assert {key: getattr(ran, key) for key in kept} == {key: getattr(meant, key) for key in kept}
     assert report["cost"]["forward_backward_passes"] == (3 if meant.sam_start.amount else 4)
     assert (report["test"] is None) == (meant.dataset == "birdsnap")
