@@ -118,7 +118,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {path} is not TOML", str(error), "recipes hold lines like: rho = 0.05") from None
-    recipe.pop("expected", None)  # the recipe's claim: data for readers and tests, not a setting
+    for table in ("expected", "sweep"):  # the recipe's claim, and how `samtune sweep` varies it: no settings of a run
+        recipe.pop(table, None)
     return recipe
 
 
