@@ -252,7 +252,7 @@ def paragraphs(comparison: Mapping[str, Any]) -> dict[str, list[str]]:
         notes.append("an interval of a mean is Student's: where that of very many seeds may lie, on these images")
         without = (group for group in comparison["groups"] if group["no_interval"])
         notes += [f"{group['label']} has no interval; {group['no_interval']}" for group in without]
-    tests = len(comparison["pairs"])
+    tests = sum(pair["mcnemar"] is not None or pair["difference"]["p"] is not None for pair in comparison["pairs"])
     if tests > 1:
         notes.append(f"each p is of one test alone; for {tests} together, look for p < {0.05 / tests:.2g} (Bonferroni)")
     return found | {"How to read this": notes}

@@ -271,6 +271,8 @@ def test_seeds_that_came_to_the_same_have_no_interval_and_it_says_why(tmp_path):
 def test_several_pairs_say_that_each_p_is_of_one_test_alone(tmp_path):
     runs = [write_run(tmp_path / f"{rho}", range(5), rho=rho) for rho in (0.0, 0.05, 0.1)]
     assert "for 2 together, look for p < 0.025" in compare.markdown(compare.compare(runs))
+    untested = write_run(tmp_path / "cars", range(5), rho=0.2, dataset="cars")
+    assert "for 2 together" in compare.markdown(compare.compare([*runs, untested]))
     assert "Bonferroni" not in compare.markdown(compare.compare(runs[:2]))
 
 
