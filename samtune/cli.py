@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from samtune import __version__, config, ranks, signals, streams
+from samtune.cli_data import data_app, datasets_app
 from samtune.errors import SamtuneError, Stopped, UsageError
 from samtune.fields import gpu_choice
-from samtune.flags import with_config_flags
+from samtune.flags import Json, with_config_flags
 from samtune.options import RunConfig
 from samtune.resume import Resumed, finished_report, settle
-from samtune.runlog import check_free, check_unused, has_checkpoints
+from samtune.runlog import check_free, check_unused, has_checkpoints, result_folder
 
 app = typer.Typer(
     help="Fine-tune pretrained image models with Sharpness-Aware Minimization, and measure what it gained.",
@@ -23,14 +24,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(
-    help="Look at a data set before a run does.\n\nExample: samtune data check path/to/photos",
-    no_args_is_help=True,
-)
 app.add_typer(data_app, name="data")
+app.add_typer(datasets_app, name="datasets")
 
 _UsageError: Any = typer.BadParameter.__base__  # of the click that this typer stands on
-_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -59,7 +56,7 @@ def run(
         list[str] | None,
         typer.Option(help="With --resume: a setting that may differ from before. Repeatable.", metavar="SETTING"),
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
     flags: dict[str, Any],
 ) -> None:
     """Fine-tune a pretrained model and report its top-1 error.
@@ -167,7 +164,7 @@ def evaluate(
     ] = None,
     gpus: Annotated[str, typer.Option(help="auto, all, a number of GPUs, or a list of them, as in a run.")] = "auto",
     processes: Annotated[int | None, typer.Option(min=1, help="So many ranks on the CPU, in place of GPUs.")] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Score a checkpoint: exact top-1, top-5 and mean per-class error, every image once.
 
@@ -227,44 +224,10 @@ def _check_devices(gpus: str, processes: int | None) -> None:
         raise UsageError(f"--gpus {gpus}: {error}") from None
 
 
-@data_app.command(name="check")
-def data_check(
-    dataset: Annotated[
-        str, typer.Argument(help="A known name, or the path of a folder.", metavar="NAME_OR_PATH", show_default=False)
-    ],
-    workers: Annotated[
-        int | None, typer.Option("--workers", "-j", min=0, help="Processes that read images; by default one a core.")
-    ] = None,
-    as_json: _Json = False,
-) -> None:
-    """Find unreadable images, duplicates within and across splits, missing classes and odd labels.
-
-    Example: samtune data check path/to/photos
-
-    An image is readable if training can decode it. Exit code 3 if one is not, and 0 otherwise, whatever else is found.
-    Pictures that look alike are found with the package imagehash (extra: check), equal files without it.
-    """
-    from samtune.data.source import locate
-
-    locate(dataset)
-
-    from samtune import console
-    from samtune.data import check
-
-    with console.RunProgress() as progress:
-        result = check.check(dataset, workers=workers, progress=progress.count)
-    if as_json:
-        console.print_json(result)
-    else:
-        console.print_table(f"Data check: {result['dataset']}", check.summary(result))
-        console.print_lines(check.findings(result))
-    check.refuse_unreadable(result)
-
-
 @app.command(name="runs")
 def list_runs(
     folder: Annotated[Path, typer.Argument(help="Folder of run folders, or one of them.")] = Path("runs"),
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """List runs, the newest first: how far each came, its errors, and what to do next.
 
@@ -285,49 +248,50 @@ def list_runs(
         console.note(f"there are no runs in {folder}")
 
 
-datasets = typer.Typer()
-app.add_typer(datasets, name="datasets")
-
-
-@datasets.callback(invoke_without_command=True)
-def list_datasets(context: typer.Context, as_json: _Json = False) -> None:
-    """List the data sets that have a name: classes, images, licence, source. `show` tells more of one.
-
-    Example: samtune datasets --json
-
-    Any other data set is given by the path of a folder or a list, or by its id on the hub.
-    """
-    if context.invoked_subcommand is not None:
-        return
-    from samtune import console
-    from samtune.data import describe
-
-    rows = describe.names()
-    if as_json:
-        console.print_json(rows)
-    else:
-        console.print_rows("Data sets", rows)
-
-
-@datasets.command()
-def show(
-    dataset: Annotated[str, typer.Argument(help="A name, a path, or user/name on the hub.", metavar="NAME_OR_PATH")],
-    as_json: _Json = False,
+@app.command(name="report")
+def report_runs(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first is the baseline.", metavar="RUN")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for comparison.json and comparison.md; a report goes to its run by default."
+        ),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Tell what is known of a data set: classes, splits, policy, citation, licence. Downloads nothing.
+    """Compare runs: errors with intervals, paired tests, what differs in their settings, and what it cost.
 
-    Example: samtune datasets show flowers102
+    Example: samtune report runs/sgd runs/sam
+
+    Runs that differ in the seed alone are one setting with so many seeds. Two runs are tested on the images that both
+    scored (McNemar), settings over the seeds that they share (Student); where that cannot be, it is said why.
+
+    Of one run, report.json and report.md are made anew from its other files.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # what is in the cache is read from there
+    from samtune import console, report
 
-    from samtune import console
-    from samtune.data import describe
+    if len(runs) == 1:
+        result = report.recollect(runs[0])
+        with result_folder(output or runs[0]) as folder:
+            report.write(folder, result)
+        if as_json:
+            console.print_json(result)
+        else:
+            console.print_table("Result", report.summary(result))
+        return
+    from samtune import compare
 
-    about = describe.describe(dataset)
+    comparison = compare.compare(runs)
+    if output is not None:
+        with result_folder(output) as folder:
+            compare.write(folder, comparison)
     if as_json:
-        console.print_json(about)
-    else:
-        console.print_table(about["name"], describe.words(about))
+        console.print_json(comparison)
+        return
+    for title, rows in compare.tables(comparison).items():
+        console.print_rows(title, rows)
+    for title, said in compare.paragraphs(comparison).items():
+        console.print_lines([title, *(f"  {line}" for line in said)])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The fields of RunConfig as flags of a command."""
+"""The flags that commands share: --json, and the fields of RunConfig."""
 
 import inspect
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import typer
 from samtune.config import flag_name
 from samtune.options import RunConfig
 
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
 _SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from samtune import runlog
+from samtune.errors import CheckpointError, first_line
 
 SCHEMA_VERSION = 1
 _SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss")
@@ -37,6 +38,15 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
         json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
     (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
+
+
+def recollect(folder: Path) -> dict[str, Any]:
+    """What `collect` says of any folder. Raises UsageError without a run that is done, CheckpointError for damage."""
+    runlog.check_done(folder)
+    try:
+        return collect(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the record of run {folder} is damaged", first_line(error), "repeat the run") from None
 
 
 def collect(folder: Path) -> dict[str, Any]:

@@ -49,6 +49,21 @@ def has_checkpoints(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("step-*"))
 
 
+def check_done(folder: Path) -> None:
+    """Raise UsageError for a folder that holds no run, or one that has not come to its end."""
+    if not holds_run(folder):
+        raise UsageError(f"there is no run in {folder}", mend="give a run folder: `samtune runs FOLDER` lists them")
+    try:
+        state = json.loads((folder / "status.json").read_text(encoding="utf-8"))["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        state = "done" if (folder / "report.json").is_file() else "not known, as status.json cannot be read"
+    if state != "done":
+        resume = shlex.join(["samtune", "run", "--resume", "--output", str(folder)])
+        raise UsageError(
+            f"run {folder} is not done", f"its state is {state}", f"let it end, or go on with it: {resume}"
+        )
+
+
 def check_free(folder: Path) -> None:
     """Raise for a folder that a new run cannot have; nothing is created.
 
@@ -61,6 +76,16 @@ def check_free(folder: Path) -> None:
         raise MachineError(
             f"run folder {folder} cannot be made", f"{there} is not a writable folder", "give another --output"
         )
+
+
+@contextmanager
+def result_folder(folder: Path) -> Iterator[Path]:
+    """A folder, made if need be, that results are written to in this block. Raises MachineError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise MachineError(f"{folder} cannot be written", error.strerror or "", "give another --output") from None
 
 
 def check_unused(folder: Path) -> None:

@@ -1,12 +1,199 @@
-"""Intervals for error counts, on scipy."""
+"""Intervals and tests for error counts and for seeds, on scipy, and calibration. All intervals and tests are two-sided,
+intervals at 95 %.
 
-from scipy.stats import binomtest
+One run tells how well its images pin down one model (`wilson_interval`), and whether two models differ on the same
+images (`mcnemar`). What another seed would give, only several seeds can tell: all else here takes one value per seed,
+in any unit, and gives no interval where the seeds show no spread (`why_no_interval`).
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+_LEVEL = 0.95
+_ROUNDING = 1e-12  # relative: a smaller spread is that of floating point
+
+
+class MeanInterval(NamedTuple):
+    """A mean over n seeds and where the mean over very many of them may lie."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+class Difference(NamedTuple):
+    """Mean of a minus mean of b. p: of no difference. n_a, n_b: seeds of each; of pairs, the same."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n_a: int
+    n_b: int
+
+
+class ErrorReduction(NamedTuple):
+    """100 (1 - mean of a / mean of b), in percent; the limits are None where `reason` tells why there are none."""
+
+    percent: float | None
+    low: float | None
+    high: float | None
+    reason: str | None
+
+
+class McNemar(NamedTuple):
+    """Images that one of two models alone has wrong; p: of equal chances for the two counts."""
+
+    only_a_wrong: int
+    only_b_wrong: int
+    p: float
+
+
+class ReliabilityBin(NamedTuple):
+    """Predictions with a probability in (low, high]: how many, their mean probability, and their share of right ones.
+
+    The last two are None in an empty bin.
+    """
+
+    low: float
+    high: float
+    n: int
+    confidence: float | None
+    accuracy: float | None
+
+
+class Calibration(NamedTuple):
+    """Reliability bins and the expected calibration error that follows from them, in [0, 1]."""
+
+    ece: float
+    bins: tuple[ReliabilityBin, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------- one run
 
 
 def wilson_interval(wrong: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of Wilson (1927) for a share of wrong out of n: (low, high) in [0, 1].
+    """The interval of Wilson (1927) for a share of wrong out of n: (low, high) in [0, 1].
 
     It says how well n images pin down this model's error; it says nothing about another seed.
     """
-    interval = binomtest(wrong, n).proportion_ci(0.95, method="wilson")
+    interval = stats.binomtest(wrong, n).proportion_ci(_LEVEL, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def mcnemar(wrong_a: npt.ArrayLike, wrong_b: npt.ArrayLike) -> McNemar:
+    """The exact test of McNemar (1947) on what two models have wrong of the same images: two arrays (n,) of bool.
+
+    Images that both have right, or both wrong, tell nothing. Of those that are left, each model alone has as many wrong
+    as the other by chance: p is the binomial's, and 1 where none is left. It says nothing about other seeds.
+    """
+    a, b = np.asarray(wrong_a, dtype=bool), np.asarray(wrong_b, dtype=bool)
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return McNemar(only_a, only_b, p)
+
+
+def expected_calibration_error(probability: npt.ArrayLike, correct: npt.ArrayLike, bins: int = 15) -> Calibration:
+    """How far the probabilities of predictions, (n,) in [0, 1], are from the share that is correct, (n,) of bool.
+
+    Guo et al. (2017), equation 3: over bins of equal width, the mean of |accuracy - confidence|, weighted by n.
+    """
+    said, right = np.asarray(probability, dtype=np.float64), np.asarray(correct, dtype=bool)
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.searchsorted(edges[1:-1], said, side="left")  # an edge belongs to the bin below it
+    found = []
+    for i in range(bins):
+        inside = place == i
+        n = int(inside.sum())
+        confidence, accuracy = (float(said[inside].mean()), float(right[inside].mean())) if n else (None, None)
+        found.append(ReliabilityBin(float(edges[i]), float(edges[i + 1]), n, confidence, accuracy))
+    gaps = (b.n * abs(b.accuracy - b.confidence) for b in found if b.accuracy is not None and b.confidence is not None)
+    return Calibration(math.fsum(gaps) / len(said), tuple(found))
+
+
+# ---------------------------------------------------------------------------------------------------- several seeds
+
+
+def why_no_interval(n: int) -> str:
+    """Why n seeds gave no interval, and so what cannot be concluded from them."""
+    if n < 2:
+        return "one seed: how much another seed would differ is not known"
+    return "all seeds came to the same: how much another one would differ cannot be told from them"
+
+
+def student_interval(values: Sequence[float]) -> MeanInterval | None:
+    """The interval of Student (1908) for the mean over seeds; None for less than two, or without spread."""
+    if not _has_spread(values):
+        return None
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(_LEVEL)
+    return MeanInterval(fmean(values), float(low), float(high), len(values))
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference | None:
+    """Student's paired t test of two settings on the same seeds; None for less than two pairs, or without spread."""
+    if not _has_spread(np.subtract(a, b), scale=max(np.abs(a).max(initial=0), np.abs(b).max(initial=0))):
+        return None
+    return _difference(a, b, stats.ttest_rel(a, b))
+
+
+def independent_difference(a: Sequence[float], b: Sequence[float]) -> Difference | None:
+    """Welch's t test (1947) of two settings on different seeds; None for less than two of each, or without spread."""
+    if min(len(a), len(b)) < 2 or not (_has_spread(a) or _has_spread(b)):
+        return None
+    return _difference(a, b, stats.ttest_ind(a, b, equal_var=False))
+
+
+def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = True) -> ErrorReduction:
+    """How much less error a has than b, in percent of b, with the interval of Fieller (1954) for a ratio of means.
+
+    a, b: errors by seed; paired: on the same seeds, in the same order. The interval holds each ratio R for which a t
+    test does not tell a - R b from 0. Independent seeds may spread differently: their degrees of freedom are
+    Satterthwaite's, at the ratio that was found (Tamhane and Logan 2004).
+    """
+    mean_a, mean_b = fmean(a), fmean(b)
+    if mean_b <= 0:
+        return ErrorReduction(None, None, None, "there is no error that could be reduced")
+    ratio = mean_a / mean_b
+    percent = 100 * (1 - ratio)
+    n = min(len(a), len(b))
+    if n < 2:
+        return ErrorReduction(percent, None, None, why_no_interval(n))
+    # (co)variances of the two means, and of mean_a - ratio mean_b
+    if paired:
+        (aa, ab), (_, bb) = np.cov(a, b) / n
+        freedom = n - 1.0
+        spread = aa - 2 * ratio * ab + ratio**2 * bb
+    else:
+        aa, ab, bb = np.var(a, ddof=1) / len(a), 0.0, np.var(b, ddof=1) / len(b)
+        spread = aa + ratio**2 * bb
+        parts = aa**2 / (len(a) - 1) + (ratio**2 * bb) ** 2 / (len(b) - 1)
+        freedom = float(spread**2 / parts) if parts > 0 else math.nan
+    if not spread > (_ROUNDING * mean_a) ** 2:
+        return ErrorReduction(percent, None, None, why_no_interval(n))
+    t2 = stats.t.ppf((1 + _LEVEL) / 2, freedom) ** 2
+    # (mean_a - R mean_b)^2 <= t^2 (aa - 2 R ab + R^2 bb), as a quadratic in R: q2 R^2 - 2 q1 R + q0 <= 0
+    q2, q1, q0 = mean_b**2 - t2 * bb, mean_a * mean_b - t2 * ab, mean_a**2 - t2 * aa
+    if q2 <= 0:
+        reason = "unbounded: over so few seeds the error to be reduced cannot be told from 0"
+        return ErrorReduction(percent, None, None, reason)
+    root = math.sqrt(max(0.0, q1**2 - q2 * q0))
+    return ErrorReduction(percent, 100 * (1 - (q1 + root) / q2), 100 * (1 - (q1 - root) / q2), None)
+
+
+def _has_spread(values: npt.ArrayLike, scale: float | None = None) -> bool:
+    found = np.asarray(values, dtype=np.float64)
+    if len(found) < 2:
+        return False
+    return bool(np.ptp(found) > _ROUNDING * (np.abs(found).max() if scale is None else scale))
+
+
+def _difference(a: Sequence[float], b: Sequence[float], test: Any) -> Difference:
+    low, high = test.confidence_interval(_LEVEL)
+    return Difference(fmean(a) - fmean(b), float(low), float(high), float(test.pvalue), len(a), len(b))

@@ -1,0 +1,89 @@
+"""The commands that look at data sets: `samtune data check`, `samtune datasets`, `samtune datasets show`."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from samtune.flags import Json
+
+data_app = typer.Typer(
+    help="Look at a data set before a run does.\n\nExample: samtune data check path/to/photos",
+    no_args_is_help=True,
+)
+datasets_app = typer.Typer()
+
+
+@data_app.command(name="check")
+def data_check(
+    dataset: Annotated[
+        str, typer.Argument(help="A known name, or the path of a folder.", metavar="NAME_OR_PATH", show_default=False)
+    ],
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-j", min=0, help="Processes that read images; by default one a core.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find unreadable images, duplicates within and across splits, missing classes and odd labels.
+
+    Example: samtune data check path/to/photos
+
+    An image is readable if training can decode it. Exit code 3 if one is not, and 0 otherwise, whatever else is found.
+    Pictures that look alike are found with the package imagehash (extra: check), equal files without it.
+    """
+    from samtune.data.source import locate
+
+    locate(dataset)
+
+    from samtune import console
+    from samtune.data import check
+
+    with console.RunProgress() as progress:
+        result = check.check(dataset, workers=workers, progress=progress.count)
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_table(f"Data check: {result['dataset']}", check.summary(result))
+        console.print_lines(check.findings(result))
+    check.refuse_unreadable(result)
+
+
+@datasets_app.callback(invoke_without_command=True)
+def list_datasets(context: typer.Context, as_json: Json = False) -> None:
+    """List the data sets that have a name: classes, images, licence, source. `show` tells more of one.
+
+    Example: samtune datasets --json
+
+    Any other data set is given by the path of a folder or a list, or by its id on the hub.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from samtune import console
+    from samtune.data import describe
+
+    rows = describe.names()
+    if as_json:
+        console.print_json(rows)
+    else:
+        console.print_rows("Data sets", rows)
+
+
+@datasets_app.command()
+def show(
+    dataset: Annotated[str, typer.Argument(help="A name, a path, or user/name on the hub.", metavar="NAME_OR_PATH")],
+    as_json: Json = False,
+) -> None:
+    """Tell what is known of a data set: classes, splits, policy, citation, licence. Downloads nothing.
+
+    Example: samtune datasets show flowers102
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # what is in the cache is read from there
+
+    from samtune import console
+    from samtune.data import describe
+
+    about = describe.describe(dataset)
+    if as_json:
+        console.print_json(about)
+    else:
+        console.print_table(about["name"], describe.words(about))
