@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from samtune import __version__, config, ranks, signals, streams
-from samtune.errors import SamtuneError, Stopped, UsageError
+from samtune.errors import MachineError, SamtuneError, Stopped, UsageError
 from samtune.fields import gpu_choice
 from samtune.flags import with_config_flags
 from samtune.options import RunConfig
@@ -283,6 +283,46 @@ def list_runs(
         console.print_lines(runs.todo(rows))
     else:
         console.note(f"there are no runs in {folder}")
+
+
+@app.command(name="report")
+def make_report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folder.", metavar="RUN")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report.json, report.md and report.html; by default the run's own.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Make the report of a run again from its files, and a page of it: curves, errors, calibration, mistakes.
+
+    Example: samtune report runs/r1
+
+    report.html needs nothing else: no network, no script. A run that has ended early, or goes on, is shown as far as
+    it came.
+    """
+    if len(runs) > 1:
+        raise UsageError(f"{len(runs)} runs are given", mend="give one")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # pictures are shown if they are here
+
+    from samtune import console, report, runpage
+
+    (folder,) = runs
+    result = runpage.open_run(folder)
+    output = output or folder
+    console.note(f"drawing the page of {folder} ...")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        report.write(output, result)
+        runpage.write(output / "report.html", folder, result)
+    except OSError as error:
+        raise MachineError(
+            f"report {output} cannot be written", error.strerror or "", "give another --output"
+        ) from None
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_table("Result", report.summary(result))
+        console.print_lines([f"page: {output / 'report.html'}"])
 
 
 datasets = typer.Typer()

@@ -5,7 +5,7 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from samtune import runlog
 
@@ -64,7 +64,7 @@ def collect(folder: Path) -> dict[str, Any]:
     passes = sum(row["passes"] for row in train) if whole_record else None
     classes = provenance["dataset"]["classes"]
     per_epoch = provenance["steps_per_epoch"]
-    whole = {epoch: loss for epoch, loss in epoch_losses(train).items() if epoch * per_epoch <= steps}
+    whole = {epoch: loss for epoch, loss in epoch_means(train).items() if epoch * per_epoch <= steps}
     warnings = [collapse_warning(epoch, loss, classes) for epoch, loss in whole.items()]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -117,15 +117,15 @@ def best_key(row: Mapping[str, Any]) -> tuple[float, float]:
     return row["top1_error"], row["loss"]
 
 
-def epoch_losses(train: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Mean train loss of each epoch, from the rows of its parts; rows in which no step was applied have none."""
+def epoch_means(train: Sequence[Mapping[str, Any]], key: Literal["loss", "top1_error"] = "loss") -> dict[int, float]:
+    """Mean over the images of each epoch, from the rows of its parts; rows in which no step was applied have none."""
     totals: dict[int, tuple[float, int]] = {}
     for row in train:
-        if row["loss"] is None:
+        if row[key] is None:
             continue
-        loss, n = totals.get(row["epoch"], (0.0, 0))
-        totals[row["epoch"]] = (loss + row["loss"] * row["n"], n + row["n"])
-    return {epoch: loss / n for epoch, (loss, n) in totals.items()}
+        total, n = totals.get(row["epoch"], (0.0, 0))
+        totals[row["epoch"]] = (total + row[key] * row["n"], n + row["n"])
+    return {epoch: total / n for epoch, (total, n) in totals.items()}
 
 
 def score_line(scores: Mapping[str, Any]) -> str:
