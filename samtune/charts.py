@@ -23,7 +23,7 @@ from samtune.stats import CalibrationBin
 
 Numbers = Sequence[float | None]  # None leaves a gap
 
-_WIDTH = 380.0  # of every chart; a page scales it, and 10 units of text with it
+_WIDTH = 330.0  # of every chart; a page scales it, and 10 units of text with it
 _LONGEST = 24  # characters of a name in a chart
 _NUMBERED = 12  # classes up to which a heatmap has its numbers in it
 # Stand-ins that matplotlib can draw with, and what takes their place, with a colour for outside of a page.
@@ -120,7 +120,7 @@ def lines(
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
-    return _drawn(words, 250, draw)
+    return _drawn(words, 230, draw)
 
 
 def intervals(
@@ -176,7 +176,7 @@ def heatmap(words: Words, counts: npt.NDArray[np.int64], names: Sequence[str] | 
             for row, column in np.argwhere(counts).tolist():
                 axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=9)
 
-    return _drawn(words, 380, draw)
+    return _drawn(words, 330, draw)
 
 
 def reliability(words: Words, bins: Sequence[CalibrationBin]) -> str:
@@ -203,7 +203,7 @@ def reliability(words: Words, bins: Sequence[CalibrationBin]) -> str:
         below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
         figure.align_ylabels()
 
-    return _drawn(words, 300, draw)
+    return _drawn(words, 290, draw)
 
 
 def _floats(values: Numbers) -> list[float]:
@@ -235,7 +235,7 @@ def _inlined(words: Words, root: ElementTree.Element) -> str:
     for parent in root.iter():
         for child in [child for child in parent if child.tag.endswith(("}metadata", "}style"))]:
             parent.remove(child)
-    text = "".join(value for element in root.iter() for value in element.attrib.values())
+    text = " ".join(value for element in root.iter() for value in element.attrib.values())
     used = set(re.findall(r"#([\w-]+)", text))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]

@@ -61,7 +61,7 @@ def content(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         "report": result,
         "title": f"{result['model']['resolved']} on {result['dataset']['name']}",
         "subtitle": f"Run {folder.resolve().name}: {report.sam_words(result['sam'], result['steps'])}; "
-        f"{_length(result)}, seed {result['seed']}; started {result['started']}.",
+        f"{_length(result)}, seed {result['seed']}; started {result['started'].replace('T', ' ').rstrip('Z')} UTC.",
         "sections": sections,
         "scored": scored,
         "score_paths": dict(_score_paths(result)),
@@ -219,6 +219,13 @@ def _settings(folder: Path) -> dict[str, Table]:
     }
 
 
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} ({_words(value)})" if isinstance(value, dict) else f"{key} {_word(value)}"
+        for key, value in values.items()
+    )
+
+
 def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -244,7 +251,7 @@ def _provenance(result: Mapping[str, Any]) -> list[tuple[str, str | Markup]]:
         pairs.append(("label noise", report.noise_words(data["label_noise"])))
     pairs += [
         ("update", report.sam_words(result["sam"], result["steps"])),
-        ("optimizer", ", ".join(f"{key} {_word(value)}" for key, value in result["optimizer"].items())),
+        ("optimizer", _words(result["optimizer"])),
         ("machine", result["machine"]),
         ("devices", ", ".join(f"{count} x {name}" for name, count in devices.items())),
         ("ranks", number(result, "world_size", "d")),

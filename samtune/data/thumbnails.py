@@ -6,7 +6,6 @@ import io
 import numpy as np
 from PIL import Image
 
-from samtune.data.decode import decode
 from samtune.data.splits import Indices, open_parts
 from samtune.errors import DataError
 from samtune.options import RunConfig
@@ -29,6 +28,8 @@ def thumbnails(config: RunConfig, split: str, rows: Indices, labels: Indices) ->
 
 
 def _picture(encoded: bytes, where: str) -> str:
+    from samtune.data.decode import decode  # with torch, which takes long to load: a data set may be gone
+
     pixels = decode(encoded, lambda: where).permute(1, 2, 0).numpy()
     image = Image.fromarray(np.ascontiguousarray(pixels))
     kind = "PNG" if max(image.size) <= _LOSSLESS else "JPEG"
