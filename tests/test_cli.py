@@ -60,16 +60,19 @@ def test_every_setting_is_a_flag_with_help():
     assert "Default: 0.05" in help_text
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "data", "data check", "datasets", "datasets show", "runs"])
+@pytest.mark.parametrize(
+    "command", ["run", "eval", "data", "data check", "datasets", "datasets show", "runs", "report"]
+)
 def test_every_command_has_an_example(command):
     assert f"Example: samtune {command} " in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
 
 
-@pytest.mark.parametrize("command", ["run", "data check", "runs"])
+@pytest.mark.parametrize("command", ["run", "data check", "runs", "report"])
 def test_help_loads_nothing_heavy(command):
     check = (
         f"import sys; from samtune.cli import app; app({[*command.split(), '--help']}, standalone_mode=False);"
         "heavy = {'torch', 'timm', 'datasets', 'scipy', 'pyarrow', 'PIL', 'numpy', 'imagehash'} & set(sys.modules);"
+        "heavy |= {'matplotlib', 'jinja2'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
