@@ -254,37 +254,51 @@ def report_runs(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder for comparison.json and comparison.md; a report goes to its run by default."
+            "--output", "-o", help="Folder for the files; the report of one run goes to its own folder by default."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare runs: errors with intervals, paired tests, what differs in their settings, and what it cost.
+    """Draw the page of a run, or compare several: errors with intervals, paired tests, what differs, what it cost.
 
     Example: samtune report runs/sgd runs/sam
 
-    Runs that differ in the seed alone are one setting with so many seeds. Two runs are tested on the images that both
-    scored (McNemar), settings over the seeds that they share (Student); where that cannot be, it is said why.
+    Of one run, report.json and report.md are made again from its files, and report.html: curves, errors, calibration,
+    mistakes, in one file without network or script. A run that has ended early, or goes on, is shown as far as it came.
 
-    Of one run, report.json and report.md are made anew from its other files.
+    Several runs must be done. Those that differ in the seed alone are one setting with so many seeds. Two runs are
+    tested on the images that both scored (McNemar), settings over the seeds that they share (Student); where that
+    cannot be, it is said why. --output writes comparison.json and comparison.md.
     """
-    from samtune import console, report
-
+    os.environ["HF_HUB_OFFLINE"] = "1"  # pictures are shown if they are here
     if len(runs) == 1:
-        result = report.recollect(runs[0])
-        with result_folder(output or runs[0]) as folder:
-            report.write(folder, result)
-        if as_json:
-            console.print_json(result)
-        else:
-            console.print_table("Result", report.summary(result))
-        return
-    from samtune import compare
+        _report_run(runs[0], output or runs[0], as_json)
+    else:
+        _compare_runs(runs, output, as_json)
+
+
+def _report_run(run: Path, output: Path, as_json: bool) -> None:
+    from samtune import console, report, runpage
+
+    result = report.recollect(run)
+    console.note(f"drawing the page of {run} ...")
+    with result_folder(output):
+        report.write(output, result)
+        runpage.write(output / "report.html", run, result)
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_table("Result", report.summary(result))
+        console.print_lines([f"page: {output / 'report.html'}"])
+
+
+def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:
+    from samtune import compare, console
 
     comparison = compare.compare(runs)
     if output is not None:
-        with result_folder(output) as folder:
-            compare.write(folder, comparison)
+        with result_folder(output):
+            compare.write(output, comparison)
     if as_json:
         console.print_json(comparison)
         return

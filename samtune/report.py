@@ -5,10 +5,10 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from samtune import runlog
-from samtune.errors import CheckpointError, first_line
+from samtune.errors import CheckpointError, UsageError
 
 SCHEMA_VERSION = 1
 _SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss")
@@ -41,12 +41,20 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def recollect(folder: Path) -> dict[str, Any]:
-    """What `collect` says of any folder. Raises UsageError without a run that is done, CheckpointError for damage."""
-    runlog.check_done(folder)
+    """What `collect` says of any folder, whatever became of its run.
+
+    Raises UsageError where there is no run, CheckpointError where its files are damaged.
+    """
+    if not runlog.holds_run(folder):
+        raise UsageError(f"there is no run in {folder}", mend="give a folder that `samtune run` made")
     try:
         return collect(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the record of run {folder} is damaged", first_line(error), "repeat the run") from None
+        raise CheckpointError(
+            f"the record of run {folder} cannot be read",
+            f"{type(error).__name__}: {error}",
+            "config.toml and provenance.json must be as the run wrote them",
+        ) from None
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -74,7 +82,7 @@ def collect(folder: Path) -> dict[str, Any]:
     passes = sum(row["passes"] for row in train) if whole_record else None
     classes = provenance["dataset"]["classes"]
     per_epoch = provenance["steps_per_epoch"]
-    whole = {epoch: loss for epoch, loss in epoch_losses(train).items() if epoch * per_epoch <= steps}
+    whole = {epoch: loss for epoch, loss in epoch_means(train).items() if epoch * per_epoch <= steps}
     warnings = [collapse_warning(epoch, loss, classes) for epoch, loss in whole.items()]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -127,15 +135,15 @@ def best_key(row: Mapping[str, Any]) -> tuple[float, float]:
     return row["top1_error"], row["loss"]
 
 
-def epoch_losses(train: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Mean train loss of each epoch, from the rows of its parts; rows in which no step was applied have none."""
+def epoch_means(train: Sequence[Mapping[str, Any]], key: Literal["loss", "top1_error"] = "loss") -> dict[int, float]:
+    """Mean over the images of each epoch, from the rows of its parts; rows in which no step was applied have none."""
     totals: dict[int, tuple[float, int]] = {}
     for row in train:
-        if row["loss"] is None:
+        if row[key] is None:
             continue
-        loss, n = totals.get(row["epoch"], (0.0, 0))
-        totals[row["epoch"]] = (loss + row["loss"] * row["n"], n + row["n"])
-    return {epoch: loss / n for epoch, (loss, n) in totals.items()}
+        total, n = totals.get(row["epoch"], (0.0, 0))
+        totals[row["epoch"]] = (total + row[key] * row["n"], n + row["n"])
+    return {epoch: total / n for epoch, (total, n) in totals.items()}
 
 
 def score_line(scores: Mapping[str, Any]) -> str:

@@ -2,8 +2,6 @@
 
 import difflib
 import json
-import re
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from samtune import config
 from samtune.config import flag_name
 from samtune.errors import CheckpointError, UsageError
 from samtune.options import RunConfig
-from samtune.runlog import has_checkpoints, holds_run
+from samtune.runlog import has_checkpoints, holds_run, read_settings
 
 # Settings that change no number: they may differ without being asked about.
 FREE = {
@@ -68,8 +66,7 @@ def settle(
     if not holds_run(folder):
         return config.load(recipe, flags), None
     try:
-        text = (folder / "config.toml").read_text(encoding="utf-8")
-        stored, origins = tomllib.loads(text), dict(re.findall(r"^(\w+) = .* # (.*)$", text, re.MULTILINE))
+        stored, origins = read_settings(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the settings of run {folder} cannot be read",

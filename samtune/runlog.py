@@ -20,6 +20,7 @@ import shlex
 import socket
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -306,6 +307,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
                 if isinstance(row, dict) and {"step", "epoch", "split", "seconds"} <= row.keys():
                     rows.append(row)
     return rows
+
+
+def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings that config.toml holds, and where each came from; those that are open have an origin alone.
+
+    Raises OSError or ValueError where it cannot be read.
+    """
+    text = (folder / "config.toml").read_text(encoding="utf-8")
+    origins = re.findall(r"^(?:# )?(\w+) (?:= .*|is open) *# (.*)$", text, re.MULTILINE)
+    return tomllib.loads(text), dict(origins)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

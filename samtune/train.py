@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -83,6 +84,8 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
             result = report.collect(log.folder)
             with log.never_fatal("report"):
                 report.write(log.folder, result)
+            page = f"samtune report {shlex.quote(str(log.folder))}"
+            console.note(f"{page} draws the curves, errors by class, calibration and the most confident mistakes")
             return result
 
 

@@ -44,6 +44,7 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.data.describe.describe", begin)
     monkeypatch.setattr("samtune.runs.list_runs", begin)
     monkeypatch.setattr("samtune.compare.compare", begin)
+    monkeypatch.setattr("samtune.report.recollect", begin)
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.split(">")[0], comments=True)
     with pytest.raises(Parsed):
@@ -78,7 +79,7 @@ def test_continuous_integration_runs_the_readmes_test_command():
 def test_continuous_integration_runs_every_lane_and_the_readme_names_them():
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     assert "set -euo pipefail" in script  # each step fails loudly
-    for lane in ("fault", "slow"):
+    for lane in ("fault", "slow", "browser"):
         assert f".venv/bin/python -m pytest -m {lane}" in script
         assert f"`-m {lane}`" in README
 
