@@ -56,7 +56,7 @@ def gpu_choice(gpus: int | str) -> str:
 
 def _trackers(track: str | list[str]) -> str:
     names = track.split(",") if isinstance(track, str) else track
-    if names != ["none"] and (not names or len(set(names)) < len(names) or not set(names) <= {"tensorboard", "wandb"}):
+    if names not in (["none"], ["tensorboard"], ["wandb"], ["tensorboard", "wandb"], ["wandb", "tensorboard"]):
         raise ValueError('must be "none", "tensorboard", "wandb", or both: "tensorboard,wandb"')
     return ",".join(names)
 

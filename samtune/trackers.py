@@ -200,7 +200,8 @@ class _WandB(_Tracker):
         if not identity.exists():
             identity.write_text(secrets.token_hex(4), encoding="utf-8")
         name = identity.read_text(encoding="utf-8")
-        before = list(place.glob(f"offline-run-*-{name}"))
+        for before in place.glob(f"offline-run-*-{name}"):  # this one gets all of its rows
+            shutil.rmtree(before)
         self._run: Any = wandb.init(
             dir=folder,
             id=name,
@@ -217,8 +218,6 @@ class _WandB(_Tracker):
                 finish_timeout_raises=True,
             ),
         )
-        for old in before:  # the new one gets all of their rows
-            shutil.rmtree(old)
         self._run.define_metric("*", step_metric="step")
         self._there = self._run.step  # rows that the server has already
 
