@@ -184,8 +184,8 @@ class _TensorBoard(_Tracker):
 class _WandB(_Tracker):
     """A run of Weights & Biases under RUN/wandb, offline unless WANDB_MODE says otherwise.
 
-    A row is a step of W&B's own, which must never go back as that of a test of the best checkpoint does; the axis is
-    the run's step.
+    W&B's own step must not go back, as the run's does where a checkpoint before the last is tested: it counts the rows,
+    and the run's step is the axis.
     """
 
     package = "wandb"
@@ -197,14 +197,13 @@ class _WandB(_Tracker):
         place = folder / "wandb"
         place.mkdir(exist_ok=True)
         identity = place / "run-id.txt"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4), encoding="utf-8")
-        name = identity.read_text(encoding="utf-8")
-        for before in place.glob(f"offline-run-*-{name}"):  # this one gets all of its rows
+        run_id = (identity.read_text(encoding="utf-8") if identity.exists() else "") or secrets.token_hex(4)
+        identity.write_text(run_id, encoding="utf-8")
+        for before in place.glob(f"offline-run-*-{run_id}"):  # all of its rows come again
             shutil.rmtree(before)
         self._run: Any = wandb.init(
             dir=folder,
-            id=name,
+            id=run_id,
             name=folder.resolve().name,
             project=os.environ.get("WANDB_PROJECT", "samtune"),
             mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
