@@ -140,6 +140,10 @@ def _check_before_slow_work(settings: RunConfig, resumed: Resumed | None) -> Non
         check_unused(resumed.folder)
     elif settings.output is not None:
         check_free(settings.output)
+    if settings.track != "none":
+        from samtune import trackers
+
+        trackers.check(settings.track)
 
 
 @app.command(name="eval")

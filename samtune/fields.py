@@ -54,6 +54,13 @@ def gpu_choice(gpus: int | str) -> str:
     return str(gpus)
 
 
+def _trackers(track: str | list[str]) -> str:
+    names = track.split(",") if isinstance(track, str) else track
+    if names not in (["none"], ["tensorboard"], ["wandb"], ["tensorboard", "wandb"], ["wandb", "tensorboard"]):
+        raise ValueError('must be "none", "tensorboard", "wandb", or both: "tensorboard,wandb"')
+    return ",".join(names)
+
+
 def _endpoint(endpoint: str) -> str:
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
@@ -83,5 +90,6 @@ NormOrder = Annotated[
 ]
 Samples = Annotated[int | str, BeforeValidator(_samples)]
 Gpus = Annotated[str, BeforeValidator(gpu_choice)]
+TrackerNames = Annotated[str, BeforeValidator(_trackers)]
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
 Pattern = Annotated[str, AfterValidator(_pattern)]

@@ -23,6 +23,7 @@ from samtune.fields import (
     RunLength,
     Samples,
     SaveInterval,
+    TrackerNames,
 )
 from samtune.schedules import Duration
 
@@ -308,6 +309,12 @@ class RunConfig(BaseModel):
     test: bool = _option("Run", "score the test split once, at the end", True)
     select: Literal["last", "best"] = _option(
         "Run", "the checkpoint to score: the last, or the best on validation", "last"
+    )
+    track: TrackerNames = _option(
+        "Run",
+        "hand metrics on to tensorboard, to wandb (offline, unless WANDB_MODE says otherwise), or to both: "
+        '"tensorboard,wandb"; their files are in the run folder',
+        "none",
     )
     output: PathField | None = _option("Run", "run folder; by default a new one under runs/", None)
 

@@ -15,7 +15,7 @@ from samtune.runlog import has_checkpoints, holds_run, read_settings
 
 # Settings that change no number: they may differ without being asked about.
 FREE = {
-    *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "output"),
+    *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "track", "output"),
     *("gpus", "processes", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts", "grad_checkpointing"),
 }
 # Settings that the weights, or the meaning of "step 123" or "validation", hang on: another value is another run.

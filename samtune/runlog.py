@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -111,6 +111,7 @@ class RunLog:
         self.folder, self.checkpoints, self.total_steps = folder, folder / "checkpoints", total_steps
         self.step = 0
         self.degraded = False
+        self.followers: list[Callable[[Mapping[str, Any]], None]] = []  # each is given the rows of metrics
         self._name = "log.txt"
         self._lock = held
         self._opened = time.perf_counter() - seconds
@@ -174,6 +175,8 @@ class RunLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._metrics_bytes += len(rows)
             self._unwritten.clear()
+        for follow in self.followers:
+            follow(row)
 
     def synced_metrics_bytes(self) -> int:
         """Length of metrics.jsonl up to the last whole row, which is on the disk now."""

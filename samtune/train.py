@@ -32,6 +32,7 @@ from samtune.runlog import RunLog
 from samtune.saver import Saver
 from samtune.schedules import cosine, warmup
 from samtune.step import StepResult
+from samtune.trackers import Trackers
 from samtune.watchdog import Watchdog
 
 _ROW_STEPS = 100  # a row of metrics at least this often
@@ -68,7 +69,12 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
         opened = opening.begin(config) if resumed is None else opening.go_on(config, resumed, stop)
         job, log, newest, place = opened
         watchdog = opening.watchdog(log, 60 * config.step_timeout)
-        with opening.outcome(job, log), console.RunProgress(job.total_steps, place.step) as progress, watchdog:
+        with (
+            opening.outcome(job, log),
+            Trackers(job.config, log) as trackers,
+            console.RunProgress(job.total_steps, place.step) as progress,
+            watchdog,
+        ):
             this = _Run(job, log, Saver(job, log, newest), stop, progress, watchdog)
             stop.patient = True
             this.saver.link(place)  # a kill may have come before the links
@@ -86,6 +92,7 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
                 report.write(log.folder, result)
             page = f"samtune report {shlex.quote(str(log.folder))}"
             console.note(f"{page} draws the curves, errors by class, calibration and the most confident mistakes")
+            trackers.result = result
             return result
 
 

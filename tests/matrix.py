@@ -35,6 +35,7 @@ ROWS = {
     26: "code in a checkpoint or in weights",
     27: "settings of unknown name, wrong type or impossible value",
     28: "no GPU, or no driver",
+    29: "a tracker that is down, raises or does not answer",
     30: "no terminal, an odd one, or a closed one",
 }
 

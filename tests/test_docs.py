@@ -65,6 +65,7 @@ def test_options_in_the_readme_exist():
     known |= {flag_name(f"no_{key}") for key, field in RunConfig.model_fields.items() if field.annotation is bool}
     known |= {"--json", "--resume", "--allow-change", "--split", "--ema", "--help"}
     known |= {"--kills", "--repeat", "--repo-type", "--signal", "--without-pip", "--python"}  # of other programs
+    known |= {"--logdir"}  # of TensorBoard
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
