@@ -74,6 +74,14 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         raise UsageError("--weights and --no-pretrained contradict each other", mend="give one of them")
     if config.train_labels is not None and config.label_noise > 0:
         raise UsageError("--train-labels and --label-noise contradict each other", mend="give one of them")
+    for key, value in (("select", "best"), ("test", False)):
+        if not config.val and getattr(config, key) == value:
+            given_as = "--no-test" if key == "test" else "--select best"
+            raise UsageError(
+                f"--no-val and {given_as} contradict each other",
+                "nothing is held out to choose on, or to score in the place of test",
+                "leave one out",
+            )
     if config.processes is not None and config.gpus != "auto":
         raise UsageError("--processes and --gpus contradict each other", mend="give one of them")
     if config.nnodes > 1 and config.rdzv_endpoint is None:

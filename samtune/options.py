@@ -118,6 +118,11 @@ class RunConfig(BaseModel):
         gt=0,
         lt=1,
     )
+    val: bool = _option(
+        "Data",
+        "hold images out to validate on; --no-val trains on them too, for a last fit when everything is chosen",
+        True,
+    )
     split_seed: int = _option(
         "Data", "seed of that split and of subsets; it does not follow --seed, so that runs compare", 0, ge=0
     )
