@@ -51,6 +51,24 @@ class Data:
     seen_test_images: int  # of the test rows, those that are in train too
 
 
+@dataclass(frozen=True)
+class Length:
+    """How many steps a run takes, and at which of them SAM perturbs by which radius."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    rho: RhoSchedule
+
+    @classmethod
+    def of(cls, config: RunConfig, batch: Batch, train_images: int) -> "Length":
+        """As the settings have it. Raises UsageError where they leave SAM no step."""
+        per_epoch = steps_per_epoch(train_images, batch.total)
+        total_steps = max(1, config.epochs.steps(per_epoch))
+        warmup_steps = config.warmup_epochs.steps(per_epoch, total_steps)
+        return cls(per_epoch, total_steps, warmup_steps, _rho_schedule(config, per_epoch, total_steps, warmup_steps))
+
+
 @dataclass(kw_only=True)
 class Job(Data):
     """All that a run needs, built before anything is written."""
@@ -149,9 +167,7 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
     batch = Batch.of(config, distributed.world_size(), len(read.train_rows))
     config = _fill_in(config, target, info, len(read.train_rows), batch)
     lr = _peak_rate(config, batch)
-    per_epoch = steps_per_epoch(len(read.train_rows), batch.total)
-    total_steps = max(1, config.epochs.steps(per_epoch))
-    warmup_steps = config.warmup_epochs.steps(per_epoch, total_steps)
+    length = Length.of(config, batch, len(read.train_rows))
     optimizer, penalty = _optimizer(model, config, lr)
     update = Step(
         _sam(model, config, batch),
@@ -171,12 +187,9 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
         info=info,
         optimizer=optimizer,
         update=update,
-        rho=_rho_schedule(config, per_epoch, total_steps, warmup_steps),
         batch=batch,
         lr=lr,
-        steps_per_epoch=per_epoch,
-        total_steps=total_steps,
-        warmup_steps=warmup_steps,
+        **vars(length),
     )
 
 

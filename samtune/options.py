@@ -323,6 +323,12 @@ class RunConfig(BaseModel):
         """Where each value came from: "flag", "recipe FILE", "data set NAME", "default" or "derived: REASON"."""
         return self._origins
 
+    @classmethod
+    def panel(cls, key: str) -> str:
+        """The group of settings that one belongs to, as the help shows them."""
+        extra: Any = cls.model_fields[key].json_schema_extra
+        return str(extra["panel"])
+
     def derive(self, key: str, value: Any, reason: str) -> "RunConfig":
         """A copy in which a value that was left open is filled in, with the reason as its origin."""
         copy = self.model_copy(update={key: value})

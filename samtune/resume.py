@@ -15,11 +15,11 @@ from samtune.errors import CheckpointError, UsageError
 from samtune.options import RunConfig
 from samtune.runlog import has_checkpoints, holds_run
 
-# Settings that change no number: they may differ without being asked about.
-_FREE = {
+FREE = {
     *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "output"),
     *("gpus", "processes", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts", "grad_checkpointing"),
 }
+"""Settings that change no number: they may differ without being asked about."""
 # Settings that the weights, or the meaning of "step 123" or "validation", hang on: another value is another run.
 _FIXED = {
     *("model", "weights", "pretrained", "img_size", "model_ema", "opt", "seed", "batch_size", "global_batch_size"),
@@ -78,13 +78,13 @@ def settle(
         ) from None
     settings, before, keys = config.load_over(stored, origins, recipe, flags)
     changed = {key: (getattr(before, key), getattr(settings, key)) for key in keys if key != "output"}
-    if not set(changed) <= _FREE | set(allow_change):
+    if not set(changed) <= FREE | set(allow_change):
         raise CheckpointError(
             f"run {folder} was started with other settings",
             _table(changed, allow_change),
             "leave them out to go on as before, or start a new run with another --output",
         )
-    differ = {key: values for key, values in changed.items() if key not in _FREE}
+    differ = {key: values for key, values in changed.items() if key not in FREE}
     return settings, Resumed(folder, differ, not {"gpus", "processes"}.isdisjoint(allow_change))
 
 
@@ -107,7 +107,7 @@ def _table(changed: Mapping[str, tuple[Any, Any]], allow_change: Collection[str]
     for key in RunConfig.model_fields:
         if key in changed:
             before, now = (str(value) for value in changed[key])
-            allowed = key in _FREE or key in allow_change
+            allowed = key in FREE or key in allow_change
             note = "allowed" if allowed else "cannot change" if key in _FIXED else f"--allow-change {key} lets it"
             rows.append((key, before, now, note))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
