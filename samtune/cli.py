@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,6 +145,78 @@ def _check_before_slow_work(settings: RunConfig, resumed: Resumed | None) -> Non
         from samtune import trackers
 
         trackers.check(settings.track)
+
+
+_OWN_OF_SWEEP = {"output", "seed", "val", "test", "processes", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts"}
+
+
+@app.command()
+@partial(with_config_flags, without=_OWN_OF_SWEEP | {"shard"})
+def sweep(
+    recipe: Annotated[
+        Path, typer.Argument(help="TOML file with any of the options below as keys, and a table [sweep].")
+    ],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the sweep; by default sweeps/ and the recipe's name."),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at a time: on each GPU of --gpus, or on the CPU, whose cores they share.")
+    ] = 1,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='What each run may cost: "2000 passes" (forward-backward, of a batch) or "600 seconds" (of training). '
+            "The schedule is fitted to it. Repeatable; it takes the place of the recipe's.",
+            metavar="COST",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Of the last fits: how many (5), or which (0,1,2). Default: the recipe's, or 5.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show the plan; run nothing.")
+    ] = False,
+    as_json: Json = False,
+    flags: dict[str, Any],
+) -> None:
+    """Compare SAM with SGD by the paper's protocol: choose on validation, fit again with several seeds, test once.
+
+    Example: samtune sweep recipes/demo.toml --jobs 2
+
+    Every point of an arm's grid is trained on the training part and scored on validation; the best is fitted again on
+    both, with each seed, and scored on test once. What is done is never done again: the same command continues, and
+    several of them on one folder share the work.
+    """
+    from samtune.sweep import recipe as sweeps
+
+    asked = sweeps.load(recipe, flags, budgets=budget, seeds=seeds)
+    folder = output or Path("sweeps") / recipe.stem
+    _check_before_slow_work(asked.base.model_copy(update={"output": None}), None)
+
+    from samtune import console
+    from samtune.sweep import arms, engines, ledger, protocol
+    from samtune.sweep.plan import Plan
+
+    with signals.listening() as stop:
+        engines.refuse_ranks()
+        plan = protocol.check(Plan(asked, protocol.images_to_train_on(protocol.listed)))
+        for note in arms.notes(asked):
+            console.note(note)
+        if dry_run:
+            rows = protocol.counted(plan)
+            console.print_json(rows) if as_json else console.print_rows(f"{len(plan)} runs", rows)
+            return
+        engine = engines.Local(engines.places_here(asked.base, jobs))
+        failure = protocol.run(asked, folder, engine, stop)
+    result = ledger.read(folder)
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_rows(f"Sweep {folder}", protocol.table(result))
+    if failure is not None:
+        raise failure
 
 
 @app.command(name="eval")
@@ -320,6 +393,7 @@ def main() -> None:
         if over is not None:
             sys.exit(over)
     ranks.end_with_the_launcher()
+    signals.end_with_the_parent()
     sys.exit(_exit_code())
 
 

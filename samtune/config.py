@@ -18,9 +18,16 @@ _KINDS: dict[Any, str] = {float: "a number", int: "a whole number"}
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
-def load(recipe: Path | None = None, flags: Mapping[str, Any] | None = None) -> RunConfig:
-    """Flag > recipe > data set's row > default. Raises UsageError that names key, origin and allowed range."""
-    found = _with_origins(recipe, flags)
+def load(
+    recipe: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    over: Mapping[str, tuple[Any, str]] | None = None,
+) -> RunConfig:
+    """Flag > recipe > data set's row > default. Raises UsageError that names key, origin and allowed range.
+
+    over: values that go before all of them, each with its origin.
+    """
+    found = _over(_with_origins(recipe, flags), over or {})
     name = found.get("dataset", ("", ""))[0]
     if isinstance(name, str) and name in CATALOG:
         row = CATALOG[name].defaults
@@ -74,6 +81,14 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         raise UsageError("--weights and --no-pretrained contradict each other", mend="give one of them")
     if config.train_labels is not None and config.label_noise > 0:
         raise UsageError("--train-labels and --label-noise contradict each other", mend="give one of them")
+    for key, value in (("select", "best"), ("test", False)):
+        if not config.val and getattr(config, key) == value:
+            given_as = "--no-test" if key == "test" else "--select best"
+            raise UsageError(
+                f"--no-val and {given_as} contradict each other",
+                "nothing is held out to choose on, or to score in the place of test",
+                "leave one out",
+            )
     if config.processes is not None and config.gpus != "auto":
         raise UsageError("--processes and --gpus contradict each other", mend="give one of them")
     if config.nnodes > 1 and config.rdzv_endpoint is None:
@@ -110,17 +125,29 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
+    recipe = _read_toml(path)
+    recipe.pop("expected", None)  # the recipe's claim: data for readers and tests, not a setting
+    recipe.pop("sweep", None)  # for `samtune sweep`
+    return recipe
+
+
+def sweep_table(path: Path) -> dict[str, Any]:
+    """What a recipe says under [sweep]; {} if nothing."""
+    table = _read_toml(path).get("sweep", {})
+    if not isinstance(table, dict):
+        raise UsageError(f"sweep = {table!r} in recipe {path}", "it is a table", "write [sweep], and its keys below")
+    return table
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"recipe {path} cannot be read", error.strerror or "", "give the path of a TOML file"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {path} is not TOML", str(error), "recipes hold lines like: rho = 0.05") from None
-    for table in ("expected", "sweep"):  # the recipe's claim, and how `samtune sweep` varies it: no settings of a run
-        recipe.pop(table, None)
-    return recipe
 
 
 def flag_name(key: str) -> str:

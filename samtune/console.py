@@ -14,6 +14,7 @@ from rich.table import Table
 from samtune import ranks
 
 _PLAIN_INTERVAL = 15.0  # seconds between two progress lines where there is no terminal
+_RUNS_INTERVAL = 60.0  # the same, of a sweep
 _FOLDED = 8  # characters: a column of words is not folded to less
 
 
@@ -102,6 +103,45 @@ def print_lines(lines: Iterable[str]) -> None:
 def _to_stdout(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+class RunsProgress:
+    """How far several runs are: a live bar for each on a terminal, otherwise a line now and then. Use it as a context;
+    notes printed meanwhile appear above the bars.
+    """
+
+    def __init__(self) -> None:
+        self._last_line = time.monotonic()
+        self._bars: dict[str, TaskID] = {}
+        self._progress: Progress | None = None
+        if _err.is_interactive:
+            columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn()
+            self._progress = Progress(*columns, TimeRemainingColumn(compact=True), console=_err, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def show(self, runs: Mapping[str, tuple[int, int] | None]) -> None:
+        """(step, total steps) of each run that is going on; None before its first step."""
+        if self._progress is None:
+            said = ", ".join(f"{run} step {steps[0]}/{steps[1]}" for run, steps in runs.items() if steps)
+            if said and time.monotonic() - self._last_line >= _RUNS_INTERVAL:
+                self._last_line = time.monotonic()
+                note(said)
+            return
+        for run in self._bars.keys() - runs.keys():
+            self._progress.remove_task(self._bars.pop(run))
+        for run, steps in runs.items():
+            done, total = steps or (0, None)
+            if run not in self._bars:
+                self._bars[run] = self._progress.add_task(run, total=total)
+            self._progress.update(self._bars[run], completed=done, total=total)
 
 
 class RunProgress:

@@ -100,11 +100,7 @@ class Stopped(BaseException):
 
     SAVED = 75  # sysexits.h: temporary failure, try again
 
-    def __init__(self, what: str, exit_code: int) -> None:
+    def __init__(self, what: str, exit_code: int, mend: str = "") -> None:
         super().__init__(what)
         self.exit_code = exit_code
-
-    @property
-    def mend(self) -> str:
-        """What to do next."""
-        return "go on with --resume" if self.exit_code == self.SAVED else "what was saved before is intact"
+        self.mend = mend or ("go on with --resume" if exit_code == self.SAVED else "what was saved before is intact")

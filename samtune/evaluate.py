@@ -19,7 +19,7 @@ from samtune.data.source import Source
 from samtune.data.splits import Indices, open_parts
 from samtune.data.transforms import eval_transform, normalize
 from samtune.errors import CheckpointError, DataError, Diverged, UsageError
-from samtune.job import look_at_data
+from samtune.job import look_at_data, look_at_train
 from samtune.options import RunConfig
 from samtune.signals import Interrupted
 from samtune.stats import wilson_interval
@@ -236,6 +236,10 @@ def _images_of(
             f"{len(data.class_names)} classes against {len(manifest['class_names'])}, or other names or another order",
             "give the data set of the run by --dataset",
         )
+    if split == "val" and not config.val:
+        raise UsageError(
+            "--split val: this run held nothing out", "--no-val: it trained on its validation images", "--split test"
+        )
     if split == "val":
         chosen, rows = parts.val, parts.val_rows
     elif split == "train":
@@ -248,7 +252,7 @@ def _images_of(
         raise UsageError(
             f"data set {data.name} has no split {split!r}", mend=f"--split val, or one of: {', '.join(data.splits)}"
         )
-    (images,) = look_at_data(config, [(chosen, rows)])
+    images = look_at_train(config, parts) if split == "train" else look_at_data(config, [(chosen, rows)])[0]
     if config.on_bad_image == "error":
         refuse(bad_among(images, rows))
     return data, images, without_bad(images, rows)

@@ -1,7 +1,7 @@
 """The flags that commands share: --json, and the fields of RunConfig."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -14,19 +14,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, al
 _SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}
 
 
-def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one flag for each field of RunConfig; it receives those that were typed, as `flags`."""
+def with_config_flags(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
+    """Give a command one flag for each field of RunConfig; it receives those that were typed, as `flags`.
+
+    without: fields that are no flags of this command, or flags of its own.
+    """
+    keys = [key for key in RunConfig.model_fields if key not in without]
 
     @wraps(command)
     def wrapped(**arguments: Any) -> None:
-        own = {key: arguments.pop(key) for key in list(arguments) if key not in RunConfig.model_fields}
+        own = {key: arguments.pop(key) for key in list(arguments) if key not in keys}
         command(**own, flags={key: value for key, value in arguments.items() if value is not None})
 
     signature = inspect.signature(command)
     parameters = [p for p in signature.parameters.values() if p.name != "flags"]
     parameters += [
         inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(key))
-        for key in RunConfig.model_fields
+        for key in keys
     ]
     parameters.sort(key=lambda p: p.kind)
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -45,7 +49,6 @@ def _annotation(key: str) -> Any:
         names = [f"{flag_name(key)}/{flag_name('no_' + key)}"]
     elif key in _SHORT:
         names.append(_SHORT[key])
-    extra: Any = field.json_schema_extra
     default = None if field.is_required() or field.default is None else str(field.default)
     if kind is bool:
         default = flag_name(key if field.default else f"no_{key}").removeprefix("--")
@@ -53,7 +56,7 @@ def _annotation(key: str) -> Any:
         *names,
         help=f"{field.description}." + (f" Default: {default}." if default is not None else ""),
         show_default=False,
-        rich_help_panel=extra["panel"],
+        rich_help_panel=RunConfig.panel(key),
         metavar="|".join(choices) or None,
     )
     return Annotated[kind | None, option]

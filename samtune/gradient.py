@@ -20,6 +20,11 @@ Loss = Callable[..., torch.Tensor]
 Batch = tuple[torch.Tensor, ...]  # of one first dimension, the samples
 
 
+def sam_passes(ascent_steps: int, ascent_fraction: float) -> float:
+    """Forward-backward passes over the batch in a step of SAM."""
+    return 1 + ascent_steps * ascent_fraction
+
+
 class SAM:
     """The gradient of Sharpness-Aware Minimization, for any model, loss and base optimizer.
 
@@ -146,7 +151,7 @@ class SAM:
     @property
     def passes(self) -> float:
         """Forward-backward passes over the batch in one call."""
-        return 1 + self.ascent_steps * self.ascent_fraction if self.rho > 0 else 1
+        return sam_passes(self.ascent_steps, self.ascent_fraction) if self.rho > 0 else 1
 
     def backward(self, loss: Loss, *batch: torch.Tensor) -> torch.Tensor:
         """Add the gradient of the loss at w + e to `.grad` of all parameters of the model; w is as it was.

@@ -12,11 +12,11 @@ from torch import nn
 from samtune import console, device, distributed, models, shard
 from samtune.batch import Batch, group_size
 from samtune.data import noise
-from samtune.data.cache import Images, bad_among, in_both, look_at, refuse, without_bad
+from samtune.data.cache import Images, bad_among, in_both, look_at, refuse, united, without_bad
 from samtune.data.loader import steps_per_epoch
 from samtune.data.noise import LabelNoise
 from samtune.data.source import Source, Split
-from samtune.data.splits import Indices, open_parts
+from samtune.data.splits import Indices, Parts, open_parts
 from samtune.errors import UsageError
 from samtune.gradient import SAM
 from samtune.losses import cross_entropy, l2_penalty
@@ -49,6 +49,24 @@ class Data:
     test_rows: Indices
     bad_images: list[dict[str, Any]]  # left out of the rows
     seen_test_images: int  # of the test rows, those that are in train too
+
+
+@dataclass(frozen=True)
+class Length:
+    """How many steps a run takes, and at which of them SAM perturbs by which radius."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    rho: RhoSchedule
+
+    @classmethod
+    def of(cls, config: RunConfig, batch: Batch, train_images: int) -> "Length":
+        """As the settings have it. Raises UsageError where they leave SAM no step."""
+        per_epoch = steps_per_epoch(train_images, batch.total)
+        total_steps = max(1, config.epochs.steps(per_epoch))
+        warmup_steps = config.warmup_epochs.steps(per_epoch, total_steps)
+        return cls(per_epoch, total_steps, warmup_steps, _rho_schedule(config, per_epoch, total_steps, warmup_steps))
 
 
 @dataclass(kw_only=True)
@@ -117,7 +135,7 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
     distributed.join(target)
     torch.manual_seed(config.seed)
     with distributed.first_of_machine():
-        read = _read_data(config)
+        read = read_data(config)
         console.note(f"loading model {config.model} ...")
         model, info = models.build(
             config.model,
@@ -149,9 +167,7 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
     batch = Batch.of(config, distributed.world_size(), len(read.train_rows))
     config = _fill_in(config, target, info, len(read.train_rows), batch)
     lr = _peak_rate(config, batch)
-    per_epoch = steps_per_epoch(len(read.train_rows), batch.total)
-    total_steps = max(1, config.epochs.steps(per_epoch))
-    warmup_steps = config.warmup_epochs.steps(per_epoch, total_steps)
+    length = Length.of(config, batch, len(read.train_rows))
     optimizer, penalty = _optimizer(model, config, lr)
     update = Step(
         _sam(model, config, batch),
@@ -171,16 +187,14 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
         info=info,
         optimizer=optimizer,
         update=update,
-        rho=_rho_schedule(config, per_epoch, total_steps, warmup_steps),
         batch=batch,
         lr=lr,
-        steps_per_epoch=per_epoch,
-        total_steps=total_steps,
-        warmup_steps=warmup_steps,
+        **vars(length),
     )
 
 
-def _read_data(config: RunConfig) -> Data:
+def read_data(config: RunConfig) -> Data:
+    """The images of a run, decoded into the cache as far as they are not there. Raises DataError or UsageError."""
     console.note(f"reading data set {config.dataset} ...")
     parts = open_parts(config)
     data = parts.data
@@ -188,7 +202,7 @@ def _read_data(config: RunConfig) -> Data:
         console.note(note)
     test_part = [(parts.test, parts.test_rows)] if parts.test else []
     used = [(parts.train, parts.train_rows), (parts.val, parts.val_rows), *test_part]
-    looked_at = look_at_data(config, used)
+    looked_at = [look_at_train(config, parts), *look_at_data(config, used[1:])]
     bad = [item for images, (_, rows) in zip(looked_at, used, strict=True) for item in bad_among(images, rows)]
     if config.on_bad_image == "error":
         refuse(bad)
@@ -196,7 +210,7 @@ def _read_data(config: RunConfig) -> Data:
     test = tested[0] if tested else None
     train_rows, val_rows = without_bad(train, parts.train_rows), without_bad(val, parts.val_rows)
     test_rows = without_bad(test, parts.test_rows) if test else parts.test_rows
-    noisy, wrong = _noisy(config, parts.train, train_rows, data.class_names)
+    noisy, wrong = _noisy(config, parts, train_rows)
     return Data(
         data=data,
         train=replace(train, split=noisy),
@@ -209,6 +223,12 @@ def _read_data(config: RunConfig) -> Data:
         bad_images=bad,
         seen_test_images=in_both(train, train_rows, test, test_rows) if test else 0,
     )
+
+
+def look_at_train(config: RunConfig, parts: Parts) -> Images:
+    """The images to train on; with --no-val through the cached files of both parts, that other runs have, too."""
+    looked_at = look_at_data(config, parts.sources or [(parts.train, parts.train_rows)])
+    return united(parts.train, *looked_at) if parts.sources else looked_at[0]
 
 
 def look_at_data(config: RunConfig, parts: Iterable[tuple[Split, Indices]]) -> list[Images]:
@@ -227,12 +247,13 @@ def look_at_data(config: RunConfig, parts: Iterable[tuple[Split, Indices]]) -> l
         ]
 
 
-def _noisy(
-    config: RunConfig, train: Split, rows: Indices, class_names: tuple[str, ...]
-) -> tuple[Split, LabelNoise | None]:
+def _noisy(config: RunConfig, parts: Parts, rows: Indices) -> tuple[Split, LabelNoise | None]:
     """The train split with the labels to train on; another split object than the one that validation may share."""
+    train, class_names = parts.train, parts.data.class_names
     if config.train_labels is not None:
-        return noise.from_file(train, rows, class_names, path=config.train_labels, key=config.train_labels_key)
+        labelled = len(parts.data.splits["train"])
+        file, key = config.train_labels, config.train_labels_key
+        return noise.from_file(train, rows, class_names, path=file, key=key, labelled=labelled)
     if config.label_noise > 0:
         return noise.flip(
             train, rows, class_names, fraction=config.label_noise, kind=config.noise_kind, seed=config.noise_seed

@@ -119,6 +119,11 @@ class RunConfig(BaseModel):
         gt=0,
         lt=1,
     )
+    val: bool = _option(
+        "Data",
+        "hold images out to validate on; --no-val trains on them too, for a last fit when everything is chosen",
+        True,
+    )
     split_seed: int = _option(
         "Data", "seed of that split and of subsets; it does not follow --seed, so that runs compare", 0, ge=0
     )
@@ -324,6 +329,12 @@ class RunConfig(BaseModel):
     def origins(self) -> Mapping[str, str]:
         """Where each value came from: "flag", "recipe FILE", "data set NAME", "default" or "derived: REASON"."""
         return self._origins
+
+    @classmethod
+    def panel(cls, key: str) -> str:
+        """The group of settings that one belongs to, as the help shows them."""
+        extra: Any = cls.model_fields[key].json_schema_extra
+        return str(extra["panel"])
 
     def derive(self, key: str, value: Any, reason: str) -> "RunConfig":
         """A copy in which a value that was left open is filled in, with the reason as its origin."""

@@ -93,6 +93,7 @@ def lines(job: Job, provenance: Mapping[str, Any]) -> list[str]:
     resolved = "" if model["requested"] == model["resolved"] else f" -> {model['resolved']}"
     held_out = job.val.split.name == job.train.split.name
     own = f"a stratified {100 * config.val_fraction:g} % of train" if held_out else "its own split"
+    own = own if config.val else "trained on, too"
     sizes = f"train {len(job.train_rows)}, val {len(job.val_rows)} ({own}), test {len(job.test_rows)}"
     head_lr = provenance["optimizer"]["head_lr"]
     pieces = f", {job.update.sam.micro_batch} at once" if job.update.sam.micro_batch else ""

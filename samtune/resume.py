@@ -13,15 +13,15 @@ from samtune.errors import CheckpointError, UsageError
 from samtune.options import RunConfig
 from samtune.runlog import has_checkpoints, holds_run, read_settings
 
-# Settings that change no number: they may differ without being asked about.
 FREE = {
     *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "track", "output"),
     *("gpus", "processes", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts", "grad_checkpointing"),
 }
+"""Settings that change no number: they may differ without being asked about."""
 # Settings that the weights, or the meaning of "step 123" or "validation", hang on: another value is another run.
 _FIXED = {
     *("model", "weights", "pretrained", "img_size", "model_ema", "opt", "seed", "batch_size", "global_batch_size"),
-    *("image_key", "label_key", "train_split", "val_split", "test_split", "val_fraction", "split_seed"),
+    *("image_key", "label_key", "train_split", "val_split", "test_split", "val", "val_fraction", "split_seed"),
     *("train_fraction", "max_train", "max_eval", "on_bad_image"),
     *("label_noise", "noise_kind", "noise_seed", "train_labels", "train_labels_key"),
 }

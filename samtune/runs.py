@@ -57,6 +57,15 @@ def _progress(step: int | None, total: int | None) -> str | None:
     return f"{step}/{total} ({100 * step // total} %)" if step is not None and total else None
 
 
+def read_step(folder: Path) -> tuple[int, int] | None:
+    """(step, total steps) as a run has last said it; None if it has not yet."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        return int(status["step"]), int(status["total_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _row(folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {
         "path": str(folder),

@@ -66,11 +66,17 @@ class RhoSchedule:
     every: int = 1
     warmup_steps: int = 0
 
+    @property
+    def sam_steps(self) -> range:
+        """The steps at which the radius is not 0."""
+        end = self.total_steps if self.end is None else min(self.end, self.total_steps)
+        return range(self.start, end if self.peak > 0 else self.start, self.every)
+
     def __call__(self, step: int) -> float:
         """Radius in weight units at a step."""
-        end = self.total_steps if self.end is None else self.end
-        if not self.start <= step < end or (step - self.start) % self.every:
+        if step not in self.sam_steps:
             return 0.0
+        end = self.total_steps if self.end is None else self.end
         rising = warmup(step, self.warmup_steps)
         if self.shape == "constant":
             return self.peak * rising

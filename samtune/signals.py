@@ -1,7 +1,9 @@
 """Signals that ask a run to end: the first one after this step, with a checkpoint; the second one at once."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +16,25 @@ from samtune.errors import Stopped
 _HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Somebody does not want to wait. (When a terminal closes, shell and kernel send SIGHUP both.)
 _AT_ONCE = (signal.SIGINT, signal.SIGTERM)
+
+
+PARENT = "SAMTUNE_PARENT"
+"""The process that a run belongs to, and without which it shall not go on."""
+_LOOK = 0.5  # seconds
+
+
+def end_with_the_parent() -> None:
+    """If this process belongs to another one, it is asked to end as soon as that has gone."""
+    if PARENT not in os.environ:
+        return
+    parent = int(os.environ.pop(PARENT))  # it is not the parent of what this process starts
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 class Interrupted(BaseException):

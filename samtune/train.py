@@ -263,7 +263,7 @@ def _settle(this: _Run, place: Position) -> None:
     last = step == job.total_steps
     end_of_epoch = last or step % job.steps_per_epoch == 0
     every = max(1, config.eval_every.steps(job.steps_per_epoch, job.total_steps))
-    validating = last or step % every == 0
+    validating = config.val and (last or step % every == 0)
     if place.row.steps and (end_of_epoch or validating or place.row.steps == _ROW_STEPS):
         _write_row(this, place)
     if end_of_epoch or validating:

@@ -82,6 +82,32 @@ class Pixels:
 
 
 @dataclass(frozen=True)
+class JoinedPixels:
+    """Several files as one: the images of the first, then those of the second, and so on."""
+
+    files: tuple[Pixels, ...]
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        """(3, height, width) uint8, a view of its file."""
+        file = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.files[file][row - int(self._starts[file])]
+
+    def take(self, places: npt.NDArray[np.int64]) -> torch.Tensor | None:
+        """(n, 3, height, width) uint8, a copy, if all images of all files are of one shape; else None."""
+        file_of = np.searchsorted(self._starts, places, side="right") - 1
+        found = [file.take(places[file_of == i] - self._starts[i]) for i, file in enumerate(self.files)]
+        taken = [images for images in found if images is not None]
+        if len(taken) < len(found) or len({images.shape[1:] for images in taken}) > 1:
+            return None
+        order = np.argsort(np.argsort(file_of, kind="stable"))  # from file by file to the order of places
+        return torch.cat(taken)[torch.from_numpy(order)]
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        return np.array([0, *itertools.accumulate(len(file.shapes) for file in self.files)])[:-1]
+
+
+@dataclass(frozen=True)
 class Images:
     """The images of a split, from the cache where they are there.
 
@@ -90,7 +116,7 @@ class Images:
     """
 
     split: Split
-    pixels: Pixels | None = None
+    pixels: Pixels | JoinedPixels | None = None
     place: Mapping[int, int] = field(default_factory=dict)
     bad: Mapping[int, str] = field(default_factory=dict)
 
@@ -115,6 +141,24 @@ class Images:
         places = np.full(len(self.split), -1)
         places[list(self.place)] = list(self.place.values())
         return places
+
+
+def united(split: Split, first: Images, second: Images) -> Images:
+    """The images of a split whose rows were looked at in two parts: some in the first, the others in the second.
+
+    Where the second is of another split, its rows come after those of the first one's.
+    """
+    before = 0 if second.split is first.split else len(first.split)
+    cached = [(images, shift) for images, shift in ((first, 0), (second, before)) if images.pixels is not None]
+    files: list[Pixels] = []
+    place: dict[int, int] = {}
+    for images, shift in cached:
+        assert isinstance(images.pixels, Pixels)
+        start = sum(len(file.shapes) for file in files)
+        place |= {row + shift: start + at for row, at in images.place.items()}
+        files.append(images.pixels)
+    bad = dict(first.bad) | {row + before: why for row, why in second.bad.items()}
+    return Images(split, JoinedPixels(tuple(files)) if files else None, place, bad)
 
 
 def look_at(

@@ -77,13 +77,15 @@ def flip(
 
 
 def from_file(
-    train: Split, rows: Indices, class_names: Sequence[str], *, path: Path, key: str
+    train: Split, rows: Indices, class_names: Sequence[str], *, path: Path, key: str, labelled: int | None = None
 ) -> tuple[Split, LabelNoise]:
     """The train split with the labels of a file for these rows, and which of them differ from its own.
 
-    The file has a label for every row of the train split, in its order, or in any order with a column `index`. Raises
-    DataError that names the row.
+    The file has a label for every row of the train split, in its order, or in any order with a column `index`.
+    labelled: where a validation split was joined to train (--no-val), the rows before it; the others keep their labels.
+    Raises DataError that names the row.
     """
+    labelled = len(train) if labelled is None else labelled
     table = _read(path)
     if key not in table.column_names:
         raise DataError(
@@ -92,9 +94,9 @@ def from_file(
             "name one of them by --train-labels-key",
         )
     values = table[key].to_pylist()
-    if len(values) != len(train):
+    if len(values) != labelled:
         raise DataError(
-            f"--train-labels {path} has {len(values)} rows, and split {train.name} has {len(train)}",
+            f"--train-labels {path} has {len(values)} rows, and split train has {labelled}",
             mend="give one label for every row of the split, validation part included",
         )
     meaning = _meaning(class_names)
@@ -109,14 +111,15 @@ def from_file(
         )
     if _ROW_COLUMN in table.column_names:
         place = np.array(table[_ROW_COLUMN].to_pylist())
-        if not np.array_equal(np.sort(place), np.arange(len(train))):
+        if not np.array_equal(np.sort(place), np.arange(labelled)):
             raise DataError(
-                f"column {_ROW_COLUMN} of --train-labels {path} is not each row of split {train.name} once",
-                mend=f"number the rows from 0 to {len(train) - 1}, or remove the column",
+                f"column {_ROW_COLUMN} of --train-labels {path} is not each row of split train once",
+                mend=f"number the rows from 0 to {labelled - 1}, or remove the column",
             )
         given = given[np.argsort(place)]
     noisy = train.labels.copy()
-    noisy[rows] = given[rows]
+    own = rows[rows < labelled]
+    noisy[own] = given[own]
     return _changed(train, noisy, rows, "file", None, f"{path}, column {key}")
 
 

@@ -89,6 +89,12 @@ class Split:
         return [0, *itertools.accumulate(len(chunk) for chunk in self._chunks)][:-1]
 
 
+def united(first: Split, second: Split) -> Split:
+    """The rows of one split, then those of the other."""
+    table = _joined([first.table, second.table])
+    return Split(f"{first.name}+{second.name}", table, "image", np.concatenate([first.labels, second.labels]))
+
+
 @dataclass(frozen=True)
 class Source:
     """A data set as it was found: its name, where it came from, its classes in the order of the labels, its splits.

@@ -1,7 +1,7 @@
 """Which rows a run trains on, chooses on and is scored on: a seeded validation part of train, and seeded subsets."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +9,7 @@ import numpy.typing as npt
 from samtune.data import source
 from samtune.data.roles import Wanted
 from samtune.data.source import Source, Split
-from samtune.errors import DataError
+from samtune.errors import DataError, UsageError
 from samtune.options import RunConfig
 
 Indices = npt.NDArray[np.int64]
@@ -77,7 +77,10 @@ def train_and_validation(data: Source, fraction: float, seed: int) -> tuple[Spli
 
 @dataclass(frozen=True)
 class Parts:
-    """All rows of a run: (split, rows) to train on, to choose on, and to score once. No test split: no test_rows."""
+    """All rows of a run: (split, rows) to train on, to choose on, and to score once. No test split: no test_rows.
+
+    sources: with --no-val, train and validation as they would have been, of which train is made; val_rows are none.
+    """
 
     data: Source
     train: Split
@@ -86,12 +89,14 @@ class Parts:
     val_rows: Indices
     test: Split | None
     test_rows: Indices
+    sources: tuple[tuple[Split, Indices], ...] = ()
 
 
 def open_parts(config: RunConfig, dataset: str | None = None) -> Parts:
     """Open the data set of a config, and tell its rows; the same config gives the same rows, in a run and afterwards.
 
-    dataset: where the data is now, if it has moved. Raises what `source.open_source` and `train_and_validation` raise.
+    dataset: where the data is now, if it has moved. Raises what `source.open_source` and `train_and_validation` raise,
+    and UsageError for --no-val without a test split.
     """
     wanted = Wanted(config.image_key, config.label_key, config.train_split, config.val_split, config.test_split)
     data = source.open_source(dataset or config.dataset, wanted)
@@ -99,7 +104,7 @@ def open_parts(config: RunConfig, dataset: str | None = None) -> Parts:
     train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, seed)
     test_rows = np.arange(len(data.test) if data.test else 0)
     train_count = max(1, round(config.train_fraction * len(train_rows)))
-    return Parts(
+    parts = Parts(
         data,
         train,
         _at_most(min(train_count, config.max_train or train_count), train, train_rows, seed),
@@ -108,6 +113,24 @@ def open_parts(config: RunConfig, dataset: str | None = None) -> Parts:
         data.test,
         _at_most(config.max_eval, data.test, test_rows, seed) if data.test else test_rows,
     )
+    return parts if config.val else _with_validation(parts)
+
+
+def _with_validation(parts: Parts) -> Parts:
+    """Validation is trained on, too. Raises UsageError where nothing is left to score."""
+    if parts.test is None:
+        raise UsageError(
+            f"--no-val: data set {parts.data.name} has no test split",
+            "a run that trains on its validation images has nothing else to be scored on",
+            "leave --no-val out, or name a split by --test-split",
+        )
+    if parts.val is parts.train:
+        train, rows = parts.train, np.sort(np.concatenate([parts.train_rows, parts.val_rows]))
+    else:
+        train = source.united(parts.train, parts.val)
+        rows = np.concatenate([parts.train_rows, len(parts.train) + parts.val_rows])
+    sources = ((parts.train, parts.train_rows), (parts.val, parts.val_rows))
+    return replace(parts, train=train, train_rows=rows, val_rows=parts.val_rows[:0], sources=sources)
 
 
 def _at_most(count: int | None, split: Split, rows: Indices, seed: int) -> Indices:

@@ -1,0 +1,96 @@
+"""The arms of a comparison: which settings each of them tries, point by point.
+
+sam        SAM as the settings have it, with the grid's rho
+sam-late   the same in the last part of the run alone ("SAM efficiently selects flatter minima late in training",
+           arXiv 2410.10373)
+sgd        the plain optimizer for as many epochs
+sgd-2x     the plain optimizer for twice as many: the baseline may have SAM's cost (Foret et al. 2021, appendix C)
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from samtune.errors import UsageError
+from samtune.options import RunConfig
+from samtune.schedules import Duration
+from samtune.sweep.recipe import Sweep
+
+Point = Mapping[str, Any]  # the settings that differ within an arm
+
+_WITH_SAM = ("sam", "sam-late")
+_LONGEST_NAME = 60
+
+
+def arms(sweep: Sweep) -> list[str]:
+    """The arms that are compared. At equal cost, twice the epochs is the same run as once."""
+    return [arm for arm in sweep.table.arms if arm != "sgd-2x" or not sweep.table.budgets]
+
+
+def notes(sweep: Sweep) -> list[str]:
+    """What a user should know of the comparison before it begins."""
+    found = []
+    if sweep.table.budgets and "sgd-2x" in sweep.table.arms:
+        found.append("sgd-2x is left out: with a budget, sgd has that cost already")
+    if sweep.table.budgets:
+        found.append("the budget decides the length of each run, not epochs")
+    if sweep.base.select == "best":
+        found.append("the last fits have no validation to choose a checkpoint by: they are scored at their end")
+    return found
+
+
+def has_sam(arm: str) -> bool:
+    """Whether SAM has a part in it."""
+    return arm in _WITH_SAM
+
+
+def points(sweep: Sweep, arm: str) -> list[Point]:
+    """What an arm tries, in the order of its grid, the last setting fastest; {} alone if there is nothing to choose.
+
+    Raises UsageError for a grid that contradicts the arm.
+    """
+    common, own = sweep.table.grid, sweep.table.own_grid(arm)
+    if not has_sam(arm):
+        common = {key: values for key, values in common.items() if RunConfig.panel(key) != "SAM"}
+    grid = common | own
+    for key in grid:
+        where = f"[sweep.{arm if key in own else 'grid'}] {key} of recipe {sweep.recipe}"
+        if not has_sam(arm) and RunConfig.panel(key) == "SAM":
+            raise UsageError(where, f"arm {arm} has no SAM", "put it under [sweep.grid], or under an arm with SAM")
+        if has_sam(arm) and key == "rho" and 0 in grid[key]:
+            raise UsageError(f"{where}: 0", f"arm {arm} without a radius is SGD", "leave it out; arm sgd has rho 0")
+        if key == "epochs" and sweep.table.budgets:
+            raise UsageError(where, "the budget decides the length of each run", "leave one of them out")
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def settings(sweep: Sweep, arm: str, point: Point) -> dict[str, Any]:
+    """All settings of an arm's point that differ from what all runs share."""
+    if has_sam(arm):
+        return dict(point)
+    found = dict(point) | {"rho": 0.0}
+    if arm == "sgd-2x":
+        once = Duration.parse(point.get("epochs", sweep.base.epochs))
+        found["epochs"] = str(Duration(2 * once.amount, once.unit))
+    return found
+
+
+def name(point: Point) -> str:
+    """A point in a folder's name: rho0.05-lr0.01; "" for one that has no settings."""
+    return "-".join(
+        f"{key}{re.sub('[^A-Za-z0-9.+]', '', str(value).replace('%', 'pc'))}" for key, value in point.items()
+    )
+
+
+def names(among: Sequence[Point]) -> list[str]:
+    """The same for all points of an arm; numbers where they would be long, or not tell the points apart."""
+    found = [name(point) for point in among]
+    if len(set(found)) < len(found) or max(map(len, found)) > _LONGEST_NAME:
+        return [f"point{i}" for i in range(1, len(among) + 1)]
+    return found
+
+
+def words(point: Point) -> str:
+    """A point for people: rho 0.05, lr 0.01."""
+    return ", ".join(f"{key} {value}" for key, value in point.items()) or "as the recipe"

@@ -1,0 +1,159 @@
+"""The runs of a sweep, stage by stage: what each later stage needs of the earlier ones comes as an argument.
+
+probe    with a budget in seconds: how long a step takes, a plain one and one of SAM
+select   every point of an arm that has several, on train, scored on validation; test stays unread
+final    the chosen point with every seed, on train and validation, scored on test once
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from samtune import runlog
+from samtune.batch import Batch
+from samtune.gradient import sam_passes
+from samtune.job import Length
+from samtune.options import RunConfig
+from samtune.schedules import Duration
+from samtune.sweep import arms
+from samtune.sweep.arms import Point
+from samtune.sweep.budget import Budget, steps_within
+from samtune.sweep.ledger import Run, Stage, run_folder
+from samtune.sweep.recipe import Sweep
+
+_PROBE_STEPS, _PROBE_PART = 40, 10  # the first part warms up
+# Settings that change what is computed but not how long a step takes: their points share a probe.
+_SAME_TIME = {
+    *("rho", "sam_start", "sam_end", "sam_every", "rho_schedule", "rho_final", "head_rho_factor", "eta"),
+    *("lr", "lr_base_batch", "head_lr_factor", "momentum", "weight_decay", "clip_grad", "smoothing", "epochs"),
+    *("warmup_epochs", "drop", "drop_path", "label_noise", "noise_kind", "noise_seed", "model_ema_decay"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """rows: how many images a run with these settings trains on."""
+
+    sweep: Sweep
+    rows: Callable[[RunConfig], int]
+
+    def arms(self) -> Iterator[tuple[Budget | None, str]]:
+        """Each budget with each arm."""
+        budgets: list[Budget | None] = [*self.sweep.table.budgets]
+        for budget in budgets or [None]:
+            for arm in arms.arms(self.sweep):
+                yield budget, arm
+
+    def probes(self) -> list[Run]:
+        """One of each kind of step, for all points whose steps take the same time."""
+        if not any(budget.unit == "seconds" for budget in self.sweep.table.budgets):
+            return []
+        found: dict[str, Run] = {}
+        for arm in arms.arms(self.sweep):
+            for point in arms.points(self.sweep, arm):
+                for kind in ("plain", "sam") if arms.has_sam(arm) else ("plain",):
+                    run = self._probe(kind, point)
+                    found.setdefault(run.id, run)
+        return list(found.values())
+
+    def _probe(self, kind: str, point: Point) -> Run:
+        settings = _timed(point)
+        settings |= {"rho": point.get("rho", 0.0) if kind == "sam" else 0.0}
+        settings |= {"sam_start": "0%", "sam_end": "100%", "sam_every": 1, "rho_schedule": "constant"}
+        settings |= {"epochs": f"{_PROBE_STEPS} steps", "eval_every": f"{_PROBE_PART} steps", "max_eval": 1}
+        return self._run(_probe_id(kind, point), "probe", None, None, point, 0, settings | {"val": True, "test": False})
+
+    def selections(self, budget: Budget | None, arm: str, paces: Mapping[str, float]) -> list[list[Run]]:
+        """The runs of each point of an arm, by seed; none where there is nothing to choose."""
+        points = arms.points(self.sweep, arm)
+        if len(points) == 1:
+            return []
+        names = arms.names(points)
+        return [
+            [
+                self._fitted(f"select-{arm}-{name}-seed{seed}", "select", budget, arm, point, seed, paces)
+                for seed in self.sweep.table.selection_seeds
+            ]
+            for name, point in zip(names, points, strict=True)
+        ]
+
+    def finals(self, budget: Budget | None, arm: str, point: Point, paces: Mapping[str, float]) -> list[Run]:
+        """The last fits of an arm with its chosen point."""
+        return [
+            self._fitted(f"final-{arm}-seed{seed}", "final", budget, arm, point, seed, paces)
+            for seed in self.sweep.table.seeds
+        ]
+
+    def paces(self, folder: Path) -> dict[str, float]:
+        """Seconds of a step, by the probe that took it; all probes are done."""
+        return {probe.id: seconds_per_step(run_folder(folder, probe.id)) for probe in self.probes()}
+
+    def _fitted(
+        self,
+        run_id: str,
+        stage: Stage,
+        budget: Budget | None,
+        arm: str,
+        point: Point,
+        seed: int,
+        paces: Mapping[str, float],
+    ) -> Run:
+        """A run whose length is what the budget pays for."""
+        settings = arms.settings(self.sweep, arm, point)
+        settings |= (
+            {"val": True, "test": False} if stage == "select" else {"val": False, "test": True, "select": "last"}
+        )
+        if budget is None:
+            return self._run(run_id, stage, None, arm, point, seed, settings)
+        config = self.sweep.config(settings)
+        plain, sam = 1.0, sam_passes(config.ascent_steps, config.ascent_fraction)
+        if budget.unit == "seconds":
+            plain = paces[_probe_id("plain", point)]
+            sam = paces[_probe_id("sam", point)] if arms.has_sam(arm) else plain
+
+        def sam_steps(steps: int) -> int:
+            return len(self._length(config.model_copy(update={"epochs": Duration(steps, "steps")})).rho.sam_steps)
+
+        steps = steps_within(budget, plain, sam, sam_steps, f"arm {arm} ({arms.words(point)})")
+        run_id = f"{budget.tag}-{run_id}"
+        return self._run(run_id, stage, str(budget), arm, point, seed, settings | {"epochs": f"{steps} steps"})
+
+    def _run(
+        self,
+        run_id: str,
+        stage: Stage,
+        budget: str | None,
+        arm: str | None,
+        point: Point,
+        seed: int,
+        settings: dict[str, Any],
+    ) -> Run:
+        """Checks the settings, whose errors come now and not when the run's turn has come."""
+        settings |= {"seed": seed}
+        config = self.sweep.config(settings)
+        length = self._length(config)
+        on = len(length.rho.sam_steps)
+        passes = length.total_steps - on + on * sam_passes(config.ascent_steps, config.ascent_fraction)
+        return Run(run_id, stage, budget, arm, point, seed, settings, length.total_steps, passes)
+
+    def _length(self, config: RunConfig) -> Length:
+        images = self.rows(config)
+        batch = Batch.of(config, 1, images)
+        batch.sharing(config.m)
+        return Length.of(config, batch, images)
+
+
+def _timed(point: Point) -> dict[str, Any]:
+    """The settings that decide how long a step takes."""
+    return {key: value for key, value in point.items() if key not in _SAME_TIME}
+
+
+def _probe_id(kind: str, point: Point) -> str:
+    return "-".join(filter(None, ("probe", kind, arms.name(_timed(point)))))
+
+
+def seconds_per_step(folder: Path) -> float:
+    """Of a probe's steps, without the first ones, in which caches and memory are made."""
+    rows = [row for row in runlog.read_metrics(folder) if row["split"] == "train" and row["step"] > _PROBE_PART]
+    return float(sum(row["n"] / row["images_per_second"] for row in rows) / sum(row["steps"] for row in rows))

@@ -1,0 +1,395 @@
+"""The story of a sweep: probe, select, fit again, test once. What is done stays done, in this process or another."""
+
+import socket
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from samtune import console, lock, signals
+from samtune.data.splits import open_parts
+from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, UsageError, WorkerLost
+from samtune.job import read_data
+from samtune.options import RunConfig
+from samtune.resume import FREE
+from samtune.runs import read_step
+from samtune.sweep import arms, ledger
+from samtune.sweep.engines import Engine
+from samtune.sweep.ledger import Outcome, Run
+from samtune.sweep.plan import Plan
+from samtune.sweep.recipe import Sweep, differences
+
+_T = TypeVar("_T")
+
+_LOOK = 1.0  # seconds between two looks at the runs
+_ROWS = (
+    *("dataset", "image_key", "label_key", "train_split", "val_split", "test_split", "val", "val_fraction"),
+    *("split_seed", "train_fraction", "max_train", "max_eval", "on_bad_image"),
+)
+
+
+def images_to_train_on(read: Callable[[RunConfig], int]) -> Callable[[RunConfig], int]:
+    """The same, asked once for each choice of rows."""
+    known: dict[tuple[Any, ...], int] = {}
+
+    def rows(config: RunConfig) -> int:
+        key = tuple(getattr(config, name) for name in _ROWS)
+        if key not in known:
+            known[key] = read(config)
+        return known[key]
+
+    return rows
+
+
+def listed(config: RunConfig) -> int:
+    """How many images a run would train on, by the data set's table of contents: no image is read."""
+    return len(open_parts(config).train_rows)
+
+
+def prepared(config: RunConfig) -> int:
+    """The same, with all images decoded into the cache, once for all runs."""
+    return len(read_data(config).train_rows)
+
+
+def check(plan: Plan) -> list[Run]:
+    """Every run that may come, to be counted; those of the last fits with the first point of each arm.
+
+    Raises UsageError for the first setting of any of them that cannot be meant. A budget in seconds gives no length
+    before probes have shown how long a step takes: 0 steps.
+    """
+    found = plan.probes()
+    for budget, arm in plan.arms():
+        known = budget if budget is None or budget.unit == "passes" else None
+        runs = [run for by_seed in plan.selections(known, arm, {}) for run in by_seed]
+        for i, point in enumerate(arms.points(plan.sweep, arm)):
+            finals = plan.finals(known, arm, point, {})  # any of the points may be chosen
+            runs += finals if i == 0 else []
+        found += runs if known == budget else [replace(run, budget=str(budget), steps=0, passes=0.0) for run in runs]
+    return found
+
+
+def counted(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What a sweep will do: one row for each stage, budget and arm."""
+    groups: dict[tuple[str, str | None, str | None], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.stage, run.budget, run.arm), []).append(run)
+    return [
+        {
+            "stage": stage,
+            "budget": budget,
+            "arm": arm,
+            "runs": len(group),
+            "steps": _span(run.steps for run in group),
+            "passes": _span(round(run.passes) for run in group),
+        }
+        for (stage, budget, arm), group in groups.items()
+    ]
+
+
+def _span(numbers: Iterable[int]) -> str | None:
+    low, *_, high = sorted([*(found := list(numbers)), found[0]])
+    return None if high == 0 else str(low) if low == high else f"{low} to {high}"
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+def open_folder(sweep: Sweep, folder: Path) -> Sweep:
+    """The sweep as its folder has it from now on. Raises UsageError where another sweep is in the folder."""
+    file, now = folder / "sweep.toml", sweep.to_toml()
+    ledger.check_usable(folder)
+    if file.is_file():
+        differ = differences(_recipe(file.read_text(encoding="utf-8")), _recipe(now))
+        if differ:
+            raise UsageError(
+                f"{folder} holds a sweep with other settings",
+                "; ".join(differ),
+                "leave them as they were, or give another --output",
+            )
+    try:
+        for part in ("", "runs", "logs"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            if not part:
+                ledger.write_whole(file, now)
+    except OSError as error:
+        raise MachineError(f"{folder} cannot be written", error.strerror or "", "give another --output") from None
+    return Sweep(file, {}, sweep.base, sweep.table)
+
+
+def _recipe(text: str) -> dict[str, Any]:
+    return {key: value for key, value in tomllib.loads(text).items() if key not in FREE}
+
+
+@contextmanager
+def alone_here(folder: Path) -> Iterator[None]:
+    """One process of a machine at a time decodes; the others wait, and find it done."""
+    place = folder / "logs" / f"data-{socket.gethostname()}"
+    place.mkdir(exist_ok=True)
+    while (who := lock.holder(place)) is not None:
+        console.note(f"{who} is decoding the images; waiting for it")
+        while lock.holder(place) is not None:
+            time.sleep(_LOOK)
+    held = lock.take(place)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+# ------------------------------------------------------------------------------------------------------------ the work
+
+
+@dataclass
+class _Work:
+    """A sweep that this process has a part in.
+
+    again: failed runs of earlier commands, which this one tries once more; what fails while it is there is left to the
+    next. tried: what this process has begun. taken: what it has claimed now, with lock and time. spent: passes and
+    seconds of the runs that it has seen through.
+    """
+
+    plan: Plan
+    folder: Path
+    engine: Engine
+    total: int
+    again: set[str] = field(default_factory=set)
+    tried: set[str] = field(default_factory=set)
+    taken: dict[str, tuple[Run, lock.Lock, float]] = field(default_factory=dict)
+    spent: list[tuple[float, float]] = field(default_factory=list)
+    done: dict[str, Outcome] = field(default_factory=dict)
+    planned: dict[Any, Any] = field(default_factory=dict)
+
+    def outcome(self, run: Run) -> Outcome:
+        """What became of a run; one that is done stays done."""
+        if run.id not in self.done:
+            found = ledger.outcome(self.folder, run.id)
+            if found.state != "done":
+                return found
+            ledger.drop_checkpoints(self.folder, run)
+            self.done[run.id] = found
+        return self.done[run.id]
+
+    def once(self, key: Any, plan: Callable[[], _T]) -> _T:
+        """A part of the plan, made when it can be."""
+        if key not in self.planned:
+            self.planned[key] = plan()
+        found: _T = self.planned[key]
+        return found
+
+    def known(self) -> tuple[list[Run], list[dict[str, Any]]]:
+        """The runs of all stages that can be told by now, and what is chosen for each budget and arm."""
+        plan = self.plan
+        probes = self.once("probes", plan.probes)
+        measured = all(self.outcome(run).state == "done" for run in probes)
+        selections: list[Run] = []
+        finals: list[Run] = []
+        chosen: list[dict[str, Any]] = []
+        for budget, arm in plan.arms():
+            entry: dict[str, Any] = {"budget": budget and str(budget), "arm": arm, "point": None, "by": None}
+            chosen.append(entry)
+            if budget is not None and budget.unit == "seconds" and not measured:
+                continue
+            paces = self.once("paces", lambda: plan.paces(self.folder)) if measured else {}
+            tried = self.once((budget, arm), partial(plan.selections, budget, arm, paces))
+            selections += [run for by_seed in tried for run in by_seed]
+            best = ledger.choose([{run.seed: self.outcome(run) for run in runs} for runs in tried]) if tried else 0
+            if best is not None:
+                point = arms.points(plan.sweep, arm)[best]
+                entry |= {"point": point, "by": "validation" if tried else "only point"}
+                finals += self.once((budget, arm, best), partial(plan.finals, budget, arm, point, paces))
+        return [*probes, *selections, *finals], chosen
+
+
+def run(sweep: Sweep, folder: Path, engine: Engine, stop: signals.StopRequest) -> SamtuneError | None:
+    """All of a sweep, or what is left of it, in this folder: see `work`.
+
+    Raises UsageError, DataError or MachineError before the first run begins, where one of them could not be run.
+    """
+    in_folder = open_folder(sweep, folder)
+    with alone_here(folder):
+        plan = Plan(in_folder, images_to_train_on(prepared))
+        total = len(check(plan))
+    return work(plan, folder, engine, stop, total)
+
+
+def work(plan: Plan, folder: Path, engine: Engine, stop: signals.StopRequest, total: int) -> SamtuneError | None:
+    """Do what is left of a sweep, beside other processes that do the same; total: how many runs it has.
+
+    Returns the error of the command if runs failed; all others are done by then. Its exit code is that of the runs,
+    where those that failed have one in common; else that of a lost worker, which a run is to its sweep. A run that
+    chooses and whose loss is not finite is no failure: its point is out.
+
+    Raises Stopped after a signal, once the runs have saved.
+    """
+    this = _Work(plan, folder, engine, total)
+    this.again = {run.id for run in this.known()[0] if this.outcome(run).state == "failed"}
+    stop.patient = True
+    with console.RunsProgress() as progress:
+        try:
+            while True:
+                runs, chosen = this.known()
+                ledger.write(folder, runs, {run.id: this.outcome(run) for run in runs}, chosen, total)
+                _take_some(this, runs)
+                if not this.taken and not _others_are_at_work(this, runs):
+                    return _failure(this, runs, chosen)
+                progress.show({run: read_step(ledger.run_folder(folder, run)) for run in this.taken})
+                for run, code in engine.ended(_LOOK):
+                    _end(this, run, code, runs)
+                if stop.is_heard():
+                    _stop(this, stop)
+        except BaseException:
+            engine.kill()
+            raise
+        finally:
+            for _, held, _ in this.taken.values():
+                held.release()
+
+
+def _take_some(this: _Work, runs: Sequence[Run]) -> None:
+    """Claim and begin runs while there is room for them."""
+    for run in runs:
+        if len(this.taken) == this.engine.slots:
+            return
+        found = this.outcome(run)
+        left = found.state in ("waiting", "stopped") or (run.id in this.again and not _is_answer(run, found))
+        if run.id in this.tried or not left:
+            continue
+        place = ledger.log_folder(this.folder, run.id)
+        place.mkdir(exist_ok=True)
+        if lock.holder(place) is not None:
+            continue
+        try:
+            held = lock.take(place)
+        except MachineError:
+            if lock.holder(place) is None:
+                raise
+            continue  # another process was faster
+        if ledger.outcome(this.folder, run.id, mine=True).state in ("done", "running"):
+            held.release()
+            continue
+        this.tried.add(run.id)
+        this.taken[run.id] = run, held, time.monotonic()
+        this.engine.start(this.folder, run)
+        console.note(f"begin  {run.id}: {run.steps} steps, {run.passes:.0f} passes")
+
+
+def _is_answer(run: Run, found: Outcome) -> bool:
+    """Of a run that chooses, that a loss is not finite tells enough: its point is out."""
+    return found.state == "failed" and found.diverged and run.stage == "select"
+
+
+def _others_are_at_work(this: _Work, runs: Sequence[Run]) -> bool:
+    others = [run.id for run in runs if this.outcome(run).state == "running"]
+    if others:
+        this.once("waiting", lambda: console.note(f"waiting for other processes: {', '.join(others)}"))
+    return bool(others)
+
+
+def _end(this: _Work, run_id: str, code: int, runs: Sequence[Run]) -> None:
+    """A run has ended by itself."""
+    run, held, began = this.taken.pop(run_id)
+    if code == MachineError.exit_code and lock.holder(ledger.run_folder(this.folder, run_id)) is not None:
+        this.tried.discard(run_id)  # a run of a sweep that was killed has not ended yet
+        held.release()
+        return
+    if code != 0:
+        ledger.note_end(this.folder, run_id, code)
+    held.release()
+    found, seconds = this.outcome(run), time.monotonic() - began
+    if found.state == "done":
+        this.spent.append((run.passes, seconds))
+    done = sum(this.outcome(other).state == "done" for other in runs)
+    console.note(
+        f"{found.state:<6} {run_id}: {_said(found)}, {seconds:.0f} s  ({done} of {this.total}{_left(this, runs)})"
+    )
+
+
+def _said(found: Outcome) -> str:
+    if found.report is None:
+        return found.why or "the same command goes on with it"
+    return ", ".join(
+        f"{split} error {found.report[split]['top1_error']:.2f} %" for split in ("val", "test") if found.report[split]
+    )
+
+
+def _left(this: _Work, runs: Sequence[Run]) -> str:
+    """An estimate by the passes of the runs that are left; those that are not chosen yet count as the mean run."""
+    if not this.spent:
+        return ""
+    left = sum(run.passes for run in runs if run.id not in this.done)
+    left += (this.total - len(runs)) * sum(run.passes for run in runs) / len(runs)
+    per_pass = sum(seconds for _, seconds in this.spent) / sum(passes for passes, _ in this.spent)
+    minutes = left * per_pass / this.engine.slots / 60
+    return f", about {minutes:.0f} minutes left" if minutes >= 1 else ""
+
+
+def _stop(this: _Work, stop: signals.StopRequest) -> NoReturn:
+    """Hand a signal on, and wait until all have saved."""
+    assert stop.by is not None
+    if this.taken:
+        console.note(f"{stop.by.name}: {len(this.taken)} runs end after their step; a second one ends them at once")
+    this.engine.stop()
+    while this.taken:
+        for run_id, _ in this.engine.ended(_LOOK):
+            this.taken.pop(run_id)[1].release()
+    raise Stopped(f"stopped by {stop.by.name}", Stopped.SAVED, "the same command goes on")
+
+
+def _failure(this: _Work, runs: Sequence[Run], chosen: Sequence[Mapping[str, Any]]) -> SamtuneError | None:
+    found = {run: this.outcome(run) for run in runs}
+    failed = {
+        run: outcome for run, outcome in found.items() if outcome.state == "failed" and not _is_answer(run, outcome)
+    }
+    out = {run: outcome for run, outcome in found.items() if _is_answer(run, outcome)}
+    for run, outcome in (failed | out).items():
+        log = ledger.log_folder(this.folder, run.id) / "output.txt"
+        console.warn(f"{run.id} failed: {outcome.why}; see {log}")
+    left = [run.id for run, outcome in found.items() if outcome.state == "stopped"]
+    hopeless = [entry["arm"] for entry in chosen if entry["point"] is None and not failed and not left]
+    if not failed and not left and not hopeless:
+        return None
+    if hopeless:
+        what = f"no point of {' and '.join(hopeless)} trained: every loss was not finite"
+        return Diverged(what, mend="give a smaller grid of rho or lr, in a sweep of its own (--output)")
+    codes = {outcome.exit_code for outcome in failed.values()}
+    names = ", ".join(run.id for run in failed) or ", ".join(left)
+    error = WorkerLost(
+        f"{len(failed) or len(left)} of {this.total} runs {'failed' if failed else 'were stopped'}: {names}",
+        "their log.txt and output.txt say why" if failed else "",
+        "mend the cause; the same command tries them again, and does what waits for them",
+    )
+    if len(codes) == 1 and (code := codes.pop()) is not None and 0 < code < Stopped.SAVED:
+        error.exit_code = code
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------------- the result
+
+
+def table(found: Mapping[str, Any]) -> list[dict[str, str | float | None]]:
+    """Of what `ledger.read` returned: one row for each budget and arm; errors on test in percent, by seed."""
+    rows: list[dict[str, str | float | None]] = []
+    for arm in found["arms"]:
+        reports = [run["report"] for run in arm["final"] if run["report"]]
+        errors = [report["test"]["top1_error"] for report in reports]
+        passes = [report["cost"]["forward_backward_passes"] for report in reports]
+        row: dict[str, str | float | None] = {"budget": arm["budget"]} if found["budgets"] != [None] else {}
+        rows.append(
+            row
+            | {
+                "arm": arm["arm"],
+                "chosen": "-" if arm["chosen"] is None else arms.words(arm["chosen"]),
+                "n": len(errors),
+                "test error %": sum(errors) / len(errors) if errors else None,
+                "by seed": " ".join(f"{error:.2f}" for error in errors) or None,
+                "passes": round(sum(passes) / len(passes)) if passes and None not in passes else None,
+                "seconds": round(sum(report["train_seconds"] for report in reports) / len(reports))
+                if reports
+                else None,
+            }
+        )
+    return rows
