@@ -11,12 +11,13 @@ import typer
 
 from samtune import __version__, config, ranks, signals, streams
 from samtune.cli_data import data_app, datasets_app
+from samtune.cli_results import results_app
 from samtune.errors import SamtuneError, Stopped, UsageError
 from samtune.fields import gpu_choice
 from samtune.flags import Json, with_config_flags
 from samtune.options import RunConfig
 from samtune.resume import Resumed, finished_report, settle
-from samtune.runlog import check_free, check_unused, has_checkpoints, result_folder
+from samtune.runlog import check_free, check_unused, has_checkpoints
 
 app = typer.Typer(
     help="Fine-tune pretrained image models with Sharpness-Aware Minimization, and measure what it gained.",
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(datasets_app, name="datasets")
+app.add_typer(results_app)
 
 _UsageError: Any = typer.BadParameter.__base__  # of the click that this typer stands on
 
@@ -299,90 +301,6 @@ def _check_devices(gpus: str, processes: int | None) -> None:
         gpu_choice(gpus)
     except ValueError as error:
         raise UsageError(f"--gpus {gpus}: {error}") from None
-
-
-@app.command(name="runs")
-def list_runs(
-    folder: Annotated[Path, typer.Argument(help="Folder of run folders, or one of them.")] = Path("runs"),
-    as_json: Json = False,
-) -> None:
-    """List runs, the newest first: how far each came, its errors, and what to do next.
-
-    Example: samtune runs
-
-    A run whose process ended without a word, as at a power cut, is shown as killed; it can be resumed. The error is
-    that of the report, or else the last that the run measured.
-    """
-    from samtune import console, runs
-
-    rows = runs.list_runs(folder)
-    if as_json:
-        console.print_json(rows)
-    elif rows:
-        console.print_rows("Runs, with top-1 errors", runs.table(rows))
-        console.print_lines(runs.todo(rows))
-    else:
-        console.note(f"there are no runs in {folder}")
-
-
-@app.command(name="report")
-def report_runs(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first is the baseline.", metavar="RUN")],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder for the files; the report of one run goes to its own folder by default."
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Draw the page of a run, or compare several: errors with intervals, paired tests, what differs, what it cost.
-
-    Example: samtune report runs/sgd runs/sam
-
-    Of one run, report.json and report.md are made again from its files, and report.html: curves, errors, calibration,
-    mistakes, in one file without network or script. A run that has ended early, or goes on, is shown as far as it came.
-
-    Several runs must be done. Those that differ in the seed alone are one setting with so many seeds. Two runs are
-    tested on the images that both scored (McNemar), settings over the seeds that they share (Student); where that
-    cannot be, it is said why. --output writes comparison.json and comparison.md.
-    """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # pictures are shown if they are here
-    if len(runs) == 1:
-        _report_run(runs[0], output or runs[0], as_json)
-    else:
-        _compare_runs(runs, output, as_json)
-
-
-def _report_run(run: Path, output: Path, as_json: bool) -> None:
-    from samtune import console, report, runpage
-
-    result = report.recollect(run)
-    console.note(f"drawing the page of {run} ...")
-    with result_folder(output):
-        report.write(output, result)
-        runpage.write(output / "report.html", run, result)
-    if as_json:
-        console.print_json(result)
-    else:
-        console.print_table("Result", report.summary(result))
-        console.print_lines([f"page: {output / 'report.html'}"])
-
-
-def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:
-    from samtune import compare, console
-
-    comparison = compare.compare(runs)
-    if output is not None:
-        with result_folder(output):
-            compare.write(output, comparison)
-    if as_json:
-        console.print_json(comparison)
-        return
-    for title, rows in compare.tables(comparison).items():
-        console.print_rows(title, rows)
-    for title, said in compare.paragraphs(comparison).items():
-        console.print_lines([title, *(f"  {line}" for line in said)])
 
 
 def main() -> None:

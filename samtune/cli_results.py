@@ -1,0 +1,96 @@
+"""The commands that look at runs: `samtune runs`, `samtune report`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from samtune.flags import Json
+from samtune.runlog import result_folder
+
+results_app = typer.Typer()
+
+
+@results_app.command(name="runs")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders, or one of them.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List runs, the newest first: how far each came, its errors, and what to do next.
+
+    Example: samtune runs
+
+    A run whose process ended without a word, as at a power cut, is shown as killed; it can be resumed. The error is
+    that of the report, or else the last that the run measured.
+    """
+    from samtune import console, runs
+
+    rows = runs.list_runs(folder)
+    if as_json:
+        console.print_json(rows)
+    elif rows:
+        console.print_rows("Runs, with top-1 errors", runs.table(rows))
+        console.print_lines(runs.todo(rows))
+    else:
+        console.note(f"there are no runs in {folder}")
+
+
+@results_app.command(name="report")
+def report_runs(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first is the baseline.", metavar="RUN")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for the files; the report of one run goes to its own folder by default."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the page of a run, or compare several: errors with intervals, paired tests, what differs, what it cost.
+
+    Example: samtune report runs/sgd runs/sam
+
+    Of one run, report.json and report.md are made again from its files, and report.html: curves, errors, calibration,
+    mistakes, in one file without network or script. A run that has ended early, or goes on, is shown as far as it came.
+
+    Several runs must be done. Those that differ in the seed alone are one setting with so many seeds. Two runs are
+    tested on the images that both scored (McNemar), settings over the seeds that they share (Student); where that
+    cannot be, it is said why. --output writes comparison.json and comparison.md.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # pictures are shown if they are here
+    if len(runs) == 1:
+        _report_run(runs[0], output or runs[0], as_json)
+    else:
+        _compare_runs(runs, output, as_json)
+
+
+def _report_run(run: Path, output: Path, as_json: bool) -> None:
+    from samtune import console, report, runpage
+
+    result = report.recollect(run)
+    console.note(f"drawing the page of {run} ...")
+    with result_folder(output):
+        report.write(output, result)
+        runpage.write(output / "report.html", run, result)
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_table("Result", report.summary(result))
+        console.print_lines([f"page: {output / 'report.html'}"])
+
+
+def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:
+    from samtune import compare, console
+
+    comparison = compare.compare(runs)
+    if output is not None:
+        with result_folder(output):
+            compare.write(output, comparison)
+    if as_json:
+        console.print_json(comparison)
+        return
+    for title, rows in compare.tables(comparison).items():
+        console.print_rows(title, rows)
+    for title, said in compare.paragraphs(comparison).items():
+        console.print_lines([title, *(f"  {line}" for line in said)])
