@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from samtune import __version__, config, ranks, signals, streams
-from samtune.errors import MachineError, SamtuneError, Stopped, UsageError
-from samtune.fields import gpu_choice
+from samtune.errors import SamtuneError, Stopped, UsageError
 from samtune.flags import with_config_flags
 from samtune.options import RunConfig
 from samtune.resume import Resumed, finished_report, settle
@@ -176,7 +175,7 @@ def evaluate(
     if checkpoint not in (None, "last", "best"):
         raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
 
-    _check_devices(gpus, processes)
+    config.check_devices(gpus, processes)
 
     def score() -> dict[str, Any]:
         from samtune import console, distributed
@@ -215,16 +214,6 @@ def evaluate(
     rows = {f"{split} top-1 error": report.score_line(result), "top-5, mean per class": others}
     about = ("checkpoint", "step", "ema", "dataset")
     console.print_table("Result", rows | {key: str(result[key]) for key in about})
-
-
-def _check_devices(gpus: str, processes: int | None) -> None:
-    """As the settings of a run are checked."""
-    if processes is not None and gpus != "auto":
-        raise UsageError("--processes and --gpus contradict each other", mend="give one of them")
-    try:
-        gpu_choice(gpus)
-    except ValueError as error:
-        raise UsageError(f"--gpus {gpus}: {error}") from None
 
 
 @data_app.command(name="check")
@@ -307,22 +296,13 @@ def make_report(
     from samtune import console, report, runpage
 
     (folder,) = runs
-    result = runpage.open_run(folder)
-    output = output or folder
     console.note(f"drawing the page of {folder} ...")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        report.write(output, result)
-        runpage.write(output / "report.html", folder, result)
-    except OSError as error:
-        raise MachineError(
-            f"report {output} cannot be written", error.strerror or "", "give another --output"
-        ) from None
+    result, drawn = runpage.publish(folder, output or folder)
     if as_json:
         console.print_json(result)
     else:
         console.print_table("Result", report.summary(result))
-        console.print_lines([f"page: {output / 'report.html'}"])
+        console.print_lines([f"page: {drawn}"])
 
 
 datasets = typer.Typer()

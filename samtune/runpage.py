@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from samtune import exhibits, page, report, runlog
 from samtune.charts import Span
-from samtune.errors import CheckpointError, UsageError
+from samtune.errors import CheckpointError, MachineError, UsageError
 from samtune.exhibits import SPLITS
 from samtune.page import Column, Table, number
 from samtune.predictions import Predictions, read
@@ -39,9 +39,22 @@ def open_run(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def write(path: Path, folder: Path, result: Mapping[str, Any]) -> None:
-    """Write the page of a run folder whose report is `result`. Raises OSError where it cannot be written."""
-    page.write(path, "run.html", content(folder, result))
+def publish(folder: Path, output: Path) -> tuple[dict[str, Any], Path]:
+    """Write report.json, report.md and report.html of a run folder into another, or the same: (report, the page).
+
+    Raises MachineError where they cannot be written, and what `open_run` raises.
+    """
+    result = open_run(folder)
+    drawn = output / "report.html"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        report.write(output, result)
+        page.write(drawn, "run.html", content(folder, result))
+    except OSError as error:
+        raise MachineError(
+            f"report {output} cannot be written", error.strerror or "", "give another --output"
+        ) from None
+    return result, drawn
 
 
 def content(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
