@@ -23,8 +23,9 @@ from samtune.stats import ReliabilityBin
 
 Numbers = Sequence[float | None]  # None leaves a gap
 
-_WIDTH = 330.0  # of every chart; a page scales it, and 10 units of text with it
+_WIDTH = 330.0  # of a chart; a page scales it, and 10 units of text with it
 _LONGEST = 24  # characters of a name in a chart
+_DENSE = 20  # classes from which on a heatmap is larger, with shorter names
 _NUMBERED = 12  # classes up to which a heatmap has its numbers in it
 # Stand-ins that matplotlib can draw with, and what takes their place, with a colour for outside of a page.
 _INK, _QUIET, _RULE = "#0000f1", "#0000f2", "#0000f3"
@@ -97,9 +98,9 @@ def lines(
     x_label: str,
     y_label: str,
     spans: Sequence[Span] = (),
-    whole: bool = True,
+    whole: bool = False,
 ) -> str:
-    """Lines over x from 0; whole: ticks of x at whole numbers."""
+    """Lines over x, both axes from 0; whole: ticks of x stand at whole numbers alone."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -151,6 +152,7 @@ def heatmap(words: Words, counts: npt.NDArray[np.int64], names: Sequence[str] | 
     """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     numbered = len(counts) <= _NUMBERED
+    scale = 1 if names is None else max(1, len(names) / _DENSE)
     pixels = np.empty((*counts.shape, 4), np.uint8)
     pixels[..., :3] = _HEAT
     # With a number in it, a cell stays so pale that the number is read.
@@ -165,18 +167,17 @@ def heatmap(words: Words, counts: npt.NDArray[np.int64], names: Sequence[str] | 
             axes.set_xticks([])
             axes.set_yticks([])
         else:
-            size = 10 if len(names) <= 20 else 6.5
-            places, labels = range(len(names)), [_label(name) for name in names]
+            places, labels = range(len(names)), [_label(name, _LONGEST if scale == 1 else 14) for name in names]
             # The label's end stands at its tick, whatever the font of the reader.
             upright: dict[str, Any] = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
-            axes.set_xticks(places, labels, fontsize=size, **upright)
-            axes.set_yticks(places, labels, fontsize=size)
+            axes.set_xticks(places, labels, **upright)
+            axes.set_yticks(places, labels)
             axes.tick_params(length=0)
         if numbered:
             for row, column in np.argwhere(counts).tolist():
                 axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=9)
 
-    return _drawn(words, 330, draw)
+    return _drawn(words, 330 * scale, draw, scale * _WIDTH)
 
 
 def reliability(words: Words, bins: Sequence[ReliabilityBin]) -> str:
@@ -210,18 +211,18 @@ def _floats(values: Numbers) -> list[float]:
     return [float("nan") if value is None else value for value in values]
 
 
-def _label(name: str) -> str:
+def _label(name: str, longest: int = _LONGEST) -> str:
     """What can be printed of a name, and not too much of it."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in unicodedata.normalize("NFC", name))
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def _drawn(words: Words, height: float, draw: Callable[[Figure], None]) -> str:
+def _drawn(words: Words, height: float, draw: Callable[[Figure], None], width: float = _WIDTH) -> str:
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # the reader's browser has its own
         matplotlib.rcdefaults()  # whatever the user has set for charts of their own
         matplotlib.rcParams.update(_STYLE)
-        figure = Figure((_WIDTH / 72, height / 72), layout="constrained")
+        figure = Figure((width / 72, height / 72), layout="constrained")
         draw(figure)
         text = io.BytesIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -249,7 +250,9 @@ def _inlined(words: Words, root: ElementTree.Element) -> str:
         element = ElementTree.Element(tag, {"id": f"{words.id}-{tag}"})
         element.text = content
         root.insert(place, element)
-    root.attrib |= {"class": "chart", "role": "img", "viewBox": box}
+    # As wide as the page lets it, but no larger than its text is pleasant to read.
+    widest = f"max-width: {float(box.split()[2]) / 12:.1f}rem"
+    root.attrib |= {"class": "chart", "role": "img", "viewBox": box, "style": widest}
     root.attrib["aria-labelledby"], root.attrib["aria-describedby"] = (f"{words.id}-{tag}" for tag in names)
     return ElementTree.tostring(root, encoding="unicode")
 

@@ -13,7 +13,6 @@ from samtune import __version__, config, ranks, signals, streams
 from samtune.cli_data import data_app, datasets_app
 from samtune.cli_results import results_app
 from samtune.errors import SamtuneError, Stopped, UsageError
-from samtune.fields import gpu_choice
 from samtune.flags import Json, with_config_flags
 from samtune.options import RunConfig
 from samtune.resume import Resumed, finished_report, settle
@@ -252,7 +251,7 @@ def evaluate(
     if checkpoint not in (None, "last", "best"):
         raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
 
-    _check_devices(gpus, processes)
+    config.check_devices(gpus, processes)
 
     def score() -> dict[str, Any]:
         from samtune import console, distributed
@@ -291,16 +290,6 @@ def evaluate(
     rows = {f"{split} top-1 error": report.score_line(result), "top-5, mean per class": others}
     about = ("checkpoint", "step", "ema", "dataset")
     console.print_table("Result", rows | {key: str(result[key]) for key in about})
-
-
-def _check_devices(gpus: str, processes: int | None) -> None:
-    """As the settings of a run are checked."""
-    if processes is not None and gpus != "auto":
-        raise UsageError("--processes and --gpus contradict each other", mend="give one of them")
-    try:
-        gpu_choice(gpus)
-    except ValueError as error:
-        raise UsageError(f"--gpus {gpus}: {error}") from None
 
 
 def main() -> None:

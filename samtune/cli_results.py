@@ -68,16 +68,13 @@ def report_runs(
 def _report_run(run: Path, output: Path, as_json: bool) -> None:
     from samtune import console, report, runpage
 
-    result = report.recollect(run)
     console.note(f"drawing the page of {run} ...")
-    with result_folder(output):
-        report.write(output, result)
-        runpage.write(output / "report.html", run, result)
+    result, drawn = runpage.publish(run, output)
     if as_json:
         console.print_json(result)
     else:
         console.print_table("Result", report.summary(result))
-        console.print_lines([f"page: {output / 'report.html'}"])
+        console.print_lines([f"page: {drawn}"])
 
 
 def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from samtune.data.catalog import CATALOG
 from samtune.errors import UsageError
+from samtune.fields import gpu_choice
 from samtune.options import RunConfig
 
 _KINDS: dict[Any, str] = {float: "a number", int: "a whole number"}
@@ -56,6 +57,16 @@ def given(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, Any
     return {key: value for key, (value, _) in _with_origins(recipe, flags).items()}
 
 
+def check_devices(gpus: str, processes: int | None) -> None:
+    """Raise UsageError for a choice of devices that cannot be meant."""
+    if processes is not None and gpus != "auto":
+        raise UsageError("--processes and --gpus contradict each other", mend="give one of them")
+    try:
+        gpu_choice(gpus)
+    except ValueError as error:
+        raise UsageError(f"--gpus {gpus}: {error}") from None
+
+
 def _with_origins(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, tuple[Any, str]]:
     found: dict[str, tuple[Any, str]] = {}
     if recipe is not None:
@@ -89,8 +100,7 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
                 "nothing is held out to choose on, or to score in the place of test",
                 "leave one out",
             )
-    if config.processes is not None and config.gpus != "auto":
-        raise UsageError("--processes and --gpus contradict each other", mend="give one of them")
+    check_devices(config.gpus, config.processes)
     if config.nnodes > 1 and config.rdzv_endpoint is None:
         raise UsageError(
             "--nnodes without --rdzv-endpoint", mend="tell where the machines meet: --rdzv-endpoint HOST:PORT"

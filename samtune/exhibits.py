@@ -37,37 +37,38 @@ def _curve(
     name: str,
     unit: str,
 ) -> Chart | None:
+    def measured(title: str, split: str) -> Series:
+        own = [row for row in rows if row["split"] == split]
+        series = Series(title, [row["step"] / per_epoch for row in own], [row[key] for row in own])
+        if split != "val" or key == "loss":
+            return series
+        bounds = [row["top1_error_ci95"] for row in own]
+        return series._replace(low=[low for low, _ in bounds], high=[high for _, high in bounds])
+
     train = [row for row in rows if row["split"] == "train"]
     ends = {row["epoch"]: row["step"] / per_epoch for row in train}
     means = report.epoch_means(train, key)
-    points: dict[str, dict[float, float | None]] = {"train": {end: means.get(epoch) for epoch, end in ends.items()}}
-    measured = {split: [row for row in rows if row["split"] == split] for split in ("val", "val_ema")}
-    for title, split in (("validation", "val"), ("validation, averaged weights", "val_ema")):
-        points[title] = {row["step"] / per_epoch: row[key] for row in measured[split]}
-    points = {title: at for title, at in points.items() if any(value is not None for value in at.values())}
-    if not points:
+    everything = (
+        Series("train", list(ends.values()), [means.get(epoch) for epoch in ends]),
+        measured("validation", "val"),
+        measured("validation, averaged weights", "val_ema"),
+    )
+    series = [one for one in everything if any(value is not None for value in one.y)]
+    if not series:
         return None
-    drawn = [Series(title, list(at), list(at.values())) for title, at in points.items()]
-    if key == "top1_error":
-        bounds = [row["top1_error_ci95"] for row in measured["val"]]
-        drawn = [
-            one._replace(low=[low for low, _ in bounds], high=[high for _, high in bounds])
-            if one.name == "validation"
-            else one
-            for one in drawn
-        ]
+    points = {one.name: dict(zip(one.x, one.y, strict=True)) for one in series}
     form = ".2f" if key == "top1_error" else ".4f"
     table = Table(
         f"{name.lower()} by epoch",
         [Column("epoch", ".6g"), *(Column(title, form) for title in points)],
         [(x, *(at.get(x) for at in points.values())) for x in sorted({x for at in points.values() for x in at})],
     )
-    last = (f"{title} {cell(list(at.values())[-1], form)} at epoch {list(at)[-1]:.6g}" for title, at in points.items())
+    last = (f"{one.name} {cell(one.y[-1], form)} at epoch {one.x[-1]:.6g}" for one in series)
     words = Words(f"curve-{key.replace('_', '-')}", f"{name} over epochs", f"Last values: {'; '.join(last)}.")
     caption = f"{name} over epochs" + (
         "; the band is Wilson's 95 % interval of validation." if key == "top1_error" and "validation" in points else "."
     )
-    return Chart(charts.lines(words, drawn, x_label="epoch", y_label=unit, spans=spans, whole=True), caption, table)
+    return Chart(charts.lines(words, series, x_label="epoch", y_label=unit, spans=spans, whole=True), caption, table)
 
 
 def by_class(found: Predictions, names: Sequence[str]) -> dict[str, Any]:

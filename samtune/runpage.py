@@ -22,9 +22,17 @@ _SCORES = {
 }
 
 
-def write(path: Path, folder: Path, result: Mapping[str, Any]) -> None:
-    """Write the page of a run folder whose report is `result`. Raises OSError where it cannot be written."""
-    page.write(path, "run.html", content(folder, result))
+def publish(folder: Path, output: Path) -> tuple[dict[str, Any], Path]:
+    """Write report.json, report.md and report.html of a run folder into another, or the same: (report, the page).
+
+    Raises MachineError where they cannot be written, and what `report.recollect` raises.
+    """
+    result = report.recollect(folder)
+    drawn = output / "report.html"
+    with runlog.result_folder(output):
+        report.write(output, result)
+        page.write(drawn, "run.html", content(folder, result))
+    return result, drawn
 
 
 def content(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:

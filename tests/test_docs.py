@@ -44,7 +44,7 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.data.describe.describe", begin)
     monkeypatch.setattr("samtune.runs.list_runs", begin)
     monkeypatch.setattr("samtune.compare.compare", begin)
-    monkeypatch.setattr("samtune.report.recollect", begin)
+    monkeypatch.setattr("samtune.runpage.publish", begin)
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.split(">")[0], comments=True)
     with pytest.raises(Parsed):

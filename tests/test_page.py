@@ -61,9 +61,8 @@ class Document(HTMLParser):
 
 def draw(folder):
     """(text, document, report) of a run's page."""
-    result = report.recollect(folder)
-    runpage.write(folder / "report.html", folder, result)
-    text = (folder / "report.html").read_text(encoding="utf-8")
+    result, drawn = runpage.publish(folder, folder)
+    text = drawn.read_text(encoding="utf-8")
     return text, Document(text), result
 
 
