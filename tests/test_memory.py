@@ -421,17 +421,6 @@ def test_other_errors_of_a_step_are_not_tried_again(small_net, batch, kind):
     assert step.sam.micro_batch is None
 
 
-@row(11)
-def test_on_several_ranks_no_rank_begins_again_by_itself(small_net, batch, monkeypatch):
-    step = make_step(small_net, sgd(small_net))
-    memory = Memory(small_net, 3)
-    memory.sam = step.sam
-    monkeypatch.setattr("samtune.distributed.world_size", lambda group=None: 2)
-    with pytest.raises(OutOfMemory, match="8 of its images"):
-        step(*batch)
-    assert memory.failures == 1
-
-
 REAL = """
 import resource
 import torch

@@ -180,6 +180,8 @@ def run(copy, *tests):
         "pytest",
         "-q",
         "-x",
+        "-n",
+        "0",
         "-p",
         "no:cacheprovider",
         "-m",
