@@ -14,16 +14,18 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="samtune-tests-")
 os.environ["SAMTUNE_CACHE"] = os.environ["HF_HOME"] + "/decoded"
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 # Workers side by side share the cores: threads that wait for a core they cannot have make all of them slow.
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if _workers > 1:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // _workers)))
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
+)
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
