@@ -6,7 +6,8 @@ Each fault: at: module:name of a function. call: at which of its calls, from 1. 
 as "parent SIGTERM", to its parent; "hang"; "oom"; "ENOSPC" and the like, raised in the function's place; "nan", its
 result becomes NaN; "wreck", the parameters of a Perturbation become NaN; "fill FILE", FILE takes all room that its disk
 has left; "limit BYTES", no file may grow beyond that. when: "before" (default) or "after" the call. again: true breaks
-the later calls, too. rank: of several ranks the one in which it happens, and in none that is started again.
+the later calls, too. rank: of several ranks the one in which it happens, and in none that is started again. only: what
+the command line must have in it, as "final-sam-seed0", to break one run of a sweep, and not the others.
 """
 
 import contextlib
@@ -74,14 +75,16 @@ def break_here(faults: list[dict[str, Any]]) -> None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
     for fault in faults:
-        if str(fault.pop("rank", here := os.environ.get("RANK"))) == str(here):
+        is_here = str(fault.pop("rank", here := os.environ.get("RANK"))) == str(here)
+        if fault.pop("only", "") in " ".join(sys.argv[2:]) and is_here:
             break_at(**fault)
 
 
 if __name__ == "__main__":
     from samtune import launch
+    from samtune.sweep import engines
 
-    launch.COMMAND = (sys.executable, "-m", "tests.broken", sys.argv[1])
+    launch.COMMAND = engines.COMMAND = (sys.executable, "-m", "tests.broken", sys.argv[1])
     break_here(json.loads(sys.argv[1]))
     sys.argv[1:] = sys.argv[2:]
     from samtune.cli import main

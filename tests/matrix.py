@@ -36,6 +36,7 @@ ROWS = {
     27: "settings of unknown name, wrong type or impossible value",
     28: "no GPU, or no driver",
     30: "no terminal, an odd one, or a closed one",
+    31: "a run of a sweep fails; the sweep is killed, stopped, or there twice",
 }
 
 
