@@ -207,18 +207,18 @@ def sweep(
     ledger.check_usable(folder)
 
     from samtune import console
-    from samtune.sweep import arms, engines, protocol
+    from samtune.sweep import arms, engines, images, protocol
     from samtune.sweep.plan import Plan
 
     engines.refuse_ranks()
-    plan = protocol.check(Plan(asked, protocol.images_to_train_on(protocol.listed)))
+    plan = protocol.check(Plan(asked, images.images_to_train_on(images.listed)))
     for note in arms.notes(asked):
         console.note(note)
     if dry_run:
         rows = protocol.counted(plan)
         console.print_json(rows) if as_json else console.print_rows(f"{len(plan)} runs", rows)
         return
-    place = engines.open_engine(engine, address, asked.base, jobs)
+    place = protocol.open_engine(engine, address, asked.base, jobs)
     with signals.listening() as stop:
         failure = protocol.run(asked, folder, place, stop)
     result = ledger.read(folder)

@@ -60,12 +60,12 @@ def test_every_setting_is_a_flag_with_help():
     assert "Default: 0.05" in help_text
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "data", "data check", "datasets", "datasets show", "runs"])
+@pytest.mark.parametrize("command", ["run", "sweep", "eval", "data", "data check", "datasets", "datasets show", "runs"])
 def test_every_command_has_an_example(command):
     assert f"Example: samtune {command} " in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
 
 
-@pytest.mark.parametrize("command", ["run", "data check", "runs"])
+@pytest.mark.parametrize("command", ["run", "sweep", "data check", "runs"])
 def test_help_loads_nothing_heavy(command):
     check = (
         f"import sys; from samtune.cli import app; app({[*command.split(), '--help']}, standalone_mode=False);"

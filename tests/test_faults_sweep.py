@@ -100,8 +100,8 @@ def test_a_run_does_not_outlive_the_sweep_that_was_killed(photos, tmp_path):
 @pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(sent, whole_sweep_recipe, whole, tmp_path):
     fault = STEP | {"call": 3, "do": f"parent {sent}", "only": "final-sam"}
-    slow = STEP | {"call": 4, "do": "hang", "only": "final-sam"}  # until the sweep hands the signal on
-    stopped = _run(command(whole_sweep_recipe, tmp_path / "s", faults=[fault, slow]))
+    wait = STEP | {"call": 3, "do": "pause", "only": "final-sam"}  # until the sweep hands it on
+    stopped = _run(command(whole_sweep_recipe, tmp_path / "s", faults=[wait, fault]))
     assert stopped.returncode == 75, stopped.stderr
     assert f"{sent}: 1 runs end after their step" in stopped.stderr
     assert "the same command goes on" in stopped.stderr
@@ -120,17 +120,11 @@ def _run(arguments):
 
 @row(31)
 def test_a_second_signal_ends_all_at_once(whole_sweep_recipe, whole, tmp_path):
-    fault = STEP | {"call": 3, "do": "hang", "only": "final-sam"}
+    here = STEP | {"call": 3, "only": "final-sam"}
+    faults = [here | {"do": "hang"}, here | {"do": "parent SIGTERM"}]
     started = subprocess.Popen(
-        command(whole_sweep_recipe, tmp_path / "s", faults=[fault]), stderr=subprocess.PIPE, text=True, cwd=ROOT
+        command(whole_sweep_recipe, tmp_path / "s", faults=faults), stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
-    for line in started.stderr:
-        if "begin  final-sam" in line:
-            break
-    status = tmp_path / "s" / "runs" / "final-sam-seed0" / "status.json"
-    while not status.exists():
-        pass
-    started.send_signal(signal.SIGTERM)
     for line in started.stderr:
         if "a second one ends them at once" in line:
             break

@@ -14,7 +14,7 @@ from samtune.errors import UsageError
 from samtune.gradient import sam_passes
 from samtune.job import Length
 from samtune.schedules import Duration
-from samtune.sweep import arms, engines, ledger, protocol, recipe
+from samtune.sweep import arms, engines, images, ledger, protocol, recipe
 from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Outcome
 from samtune.sweep.plan import Plan
@@ -456,7 +456,7 @@ def test_what_cannot_be_meant_is_refused_before_a_run_begins(tmp_path, photos, a
 def test_a_data_set_without_test_cannot_be_swept(tmp_path):
     path = write_recipe(tmp_path / "r.toml", write_image_folder(tmp_path / "data", {"train": 6}))
     with pytest.raises(UsageError, match="no test split"):
-        protocol.check(Plan(recipe.load(path, {}), protocol.images_to_train_on(protocol.listed)))
+        protocol.check(Plan(recipe.load(path, {}), images.images_to_train_on(images.listed)))
 
 
 def test_the_folders_recipe_is_plain_toml(found):

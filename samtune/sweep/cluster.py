@@ -134,7 +134,7 @@ def _decode_here(folder: Path, run: Run, place: Mapping[str, str]) -> None:
     """The images of a run, into this node's cache; one process of a node at a time."""
     os.environ |= dict(place)
     from samtune import config
-    from samtune.sweep.protocol import alone_here, prepared
+    from samtune.sweep.images import alone_here, prepared
 
     own = {key: (value, "sweep") for key, value in run.settings.items()}
     with alone_here(folder):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from samtune import ranks, runlog, signals
-from samtune.errors import MachineError, UsageError
+from samtune.errors import UsageError
 from samtune.options import RunConfig
 from samtune.sweep.ledger import Run, log_folder, run_folder
 from samtune.sweep.recipe import flag
@@ -122,22 +122,6 @@ class Local:
         """End all runs at once."""
         for process, _ in self._running.values():
             end_at_once(process)
-
-
-def open_engine(name: str, address: str, config: RunConfig, jobs: int) -> Engine:
-    """The engine local or ray.
-
-    Raises what `places_here` and the cluster raise, and MachineError where ray is not installed.
-    """
-    if name == "local":
-        return Local(places_here(config, jobs))
-    try:
-        from samtune.sweep.cluster import Cluster
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise MachineError("--engine ray needs the package ray", mend="pip install 'samtune[ray]'") from None
-    return Cluster(address, config, jobs)
 
 
 def places_here(config: RunConfig, jobs: int) -> list[dict[str, str]]:
