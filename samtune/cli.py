@@ -165,6 +165,12 @@ def sweep(
     jobs: Annotated[
         int, typer.Option(min=1, help="Runs at a time: on each GPU of --gpus, or on the CPU, whose cores they share.")
     ] = 1,
+    engine: Annotated[
+        str, typer.Option(help="local: this machine; ray: a cluster that runs already.", metavar="local|ray")
+    ] = "local",
+    address: Annotated[
+        str, typer.Option(help="Of the Ray cluster: host:port, or auto, the one that this machine belongs to.")
+    ] = "auto",
     budget: Annotated[
         list[str] | None,
         typer.Option(
@@ -190,27 +196,33 @@ def sweep(
     both, with each seed, and scored on test once. What is done is never done again: the same command continues, and
     several of them on one folder share the work.
     """
+    from samtune.sweep import ledger
     from samtune.sweep import recipe as sweeps
 
+    if engine not in ("local", "ray"):
+        raise UsageError(f"--engine {engine}: must be local or ray")
+    if address != "auto" and engine != "ray":
+        raise UsageError(f"--address {address} without --engine ray", mend="give both, or none")
     asked = sweeps.load(recipe, flags, budgets=budget, seeds=seeds)
     folder = output or Path("sweeps") / recipe.stem
     _check_before_slow_work(asked.base.model_copy(update={"output": None}), None)
+    ledger.check_usable(folder)
 
     from samtune import console
-    from samtune.sweep import arms, engines, ledger, protocol
+    from samtune.sweep import arms, engines, images, protocol
     from samtune.sweep.plan import Plan
 
+    engines.refuse_ranks()
+    plan = protocol.check(Plan(asked, images.images_to_train_on(images.listed)))
+    for note in arms.notes(asked):
+        console.note(note)
+    if dry_run:
+        rows = protocol.counted(plan)
+        console.print_json(rows) if as_json else console.print_rows(f"{len(plan)} runs", rows)
+        return
+    place = protocol.open_engine(engine, address, asked.base, jobs)
     with signals.listening() as stop:
-        engines.refuse_ranks()
-        plan = protocol.check(Plan(asked, protocol.images_to_train_on(protocol.listed)))
-        for note in arms.notes(asked):
-            console.note(note)
-        if dry_run:
-            rows = protocol.counted(plan)
-            console.print_json(rows) if as_json else console.print_rows(f"{len(plan)} runs", rows)
-            return
-        engine = engines.Local(engines.places_here(asked.base, jobs))
-        failure = protocol.run(asked, folder, engine, stop)
+        failure = protocol.run(asked, folder, place, stop)
     result = ledger.read(folder)
     if as_json:
         console.print_json(result)

@@ -3,10 +3,11 @@
     python -m tests.broken '[{"at": "samtune.sam:Perturbation.add_", "call": 3, "do": "SIGKILL"}]' run --model ...
 
 Each fault: at: module:name of a function. call: at which of its calls, from 1. do: a signal to the process itself, or,
-as "parent SIGTERM", to its parent; "hang"; "oom"; "ENOSPC" and the like, raised in the function's place; "nan", its
-result becomes NaN; "wreck", the parameters of a Perturbation become NaN; "fill FILE", FILE takes all room that its disk
-has left; "limit BYTES", no file may grow beyond that. when: "before" (default) or "after" the call. again: true breaks
-the later calls, too. rank: of several ranks the one in which it happens, and in none that is started again.
+as "parent SIGTERM", to its parent; "hang", or "pause" until a signal comes; "oom"; "ENOSPC" and the like, raised in the
+function's place; "nan", its result becomes NaN; "wreck", the parameters of a Perturbation become NaN; "fill FILE", FILE
+takes all room that its disk has left; "limit BYTES", no file may grow beyond that. when: "before" (default) or "after"
+the call. again: true breaks the later calls, too. rank: of several ranks the one in which it happens, and in none that
+is started again. only: what the command line must have in it, as "final-sam-seed0", to break one run of a sweep alone.
 """
 
 import contextlib
@@ -40,6 +41,8 @@ def break_at(at: str, call: int, do: str, when: str = "before", again: bool = Fa
             os.kill(os.getpid(), signal.Signals[do])
         elif do == "hang":
             threading.Event().wait()
+        elif do == "pause":
+            signal.pause()
         elif do == "oom":
             raise torch.OutOfMemoryError("simulated")
         elif do.startswith("fill "):
@@ -74,14 +77,16 @@ def break_here(faults: list[dict[str, Any]]) -> None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
     for fault in faults:
-        if str(fault.pop("rank", here := os.environ.get("RANK"))) == str(here):
+        is_here = str(fault.pop("rank", here := os.environ.get("RANK"))) == str(here)
+        if fault.pop("only", "") in " ".join(sys.argv[2:]) and is_here:
             break_at(**fault)
 
 
 if __name__ == "__main__":
     from samtune import launch
+    from samtune.sweep import engines
 
-    launch.COMMAND = (sys.executable, "-m", "tests.broken", sys.argv[1])
+    launch.COMMAND = engines.COMMAND = (sys.executable, "-m", "tests.broken", sys.argv[1])
     break_here(json.loads(sys.argv[1]))
     sys.argv[1:] = sys.argv[2:]
     from samtune.cli import main

@@ -146,3 +146,22 @@ def broken_off(stopped, tmp_path) -> Path:
     """A copy of that run, which has checkpoints of steps 5 (the best), 6 and 7."""
     shutil.copytree(stopped, tmp_path / "r", symlinks=True)
     return tmp_path / "r"
+
+
+@pytest.fixture(scope="session")
+def whole_sweep_recipe(tmp_path_factory, photos) -> Path:
+    from tests.sweeps import write_recipe
+
+    return write_recipe(tmp_path_factory.mktemp("recipes") / "small.toml", photos)
+
+
+@pytest.fixture(scope="session")
+def whole_sweep(tmp_path_factory, whole_sweep_recipe) -> Path:
+    """A sweep of four runs that nothing has broken, and none of whose runs decodes an image: that was done before."""
+    from tests.sweeps import sweep
+
+    folder, cache = tmp_path_factory.mktemp("sweeps") / "whole", tmp_path_factory.mktemp("cache")
+    decoding = {"at": "samtune.data.cache:decode", "call": 1, "do": "ENOSPC", "again": True, "only": "--resume"}
+    done = sweep(whole_sweep_recipe, folder, faults=[decoding], env={"SAMTUNE_CACHE": str(cache)})
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -37,6 +37,7 @@ ROWS = {
     28: "no GPU, or no driver",
     29: "a tracker that is down, raises or does not answer",
     30: "no terminal, an odd one, or a closed one",
+    31: "a run of a sweep fails; the sweep is killed, stopped, or there twice",
 }
 
 

@@ -61,13 +61,13 @@ def test_every_setting_is_a_flag_with_help():
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "eval", "data", "data check", "datasets", "datasets show", "runs", "report"]
+    "command", ["run", "sweep", "eval", "data", "data check", "datasets", "datasets show", "runs", "report"]
 )
 def test_every_command_has_an_example(command):
     assert f"Example: samtune {command} " in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
 
 
-@pytest.mark.parametrize("command", ["run", "data check", "runs", "report"])
+@pytest.mark.parametrize("command", ["run", "sweep", "data check", "runs", "report"])
 def test_help_loads_nothing_heavy(command):
     check = (
         f"import sys; from samtune.cli import app; app({[*command.split(), '--help']}, standalone_mode=False);"

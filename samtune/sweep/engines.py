@@ -3,25 +3,29 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from samtune import device, launch, ranks, runlog, signals
+from samtune import ranks, runlog, signals
 from samtune.errors import UsageError
 from samtune.options import RunConfig
 from samtune.sweep.ledger import Run, log_folder, run_folder
 from samtune.sweep.recipe import flag
 
+COMMAND = (sys.executable, "-m", "samtune")
 _GRACE = 30.0  # seconds that a run has to end at once
 
 
 class Engine(Protocol):
-    """Takes runs that this process has claimed, and tells which have ended. slots: how many at a time."""
+    """Takes runs that this process has claimed, and tells which have ended."""
 
-    slots: int
+    @property
+    def slots(self) -> int:
+        """How many runs it has at a time."""
 
     def start(self, folder: Path, run: Run) -> None:
         """Begin a run of the sweep in this folder, or go on with it."""
@@ -40,7 +44,7 @@ def command(folder: Path, run: Run) -> list[str]:
     """The command line of a run: the sweep's own recipe, and what the run has of its own."""
     flags = [flag(key, value) for key, value in run.settings.items()]
     recipe, output = str(folder / "sweep.toml"), str(run_folder(folder, run.id))
-    return [*launch.COMMAND, "run", recipe, "--resume", f"--output={output}", *flags]
+    return [*COMMAND, "run", recipe, "--resume", f"--output={output}", *flags]
 
 
 def begin(folder: Path, run: Run, place: Mapping[str, str]) -> "subprocess.Popen[bytes]":
@@ -80,9 +84,14 @@ class Local:
 
     def __init__(self, places: Sequence[Mapping[str, str]]) -> None:
         """places: for each run at a time, the environment that says where it computes."""
-        self.slots = len(places)
+        self._slots = len(places)
         self._free = list(places)
         self._running: dict[str, tuple[subprocess.Popen[bytes], Mapping[str, str]]] = {}
+
+    @property
+    def slots(self) -> int:
+        """How many runs it has at a time."""
+        return self._slots
 
     def start(self, folder: Path, run: Run) -> None:
         """Begin a run of the sweep in this folder, or go on with it."""
@@ -120,6 +129,8 @@ def places_here(config: RunConfig, jobs: int) -> list[dict[str, str]]:
 
     Raises MachineError where there are no such GPUs, UsageError for more runs than cores.
     """
+    from samtune import device  # torch: not for the workers of a cluster
+
     numbers = [] if config.processes is not None or config.gpus == "0" else device.gpu_numbers(config.gpus)
     if numbers:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -128,10 +139,15 @@ def places_here(config: RunConfig, jobs: int) -> list[dict[str, str]]:
     cores = device.cores()
     if jobs > cores:
         raise UsageError(f"--jobs {jobs}: there are {cores} cores", "each run needs one", f"give {cores} at most")
-    place = {"CUDA_VISIBLE_DEVICES": ""}
+    place = use_cpu()
     if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
         place["OMP_NUM_THREADS"] = str(cores // jobs)
     return [place] * jobs
+
+
+def use_cpu() -> dict[str, str]:
+    """The environment of a run that shall see no GPU."""
+    return {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def refuse_ranks() -> None:

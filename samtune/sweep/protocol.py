@@ -1,24 +1,21 @@
 """The story of a sweep: probe, select, fit again, test once. What is done stays done, in this process or another."""
 
-import socket
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from samtune import console, lock, signals
-from samtune.data.splits import open_parts
 from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, UsageError, WorkerLost
-from samtune.job import read_data
 from samtune.options import RunConfig
 from samtune.resume import FREE
 from samtune.runs import read_step
 from samtune.sweep import arms, ledger
-from samtune.sweep.engines import Engine
+from samtune.sweep.engines import Engine, Local, places_here
+from samtune.sweep.images import alone_here, images_to_train_on, prepared
 from samtune.sweep.ledger import Outcome, Run
 from samtune.sweep.plan import Plan
 from samtune.sweep.recipe import Sweep, differences
@@ -26,33 +23,6 @@ from samtune.sweep.recipe import Sweep, differences
 _T = TypeVar("_T")
 
 _LOOK = 1.0  # seconds between two looks at the runs
-_ROWS = (
-    *("dataset", "image_key", "label_key", "train_split", "val_split", "test_split", "val", "val_fraction"),
-    *("split_seed", "train_fraction", "max_train", "max_eval", "on_bad_image"),
-)
-
-
-def images_to_train_on(read: Callable[[RunConfig], int]) -> Callable[[RunConfig], int]:
-    """The same, asked once for each choice of rows."""
-    known: dict[tuple[Any, ...], int] = {}
-
-    def rows(config: RunConfig) -> int:
-        key = tuple(getattr(config, name) for name in _ROWS)
-        if key not in known:
-            known[key] = read(config)
-        return known[key]
-
-    return rows
-
-
-def listed(config: RunConfig) -> int:
-    """How many images a run would train on, by the data set's table of contents: no image is read."""
-    return len(open_parts(config).train_rows)
-
-
-def prepared(config: RunConfig) -> int:
-    """The same, with all images decoded into the cache, once for all runs."""
-    return len(read_data(config).train_rows)
 
 
 def check(plan: Plan) -> list[Run]:
@@ -101,7 +71,6 @@ def _span(numbers: Iterable[int]) -> str | None:
 def open_folder(sweep: Sweep, folder: Path) -> Sweep:
     """The sweep as its folder has it from now on. Raises UsageError where another sweep is in the folder."""
     file, now = folder / "sweep.toml", sweep.to_toml()
-    ledger.check_usable(folder)
     if file.is_file():
         differ = differences(_recipe(file.read_text(encoding="utf-8")), _recipe(now))
         if differ:
@@ -122,22 +91,6 @@ def open_folder(sweep: Sweep, folder: Path) -> Sweep:
 
 def _recipe(text: str) -> dict[str, Any]:
     return {key: value for key, value in tomllib.loads(text).items() if key not in FREE}
-
-
-@contextmanager
-def alone_here(folder: Path) -> Iterator[None]:
-    """One process of a machine at a time decodes; the others wait, and find it done."""
-    place = folder / "logs" / f"data-{socket.gethostname()}"
-    place.mkdir(exist_ok=True)
-    while (who := lock.holder(place)) is not None:
-        console.note(f"{who} is decoding the images; waiting for it")
-        while lock.holder(place) is not None:
-            time.sleep(_LOOK)
-    held = lock.take(place)
-    try:
-        yield
-    finally:
-        held.release()
 
 
 # ------------------------------------------------------------------------------------------------------------ the work
@@ -202,6 +155,22 @@ class _Work:
                 entry |= {"point": point, "by": "validation" if tried else "only point"}
                 finals += self.once((budget, arm, best), partial(plan.finals, budget, arm, point, paces))
         return [*probes, *selections, *finals], chosen
+
+
+def open_engine(name: str, address: str, config: RunConfig, jobs: int) -> Engine:
+    """The engine local or ray.
+
+    Raises what `places_here` and the cluster raise, and MachineError where ray is not installed.
+    """
+    if name == "local":
+        return Local(places_here(config, jobs))
+    try:
+        from samtune.sweep.cluster import Cluster
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise MachineError("--engine ray needs the package ray", mend="pip install 'samtune[ray]'") from None
+    return Cluster(address, config, jobs)
 
 
 def run(sweep: Sweep, folder: Path, engine: Engine, stop: signals.StopRequest) -> SamtuneError | None:

@@ -166,8 +166,8 @@ def load(
     Raises UsageError that names key, origin and rule.
     """
     base = config.load(recipe, flags)
-    for key in ("processes", "nnodes", "shard"):
-        if getattr(base, key) not in (None, 1, False):
+    for key, several in (("processes", (base.processes or 1) > 1), ("nnodes", base.nnodes > 1), ("shard", base.shard)):
+        if several:
             raise UsageError(
                 f"{key} = {getattr(base, key)} in recipe {recipe}: each run of a sweep is on one device",
                 mend="leave it out; --gpus all has a run on each GPU, --jobs so many on a CPU",

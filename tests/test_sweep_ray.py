@@ -1,0 +1,110 @@
+"""Sweeps on a real Ray cluster of two nodes, on this machine."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.matrix import row
+from tests.sweeps import command, results, sweep
+
+pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
+RAY = Path(sys.executable).parent / "ray"
+NODE = ("--num-cpus=1", "--num-gpus=0", "--disable-usage-stats")
+
+
+def ray(*arguments):
+    # One thread for each run, as in the sweep that it is compared with.
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    done = subprocess.run([RAY, *arguments], capture_output=True, text=True, env=env, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a head and a second node, with one core each: two runs at a time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    head = (
+        "--head",
+        "--node-ip-address=127.0.0.1",
+        f"--port={address.rpartition(':')[2]}",
+        "--include-dashboard=false",
+    )
+    try:
+        ray("start", *head, *NODE)
+        ray("start", f"--address={address}", *NODE)
+        yield address
+    finally:
+        ray("stop", "--force")
+
+
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@row(31)
+@pytest.mark.slow
+def test_a_sweep_whose_worker_is_killed_ends_as_on_one_machine(cluster, whole_sweep, whole_sweep_recipe, tmp_path):
+    paused = {
+        "at": "samtune.step:Step.__call__",
+        "call": 3,
+        "do": "pause",
+        "only": "final-sam",
+    }  # until its worker dies
+    started = subprocess.Popen(
+        command(whole_sweep_recipe, tmp_path / "s", "--engine", "ray", "--address", cluster, faults=[paused]),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    status = tmp_path / "s" / "runs" / "final-sam-seed0" / "status.json"
+    while not status.exists() and started.poll() is None:
+        time.sleep(0.1)
+    run = json.loads(status.read_text())["pid"]
+    worker = parent_of(run)
+    assert worker not in (os.getpid(), started.pid)
+    os.kill(worker, signal.SIGKILL)
+    said = started.communicate(timeout=300)[1]
+    assert started.returncode == 0, said
+    assert results(tmp_path / "s") == results(whole_sweep)
+    assert (tmp_path / "s" / "logs" / "final-sam-seed0" / "output.txt").read_text().count("samtune") >= 2
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_runs_of_a_cluster_too(cluster, whole_sweep, whole_sweep_recipe, tmp_path):
+    paused = {"at": "samtune.step:Step.__call__", "call": 3, "do": "pause", "only": "final-sam"}
+    started = subprocess.Popen(
+        command(whole_sweep_recipe, tmp_path / "s", "--engine", "ray", "--address", cluster, faults=[paused]),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    status = tmp_path / "s" / "runs" / "final-sam-seed0" / "status.json"
+    while not status.exists() and started.poll() is None:
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    said = started.communicate(timeout=300)[1]
+    assert started.returncode == 75, said
+    done = sweep(whole_sweep_recipe, tmp_path / "s", "--engine", "ray", "--address", cluster)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "s") == results(whole_sweep)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("address", "gpus", "code", "said"), [("auto", "auto", 8, "ray start"), ("auto", "2", 2, "Ray")]
+)
+def test_without_a_cluster_the_error_tells_how_to_start_one(whole_sweep_recipe, tmp_path, address, gpus, code, said):
+    done = sweep(whole_sweep_recipe, tmp_path / "s", "--engine", "ray", "--address", address, "--gpus", gpus)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert not (tmp_path / "s").exists()
