@@ -11,7 +11,7 @@ import typer
 
 from samtune import __version__, config, ranks, signals, streams
 from samtune.cli_data import data_app, datasets_app
-from samtune.cli_results import results_app
+from samtune.cli_results import report_sweep, results_app
 from samtune.errors import SamtuneError, Stopped, UsageError
 from samtune.fields import gpu_choice
 from samtune.flags import Json, with_config_flags
@@ -198,7 +198,7 @@ def sweep(
     _check_before_slow_work(asked.base.model_copy(update={"output": None}), None)
 
     from samtune import console
-    from samtune.sweep import arms, engines, ledger, protocol
+    from samtune.sweep import arms, engines, protocol
     from samtune.sweep.plan import Plan
 
     with signals.listening() as stop:
@@ -212,11 +212,7 @@ def sweep(
             return
         engine = engines.Local(engines.places_here(asked.base, jobs))
         failure = protocol.run(asked, folder, engine, stop)
-    result = ledger.read(folder)
-    if as_json:
-        console.print_json(result)
-    else:
-        console.print_rows(f"Sweep {folder}", protocol.table(result))
+    report_sweep(folder, folder, as_json)
     if failure is not None:
         raise failure
 
