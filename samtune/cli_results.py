@@ -96,16 +96,17 @@ def _report_run(run: Path, output: Path, as_json: bool) -> None:
 def report_sweep(folder: Path, output: Path, as_json: bool) -> None:
     """Write the report of a sweep, and print its table and what it says."""
     from samtune import console
-    from samtune.sweep import evidence, tables
+    from samtune.sweep import evidence, sweeppage, tables
 
     result = evidence.collect(folder)
     with result_folder(output):
         evidence.write(output, result)
+        sweeppage.write(output / "report.html", folder, result)
     if as_json:
         console.print_json(result)
     else:
         console.print_rows(tables.title(result), tables.table(result))
-        console.print_lines(result["verdict"])
+        console.print_lines([*result["verdict"], f"page: {output / 'report.html'}"])
 
 
 def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:

@@ -12,12 +12,11 @@ _Rows = list[dict[str, str | float | None]]
 
 def table(report: _Report) -> _Rows:
     """One row for each budget and arm: what people look at first."""
-    baselines = [pair["baseline"] for pair in report["comparisons"]]
-    baseline = next((arm for arm in ("sgd", "sgd-2x") if arm in baselines), "sgd")
+    other = baseline(report)
     pairs = {
         (pair["budget"], pair["label"]): pair["difference"]
         for pair in report["comparisons"]
-        if pair["baseline"] == baseline
+        if pair["baseline"] == other
     }
     return [
         _budget(report, entry)
@@ -28,10 +27,16 @@ def table(report: _Report) -> _Rows:
             "test error %": _with_interval(entry["mean_error"], entry["mean_error_ci95"], ".2f"),
             "passes": _cost(entry["passes"]),
             "seconds": _cost(entry["seconds"]),
-            f"minus {baseline}": _difference(pairs.get((entry["budget"], entry["arm"]))),
+            f"minus {other}": _difference(pairs.get((entry["budget"], entry["arm"]))),
         }
         for entry in report["final"]
     ]
+
+
+def baseline(report: _Report) -> str:
+    """The arm that the table compares with: sgd, where it is there."""
+    there = [pair["baseline"] for pair in report["comparisons"]]
+    return next((arm for arm in ("sgd", "sgd-2x") if arm in there), "sgd")
 
 
 def _budget(report: _Report, entry: _Report) -> dict[str, str | float | None]:
@@ -117,7 +122,7 @@ def markdown(report: _Report) -> str:
     if report["pays"]:
         page += ["## Where SAM begins to pay", "", *(f"- {pays_words(entry)}" for entry in report["pays"]), ""]
     page += ["## How to read this", "", *(f"- {note}" for note in notes(report)), ""]
-    page += ["## Made of", "", f"- {_asked_words(asked)}", f"- {progress_words(progress)}"]
+    page += ["## Made of", "", f"- asked: {asked_words(asked)}", f"- {progress_words(progress)}"]
     page += [f"- {name}: {value}" for name, value in made_of_words(made).items()] if made else []
     return "\n".join(page) + "\n"
 
@@ -129,7 +134,8 @@ def title(report: _Report) -> str:
     return f"Sweep of {model} on {data}"
 
 
-def _asked_words(asked: _Report) -> str:
+def asked_words(asked: _Report) -> str:
+    """What was to be compared."""
     budgets = "" if asked["budgets"] == [None] else f"; budgets {listed(asked['budgets'])}"
     grids = "; ".join(
         f"grid{'' if name == 'grid' else f' of {name}'}: " + ", ".join(f"{key} {listed(v)}" for key, v in grid.items())
@@ -137,7 +143,7 @@ def _asked_words(asked: _Report) -> str:
         if grid
     )
     seeds = f"seeds {listed(asked['seeds'])} (choice: {listed(asked['selection_seeds'])})"
-    return f"asked: arms {listed(asked['arms'])}; {seeds}{budgets}{'; ' + grids if grids else ''}"
+    return f"Arms {listed(asked['arms'])}; {seeds}{budgets}{'; ' + grids if grids else ''}"
 
 
 def progress_words(progress: _Report) -> str:
