@@ -206,12 +206,13 @@ def _choice(arm: Mapping[str, Any], points: _Scores) -> dict[str, Any]:
     """What was chosen for an arm. uncertain: the next best point lies within Wilson's interval of the chosen one.
 
     That interval is of one run with the mean error of all seeds, as they validate on the same images. at_end: settings
-    whose chosen value is the smallest or the largest one that was tried.
+    whose chosen value is the smallest or the largest one that was tried. by: what made it better than the next one.
     """
     chosen = arm["chosen"]
     about: dict[str, Any] = {"budget": arm["budget"], "arm": arm["arm"], "point": chosen, "points": len(points)}
     about |= {"label": None if chosen is None else arms.words(chosen), "mean_error": None, "wilson_ci95": None}
-    about |= {"images": None, "next": None, "uncertain": None, "at_end": []}
+    about |= {"images": None, "next": None, "uncertain": None, "by": None, "at_end": []}
+    about |= {"diverged": sum(point["state"] == "diverged" for point in points)}
     best = next((point for point in points if point["chosen"]), None)
     if best is None or best["mean_error"] is None:
         return about
@@ -225,8 +226,16 @@ def _choice(arm: Mapping[str, Any], points: _Scores) -> dict[str, Any]:
         "images": n,
         "next": {key: second[key] for key in ("label", "mean_error", "mean_loss")} if second else None,
         "uncertain": second["mean_error"] <= interval[1] if second else None,
+        "by": _reason(best, second),
         "at_end": list(_ends(best["point"], [point["point"] for point in points])),
     }
+
+
+def _reason(best: Mapping[str, Any], second: Mapping[str, Any] | None) -> str:
+    """What made a point better than the next best one; after error and loss, their order."""
+    if second is None or second["mean_error"] != best["mean_error"]:
+        return "error"
+    return "loss" if second["mean_loss"] != best["mean_loss"] else "order"
 
 
 def _ends(chosen: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -286,7 +295,8 @@ def _baselines(groups: Mapping[tuple[str | None, str], Group]) -> Iterator[dict[
 def _pays(comparisons: _Scores) -> Iterator[dict[str, Any]]:
     """For each arm with SAM and each unit of budgets of which several were tried: where its error begins to be less.
 
-    from: the smallest budget at which, and at all larger ones, its mean is below that of sgd; difference: there.
+    from: the smallest budget at which, and at all larger ones, its mean is below that of sgd; sure_from: the same for
+    the whole interval of the difference.
     """
     tried = [
         pair for pair in comparisons if pair["budget"] and pair["baseline"] == "sgd" and arms.has_sam(pair["label"])
@@ -297,17 +307,21 @@ def _pays(comparisons: _Scores) -> Iterator[dict[str, Any]]:
         own.sort(key=lambda pair: costs[pair["budget"]].amount)
         if len(own) < 2:
             continue
-        below = list(own)
-        while below and any(pair["difference"]["mean"] >= 0 for pair in below):
-            below.pop(0)
-        first = below[0] if below else None
-        ci95 = first["difference"]["ci95"] if first else None
         yield {
             "arm": arm,
             "baseline": "sgd",
             "unit": unit,
             "tried": [pair["budget"] for pair in own],
-            "from": first["budget"] if first else None,
-            "difference": first["difference"] if first else None,
-            "excludes_zero": ci95[1] < 0 if ci95 else None,
+            "from": _from_where(own, lambda found: bool(found["mean"] < 0)),
+            "sure_from": _from_where(own, lambda found: bool(found["ci95"] and found["ci95"][1] < 0)),
         }
+
+
+def _from_where(pairs: _Scores, holds: Callable[[Mapping[str, Any]], bool]) -> str | None:
+    """The first budget from which on something holds for all differences."""
+    found = None
+    for pair in reversed(pairs):
+        if not holds(pair["difference"]):
+            break
+        found = pair["budget"]
+    return found

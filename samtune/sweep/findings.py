@@ -27,8 +27,33 @@ def verdict(report: _Report) -> list[str]:
     ]
     if not pairs:
         return ["Nothing can be said of SAM yet: not both sides of any comparison have a last fit that is done."]
-    said = [_conclusion(pairs[-1])] if len(report["asked"]["budgets"]) == 1 else [*map(_conclusion, _largest(pairs))]
+    tests = _tests(report)
+    largest = pairs if report["asked"]["budgets"] == [None] else _largest(pairs)
+    said = [_conclusion(pair) + _among(pair, tests) for pair in largest]
+    if _left(report):
+        said[0] = f"So far: {said[0]}"
+    if report["asked"]["budgets"] == [None]:
+        said.append(_price(pairs[0]))
     return said + [pays_words(entry) for entry in report["pays"] if entry["arm"] == mine]
+
+
+def _tests(report: _Report) -> int:
+    return sum(pair["difference"]["p"] is not None for pair in report["comparisons"])
+
+
+def _among(pair: _Report, tests: int) -> str:
+    """That a small p may be the smallest of many."""
+    p = pair["difference"]["p"]
+    if p is None or tests < 2 or not 0.05 / tests <= p < 0.05:
+        return ""
+    limit = 0.05 / tests
+    return f" It is one of {tests} comparisons: counted together, p would have to be below {limit:.2g}, and is {p:.2g}."
+
+
+def _price(pair: _Report) -> str:
+    known = {key: both["ratio"] for key, both in pair["cost"].items() if both["ratio"] and key in ("passes", "seconds")}
+    ratios = " and ".join(f"{ratio:.2f} times the {key}" for key, ratio in known.items())
+    return f"A run of {pair['label']} took {ratios or 'an unknown cost'} of one of {pair['baseline']}."
 
 
 def _largest(pairs: Sequence[_Report]) -> list[_Report]:
@@ -75,16 +100,17 @@ def pairs_words(found: _Report) -> str:
 
 def pays_words(entry: _Report) -> str:
     """From which budget on an arm has less error than sgd, and how surely."""
-    tried = f"{len(entry['tried'])} budgets of {entry['unit']} from {entry['tried'][0]} to {entry['tried'][-1]}"
-    if entry["from"] is None:
-        return f"Of the {tried}, there is none from which on the mean error of {entry['arm']} is below that of sgd."
-    how = {
-        True: "there, the interval of the difference excludes zero",
-        False: "but there the interval of the difference includes zero, so that it may be chance",
-        None: "but there is no interval there that could tell whether this is more than chance",
-    }[entry["excludes_zero"]]
-    start = entry["from"] + (" on, the smallest that was tried" if entry["from"] == entry["tried"][0] else " on")
-    return f"Of the {tried}, the mean error of {entry['arm']} is below that of sgd from {start}; {how}."
+    tried, first, sure, arm = entry["tried"], entry["from"], entry["sure_from"], entry["arm"]
+    over = f"Over {len(tried)} budgets, {tried[0]} to {tried[-1]}"
+    if first is None:
+        return f"{over}, there is none from which on the mean error of {arm} is below that of sgd."
+    start = "at all of them" if first == tried[0] else f"from {first} on"
+    how = "its interval excludes zero there, too"
+    if sure is None:
+        how = "the interval of the difference excludes zero at none from which on it does: this may be chance"
+    elif sure != first:
+        how = f"the interval of the difference excludes zero from {sure} on"
+    return f"{over}, the mean error of {arm} is below that of sgd {start}; {how}."
 
 
 # ------------------------------------------------------------------------------------------------------------ warnings
@@ -97,51 +123,67 @@ def warnings(report: _Report) -> list[str]:
 
 def _progress_warnings(report: _Report) -> Iterator[str]:
     progress = report["progress"]
-    left = progress["runs"] - progress["done"] - len(progress["diverged"])
-    if left > 0:
+    left = _left(report)
+    if left:
+        failed = f" ({len(progress['failed'])} failed)" if progress["failed"] else ""
         yield (
-            f"This sweep is not complete: {left} of {progress['runs']} runs are not done "
-            f"({len(progress['failed'])} of them failed). What follows may change; the same command goes on with it."
+            f"This sweep is not complete: of {progress['runs']} runs, {left} are left{failed}. What follows may "
+            "change; the same command goes on with it."
         )
+    for choice in _hopeless(report):
+        yield f"{where(choice)}: no point trained, as every loss was not finite; it has no last fits."
     for entry in report["final"]:
         if entry["lost_seeds"]:
             yield (
-                f"{where(entry)}: seeds {listed(entry['lost_seeds'])} failed, so that its mean is of the others. Where "
-                "they failed by the settings, that makes this arm look better than it is."
+                f"{where(entry)}: last fits failed (seed {listed(entry['lost_seeds'])}), so that its mean is of the "
+                "others. Where they failed by the settings, that makes this arm look better than it is."
             )
+
+
+def _left(report: _Report) -> int:
+    """How many runs are still to come."""
+    progress = report["progress"]
+    never = len(_hopeless(report)) * len(report["asked"]["seeds"])
+    return max(0, int(progress["runs"] - progress["done"]) - len(progress["diverged"]) - never)
+
+
+def _hopeless(report: _Report) -> list[_Report]:
+    """Arms whose points have all diverged."""
+    return [choice for choice in report["choices"] if choice["points"] and choice["diverged"] == choice["points"]]
 
 
 def _choice_warnings(report: _Report) -> Iterator[str]:
+    ends: dict[str, list[str]] = {}
     for choice in report["choices"]:
         for end in choice["at_end"]:
-            yield (
-                f"{where(choice)}: the chosen {end['setting']} {end['value']} is at the {end['end']} end of the "
-                "grid; a better one may lie beyond."
-            )
-        if choice["uncertain"]:
-            second = choice["next"]
-            tie = ""
-            if second["mean_error"] == choice["mean_error"]:
-                tie = " With equal errors, the lower loss decided."
-                if second["mean_loss"] == _loss(report, choice):
-                    tie = " With equal errors and losses, the first one was taken."
-            yield (
-                f"{where(choice)}: the choice of {choice['label']} is uncertain. It has {choice['mean_error']:.2f} % "
-                f"error on {choice['images']} validation images, which Wilson's interval puts at "
-                f"{interval_words(choice['wilson_ci95'])}; the next best, {second['label']}, has "
-                f"{second['mean_error']:.2f} %.{tie}"
-            )
+            what = f"{choice['arm']}: the chosen {end['setting']} {end['value']} is at the {end['end']} end of the grid"
+            ends.setdefault(what, []).append(choice["budget"])
+    for what, budgets in ends.items():
+        yield f"{what}{f' at {listed(budgets)}' if budgets != [None] else ''}; a better one may lie beyond."
+    unsure = [choice for choice in report["choices"] if choice["uncertain"]]
+    made = sum(choice["uncertain"] is not None for choice in report["choices"])
+    if unsure:
+        which = f"{len(unsure)} of {made} choices ({listed([where(choice) for choice in unsure])})"
+        which = f"all {made} choices" if len(unsure) == made > 1 else which
+        yield (
+            f"The validation images are too few to be sure of {which}: the next best point lies within Wilson's "
+            "interval of the chosen one."
+        )
 
 
-def _loss(report: _Report, choice: _Report) -> float | None:
-    return next(
-        (
-            point["mean_loss"]
-            for point in report["selection"]
-            if point["chosen"] and (point["budget"], point["arm"]) == (choice["budget"], choice["arm"])
-        ),
-        None,
+def choice_words(choice: _Report) -> str | None:
+    """What was chosen for an arm, and how surely; None where there is nothing to choose, or nothing is chosen yet."""
+    second = choice["next"]
+    if choice["mean_error"] is None:
+        return None
+    said = (
+        f"{where(choice)}: chosen is {choice['label']}, with {choice['mean_error']:.2f} % error on {choice['images']} "
+        f"validation images (Wilson's interval {interval_words(choice['wilson_ci95'])})"
     )
+    if second is None:
+        return f"{said}; no other point came to an end."
+    tie = {"loss": "; the lower loss decided", "order": "; the first of the grid was taken"}.get(choice["by"], "")
+    return f"{said}; the next best, {second['label']}, has {second['mean_error']:.2f} %{tie}."
 
 
 def _run_warnings(report: _Report) -> Iterator[str]:
@@ -204,7 +246,7 @@ def notes(report: _Report) -> list[str]:
         "an interval of a mean, or of a difference of means, is Student's over seeds, at 95 %, on these test images: "
         "where that of very many seeds may lie, if errors of seeds are normally distributed",
     ]
-    tests = sum(pair["difference"]["p"] is not None for pair in report["comparisons"])
+    tests = _tests(report)
     if tests > 1:
         said.append(
             f"each interval and each p is of one comparison alone; for all {tests} together, look for p < "

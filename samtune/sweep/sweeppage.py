@@ -251,10 +251,10 @@ def _choice(name: str, entry: _Report, points: Sequence[_Report]) -> Chart:
         "passes": ",.0f",
         "seconds": ",.1f",
     }
-    caption = (
-        f"{where}: validation error by {across}; the ring marks what was chosen. The bars are Wilson's 95 % intervals "
-        f"of {done[0]['images']} images."
-    )
+    out = [point["label"] for point in points if point["state"] == "diverged"]
+    said = [findings.choice_words(entry) or f"{where}: nothing is chosen yet."]
+    said += [f"Diverged, and so out: {findings.listed(out)}."] if out else []
+    caption = f"{' '.join(said)} The ring marks the chosen point; the bars are Wilson's 95 % intervals."
     table = Table(f"validation error of {where}", _columns(columns), [_point_cells(point) for point in points])
     return Chart(svg, caption, table)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samtune.compare import markdown_table, number_words, p_words
-from samtune.sweep.findings import listed, notes, pair_lines, pair_title, pays_words
+from samtune.sweep.findings import choice_words, listed, notes, pair_lines, pair_title, pays_words
 
 _Report = Mapping[str, Any]
 _Rows = list[dict[str, str | float | None]]
@@ -117,6 +117,8 @@ def markdown(report: _Report) -> str:
     }
     for name, rows in tables.items():
         page += [f"## {name}", "", *markdown_table(rows)] if rows else []
+        if name == "Validation":
+            page += [f"- {words}" for choice in report["choices"] if (words := choice_words(choice))] + [""]
     for pair in report["comparisons"]:
         page += [f"## {pair_title(pair)}", "", *(f"- {line}" for line in pair_lines(pair)), ""]
     if report["pays"]:
