@@ -10,7 +10,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
@@ -74,13 +74,14 @@ class Words(NamedTuple):
 
 
 class Series(NamedTuple):
-    """A line through points, with an interval around it if low and high are there."""
+    """A line through points, with an interval around it if low and high are there. rings: points that are marked."""
 
     name: str
     x: Sequence[float]
     y: Numbers
     low: Numbers | None = None
     high: Numbers | None = None
+    rings: Sequence[int] = ()
 
 
 class Span(NamedTuple):
@@ -99,25 +100,43 @@ def lines(
     y_label: str,
     spans: Sequence[Span] = (),
     whole: bool = False,
+    bars: bool = False,
+    ticks: Sequence[str] | None = None,
 ) -> str:
-    """Lines over x, both axes from 0; whole: ticks of x stand at whole numbers alone."""
+    """Lines over x from 0; whole: ticks of x stand at whole numbers alone.
+
+    bars: intervals as bars, not as bands, and y not from 0. ticks: names of x = 0, 1, ... where it is no number.
+    """
+    aside = 0.08 if ticks else 0.0  # of ticks: series stand beside each other
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for i, one in enumerate(series):
             colour = _SERIES[i % len(_SERIES)]
+            x = [at + aside * (i - (len(series) - 1) / 2) for at in one.x]
             if one.low is not None and one.high is not None:
-                axes.fill_between(one.x, _floats(one.low), _floats(one.high), color=colour, alpha=0.15, linewidth=0)
+                low, high = _floats(one.low), _floats(one.high)
+                if bars:
+                    axes.vlines(x, low, high, color=colour, linewidth=1.2)
+                else:
+                    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             marker = _MARKERS[i % len(_MARKERS)] if len(one.x) <= 40 else ""
-            axes.plot(
-                one.x, _floats(one.y), color=colour, marker=marker, linestyle=_DASHES[i % len(_DASHES)], label=one.name
-            )
+            dashes = _DASHES[i % len(_DASHES)]
+            axes.plot(x, _floats(one.y), color=colour, marker=marker, linestyle=dashes, label=_label(one.name))
+            for place in one.rings:
+                at, y = x[place], _floats(one.y)[place]
+                axes.plot(at, y, "o", markersize=11, markerfacecolor="none", color=_INK, markeredgewidth=1.2)
         for span in spans:
             axes.axvspan(span.low, span.high, color=_QUIET, alpha=0.12, linewidth=0, label=_label(span.name))
         axes.set(xlabel=x_label, ylabel=y_label)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-        if whole:
+        if ticks is not None:
+            axes.set_xticks(range(len(ticks)), [_label(tick) for tick in ticks])
+            axes.set_xlim(-0.5, len(ticks) - 0.5)
+        else:
+            axes.set_xlim(left=0)
+        if not bars:
+            axes.set_ylim(bottom=0)
+        if whole and ticks is None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
@@ -125,19 +144,37 @@ def lines(
 
 
 def intervals(
-    words: Words, names: Sequence[str], values: Sequence[float], bounds: Sequence[tuple[float, float]], *, x_label: str
+    words: Words,
+    names: Sequence[str],
+    values: Sequence[float],
+    bounds: Sequence[tuple[float, float] | None],
+    *,
+    x_label: str,
+    dots: Sequence[Sequence[float]] = (),
+    zero: Literal["start", "line", "anywhere"] = "start",
 ) -> str:
-    """A point with its interval for each name, from top to bottom; x from 0."""
+    """A point for each name, from top to bottom, with its interval, if there is one.
+
+    dots: what each point is the mean of. zero: where x begins, or a line that is always seen, or wherever it may be.
+    """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         places = range(len(names))
-        low, high = zip(*bounds, strict=True)
-        axes.hlines(places, low, high, color=_SERIES[0], linewidth=1.4)
+        for place, known in zip(places, bounds, strict=True):
+            if known:
+                axes.hlines(place, *known, color=_SERIES[0], linewidth=1.4)
+        for place, seen in zip(places, dots, strict=False):
+            axes.plot(
+                seen, [place + 0.22] * len(seen), "o", color=_SERIES[1], markersize=3, alpha=0.75, markeredgewidth=0
+            )
         axes.plot(values, places, "o", color=_SERIES[0])
         axes.set_yticks(places, [_label(name) for name in names])
         axes.set(xlabel=x_label, ylim=(len(names) - 0.4, -0.6))
-        axes.set_xlim(left=0)
+        if zero == "start":
+            axes.set_xlim(left=0)
+        elif zero == "line":
+            axes.axvline(0, color=_INK, linewidth=1)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
 

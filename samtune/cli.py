@@ -11,7 +11,7 @@ import typer
 
 from samtune import __version__, config, ranks, signals, streams
 from samtune.cli_data import data_app, datasets_app
-from samtune.cli_results import results_app
+from samtune.cli_results import report_sweep, results_app
 from samtune.errors import SamtuneError, Stopped, UsageError
 from samtune.flags import Json, with_config_flags
 from samtune.options import RunConfig
@@ -223,11 +223,7 @@ def sweep(
     place = protocol.open_engine(engine, address, asked.base, jobs)
     with signals.listening() as stop:
         failure = protocol.run(asked, folder, place, stop)
-    result = ledger.read(folder)
-    if as_json:
-        console.print_json(result)
-    else:
-        console.print_rows(f"Sweep {folder}", protocol.table(result))
+    report_sweep(folder, folder, as_json)
     if failure is not None:
         raise failure
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from samtune.errors import UsageError
 from samtune.flags import Json
 from samtune.runlog import result_folder
 
@@ -38,16 +39,19 @@ def list_runs(
 
 @results_app.command(name="report")
 def report_runs(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first is the baseline.", metavar="RUN")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders, of which the first is the baseline; or one sweep.", metavar="RUN_OR_SWEEP"),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder for the files; the report of one run goes to its own folder by default."
+            "--output", "-o", help="Folder for the files; the report of one run or sweep goes to its own by default."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the page of a run, or compare several: errors with intervals, paired tests, what differs, what it cost.
+    """Draw the page of a run or a sweep, or compare runs: errors with intervals, paired tests, what it cost.
 
     Example: samtune report runs/sgd runs/sam
 
@@ -56,10 +60,23 @@ def report_runs(
 
     Several runs must be done. Those that differ in the seed alone are one setting with so many seeds. Two runs are
     tested on the images that both scored (McNemar), settings over the seeds that they share (Student); where that
-    cannot be, it is said why. --output writes comparison.json and comparison.md.
+    cannot be, it is said why. --output writes comparison.json, comparison.md and
+    comparison.html.
+
+    Of a sweep, the same three files as of a run: what was chosen and how surely, errors over seeds with intervals, each
+    arm against SGD, cost against error.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # pictures are shown if they are here
-    if len(runs) == 1:
+    sweeps = [folder for folder in runs if (folder / "sweep.toml").is_file()]
+    if sweeps and len(runs) > 1:
+        raise UsageError(
+            f"{sweeps[0]} is a sweep, and not a run that could be compared",
+            "a sweep compares its own arms",
+            "give it alone, or give run folders in its place: it has them in runs/",
+        )
+    if sweeps:
+        report_sweep(runs[0], output or runs[0], as_json)
+    elif len(runs) == 1:
         _report_run(runs[0], output or runs[0], as_json)
     else:
         _compare_runs(runs, output, as_json)
@@ -77,13 +94,30 @@ def _report_run(run: Path, output: Path, as_json: bool) -> None:
         console.print_lines([f"page: {drawn}"])
 
 
+def report_sweep(folder: Path, output: Path, as_json: bool) -> None:
+    """Write the report of a sweep, and print its table and what it says."""
+    from samtune import console
+    from samtune.sweep import evidence, sweeppage, tables
+
+    result = evidence.collect(folder)
+    with result_folder(output):
+        evidence.write(output, result)
+        sweeppage.write(output / "report.html", folder, result)
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_rows(tables.title(result), tables.table(result))
+        console.print_lines([*result["verdict"], f"page: {output / 'report.html'}"])
+
+
 def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:
-    from samtune import compare, console
+    from samtune import compare, comparisonpage, console
 
     comparison = compare.compare(runs)
     if output is not None:
         with result_folder(output):
             compare.write(output, comparison)
+            comparisonpage.write(output / "comparison.html", comparison)
     if as_json:
         console.print_json(comparison)
         return

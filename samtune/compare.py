@@ -23,13 +23,17 @@ _ONE_TEST = "; the test says whether these two models differ on these images"
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
-    """Runs that differ in the seed alone, and each has another one."""
+class Group:
+    """Runs that differ in the seed alone, and each has another one. name: what it is called, else after its first."""
 
     runs: list[FinishedRun]
+    name: str = ""
 
     @property
     def label(self) -> str:
+        """What it is called."""
+        if self.name:
+            return self.name
         more = len(self.runs) - 1
         return self.runs[0].label + (f" + {more} seed{'s' if more > 1 else ''}" if more else "")
 
@@ -71,7 +75,7 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
         "runs": [_run_entry(run) for run in runs],
         "differs": _differs(runs),
         "groups": [_group_entry(group) for group in groups],
-        "pairs": [_pair(group, groups[0]) for group in groups[1:]],
+        "pairs": [pair(group, groups[0]) for group in groups[1:]],
     }
 
 
@@ -84,16 +88,16 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _groups(runs: Sequence[FinishedRun]) -> list[_Group]:
+def _groups(runs: Sequence[FinishedRun]) -> list[Group]:
     """In the order of their first runs. The same seed once more is no other seed: it begins another group."""
-    groups: list[_Group] = []
+    groups: list[Group] = []
     for run in runs:
         for group in groups:
             if group.runs[0].settings == run.settings and run.seed not in group.errors:
                 group.runs.append(run)
                 break
         else:
-            groups.append(_Group([run]))
+            groups.append(Group([run]))
     return groups
 
 
@@ -104,7 +108,7 @@ def _run_entry(run: FinishedRun) -> dict[str, Any]:
     return {"label": run.label, "path": str(run.path), "seed": run.seed, **run.scores, **run.cost}
 
 
-def _group_entry(group: _Group) -> dict[str, Any]:
+def _group_entry(group: Group) -> dict[str, Any]:
     errors = list(group.errors.values())
     interval = stats.student_interval(errors)
     return {
@@ -132,13 +136,13 @@ def _differs(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _pair(group: _Group, baseline: _Group) -> dict[str, Any]:
+def pair(group: Group, baseline: Group) -> dict[str, Any]:
     """A group against the baseline: over common seeds if there are two, and image by image if there is one run each."""
     common = [seed for seed in group.errors if seed in baseline.errors]
     one_each = len(group.runs) == len(baseline.runs) == 1
     paired = one_each or len(common) > 1
     a, b = ([one.errors[s] for s in common] if len(common) > 1 else [*one.errors.values()] for one in (group, baseline))
-    unlike = next(filter(None, (_unlike(run, baseline.runs[0]) for run in baseline.runs[1:] + group.runs)), None)
+    unlike = next(filter(None, (why_unlike(run, baseline.runs[0]) for run in baseline.runs[1:] + group.runs)), None)
     seeds = None if unlike else (stats.paired_difference if paired else stats.independent_difference)(a, b)
     no_interval = None if seeds else unlike or stats.why_no_interval(min(len(a), len(b)))
     return {
@@ -146,6 +150,7 @@ def _pair(group: _Group, baseline: _Group) -> dict[str, Any]:
         "baseline": baseline.label,
         "difference": {
             "mean": fmean(a) - fmean(b),
+            "of_means": [fmean(a), fmean(b)],
             "ci95": [seeds.low, seeds.high] if seeds else None,
             "p": seeds.p if seeds else None,
             "paired": paired,
@@ -154,13 +159,15 @@ def _pair(group: _Group, baseline: _Group) -> dict[str, Any]:
             "no_interval": no_interval,
         },
         "error_reduction": None if unlike else stats.error_reduction(a, b, paired=paired)._asdict(),
-        "mcnemar": _mcnemar(group.runs[0], baseline.runs[0]) if one_each and not unlike else None,
-        "cost": {key: _equality(group.cost[key], baseline.cost[key]) for key in ("epochs", "passes", "seconds")},
+        "mcnemar": mcnemar(group.runs[0], baseline.runs[0]) if one_each else None,
+        "cost": {
+            key: _equality(group.cost[key], baseline.cost[key]) for key in ("epochs", "steps", "passes", "seconds")
+        },
         "limits": list(_limits(group, baseline, common, unlike, no_interval)),
     }
 
 
-def _unlike(run: FinishedRun, other: FinishedRun) -> str | None:
+def why_unlike(run: FinishedRun, other: FinishedRun) -> str | None:
     """Why the predictions of two runs cannot be compared image by image; None if they can."""
     if run.dataset != other.dataset:
         return f"{run.label} is of {run.dataset}, {other.label} of {other.dataset}"
@@ -176,9 +183,10 @@ def _unlike(run: FinishedRun, other: FinishedRun) -> str | None:
     return None
 
 
-def _mcnemar(run: FinishedRun, baseline: FinishedRun) -> dict[str, Any]:
-    assert run.predictions is not None
-    assert baseline.predictions is not None
+def mcnemar(run: FinishedRun, baseline: FinishedRun) -> dict[str, Any] | None:
+    """The test of two runs on their images, in words of a report; None where they were not scored on the same ones."""
+    if why_unlike(run, baseline) or run.predictions is None or baseline.predictions is None:
+        return None
     test = stats.mcnemar(run.predictions.wrong, baseline.predictions.wrong)
     return {"only_wrong": test.only_a_wrong, "baseline_only_wrong": test.only_b_wrong, "p": test.p}
 
@@ -191,11 +199,12 @@ def _equality(own: float | None, baseline: float | None) -> dict[str, Any]:
         verdict = "equal"
     elif max(own, baseline) <= _NEARLY * min(own, baseline):
         verdict = "nearly equal"
-    return {"run": own, "baseline": baseline, "verdict": verdict}
+    ratio = own / baseline if own is not None and baseline else None
+    return {"run": own, "baseline": baseline, "ratio": ratio, "verdict": verdict}
 
 
 def _limits(
-    group: _Group, baseline: _Group, common: Sequence[int], unlike: str | None, no_interval: str | None
+    group: Group, baseline: Group, common: Sequence[int], unlike: str | None, no_interval: str | None
 ) -> Iterator[str]:
     """What cannot be concluded from a pair, and why."""
     if unlike:
@@ -228,7 +237,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     """The comparison as a page of markdown."""
     page = [f"# Comparison of {len(comparison['runs'])} runs", ""]
     for title, rows in tables(comparison).items():
-        page += [f"## {title}", "", *_markdown_table(rows)]
+        page += [f"## {title}", "", *markdown_table(rows)]
     for title, said in paragraphs(comparison).items():
         page += [f"## {title}", "", *(f"- {line}" for line in said), ""]
     return "\n".join(page)
@@ -283,7 +292,7 @@ def _group_rows(comparison: Mapping[str, Any]) -> list[dict[str, str | float | N
             "runs": group["label"],
             "seeds": group["n"],
             "mean error %": group["mean_error"],
-            "95 % interval": _interval(group["mean_error_ci95"]),
+            "95 % interval": interval_words(group["mean_error_ci95"]),
             **_cost_cells(group),
         }
         for group in comparison["groups"]
@@ -307,31 +316,35 @@ def _pair_lines(pair: Mapping[str, Any]) -> list[str]:
     found, reduction, images = pair["difference"], pair["error_reduction"], pair["mcnemar"]
     test = "paired t test" if found["paired"] else "Welch's t test"
     n = f"{found['n']} pairs" if found["paired"] else f"{found['n']} and {found['baseline_n']} seeds"
-    over_seeds = f" (95 % interval {_interval(found['ci95'])}; {test}, {n}: {_p(found['p'])})" if found["ci95"] else ""
+    over_seeds = (
+        f" (95 % interval {interval_words(found['ci95'])}; {test}, {n}: {p_words(found['p'])})" if found["ci95"] else ""
+    )
     lines = [f"difference: {found['mean']:+.2f} percentage points{over_seeds}"]
     if images:
         lines.append(
             f"images wrong by {pair['label']} alone: {images['only_wrong']}, by {pair['baseline']} alone: "
-            f"{images['baseline_only_wrong']} (McNemar's exact test: {_p(images['p'])})"
+            f"{images['baseline_only_wrong']} (McNemar's exact test: {p_words(images['p'])})"
         )
     if reduction and reduction["percent"] is not None:
         interval = f" (no interval: {reduction['reason']})" if found["ci95"] else ""
         if reduction["low"] is not None:
             interval = " (95 % interval {low:.1f} to {high:.1f})".format(**reduction)
         lines.append(f"error reduction: {reduction['percent']:.1f} %{interval}")
-    return [*lines, _cost_words(pair["cost"]), *pair["limits"]]
+    return [*lines, cost_words(pair["cost"]), *pair["limits"]]
 
 
 def _cost_cells(entry: Mapping[str, Any]) -> dict[str, str | float | None]:
     cells = {"epochs": entry["epochs"], "passes": entry["passes"], "time s": entry["seconds"]}
-    return {key: None if value is None else _number(value) for key, value in cells.items()}
+    return {key: None if value is None else number_words(value) for key, value in cells.items()}
 
 
-def _cost_words(cost: Mapping[str, Mapping[str, Any]]) -> str:
+def cost_words(cost: Mapping[str, Mapping[str, Any]]) -> str:
+    """What of the cost of a pair is equal, and what is not."""
     said: dict[str, list[str]] = {}
     for key, both in cost.items():
-        numbers = [_number(both[of]) for of in ("run", "baseline") if both[of] is not None]
+        numbers = [number_words(both[of]) for of in ("run", "baseline") if both[of] is not None]
         words = " against ".join(dict.fromkeys(numbers))
+        words += f" (ratio {both['ratio']:.3g})" if both["verdict"] == "not equal" and both["ratio"] is not None else ""
         said.setdefault(both["verdict"], []).append(key if both["verdict"] == "not known" else f"{key} {words}")
     order = ("equal", "nearly equal", "not equal", "not known")
     return "; ".join(f"{verdict}: {', '.join(said[verdict])}" for verdict in order if verdict in said)
@@ -343,19 +356,23 @@ def _value(setting: object) -> str:
     return "open" if setting is None else str(setting)
 
 
-def _number(value: float) -> str:
+def number_words(value: float) -> str:
+    """A cost, with as many digits as tell something."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _interval(limits: Sequence[float] | None) -> str | None:
+def interval_words(limits: Sequence[float] | None) -> str | None:
+    """An interval of errors in percent."""
     return None if limits is None else f"{limits[0]:.2f} to {limits[1]:.2f}"
 
 
-def _p(value: float) -> str:
+def p_words(value: float) -> str:
+    """The p of a test."""
     return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
 
 
-def _markdown_table(rows: Sequence[Mapping[str, str | float | None]]) -> list[str]:
+def markdown_table(rows: Sequence[Mapping[str, str | float | None]]) -> list[str]:
+    """Rows as lines of markdown, with an empty one behind them."""
     lines = ["| " + " | ".join(_cell(name) for name in rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     return [*lines, *("| " + " | ".join(map(_cell, row.values())) + " |" for row in rows), ""]
 

@@ -4,6 +4,7 @@ templates/base.html is what all pages share, macros.html how their parts are set
 another kind is a template that extends base.html, and fills its blocks from the content that it is given.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,16 @@ def render(template: str, content: Mapping[str, Any]) -> str:
     return _environment().get_template(template).render(content)
 
 
+def typeset(text: str) -> str:
+    """Prose with the signs of print: a minus before a number, and no break before a percent sign."""
+    return re.sub(r"(?<![\w.)])-(?=\d)", "\N{MINUS SIGN}", text).replace(" %", "\N{NO-BREAK SPACE}%")
+
+
 def cell(value: str | float | None, form: str | None = None) -> str:
     """A cell in words."""
     if value is None:
         return _NONE
-    return value if isinstance(value, str) else format(value, form or "")
+    return value if isinstance(value, str) else typeset(format(value, form or ""))
 
 
 def number(content: Mapping[str, Any], path: str, form: str, factor: float = 1) -> Markup:
@@ -71,7 +77,7 @@ def number(content: Mapping[str, Any], path: str, form: str, factor: float = 1) 
     if value is None:
         return Markup(_NONE)
     shown = format(value * factor if factor != 1 else value, form)
-    return Markup('<data value="{}" data-path="{}">{}</data>').format(repr(value), path, shown)
+    return Markup('<data value="{}" data-path="{}">{}</data>').format(repr(value), path, typeset(shown))
 
 
 def _environment() -> Environment:
@@ -82,6 +88,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = cell
+    environment.filters |= {"cell": cell, "typeset": typeset}
     environment.globals |= {"number": number, "samtune_version": __version__}
     return environment

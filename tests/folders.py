@@ -1,7 +1,7 @@
 """Run folders written by hand: what a run would leave, without a run."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from samtune import config
+from samtune import config, report
 from samtune.stats import wilson_interval
+from samtune.sweep import arms, ledger, protocol
+from samtune.sweep.ledger import Run
+from samtune.sweep.plan import Plan
+from samtune.sweep.recipe import load as load_recipe
 
 STEPS_PER_EPOCH = 5
 _COLUMNS = ("step", "epoch", "split", "loss", "top1_error", "lr", "rho", "sam", "grad_norm", "images_per_second")
@@ -28,6 +32,8 @@ def write_run(
     sam_start: int = 0,
     not_finite: Sequence[int] = (),
     right: float = 0.7,
+    wrong: Collection[int] | None = None,
+    passes: float = 10.0,
     dataset: str = "./nowhere",
     seed: int = 0,
     status: dict[str, Any] | None = None,
@@ -36,7 +42,8 @@ def write_run(
 ) -> Path:
     """The folder of a run that is done. images: of each scored split. not_finite: epochs without a finite train loss.
 
-    right: share of right predictions. status, provenance: fields of these files that differ. flags: settings.
+    right: share of right predictions; wrong: which images, at the end, are wrong. passes: of an epoch. status,
+    provenance: fields of these files that differ. flags: settings.
     """
     (folder / "checkpoints" / "last").mkdir(parents=True)
     steps = epochs * STEPS_PER_EPOCH
@@ -55,7 +62,7 @@ def write_run(
         loss = None if epoch in not_finite else 1.5 / epoch
         rows.append(
             {"step": step, "epoch": epoch, "split": "train", "loss": loss, "top1_error": 60 / epoch, "n": 40}
-            | {"images_per_second": 50.5, "data_wait": 0.0123, "steps": STEPS_PER_EPOCH, "passes": 10.0, "skipped": 0}
+            | {"images_per_second": 50.5, "data_wait": 0.0123, "steps": STEPS_PER_EPOCH, "passes": passes, "skipped": 0}
             | {"peak_memory_bytes": 3 * 2**29, "rho": 0.05, "sam": step > sam_start}
         )
         if val:
@@ -65,6 +72,8 @@ def write_run(
             ]
     scored = "test" if test else "val"
     labels, predicted = _predict(draw, len(classes), images, right)
+    if wrong is not None:
+        predicted = np.where(np.isin(np.arange(images), list(wrong)), (labels + 1) % len(classes), labels)
     if test:
         rows.append({"step": steps, "epoch": epochs} | _scores("test", labels, predicted))
     elif val:  # what is scored at last is the last validation again
@@ -75,6 +84,57 @@ def write_run(
         probability = draw.uniform(1 / len(classes), 1, images).astype(np.float32)
         write_predictions(folder / "predictions.parquet", scored, labels, predicted, probability)
     return folder
+
+
+def write_sweep(
+    folder: Path, recipe: str, wrong: Callable[[Run], Collection[int] | int | None], *, images: int = 60
+) -> Path:
+    """The folder of a sweep with this table [sweep], whose budgets are passes.
+
+    wrong: which of the images of a run are wrong at its end; None: it has not begun; a number: it failed, with this
+    code.
+    """
+    (folder / "logs").mkdir(parents=True)
+    head = 'model = "resnet10t"\ndataset = "./nowhere"\nbatch_size = 8\nepochs = 4\n\n[sweep]\n'
+    (folder / "sweep.toml").write_text(head + recipe, encoding="utf-8")
+    loaded = load_recipe(folder / "sweep.toml", {})
+    (folder / "sweep.toml").write_text(loaded.to_toml(), encoding="utf-8")
+    plan = Plan(loaded, lambda config: 40)
+    runs: list[Run] = []
+    chosen = []
+
+    def write(run: Run) -> ledger.Outcome:
+        runs.append(run)
+        _write_run_of(folder, run, wrong(run), images)
+        return ledger.outcome(folder, run.id)
+
+    for budget, arm in plan.arms():
+        tried = [{run.seed: write(run) for run in by_seed} for by_seed in plan.selections(budget, arm, {})]
+        best = ledger.choose(tried) if tried else 0
+        point = None if best is None else arms.points(loaded, arm)[best]
+        chosen.append({"budget": budget and str(budget), "arm": arm, "point": point, "by": "validation"})
+        for run in [] if point is None else plan.finals(budget, arm, point, {}):
+            write(run)
+    outcomes = {run.id: ledger.outcome(folder, run.id) for run in runs}
+    ledger.write(folder, runs, outcomes, chosen, len(protocol.check(plan)))
+    return folder
+
+
+def _write_run_of(folder: Path, run: Run, wrong: Collection[int] | int | None, images: int) -> None:
+    if wrong is None:
+        return
+    made: dict[str, Any] = {"epochs": max(1, run.steps // STEPS_PER_EPOCH), "images": images, "seed": run.seed}
+    made |= {"val": run.stage == "select", "test": run.stage == "final"}
+    made |= {key: value for key, value in run.settings.items() if key not in (*made, "epochs", "sam_start")}
+    there = ledger.run_folder(folder, run.id)
+    if isinstance(wrong, int):
+        failed = {"state": "failed", "exit_code": wrong, "error": {"what": "it went wrong"}}
+        write_run(there, status=failed, **made)
+        ledger.log_folder(folder, run.id).mkdir()
+        ledger.note_end(folder, run.id, wrong)
+        return
+    write_run(there, wrong=wrong, passes=run.passes / made["epochs"], **made)
+    report.write(there, report.collect(there))
 
 
 def write_predictions(path: Path, split: str, labels: Any, predicted: Any, probability: Any) -> None:

@@ -98,13 +98,14 @@ def test_only_what_differs_is_listed_by_run(two):
 
 def test_what_the_comparison_holds_equal_stands_in_words(two):
     page = compare.markdown(compare.compare(two))
-    assert "- equal: epochs 8; not equal: passes 200 against 100, seconds 95 against 50\n" in page
+    assert "- equal: epochs 8, steps 100; not equal: passes 200 against 100 (ratio 2), seconds 95 ag" in page
+    assert "against 50 (ratio 1.9)\n" in page
 
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [
-        (50.0, "equal: epochs 8, passes 100, seconds 50"),
+        (50.0, "equal: epochs 8, steps 100, passes 100, seconds 50"),
         (52.0, "nearly equal: seconds 52 against 50"),
         (None, "not known"),
     ],

@@ -334,31 +334,3 @@ def _failure(this: _Work, runs: Sequence[Run], chosen: Sequence[Mapping[str, Any
     if len(codes) == 1 and (code := codes.pop()) is not None and 0 < code < Stopped.SAVED:
         error.exit_code = code
     return error
-
-
-# ---------------------------------------------------------------------------------------------------------- the result
-
-
-def table(found: Mapping[str, Any]) -> list[dict[str, str | float | None]]:
-    """Of what `ledger.read` returned: one row for each budget and arm; errors on test in percent, by seed."""
-    rows: list[dict[str, str | float | None]] = []
-    for arm in found["arms"]:
-        reports = [run["report"] for run in arm["final"] if run["report"]]
-        errors = [report["test"]["top1_error"] for report in reports]
-        passes = [report["cost"]["forward_backward_passes"] for report in reports]
-        row: dict[str, str | float | None] = {"budget": arm["budget"]} if found["budgets"] != [None] else {}
-        rows.append(
-            row
-            | {
-                "arm": arm["arm"],
-                "chosen": "-" if arm["chosen"] is None else arms.words(arm["chosen"]),
-                "n": len(errors),
-                "test error %": sum(errors) / len(errors) if errors else None,
-                "by seed": " ".join(f"{error:.2f}" for error in errors) or None,
-                "passes": round(sum(passes) / len(passes)) if passes and None not in passes else None,
-                "seconds": round(sum(report["train_seconds"] for report in reports) / len(reports))
-                if reports
-                else None,
-            }
-        )
-    return rows
