@@ -19,6 +19,7 @@ import re
 import shlex
 import socket
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -116,6 +117,8 @@ class RunLog:
         self._lock = held
         self._opened = time.perf_counter() - seconds
         self._last_status = -_HEARTBEAT
+        self._saying = threading.RLock()  # how a run ends is said by whichever thread knows it
+        self._over = False
         self._metrics_bytes = 0  # length of metrics.jsonl up to the last whole row
         self._unwritten: list[str] = []  # rows of metrics that wait for room
 
@@ -215,7 +218,13 @@ class RunLog:
             self.status("running", None)
 
     def status(self, state: State, exit_code: int | None, error: BaseException | None = None) -> None:
-        """Replace status.json, so that a reader always finds a whole one."""
+        """Replace status.json, so that a reader always finds a whole one. A run that is over does not run again."""
+        with self._saying:
+            if not (self._over and state == "running"):
+                self._write_status(state, exit_code, error)
+                self._over = state != "running"
+
+    def _write_status(self, state: State, exit_code: int | None, error: BaseException | None) -> None:
         self._last_status = time.monotonic()
         content = {
             "state": state,

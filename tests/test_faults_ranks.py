@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from samtune import runlog
+from samtune.errors import WorkerLost
 from tests.conftest import ROOT, samtune
 from tests.fingerprint import fingerprint
 from tests.interruptions import SETTINGS, resume, run, status, step_of
@@ -160,6 +162,17 @@ def test_where_a_rank_is_killed_all_end_and_the_cause_is_named(rank, photos, who
     assert (found["state"], found["exit_code"]) == ("failed", 9)
     assert found["error"]["what"].startswith(f"rank {rank}")
     goes_on_to_the_end_of(tmp_path / "r", whole)
+
+
+@row(12)
+def test_a_run_whose_end_is_written_is_not_said_to_run_by_a_step_that_was_under_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "_HEARTBEAT", 0.0)
+    log = runlog.RunLog.create(tmp_path / "r", "", {}, total_steps=9)
+    log.beat(3)
+    log.status("failed", 9, WorkerLost("the launcher is gone"))  # from the thread that watches it
+    log.beat(4)
+    log.close()
+    assert (status(tmp_path / "r")["state"], status(tmp_path / "r")["step"]) == ("failed", 3)
 
 
 @row(12)
