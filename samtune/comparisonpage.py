@@ -82,7 +82,7 @@ def _forest(comparison: Mapping[str, Any]) -> Chart | None:
         [pair["label"] for pair in pairs],
         [one["mean"] for one in found],
         [one["ci95"] for one in found],
-        x_label=f"error minus that of {pairs[0]['baseline']} (points)",
+        x_label="difference of errors (percentage points)",
         zero="line",
     )
     columns = [Column("runs"), Column("difference", "+.2f"), Column("from", "+.2f"), Column("to", "+.2f")]
