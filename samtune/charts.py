@@ -168,7 +168,7 @@ def intervals(
                 seen, [place + 0.22] * len(seen), "o", color=_SERIES[1], markersize=3, alpha=0.75, markeredgewidth=0
             )
         axes.plot(values, places, "o", color=_SERIES[0])
-        axes.set_yticks(places, [_label(name) for name in names])
+        axes.set_yticks(places, [_label(name, 32) for name in names])
         axes.set(xlabel=x_label, ylim=(len(names) - 0.4, -0.6))
         if zero == "start":
             axes.set_xlim(left=0)
@@ -247,10 +247,10 @@ def _floats(values: Numbers) -> list[float]:
     return [float("nan") if value is None else value for value in values]
 
 
-def _label(name: str) -> str:
+def _label(name: str, longest: int = _LONGEST) -> str:
     """What can be printed of a name, and not too much of it."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in unicodedata.normalize("NFC", name))
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _drawn(words: Words, height: float, draw: Callable[[Figure], None]) -> str:

@@ -97,8 +97,6 @@ def _forest(comparison: Mapping[str, Any]) -> Chart | None:
 def _curves(comparison: Mapping[str, Any]) -> Iterator[Chart]:
     paths = {run["label"]: Path(run["path"]) for run in comparison["runs"]}
     groups = {group["label"]: [paths[label] for label in group["runs"]] for group in comparison["groups"]}
-    if len(groups) < len(comparison["groups"]):  # groups of one name
-        groups = {label: [path] for label, path in paths.items()}
     for chart in (overlay.curve("curve-val", groups, "val"), overlay.curve("curve-train", groups, "train")):
         if chart:
             yield chart

@@ -80,7 +80,8 @@ def other(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
 
     def wrong(run):
-        return range(run.seed, 4 + 3 * run.seed + (1 + run.seed % 2) * (run.arm == "sgd") + round(10 * run.point.get("rho", 0)))
+        more = (1 + run.seed % 2) * (run.arm == "sgd") + round(10 * run.point.get("rho", 0))
+        return range(run.seed, 4 + 3 * run.seed + more)
 
     write_sweep(
         folder / "s", 'seeds = 3\nbudgets = ["100 passes", "200 passes"]\n[sweep.grid]\nrho=[0.05, 0.1]\n', wrong

@@ -7,7 +7,6 @@ from typing import Any
 from samtune.compare import cost_words, interval_words, p_words
 
 _Report = Mapping[str, Any]
-_Rows = list[dict[str, str | float | None]]
 
 
 def verdict(report: _Report) -> list[str]:
@@ -135,6 +134,8 @@ def _progress_warnings(report: _Report) -> Iterator[str]:
     for choice in _hopeless(report):
         yield f"{where(choice)}: no point trained, as every loss was not finite; it has no last fits."
     for entry in report["final"]:
+        if entry["unscored_seeds"]:
+            yield f"{where(entry)}: the last fits were scored on nothing, as the data set has no test images."
         if entry["lost_seeds"]:
             yield (
                 f"{where(entry)}: last fits failed (seed {listed(entry['lost_seeds'])}), so that its mean is of the "
