@@ -169,7 +169,7 @@ def intervals(
                 seen, [place + 0.22] * len(seen), "o", color=_SERIES[1], markersize=3, alpha=0.75, markeredgewidth=0
             )
         axes.plot(values, places, "o", color=_SERIES[0])
-        axes.set_yticks(places, [_label(name) for name in names])
+        axes.set_yticks(places, [_label(name, 32) for name in names])
         axes.set(xlabel=x_label, ylim=(len(names) - 0.4, -0.6))
         if zero == "start":
             axes.set_xlim(left=0)

@@ -82,7 +82,7 @@ def _forest(comparison: Mapping[str, Any]) -> Chart | None:
         [pair["label"] for pair in pairs],
         [one["mean"] for one in found],
         [one["ci95"] for one in found],
-        x_label=f"error minus that of {pairs[0]['baseline']} (points)",
+        x_label="difference of errors (percentage points)",
         zero="line",
     )
     columns = [Column("runs"), Column("difference", "+.2f"), Column("from", "+.2f"), Column("to", "+.2f")]
@@ -97,8 +97,6 @@ def _forest(comparison: Mapping[str, Any]) -> Chart | None:
 def _curves(comparison: Mapping[str, Any]) -> Iterator[Chart]:
     paths = {run["label"]: Path(run["path"]) for run in comparison["runs"]}
     groups = {group["label"]: [paths[label] for label in group["runs"]] for group in comparison["groups"]}
-    if len(groups) < len(comparison["groups"]):  # groups of one name
-        groups = {label: [path] for label, path in paths.items()}
     for chart in (overlay.curve("curve-val", groups, "val"), overlay.curve("curve-train", groups, "train")):
         if chart:
             yield chart

@@ -1,4 +1,4 @@
-"""The page of a real run in a real browser: Debian's packages chromium and chromium-driver."""
+"""Pages in a real browser, that of a real run first: Debian's packages chromium and chromium-driver."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from urllib.parse import urlparse
 import pytest
 
 from tests.conftest import samtune, write_image_folder
+from tests.folders import write_sweep
 
 pytestmark = pytest.mark.browser
 
@@ -73,8 +74,29 @@ def browser(tmp_path_factory):
     started.quit()
 
 
-def look(browser, folder, *, width=1000, scheme="light"):
-    """Open the page afresh; returns what the browser's logs say of it."""
+@pytest.fixture(scope="module", params=["sweep", "comparison"])
+def other(request, tmp_path_factory):
+    """(page, its report) of a sweep and of a comparison of its runs."""
+    folder = tmp_path_factory.mktemp("sweep")
+
+    def wrong(run):
+        more = (1 + run.seed % 2) * (run.arm == "sgd") + round(10 * run.point.get("rho", 0))
+        return range(run.seed, 4 + 3 * run.seed + more)
+
+    write_sweep(
+        folder / "s", 'seeds = 3\nbudgets = ["100 passes", "200 passes"]\n[sweep.grid]\nrho=[0.05, 0.1]\n', wrong
+    )
+    given = [folder / "s"]
+    if request.param == "comparison":
+        given = [folder / "s" / "runs" / f"b100p-final-{arm}-seed{seed}" for arm in ("sgd", "sam") for seed in range(3)]
+    done = samtune("report", *given, "--output", folder / "out")
+    assert done.returncode == 0, done.stderr
+    name = "report" if request.param == "sweep" else "comparison"
+    return folder / "out" / f"{name}.html", json.loads((folder / "out" / f"{name}.json").read_text())
+
+
+def look(browser, folder, *, width=1000, scheme="light", name="report.html"):
+    """Open a page afresh; returns what the browser's logs say of it."""
     browser.get("about:blank")
     for log in ("browser", "performance"):
         browser.get_log(log)
@@ -82,7 +104,7 @@ def look(browser, folder, *, width=1000, scheme="light"):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    browser.get((folder / "report.html").as_uri())
+    browser.get((folder / name).as_uri())
     return browser.get_log("browser"), [json.loads(row["message"])["message"] for row in browser.get_log("performance")]
 
 
@@ -173,3 +195,41 @@ def test_no_page_is_wider_than_its_screen(browser, finished, width):
         " e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 80))"
     )
     assert browser.execute_script(out) == []
+
+
+def test_other_pages_render_in_light_and_dark_and_on_a_narrow_screen(browser, other):
+    page, _ = other
+    for width, scheme in ((1000, "light"), (1000, "dark"), (320, "light")):
+        said, events = look(browser, page.parent, width=width, scheme=scheme, name=page.name)
+        assert said == []
+        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+        browser.execute_script("document.querySelectorAll('details').forEach(e => e.open = true)")
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        heights = browser.execute_script(
+            "return [...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().height)"
+        )
+        assert len(heights) >= 3
+        assert min(heights) > 50
+        found = browser.execute_script(CONTRASTS)
+        assert [(round(contrast, 2), text) for contrast, text in found if contrast < 4.5] == []
+
+
+def test_the_numbers_of_other_pages_are_those_of_their_reports(browser, other):
+    page, report = other
+    look(browser, page.parent, name=page.name)
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('data')].map(e => [e.dataset.path, e.value, e.innerText])"
+    )
+    assert shown
+    for path, value, text in shown:
+        expected = report
+        for key in path.split("."):
+            expected = expected[int(key) if isinstance(expected, list) else key]
+        assert json.loads(value) == expected
+        seen = float(text.replace(",", "").replace("\N{MINUS SIGN}", "-"))
+        assert seen == pytest.approx(expected, rel=0.006, abs=0.00501)
+    if "verdict" in report:
+        headline = browser.execute_script("return document.querySelector('.headline').innerText")
+        said = headline.replace("\N{MINUS SIGN}", "-").replace("\N{NO-BREAK SPACE}", " ")
+        assert said == report["verdict"][0]

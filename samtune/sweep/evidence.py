@@ -167,12 +167,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _point(arm: Mapping[str, Any], point: Mapping[str, Any], missing: set[str]) -> dict[str, Any]:
-    """A point of an arm on validation. state: done; diverged, where a loss was not finite; else missing."""
+    """A point of an arm on validation. state: done; diverged, where a loss was not finite; else missing.
+
+    wilson_ci95: of one run with the mean error of all seeds, as they validate on the same images.
+    """
     runs = _scored(point["runs"], "val")
     scores = [run["report"]["val"] for run in runs]
     errors = [score["top1_error"] for score in scores]
     interval = stats.student_interval(errors)
     complete = len(runs) == len(point["runs"])
+    n = scores[0]["n"] if scores else None
     diverged = any(run["state"] == "failed" and run["id"] not in missing for run in point["runs"])
     return {
         "budget": arm["budget"],
@@ -183,13 +187,18 @@ def _point(arm: Mapping[str, Any], point: Mapping[str, Any], missing: set[str]) 
         "state": "done" if complete else "diverged" if diverged else "missing",
         "runs": [run["id"] for run in runs],
         "seeds": [run["seed"] for run in runs],
-        "images": scores[0]["n"] if scores else None,
+        "images": n,
         "val_errors": errors,
         "mean_error": fmean(errors) if complete else None,
+        "wilson_ci95": _wilson(fmean(errors), n) if complete and n else None,
         "mean_error_ci95": [interval.low, interval.high] if interval and complete else None,
         "mean_loss": _mean([score["loss"] for score in scores]) if complete else None,
         **_cost([run["report"] for run in runs]),
     }
+
+
+def _wilson(error: float, n: int) -> list[float]:
+    return [100 * bound for bound in stats.wilson_interval(round(error * n / 100), n)]
 
 
 def _cost(reports: _Scores) -> dict[str, float | None]:
@@ -205,8 +214,8 @@ def _cost(reports: _Scores) -> dict[str, float | None]:
 def _choice(arm: Mapping[str, Any], points: _Scores) -> dict[str, Any]:
     """What was chosen for an arm. uncertain: the next best point lies within Wilson's interval of the chosen one.
 
-    That interval is of one run with the mean error of all seeds, as they validate on the same images. at_end: settings
-    whose chosen value is the smallest or the largest one that was tried. by: what made it better than the next one.
+    at_end: settings whose chosen value is the smallest or the largest one that was tried. by: what made it better than
+    the next one.
     """
     chosen = arm["chosen"]
     about: dict[str, Any] = {"budget": arm["budget"], "arm": arm["arm"], "point": chosen, "points": len(points)}
@@ -216,16 +225,12 @@ def _choice(arm: Mapping[str, Any], points: _Scores) -> dict[str, Any]:
     best = next((point for point in points if point["chosen"]), None)
     if best is None or best["mean_error"] is None:
         return about
-    n, error = best["images"], best["mean_error"]
-    interval = [100 * bound for bound in stats.wilson_interval(round(error * n / 100), n)]
     others = [point for point in points if point is not best and point["mean_error"] is not None]
     second = min(others, key=lambda point: (point["mean_error"], point["mean_loss"]), default=None)
     return about | {
-        "mean_error": error,
-        "wilson_ci95": interval,
-        "images": n,
+        **{key: best[key] for key in ("mean_error", "wilson_ci95", "images")},
         "next": {key: second[key] for key in ("label", "mean_error", "mean_loss")} if second else None,
-        "uncertain": second["mean_error"] <= interval[1] if second else None,
+        "uncertain": second["mean_error"] <= best["wilson_ci95"][1] if second else None,
         "by": _reason(best, second),
         "at_end": list(_ends(best["point"], [point["point"] for point in points])),
     }
@@ -249,7 +254,10 @@ def _ends(chosen: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> Iter
 
 
 def _final(arm: Mapping[str, Any], group: Group | None) -> dict[str, Any]:
-    """An arm on test. n: seeds that are scored, of those in `asked_seeds`; images: of test, the same for all."""
+    """An arm on test. n: seeds that are scored, of those in `asked_seeds`; images: of test, the same for all.
+
+    lost_seeds: those that failed; unscored_seeds: those that are done, but on data without test images.
+    """
     runs = group.runs if group else []
     errors = list(group.errors.values()) if group else []
     interval = stats.student_interval(errors)
@@ -261,6 +269,7 @@ def _final(arm: Mapping[str, Any], group: Group | None) -> dict[str, Any]:
         "by": "validation" if arm["points"] else "only point",
         "asked_seeds": [run["seed"] for run in arm["final"]],
         "lost_seeds": [run["seed"] for run in arm["final"] if run["state"] == "failed"],
+        "unscored_seeds": [run["seed"] for run in arm["final"] if run["report"] and not run["report"]["test"]],
         "runs": [run.label for run in runs],
         "seeds": [run.seed for run in runs],
         "n": len(errors),

@@ -7,7 +7,6 @@ from typing import Any
 from samtune.compare import cost_words, interval_words, p_words
 
 _Report = Mapping[str, Any]
-_Rows = list[dict[str, str | float | None]]
 
 
 def verdict(report: _Report) -> list[str]:
@@ -29,7 +28,7 @@ def verdict(report: _Report) -> list[str]:
         return ["Nothing can be said of SAM yet: not both sides of any comparison have a last fit that is done."]
     tests = _tests(report)
     largest = pairs if report["asked"]["budgets"] == [None] else _largest(pairs)
-    said = [_conclusion(pair) + _among(pair, tests) for pair in largest]
+    said = [words for pair in largest for words in (_conclusion(pair), *_among(pair, tests))]
     if _left(report):
         said[0] = f"So far: {said[0]}"
     if report["asked"]["budgets"] == [None]:
@@ -41,13 +40,15 @@ def _tests(report: _Report) -> int:
     return sum(pair["difference"]["p"] is not None for pair in report["comparisons"])
 
 
-def _among(pair: _Report, tests: int) -> str:
+def _among(pair: _Report, tests: int) -> list[str]:
     """That a small p may be the smallest of many."""
     p = pair["difference"]["p"]
     if p is None or tests < 2 or not 0.05 / tests <= p < 0.05:
-        return ""
+        return []
     limit = 0.05 / tests
-    return f" It is one of {tests} comparisons: counted together, p would have to be below {limit:.2g}, and is {p:.2g}."
+    return [
+        f"That is one of {tests} comparisons: for all together, p would have to be below {limit:.2g}, and is {p:.2g}."
+    ]
 
 
 def _price(pair: _Report) -> str:
@@ -133,6 +134,8 @@ def _progress_warnings(report: _Report) -> Iterator[str]:
     for choice in _hopeless(report):
         yield f"{where(choice)}: no point trained, as every loss was not finite; it has no last fits."
     for entry in report["final"]:
+        if entry["unscored_seeds"]:
+            yield f"{where(entry)}: the last fits were scored on nothing, as the data set has no test images."
         if entry["lost_seeds"]:
             yield (
                 f"{where(entry)}: last fits failed (seed {listed(entry['lost_seeds'])}), so that its mean is of the "

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from samtune import charts, overlay, page
 from samtune.charts import Series, Words
 from samtune.page import Chart, Column, Table
-from samtune.stats import wilson_interval
 from samtune.sweep import findings, ledger, tables
 
 _Report = Mapping[str, Any]
+_UNKNOWN = (None, None)  # limits of an interval that there is not
 _BOUNDS = {"from": ".2f", "to": ".2f"}
 
 
@@ -147,7 +147,7 @@ def _forest(report: _Report) -> Chart:
 
 def _pair_cells(pair: _Report) -> list[Any]:
     found, reduction = pair["difference"], pair["error_reduction"] or {}
-    cells = [pair["label"], pair["baseline"], found["mean"], *(found["ci95"] or (None, None)), found["p"], found["n"]]
+    cells = [pair["label"], pair["baseline"], found["mean"], *(found["ci95"] or _UNKNOWN), found["p"], found["n"]]
     return [*cells, *(reduction.get(key) for key in ("percent", "low", "high"))]
 
 
@@ -183,7 +183,7 @@ def _costs(report: _Report) -> Iterator[Chart]:
         series = []
         for arm in dict.fromkeys(entry["arm"] for entry in there):
             own = sorted((entry for entry in there if entry["arm"] == arm), key=lambda entry: float(entry[key]))
-            bounds = [entry["mean_error_ci95"] or (None, None) for entry in own]
+            bounds = [entry["mean_error_ci95"] or _UNKNOWN for entry in own]
             x, y = [entry[key] for entry in own], [entry["mean_error"] for entry in own]
             series.append(Series(arm, x, y, [low for low, _ in bounds], [high for _, high in bounds]))
         best = min(there, key=lambda entry: float(entry["mean_error"]))
@@ -198,7 +198,7 @@ def _costs(report: _Report) -> Iterator[Chart]:
             f"test error against {name}",
             _columns({"arm": None, name: ",.3f" if key == "seconds" else ",.0f", "error (%)": ".2f", **_BOUNDS}),
             (
-                (entry, (entry["arm"], entry[key], entry["mean_error"], *(entry["mean_error_ci95"] or (None, None))))
+                (entry, (entry["arm"], entry[key], entry["mean_error"], *(entry["mean_error_ci95"] or _UNKNOWN)))
                 for entry in there
             ),
         )
@@ -232,8 +232,8 @@ def _choice(name: str, entry: _Report, points: Sequence[_Report]) -> Chart:
             title,
             [values[across].index(str(point["point"][across])) for point in own],
             [point["mean_error"] for point in own],
-            [_wilson(point)[0] for point in own],
-            [_wilson(point)[1] for point in own],
+            [point["wilson_ci95"][0] for point in own],
+            [point["wilson_ci95"][1] for point in own],
             [place for place, point in enumerate(own) if point["chosen"]],
         )
         for title, own in lines.items()
@@ -261,18 +261,15 @@ def _choice(name: str, entry: _Report, points: Sequence[_Report]) -> Chart:
 
 def _point_cells(point: _Report) -> list[Any]:
     seeds = " ".join(f"{error:.2f}" for error in point["val_errors"]) or None
-    cells = [point["label"], "chosen" if point["chosen"] else point["state"], point["mean_error"], *_wilson(point)]
-    return [*cells, *(point["mean_error_ci95"] or (None, None)), seeds] + [
+    cells = [
+        point["label"],
+        "chosen" if point["chosen"] else point["state"],
+        point["mean_error"],
+        *(point["wilson_ci95"] or _UNKNOWN),
+    ]
+    return [*cells, *(point["mean_error_ci95"] or _UNKNOWN), seeds] + [
         point[key] for key in ("mean_loss", "passes", "seconds")
     ]
-
-
-def _wilson(point: _Report) -> tuple[float, float] | tuple[None, None]:
-    n = point["images"]
-    if point["mean_error"] is None:
-        return None, None
-    low, high = wilson_interval(round(point["mean_error"] * n / 100), n)
-    return 100 * low, 100 * high
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
