@@ -403,9 +403,11 @@ def test_the_ledger_knows_all_runs_and_can_be_made_again(found, whole_sweep_reci
     written = (folder / "ledger.json").read_text()
     before = attempts(folder)
     (folder / "ledger.json").unlink()
+    report = (folder / "report.json").read_text()
     again = sweep(whole_sweep_recipe, folder, "--json")
     assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout) == result
+    assert again.stdout == report
+    assert ledger.read(folder) == result
     assert (folder / "ledger.json").read_text() == written
     assert attempts(folder) == before == dict.fromkeys(before, 1)
 
