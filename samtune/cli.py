@@ -11,7 +11,7 @@ import typer
 
 from samtune import __version__, config, ranks, signals, streams
 from samtune.errors import SamtuneError, Stopped, UsageError
-from samtune.fields import gpu_choice
+from samtune.fields import endpoint, gpu_choice
 from samtune.flags import with_config_flags
 from samtune.options import RunConfig
 from samtune.resume import Resumed, finished_report, settle
@@ -199,8 +199,8 @@ def sweep(
 
     if engine not in ("local", "ray"):
         raise UsageError(f"--engine {engine}: must be local or ray")
-    if address != "auto" and engine != "ray":
-        raise UsageError(f"--address {address} without --engine ray", mend="give both, or none")
+    if address != "auto":
+        _check_address(address, engine)
     asked = sweeps.load(recipe, flags, budgets=budget, seeds=seeds)
     folder = output or Path("sweeps") / recipe.stem
     _check_before_slow_work(asked.base.model_copy(update={"output": None}), None)
@@ -228,6 +228,15 @@ def sweep(
         console.print_rows(f"Sweep {folder}", protocol.table(result))
     if failure is not None:
         raise failure
+
+
+def _check_address(address: str, engine: str) -> None:
+    if engine != "ray":
+        raise UsageError(f"--address {address} without --engine ray", mend="give both, or none")
+    try:
+        endpoint(address)
+    except ValueError:
+        raise UsageError(f'--address {address}: must be "host:port" of the cluster\'s head, or auto') from None
 
 
 @app.command(name="eval")

@@ -54,7 +54,8 @@ def gpu_choice(gpus: int | str) -> str:
     return str(gpus)
 
 
-def _endpoint(endpoint: str) -> str:
+def endpoint(endpoint: str) -> str:
+    """What an address of a machine may be. Raises ValueError with what it must be."""
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError('must be "host:port", where the first machine listens')
@@ -83,5 +84,5 @@ NormOrder = Annotated[
 ]
 Samples = Annotated[int | str, BeforeValidator(_samples)]
 Gpus = Annotated[str, BeforeValidator(gpu_choice)]
-Endpoint = Annotated[str, AfterValidator(_endpoint)]
+Endpoint = Annotated[str, AfterValidator(endpoint)]
 Pattern = Annotated[str, AfterValidator(_pattern)]

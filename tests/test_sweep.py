@@ -434,6 +434,7 @@ def test_the_plan_can_be_seen_without_running_it(tmp_path, photos):
     [
         (("--engine", "slurm"), 2, "local or ray"),
         (("--address", "here:1"), 2, "without --engine ray"),
+        (("--engine", "ray", "--address", "ray://here"), 2, "host:port"),
         (("--seed", "3"), 2, "--seeds"),
         (("--budget", "1 hour"), 2, "2000 passes"),
         (("--rho", "-1"), 2, "greater than or equal to 0"),
