@@ -412,9 +412,10 @@ def test_the_ledger_knows_all_runs_and_can_be_made_again(found, whole_sweep_reci
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(found, whole_sweep_recipe):
     folder, _ = found
-    refused = sweep(whole_sweep_recipe, folder, "--lr", 0.02, "--seeds", 3)
-    assert refused.returncode == 2
-    assert "lr: 0.01 before, 0.02 now; sweep.seeds: [0] before, [0, 1, 2] now" in refused.stderr
+    asked = recipe.load(whole_sweep_recipe, {"lr": 0.02, "workers": 1}, seeds="3")  # workers change no number
+    with pytest.raises(UsageError, match="holds a sweep with other settings") as error:
+        protocol.open_folder(asked, folder)
+    assert error.value.why == "lr: 0.01 before, 0.02 now; sweep.seeds: [0] before, [0, 1, 2] now"
 
 
 def test_the_plan_can_be_seen_without_running_it(tmp_path, photos):
@@ -422,9 +423,12 @@ def test_the_plan_can_be_seen_without_running_it(tmp_path, photos):
     shown = samtune("sweep", path, "--dry-run", "--budget", "12 passes", "--json", "--output", tmp_path / "out")
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout) == [
-        {"stage": "select", "budget": "12 passes", "arm": "sam", "runs": 2, "steps": "6", "passes": "12"},
-        {"stage": "final", "budget": "12 passes", "arm": "sam", "runs": 3, "steps": "6", "passes": "12"},
-        {"stage": "final", "budget": "12 passes", "arm": "sgd", "runs": 3, "steps": "12", "passes": "12"},
+        {"budget": "12 passes"} | row
+        for row in [
+            {"stage": "select", "arm": "sam", "points": 2, "runs": 2, "steps": "6", "passes": "12"},
+            {"stage": "final", "arm": "sam", "points": 1, "runs": 3, "steps": "6", "passes": "12"},
+            {"stage": "final", "arm": "sgd", "points": 1, "runs": 3, "steps": "12", "passes": "12"},
+        ]
     ]
     assert not (tmp_path / "out").exists()
 
