@@ -17,7 +17,7 @@ from samtune.schedules import Duration
 from samtune.sweep import arms, engines, images, ledger, protocol, recipe
 from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Outcome
-from samtune.sweep.plan import Plan
+from samtune.sweep.plan import Plan, seconds_per_step
 from tests.conftest import samtune, write_image_folder
 from tests.sweeps import attempts, sweep, write_recipe
 
@@ -232,6 +232,30 @@ def test_points_whose_steps_take_the_same_time_share_a_probe(tmp_path):
     steps = {run.point["m"]: run.steps for runs in plan.selections(budget, "sam", paces) for run in runs}
     assert steps == {4: 30, 8: 45}
     assert plan.selections(budget, "sgd", paces)[0][0].steps == 90
+
+
+def test_a_probe_is_measured_without_its_first_steps(tmp_path):
+    rows = [(10, 10, 1.0), (15, 5, 16.0), (25, 10, 8.0)]  # step, steps since the row before, images per second
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step, steps, speed in rows:
+            row = {"step": step, "epoch": 1, "split": "train", "seconds": 0, "n": 8 * steps, "steps": steps}
+            file.write(json.dumps(row | {"images_per_second": speed}) + "\n")
+            file.write(json.dumps({"step": step, "epoch": 1, "split": "val", "seconds": 0}) + "\n")
+    assert seconds_per_step(tmp_path) == (5 * 0.5 + 10 * 1.0) / 15
+
+
+@pytest.mark.slow
+def test_a_budget_in_seconds_becomes_steps_by_what_the_probes_took(photos, tmp_path):
+    path = write_recipe(tmp_path / "r.toml", photos, grid="rho = [0.05]", more='budgets = ["3 seconds"]')
+    assert sweep(path, tmp_path / "s").returncode == 0
+    plain, sam = (seconds_per_step(tmp_path / "s" / "runs" / f"probe-{kind}") for kind in ("plain", "sam"))
+    found = ledger.read(tmp_path / "s")
+    assert [arm["budget"] for arm in found["arms"]] == ["3 seconds"] * 2
+    assert [arm["final"][0]["report"]["steps"] for arm in found["arms"]] == [int(3 / sam), int(3 / plain)]
+    assert [run["id"] for run in found["probes"]] == ["probe-plain", "probe-sam"]
+    before = attempts(tmp_path / "s")
+    assert sweep(path, tmp_path / "s").returncode == 0
+    assert attempts(tmp_path / "s") == before
 
 
 def test_the_stages_differ_in_what_they_train_on_and_score(tmp_path):

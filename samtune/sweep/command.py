@@ -73,14 +73,14 @@ def sweep(
     from samtune.sweep.plan import Plan
 
     engines.refuse_ranks()
-    plan = protocol.check(Plan(asked, images.images_to_train_on(images.listed)))
+    runs = protocol.check(Plan(asked, images.images_to_train_on(images.listed)))
     for note in arms.notes(asked):
         console.note(note)
     if dry_run:
-        rows = protocol.counted(plan)
-        console.print_json(rows) if as_json else console.print_rows(f"{len(plan)} runs", rows)
+        rows = protocol.counted(runs)
+        console.print_json(rows) if as_json else console.print_rows(f"{len(runs)} runs", rows)
         return
-    place = protocol.open_engine(engine, address, asked.base, jobs)
+    place = protocol.open_engine(engine, address, asked.base, jobs)  # Ray's own handlers come before ours
     with signals.listening() as stop:
         failure = protocol.run(asked, folder, place, stop)
     result = ledger.read(folder)
