@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +10,12 @@ import typer
 
 from samtune import __version__, config, ranks, signals, streams
 from samtune.cli_data import data_app, datasets_app
-from samtune.cli_results import report_sweep, results_app
+from samtune.cli_results import results_app
 from samtune.errors import SamtuneError, Stopped, UsageError
 from samtune.flags import Json, with_config_flags
-from samtune.options import RunConfig
-from samtune.resume import Resumed, finished_report, settle
-from samtune.runlog import check_free, check_unused, has_checkpoints
+from samtune.resume import finished_report, settle
+from samtune.runlog import has_checkpoints
+from samtune.sweep.command import sweep
 
 app = typer.Typer(
     help="Fine-tune pretrained image models with Sharpness-Aware Minimization, and measure what it gained.",
@@ -106,7 +105,9 @@ def _run(
             console.note(f"run {resumed.folder} is done already; this is its result")
             return result
     if ranks.is_first():
-        _check_before_slow_work(settings, resumed)
+        from samtune.preflight import check_before_slow_work
+
+        check_before_slow_work(settings, resumed)
     if ranks.asked_for(settings.gpus, settings.processes, settings.nnodes):
         from samtune import launch
 
@@ -128,104 +129,7 @@ def _to_print(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return result if ranks.folder() is None and ranks.is_first() else None
 
 
-def _check_before_slow_work(settings: RunConfig, resumed: Resumed | None) -> None:
-    from samtune.data.source import locate
-    from samtune.errors import CheckpointError, DataError
-
-    locate(settings.dataset)
-    begins = resumed is None or not has_checkpoints(resumed.folder)  # a checkpoint has the weights
-    if begins and settings.weights is not None and not settings.weights.is_file():
-        raise CheckpointError(f"weights {settings.weights} are not there", mend="check the path of --weights")
-    if settings.train_labels is not None and not settings.train_labels.is_file():
-        raise DataError(f"labels {settings.train_labels} are not there", mend="check the path of --train-labels")
-    if resumed is not None:
-        check_unused(resumed.folder)
-    elif settings.output is not None:
-        check_free(settings.output)
-    if settings.track != "none":
-        from samtune import trackers
-
-        trackers.check(settings.track)
-
-
-_OWN_OF_SWEEP = {"output", "seed", "val", "test", "processes", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts"}
-
-
-@app.command()
-@partial(with_config_flags, without=_OWN_OF_SWEEP | {"shard"})
-def sweep(
-    recipe: Annotated[
-        Path, typer.Argument(help="TOML file with any of the options below as keys, and a table [sweep].")
-    ],
-    *,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder of the sweep; by default sweeps/ and the recipe's name."),
-    ] = None,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at a time: on each GPU of --gpus, or on the CPU, whose cores they share.")
-    ] = 1,
-    engine: Annotated[
-        str, typer.Option(help="local: this machine; ray: a cluster that runs already.", metavar="local|ray")
-    ] = "local",
-    address: Annotated[
-        str, typer.Option(help="Of the Ray cluster: host:port, or auto, the one that this machine belongs to.")
-    ] = "auto",
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(
-            help='What each run may cost: "2000 passes" (forward-backward, of a batch) or "600 seconds" (of training). '
-            "The schedule is fitted to it. Repeatable; it takes the place of the recipe's.",
-            metavar="COST",
-        ),
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="Of the last fits: how many (5), or which (0,1,2). Default: the recipe's, or 5.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and show the plan; run nothing.")
-    ] = False,
-    as_json: Json = False,
-    flags: dict[str, Any],
-) -> None:
-    """Compare SAM with SGD by the paper's protocol: choose on validation, fit again with several seeds, test once.
-
-    Example: samtune sweep recipes/demo.toml --jobs 2
-
-    Every point of an arm's grid is trained on the training part and scored on validation; the best is fitted again on
-    both, with each seed, and scored on test once. What is done is never done again: the same command continues, and
-    several of them on one folder share the work.
-    """
-    from samtune.sweep import ledger
-    from samtune.sweep import recipe as sweeps
-
-    if engine not in ("local", "ray"):
-        raise UsageError(f"--engine {engine}: must be local or ray")
-    if address != "auto" and engine != "ray":
-        raise UsageError(f"--address {address} without --engine ray", mend="give both, or none")
-    asked = sweeps.load(recipe, flags, budgets=budget, seeds=seeds)
-    folder = output or Path("sweeps") / recipe.stem
-    _check_before_slow_work(asked.base.model_copy(update={"output": None}), None)
-    ledger.check_usable(folder)
-
-    from samtune import console
-    from samtune.sweep import arms, engines, images, protocol
-    from samtune.sweep.plan import Plan
-
-    engines.refuse_ranks()
-    plan = protocol.check(Plan(asked, images.images_to_train_on(images.listed)))
-    for note in arms.notes(asked):
-        console.note(note)
-    if dry_run:
-        rows = protocol.counted(plan)
-        console.print_json(rows) if as_json else console.print_rows(f"{len(plan)} runs", rows)
-        return
-    place = protocol.open_engine(engine, address, asked.base, jobs)
-    with signals.listening() as stop:
-        failure = protocol.run(asked, folder, place, stop)
-    report_sweep(folder, folder, as_json)
-    if failure is not None:
-        raise failure
+app.command()(sweep)
 
 
 @app.command(name="eval")

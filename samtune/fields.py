@@ -61,7 +61,8 @@ def _trackers(track: str | list[str]) -> str:
     return ",".join(names)
 
 
-def _endpoint(endpoint: str) -> str:
+def endpoint(endpoint: str) -> str:
+    """What an address of a machine may be. Raises ValueError with what it must be."""
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError('must be "host:port", where the first machine listens')
@@ -91,5 +92,5 @@ NormOrder = Annotated[
 Samples = Annotated[int | str, BeforeValidator(_samples)]
 Gpus = Annotated[str, BeforeValidator(gpu_choice)]
 TrackerNames = Annotated[str, BeforeValidator(_trackers)]
-Endpoint = Annotated[str, AfterValidator(_endpoint)]
+Endpoint = Annotated[str, AfterValidator(endpoint)]
 Pattern = Annotated[str, AfterValidator(_pattern)]

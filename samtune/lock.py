@@ -22,6 +22,10 @@ _TAKEN = (errno.EACCES, errno.EAGAIN)  # POSIX allows both
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # as on Lustre that is mounted without them
 
 
+class InUse(MachineError):
+    """Another process writes the folder."""
+
+
 class Lock:
     """The folder is written by this process, until `release` or its end."""
 
@@ -80,6 +84,14 @@ def take(folder: Path) -> Lock:
     return Lock(path, descriptor)
 
 
+def take_if_free(folder: Path) -> Lock | None:
+    """The same; None if there is a writer already."""
+    try:
+        return take(folder)
+    except InUse:
+        return None
+
+
 def holder(folder: Path) -> str | None:
     """Who writes the folder now, as "process 123 on host h"; None if nobody does, or if it cannot be told."""
     path = folder / ".lock"
@@ -122,6 +134,6 @@ def _words(pid: int | str, host: str) -> str:
     return f"process {pid} on host {host}"
 
 
-def in_use(folder: Path, who: str) -> MachineError:
+def in_use(folder: Path, who: str) -> InUse:
     """The error for a folder that another process writes."""
-    return MachineError(f"run folder {folder} is in use", f"{who} writes it", "wait for it, or give another --output")
+    return InUse(f"run folder {folder} is in use", f"{who} writes it", "wait for it, or give another --output")

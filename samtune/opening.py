@@ -160,7 +160,7 @@ def _introduce(job: Job, log: RunLog, about: dict[str, Any]) -> None:
     if job.noise is not None:
         if distributed.rank() == 0:
             job.noise.write(log.folder / "label_noise.parquet")
-        log.say(f"noise   {report.noise_words(job.noise.about)}; validation and test keep clean labels")
+        log.say(f"noise   {report.noise_words(job.noise.about)}; what is scored keeps clean labels")
     for note in job.data.notes:
         log.note(note)
     if job.data.test is None:

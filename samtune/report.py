@@ -172,7 +172,8 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
         if report["ema"][split]:
             rows[f"{split}, averaged weights"] = score_line(report["ema"][split])
     if "label_noise" in report["dataset"]:
-        rows["label noise"] = f"{noise_words(report['dataset']['label_noise'])}; validation and test are clean"
+        clean = "validation and test are" if report["dataset"]["val"] else "test is"
+        rows["label noise"] = f"{noise_words(report['dataset']['label_noise'])}; {clean} clean"
     rows |= {
         "model": f"{model['resolved']}, pretrained on {model['pretraining']}, {model['img_size']} px",
         "data": "{name}: train {train}, val {val}, test {test}, {classes} classes".format(**report["dataset"]),

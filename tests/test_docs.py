@@ -34,12 +34,13 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     def begin(*_, **__):
         raise Parsed
 
-    monkeypatch.setattr("samtune.cli._check_before_slow_work", lambda settings, resumed: None)
+    monkeypatch.setattr("samtune.preflight.check_before_slow_work", lambda settings, resumed: None)
     monkeypatch.setattr("samtune.train.run", begin)
     monkeypatch.setattr("samtune.launch.launch", begin)
     monkeypatch.setattr("samtune.launch.ranks_here", lambda gpus, processes: 2)
     monkeypatch.setattr("samtune.evaluate.evaluate_checkpoint", begin)
     monkeypatch.setattr("samtune.data.source.locate", lambda dataset: None)
+    monkeypatch.setattr("samtune.preflight.locate", lambda dataset: None)
     monkeypatch.setattr("samtune.data.check.check", begin)
     monkeypatch.setattr("samtune.data.describe.describe", begin)
     monkeypatch.setattr("samtune.runs.list_runs", begin)

@@ -138,7 +138,7 @@ def test_a_signal_while_a_run_is_prepared_ends_it_at_once_and_a_resumed_one_keep
     assert not (tmp_path / "r").exists()
     assert run(photos, tmp_path / "r", faults=[PERTURBED | {"call": 3, "do": "SIGTERM"}]).returncode == 75
     assert resume(tmp_path / "r", faults=[fault]).returncode == 75
-    early = {"at": "samtune.cli:_check_before_slow_work", "call": 1, "do": "SIGUSR1"}
+    early = {"at": "samtune.preflight:check_before_slow_work", "call": 1, "do": "SIGUSR1"}
     assert run(photos, tmp_path / "other", faults=[early]).returncode == 128 + signal.SIGUSR1
     assert resume(tmp_path / "r", faults=[early]).returncode == 75
 

@@ -12,6 +12,7 @@ from samtune.sweep import ledger
 from tests.conftest import ROOT, samtune
 from tests.matrix import row
 from tests.sweeps import attempts, command, results, sweep, write_recipe
+from tests.test_faults_stop import undisturbed
 
 STEP = {"at": "samtune.step:Step.__call__"}
 
@@ -19,6 +20,12 @@ STEP = {"at": "samtune.step:Step.__call__"}
 @pytest.fixture(scope="module")
 def whole(whole_sweep):
     return results(whole_sweep)
+
+
+@pytest.fixture
+def short(photos, tmp_path):
+    """One arm of the whole sweep, with nothing to choose: a single run."""
+    return write_recipe(tmp_path / "short.toml", photos, arms=["sgd"], grid="rho = [0.05, 0.1]")
 
 
 @row(31)
@@ -43,10 +50,9 @@ def test_a_run_that_fails_stops_no_other_is_listed_and_tried_again(photos, whole
 
 
 @row(31)
-def test_a_run_that_fails_before_it_has_a_folder_is_listed_with_its_cause(photos, tmp_path):
-    recipe = write_recipe(tmp_path / "r.toml", photos, arms=["sgd"], grid="perturb = ['all']")
-    fault = {"at": "samtune.job:prepare", "call": 1, "do": "SIGKILL"}
-    broken = sweep(recipe, tmp_path / "s", faults=[fault | {"only": "final-sgd"}])
+def test_a_run_that_fails_before_it_has_a_folder_is_listed_with_its_cause(short, tmp_path):
+    fault = {"at": "samtune.job:prepare", "call": 1, "do": "SIGKILL", "only": "final-sgd"}
+    broken = sweep(short, tmp_path / "s", faults=[fault])
     assert broken.returncode == 9
     (failed,) = ledger.read(tmp_path / "s")["failed"]
     assert (failed["exit_code"], "SIGKILL" in failed["why"]) == (-9, True)
@@ -71,9 +77,8 @@ def test_a_point_that_diverges_is_out_and_no_failure(photos, tmp_path):
 
 
 @row(31)
-@pytest.mark.parametrize("moment", ["select-sam-rho0.1", "final-sam"])
-def test_a_sweep_that_is_killed_goes_on_to_the_same_end(moment, whole_sweep_recipe, whole, tmp_path):
-    fault = STEP | {"call": 3, "do": "parent SIGKILL", "only": moment}
+def test_a_sweep_that_is_killed_goes_on_to_the_same_end(whole_sweep_recipe, whole, tmp_path):
+    fault = STEP | {"call": 3, "do": "parent SIGKILL", "only": "select-sam-rho0.1"}
     died = sweep(whole_sweep_recipe, tmp_path / "s", faults=[fault])
     assert died.returncode == -signal.SIGKILL
     done = sweep(whole_sweep_recipe, tmp_path / "s")
@@ -98,32 +103,25 @@ def test_a_run_does_not_outlive_the_sweep_that_was_killed(photos, tmp_path):
 
 @row(31)
 @pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(sent, whole_sweep_recipe, whole, tmp_path):
-    fault = STEP | {"call": 3, "do": f"parent {sent}", "only": "final-sam"}
-    wait = STEP | {"call": 3, "do": "pause", "only": "final-sam"}  # until the sweep hands it on
-    stopped = _run(command(whole_sweep_recipe, tmp_path / "s", faults=[wait, fault]))
+def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(sent, short, whole, tmp_path):
+    wait = STEP | {"call": 3, "do": "pause"}  # until the sweep hands it on
+    faults = [wait, STEP | {"call": 3, "do": f"parent {sent}"}]
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 300, "check": False}
+    stopped = subprocess.run(command(short, tmp_path / "s", faults=faults), **options, **undisturbed())
     assert stopped.returncode == 75, stopped.stderr
     assert f"{sent}: 1 runs end after their step" in stopped.stderr
     assert "the same command goes on" in stopped.stderr
-    assert ledger.read(tmp_path / "s")["missing"][0] == "final-sam-seed0"
-    done = sweep(whole_sweep_recipe, tmp_path / "s")
+    assert ledger.read(tmp_path / "s")["missing"] == ["final-sgd-seed0"]
+    done = sweep(short, tmp_path / "s")
     assert done.returncode == 0, done.stderr
-    assert results(tmp_path / "s") == whole
-
-
-def _run(arguments):
-    from tests.test_faults_stop import undisturbed
-
-    options = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 300, "check": False}
-    return subprocess.run(arguments, **options, **undisturbed())
+    assert results(tmp_path / "s") == {"final-sgd-seed0": whole["final-sgd-seed0"]}
 
 
 @row(31)
-def test_a_second_signal_ends_all_at_once(whole_sweep_recipe, whole, tmp_path):
-    here = STEP | {"call": 3, "only": "final-sam"}
-    faults = [here | {"do": "hang"}, here | {"do": "parent SIGTERM"}]
+def test_a_second_signal_ends_all_at_once(short, whole, tmp_path):
+    faults = [STEP | {"call": 3, "do": "hang"}, STEP | {"call": 3, "do": "parent SIGTERM"}]
     started = subprocess.Popen(
-        command(whole_sweep_recipe, tmp_path / "s", faults=faults), stderr=subprocess.PIPE, text=True, cwd=ROOT
+        command(short, tmp_path / "s", faults=faults), stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     for line in started.stderr:
         if "a second one ends them at once" in line:
@@ -131,8 +129,8 @@ def test_a_second_signal_ends_all_at_once(whole_sweep_recipe, whole, tmp_path):
     started.send_signal(signal.SIGTERM)
     assert started.wait(60) == 128 + signal.SIGTERM
     started.stderr.close()
-    assert sweep(whole_sweep_recipe, tmp_path / "s").returncode == 0
-    assert results(tmp_path / "s") == whole
+    assert sweep(short, tmp_path / "s").returncode == 0
+    assert results(tmp_path / "s") == {"final-sgd-seed0": whole["final-sgd-seed0"]}
 
 
 @row(31)
@@ -165,6 +163,7 @@ def test_several_runs_at_a_time_come_to_the_same_end(whole_sweep_recipe, whole, 
     done = sweep(whole_sweep_recipe, tmp_path / "s", "--jobs", 2, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "s").keys() == whole.keys()
+    assert re.findall(r"^(begin|done) ", done.stderr, re.M)[:3] == ["begin", "begin", "done"]
 
 
 def test_a_folder_without_a_sweep_is_named(tmp_path):

@@ -101,6 +101,17 @@ def test_a_killed_writer_leaves_the_folder_free_at_once_though_its_forked_child_
         lock.take(tmp_path).release()
 
 
+def test_a_folder_can_be_taken_only_if_it_is_free(tmp_path):
+    with another_process(tmp_path):
+        assert lock.take_if_free(tmp_path) is None
+    held = lock.take_if_free(tmp_path)
+    assert held.held
+    assert lock.take_if_free(tmp_path) is None
+    held.release()
+    with pytest.raises(MachineError, match="cannot be written"):
+        lock.take_if_free(tmp_path / "nowhere")
+
+
 def test_to_ask_does_not_end_the_own_lock(tmp_path):
     held = lock.take(tmp_path)
     try:

@@ -78,6 +78,7 @@ def test_damaged_images_of_both_parts_are_named_by_their_rows(data):
     assert len(read.train_rows) == 18
 
 
+@pytest.mark.parametrize("data", ["official"], indirect=True)
 def test_a_run_without_validation_trains_on_all_is_scored_on_test_and_says_so(data, tmp_path):
     done = samtune("run", *SMALL, "--dataset", data, "--no-val", "--model-ema", "--output", tmp_path / "r", "--json")
     assert done.returncode == 0, done.stderr

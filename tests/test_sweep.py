@@ -17,7 +17,7 @@ from samtune.schedules import Duration
 from samtune.sweep import arms, engines, images, ledger, protocol, recipe
 from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Outcome
-from samtune.sweep.plan import Plan
+from samtune.sweep.plan import Plan, seconds_per_step
 from tests.conftest import samtune, write_image_folder
 from tests.sweeps import attempts, sweep, write_recipe
 
@@ -234,6 +234,30 @@ def test_points_whose_steps_take_the_same_time_share_a_probe(tmp_path):
     assert plan.selections(budget, "sgd", paces)[0][0].steps == 90
 
 
+def test_a_probe_is_measured_without_its_first_steps(tmp_path):
+    rows = [(10, 10, 1.0), (15, 5, 16.0), (25, 10, 8.0)]  # step, steps since the row before, images per second
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step, steps, speed in rows:
+            row = {"step": step, "epoch": 1, "split": "train", "seconds": 0, "n": 8 * steps, "steps": steps}
+            file.write(json.dumps(row | {"images_per_second": speed}) + "\n")
+            file.write(json.dumps({"step": step, "epoch": 1, "split": "val", "seconds": 0}) + "\n")
+    assert seconds_per_step(tmp_path) == (5 * 0.5 + 10 * 1.0) / 15
+
+
+@pytest.mark.slow
+def test_a_budget_in_seconds_becomes_steps_by_what_the_probes_took(photos, tmp_path):
+    path = write_recipe(tmp_path / "r.toml", photos, grid="rho = [0.05]", more='budgets = ["3 seconds"]')
+    assert sweep(path, tmp_path / "s").returncode == 0
+    plain, sam = (seconds_per_step(tmp_path / "s" / "runs" / f"probe-{kind}") for kind in ("plain", "sam"))
+    found = ledger.read(tmp_path / "s")
+    assert [arm["budget"] for arm in found["arms"]] == ["3 seconds"] * 2
+    assert [arm["final"][0]["report"]["steps"] for arm in found["arms"]] == [int(3 / sam), int(3 / plain)]
+    assert [run["id"] for run in found["probes"]] == ["probe-plain", "probe-sam"]
+    before = attempts(tmp_path / "s")
+    assert sweep(path, tmp_path / "s").returncode == 0
+    assert attempts(tmp_path / "s") == before
+
+
 def test_the_stages_differ_in_what_they_train_on_and_score(tmp_path):
     plan = Plan(
         load(tmp_path, 'seeds = 2\nselection_seeds = [4, 5]\narms = ["sam"]', 'select = "best"'), lambda settings: 1000
@@ -414,9 +438,10 @@ def test_the_ledger_knows_all_runs_and_can_be_made_again(found, whole_sweep_reci
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(found, whole_sweep_recipe):
     folder, _ = found
-    refused = sweep(whole_sweep_recipe, folder, "--lr", 0.02, "--seeds", 3)
-    assert refused.returncode == 2
-    assert "lr: 0.01 before, 0.02 now; sweep.seeds: [0] before, [0, 1, 2] now" in refused.stderr
+    asked = recipe.load(whole_sweep_recipe, {"lr": 0.02, "workers": 1}, seeds="3")  # workers change no number
+    with pytest.raises(UsageError, match="holds a sweep with other settings") as error:
+        protocol.open_folder(asked, folder)
+    assert error.value.why == "lr: 0.01 before, 0.02 now; sweep.seeds: [0] before, [0, 1, 2] now"
 
 
 def test_the_plan_can_be_seen_without_running_it(tmp_path, photos):
@@ -424,9 +449,12 @@ def test_the_plan_can_be_seen_without_running_it(tmp_path, photos):
     shown = samtune("sweep", path, "--dry-run", "--budget", "12 passes", "--json", "--output", tmp_path / "out")
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout) == [
-        {"stage": "select", "budget": "12 passes", "arm": "sam", "runs": 2, "steps": "6", "passes": "12"},
-        {"stage": "final", "budget": "12 passes", "arm": "sam", "runs": 3, "steps": "6", "passes": "12"},
-        {"stage": "final", "budget": "12 passes", "arm": "sgd", "runs": 3, "steps": "12", "passes": "12"},
+        {"budget": "12 passes"} | row
+        for row in [
+            {"stage": "select", "arm": "sam", "points": 2, "runs": 2, "steps": "6", "passes": "12"},
+            {"stage": "final", "arm": "sam", "points": 1, "runs": 3, "steps": "6", "passes": "12"},
+            {"stage": "final", "arm": "sgd", "points": 1, "runs": 3, "steps": "12", "passes": "12"},
+        ]
     ]
     assert not (tmp_path / "out").exists()
 
@@ -436,6 +464,7 @@ def test_the_plan_can_be_seen_without_running_it(tmp_path, photos):
     [
         (("--engine", "slurm"), 2, "local or ray"),
         (("--address", "here:1"), 2, "without --engine ray"),
+        (("--engine", "ray", "--address", "ray://here"), 2, "host:port"),
         (("--seed", "3"), 2, "--seeds"),
         (("--budget", "1 hour"), 2, "2000 passes"),
         (("--rho", "-1"), 2, "greater than or equal to 0"),

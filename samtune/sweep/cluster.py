@@ -26,13 +26,14 @@ from samtune.sweep.ledger import Run, log_folder, run_folder
 
 _RETRIES = 3  # of a run whose worker or node is lost
 _LOOK = 0.5  # seconds
+_PATIENCE = 10.0  # seconds for a cluster to answer
 
 
 class Cluster:
     """Runs as tasks of Ray, each with a GPU where the cluster has some, else with its share of a node's cores."""
 
     def __init__(self, address: str, config: RunConfig, jobs: int) -> None:
-        """Join the cluster at an address; "auto" is the one that this machine belongs to.
+        """Join the cluster at an address, "host:port", or "auto": the one that this machine belongs to.
 
         jobs: runs at a time, on each GPU or else on each node. Raises MachineError where no cluster answers, UsageError
         for GPUs by number.
@@ -44,8 +45,11 @@ class Cluster:
                 "give all, or 0 for the CPU; `ray start --num-gpus` says how many a node lends",
             )
         try:
+            if address != "auto":  # Ray itself would try for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), _PATIENCE).close()
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError) as error:
             raise MachineError(
                 f"no Ray cluster answers at {address}",
                 first_line(error),

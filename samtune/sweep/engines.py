@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +16,7 @@ from samtune.sweep.ledger import Run, log_folder, run_folder
 from samtune.sweep.recipe import flag
 
 COMMAND = (sys.executable, "-m", "samtune")
-_GRACE = 30.0  # seconds that a run has to end at once
+_GRACE = 30.0  # seconds that a run has to end
 
 
 class Engine(Protocol):
@@ -68,17 +67,6 @@ def begin(folder: Path, run: Run, place: Mapping[str, str]) -> "subprocess.Popen
         )
 
 
-def end_at_once(process: "subprocess.Popen[bytes]") -> None:
-    """A second signal: what was saved stays whole; one that does not hear it is killed."""
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(_GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-
 class Local:
     """On this machine: so many runs at a time on each GPU, or on the CPU, whose cores they share."""
 
@@ -119,9 +107,13 @@ class Local:
             process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End all runs at once."""
+        """End all runs at once: to those that were asked to stop it is the second signal."""
+        self.stop()
         for process, _ in self._running.values():
-            end_at_once(process)
+            try:
+                process.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def places_here(config: RunConfig, jobs: int) -> list[dict[str, str]]:

@@ -47,11 +47,14 @@ def alone_here(folder: Path) -> Iterator[None]:
     """One process of a machine at a time decodes; the others wait, and find it done."""
     place = folder / "logs" / f"data-{socket.gethostname()}"
     place.mkdir(exist_ok=True)
-    while (who := lock.holder(place)) is not None:
-        console.note(f"{who} is decoding the images; waiting for it")
+    held = None
+    while held is None:
+        who = lock.holder(place)
+        if who is not None:
+            console.note(f"{who} is decoding the images; waiting for it")
         while lock.holder(place) is not None:
             time.sleep(_LOOK)
-    held = lock.take(place)
+        held = lock.take_if_free(place)
     try:
         yield
     finally:

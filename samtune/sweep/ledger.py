@@ -56,7 +56,7 @@ class Outcome:
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss was not finite: of a run that chooses, that is an answer."""
+        """Whether a loss was not finite."""
         return self.exit_code == Diverged.exit_code
 
 
@@ -133,6 +133,11 @@ def drop_checkpoints(folder: Path, run: Run) -> None:
 # -------------------------------------------------------------------------------------------------------------- choice
 
 
+def is_answer(run: Run, found: Outcome) -> bool:
+    """Of a run that chooses, that a loss is not finite tells enough: its point is out."""
+    return found.state == "failed" and found.diverged and run.stage == "select"
+
+
 def choose(points: Sequence[Mapping[int, Outcome]]) -> int | None:
     """Which point of an arm is best on validation, from its outcomes by seed; None if none is, or not yet.
 
@@ -185,7 +190,8 @@ def read(folder: Path) -> dict[str, Any]:
     settings: what all runs share. sweep: the table. budgets: as text, [null] for the recipe's own length.
     arms: for each budget and arm: points (point, val_error in percent and val_loss as means over seeds, runs by seed),
     chosen (a point, or null), final (its runs, each with its report, or null).
-    failed: id, exit_code, why, log. missing: ids that are not done. totals: runs, done, failed, train_seconds.
+    failed: id, exit_code, why, log. missing: ids of those runs that can be told by now, and have still to be done.
+    totals: runs, done, failed, train_seconds.
 
     Raises UsageError for a folder without a sweep, DataError for a ledger that cannot be read.
     """
@@ -221,7 +227,9 @@ def read(folder: Path) -> dict[str, Any]:
             for run, found in outcomes.items()
             if found.state == "failed"
         ],
-        "missing": [run for run, found in outcomes.items() if found.state != "done" and not _is_answer(run, found)],
+        "missing": [
+            run.id for run in runs if outcomes[run.id].state != "done" and not is_answer(run, outcomes[run.id])
+        ],
         "totals": {
             "runs": total,
             "done": len(done),
@@ -229,10 +237,6 @@ def read(folder: Path) -> dict[str, Any]:
             "train_seconds": sum(report["train_seconds"] or 0 for report in done),
         },
     }
-
-
-def _is_answer(run: str, found: Outcome) -> bool:
-    return found.state == "failed" and found.diverged and "final-" not in run
 
 
 def _arm(

@@ -2,7 +2,7 @@
 
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,9 @@ from typing import Any, NoReturn, TypeVar
 
 from samtune import console, lock, signals
 from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, UsageError, WorkerLost
+from samtune.models import resolve
 from samtune.options import RunConfig
+from samtune.preflight import check_inputs
 from samtune.resume import FREE
 from samtune.runs import read_step
 from samtune.sweep import arms, ledger
@@ -28,8 +30,9 @@ _LOOK = 1.0  # seconds between two looks at the runs
 def check(plan: Plan) -> list[Run]:
     """Every run that may come, to be counted; those of the last fits with the first point of each arm.
 
-    Raises UsageError for the first setting of any of them that cannot be meant. A budget in seconds gives no length
-    before probes have shown how long a step takes: 0 steps.
+    Raises UsageError for the first setting of any of them that cannot be meant, ModelError, DataError or
+    CheckpointError for one that names what is not there. A budget in seconds gives no length before probes have shown
+    how long a step takes: 0 steps.
     """
     found = plan.probes()
     for budget, arm in plan.arms():
@@ -39,6 +42,10 @@ def check(plan: Plan) -> list[Run]:
             finals = plan.finals(known, arm, point, {})  # any of the points may be chosen
             runs += finals if i == 0 else []
         found += runs if known == budget else [replace(run, budget=str(budget), steps=0, passes=0.0) for run in runs]
+    settings = [plan.sweep.config(run.settings) for run in found]
+    for one in {(each.model, each.weights, each.train_labels): each for each in settings}.values():
+        resolve(one.model)
+        check_inputs(one)
     return found
 
 
@@ -52,16 +59,17 @@ def counted(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "stage": stage,
             "budget": budget,
             "arm": arm,
+            "points": len({arms.words(run.point) for run in group}),
             "runs": len(group),
-            "steps": _span(run.steps for run in group),
-            "passes": _span(round(run.passes) for run in group),
+            "steps": _span([run.steps for run in group]),
+            "passes": _span([round(run.passes) for run in group]),
         }
         for (stage, budget, arm), group in groups.items()
     ]
 
 
-def _span(numbers: Iterable[int]) -> str | None:
-    low, *_, high = sorted([*(found := list(numbers)), found[0]])
+def _span(numbers: Sequence[int]) -> str | None:
+    low, high = min(numbers), max(numbers)
     return None if high == 0 else str(low) if low == high else f"{low} to {high}"
 
 
@@ -224,19 +232,14 @@ def _take_some(this: _Work, runs: Sequence[Run]) -> None:
         if len(this.taken) == this.engine.slots:
             return
         found = this.outcome(run)
-        left = found.state in ("waiting", "stopped") or (run.id in this.again and not _is_answer(run, found))
-        if run.id in this.tried or not left:
+        failed_before = found.state == "failed" and run.id in this.again and not ledger.is_answer(run, found)
+        if run.id in this.tried or not (found.state in ("waiting", "stopped") or failed_before):
             continue
         place = ledger.log_folder(this.folder, run.id)
         place.mkdir(exist_ok=True)
-        if lock.holder(place) is not None:
+        held = lock.take_if_free(place)
+        if held is None:
             continue
-        try:
-            held = lock.take(place)
-        except MachineError:
-            if lock.holder(place) is None:
-                raise
-            continue  # another process was faster
         if ledger.outcome(this.folder, run.id, mine=True).state in ("done", "running"):
             held.release()
             continue
@@ -244,11 +247,6 @@ def _take_some(this: _Work, runs: Sequence[Run]) -> None:
         this.taken[run.id] = run, held, time.monotonic()
         this.engine.start(this.folder, run)
         console.note(f"begin  {run.id}: {run.steps} steps, {run.passes:.0f} passes")
-
-
-def _is_answer(run: Run, found: Outcome) -> bool:
-    """Of a run that chooses, that a loss is not finite tells enough: its point is out."""
-    return found.state == "failed" and found.diverged and run.stage == "select"
 
 
 def _others_are_at_work(this: _Work, runs: Sequence[Run]) -> bool:
@@ -310,20 +308,19 @@ def _stop(this: _Work, stop: signals.StopRequest) -> NoReturn:
 
 def _failure(this: _Work, runs: Sequence[Run], chosen: Sequence[Mapping[str, Any]]) -> SamtuneError | None:
     found = {run: this.outcome(run) for run in runs}
-    failed = {
-        run: outcome for run, outcome in found.items() if outcome.state == "failed" and not _is_answer(run, outcome)
-    }
-    out = {run: outcome for run, outcome in found.items() if _is_answer(run, outcome)}
-    for run, outcome in (failed | out).items():
-        log = ledger.log_folder(this.folder, run.id) / "output.txt"
-        console.warn(f"{run.id} failed: {outcome.why}; see {log}")
+    failed: dict[Run, Outcome] = {}
+    for run, outcome in found.items():
+        if outcome.state == "failed":
+            log = ledger.log_folder(this.folder, run.id) / "output.txt"
+            out = ledger.is_answer(run, outcome)
+            console.warn(f"{run.id} failed: {outcome.why}{'; its point is out' if out else ''}; see {log}")
+            failed |= {} if out else {run: outcome}
     left = [run.id for run, outcome in found.items() if outcome.state == "stopped"]
-    hopeless = [entry["arm"] for entry in chosen if entry["point"] is None and not failed and not left]
-    if not failed and not left and not hopeless:
-        return None
-    if hopeless:
+    if not failed and not left:
+        hopeless = [entry["arm"] for entry in chosen if entry["point"] is None]
         what = f"no point of {' and '.join(hopeless)} trained: every loss was not finite"
-        return Diverged(what, mend="give a smaller grid of rho or lr, in a sweep of its own (--output)")
+        mend = "give a smaller grid of rho or lr, in a sweep of its own (--output)"
+        return Diverged(what, mend=mend) if hopeless else None
     codes = {outcome.exit_code for outcome in failed.values()}
     names = ", ".join(run.id for run in failed) or ", ".join(left)
     error = WorkerLost(

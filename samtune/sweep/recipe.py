@@ -183,6 +183,8 @@ def load(
     except ValidationError as error:
         first = error.errors()[0]
         raise _explain([str(part) for part in first["loc"]], first["type"], first["msg"], given, origins) from None
+    if table.budgets and table.arms == ["sgd-2x"]:
+        raise UsageError("with a budget, sgd-2x alone leaves no arm", "it is sgd at that cost", "give arm sgd")
     return Sweep(recipe, flags, base, _with_defaults(table))
 
 

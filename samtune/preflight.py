@@ -1,0 +1,32 @@
+"""What can be told to be wrong before anything slow begins."""
+
+from samtune.data.source import locate
+from samtune.errors import CheckpointError, DataError
+from samtune.options import RunConfig
+from samtune.resume import Resumed
+from samtune.runlog import check_free, check_unused, has_checkpoints
+
+
+def check_before_slow_work(settings: RunConfig, resumed: Resumed | None) -> None:
+    """Raise a SamtuneError for files that are not there, and for a run folder that cannot be had."""
+    check_inputs(settings, weights=resumed is None or not has_checkpoints(resumed.folder))
+    if resumed is not None:
+        check_unused(resumed.folder)
+    elif settings.output is not None:
+        check_free(settings.output)
+
+
+def check_inputs(settings: RunConfig, *, weights: bool = True) -> None:
+    """Raise DataError, CheckpointError or UsageError for a data set, a file or a package that is not there.
+
+    weights: whether those of the settings are needed; a run that has a checkpoint needs none.
+    """
+    locate(settings.dataset)
+    if weights and settings.weights is not None and not settings.weights.is_file():
+        raise CheckpointError(f"weights {settings.weights} are not there", mend="check the path of --weights")
+    if settings.train_labels is not None and not settings.train_labels.is_file():
+        raise DataError(f"labels {settings.train_labels} are not there", mend="check the path of --train-labels")
+    if settings.track != "none":
+        from samtune import trackers
+
+        trackers.check(settings.track)

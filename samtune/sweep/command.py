@@ -1,0 +1,98 @@
+"""`samtune sweep`: parse, check, one call, print."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from samtune import signals
+from samtune.cli_results import report_sweep
+from samtune.errors import UsageError
+from samtune.fields import endpoint
+from samtune.flags import Json, with_config_flags
+from samtune.sweep import recipe as sweeps
+
+
+@partial(with_config_flags, without=sweeps.OWN.keys() - {"gpus"})
+def sweep(
+    recipe: Annotated[
+        Path, typer.Argument(help="TOML file with any of the options below as keys, and a table [sweep].")
+    ],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the sweep; by default sweeps/ and the recipe's name."),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at a time: on each GPU of --gpus, or on the CPU, whose cores they share.")
+    ] = 1,
+    engine: Annotated[
+        str, typer.Option(help="local: this machine; ray: a cluster that runs already.", metavar="local|ray")
+    ] = "local",
+    address: Annotated[
+        str, typer.Option(help="Of the Ray cluster: host:port, or auto, the one that this machine belongs to.")
+    ] = "auto",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='What each run may cost: "2000 passes" (forward-backward, of a batch) or "600 seconds" (of training). '
+            "The schedule is fitted to it. Repeatable; it takes the place of the recipe's.",
+            metavar="COST",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Of the last fits: how many (5), or which (0,1,2). Default: the recipe's, or 5.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show the plan; run nothing.")
+    ] = False,
+    as_json: Json = False,
+    flags: dict[str, Any],
+) -> None:
+    """Compare SAM with SGD by the paper's protocol: choose on validation, fit again with several seeds, test once.
+
+    Example: samtune sweep recipes/demo.toml --jobs 2
+
+    Every point of an arm's grid is trained on the training part and scored on validation; the best is fitted again on
+    both, with each seed, and scored on test once. What is done is never done again: the same command continues, and
+    several of them on one folder share the work.
+    """
+    from samtune import console, preflight
+    from samtune.sweep import ledger
+
+    if engine not in ("local", "ray"):
+        raise UsageError(f"--engine {engine}: must be local or ray")
+    if address != "auto":
+        _check_address(address, engine)
+    asked = sweeps.load(recipe, flags, budgets=budget, seeds=seeds)
+    folder = output or Path("sweeps") / recipe.stem
+    ledger.check_usable(folder)
+    preflight.check_inputs(asked.base)
+
+    from samtune.sweep import arms, engines, images, protocol
+    from samtune.sweep.plan import Plan
+
+    engines.refuse_ranks()
+    runs = protocol.check(Plan(asked, images.images_to_train_on(images.listed)))
+    for note in arms.notes(asked):
+        console.note(note)
+    if dry_run:
+        rows = protocol.counted(runs)
+        console.print_json(rows) if as_json else console.print_rows(f"{len(runs)} runs", rows)
+        return
+    place = protocol.open_engine(engine, address, asked.base, jobs)  # Ray's own handlers come before ours
+    with signals.listening() as stop:
+        failure = protocol.run(asked, folder, place, stop)
+    report_sweep(folder, folder, as_json)
+    if failure is not None:
+        raise failure
+
+
+def _check_address(address: str, engine: str) -> None:
+    if engine != "ray":
+        raise UsageError(f"--address {address} without --engine ray", mend="give both, or none")
+    try:
+        endpoint(address)
+    except ValueError:
+        raise UsageError(f'--address {address}: must be "host:port" of the cluster\'s head, or auto') from None
