@@ -90,7 +90,7 @@ def _forest(comparison: Mapping[str, Any]) -> Chart | None:
         [pair["label"], one["mean"], *(one["ci95"] or (None, None)), one["p"]]
         for pair, one in zip(pairs, found, strict=True)
     ]
-    caption = "Difference of mean errors in points, with its 95 % interval over seeds: left of the line, less than the baseline."
+    caption = "Difference of mean errors in points, with its 95 % interval over seeds; left of the line, less error."
     return Chart(svg, caption, Table("differences of errors", [*columns, Column("p", ".2g")], rows))
 
 
