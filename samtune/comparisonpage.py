@@ -82,7 +82,7 @@ def _forest(comparison: Mapping[str, Any]) -> Chart | None:
         [pair["label"] for pair in pairs],
         [one["mean"] for one in found],
         [one["ci95"] for one in found],
-        x_label="difference of errors (percentage points)",
+        x_label="difference (points)",
         zero="line",
     )
     columns = [Column("runs"), Column("difference", "+.2f"), Column("from", "+.2f"), Column("to", "+.2f")]
@@ -90,7 +90,7 @@ def _forest(comparison: Mapping[str, Any]) -> Chart | None:
         [pair["label"], one["mean"], *(one["ci95"] or (None, None)), one["p"]]
         for pair, one in zip(pairs, found, strict=True)
     ]
-    caption = "Difference of mean errors with its 95 % interval over seeds: left of the line, less than the baseline."
+    caption = "Difference of mean errors in points, with its 95 % interval over seeds; left of the line, less error."
     return Chart(svg, caption, Table("differences of errors", [*columns, Column("p", ".2g")], rows))
 
 

@@ -127,7 +127,7 @@ def _forest(report: _Report) -> Chart:
         [findings.pair_title(pair).replace(" against ", " \N{MINUS SIGN} ") for pair in pairs],
         [one["mean"] for one in found],
         [one["ci95"] for one in found],
-        x_label="difference of test errors (percentage points)",
+        x_label="difference (points)",
         zero="line",
     )
     interval, reduction = {"from": "+.2f", "to": "+.2f"}, {"from ": ".1f", "to ": ".1f"}
@@ -139,8 +139,8 @@ def _forest(report: _Report) -> Chart:
         ((pair, _pair_cells(pair)) for pair in pairs),
     )
     caption = (
-        "Difference of mean test errors with its 95 % interval: left of the line, the first arm has less error. A "
-        "point without an interval tells nothing of other seeds."
+        "Difference of mean test errors in percentage points, with its 95 % interval: left of the line, the first arm "
+        "has less error. A point without an interval tells nothing of other seeds."
     )
     return Chart(svg, caption, table)
 
@@ -260,15 +260,14 @@ def _choice(name: str, entry: _Report, points: Sequence[_Report]) -> Chart:
 
 
 def _point_cells(point: _Report) -> list[Any]:
-    seeds = " ".join(f"{error:.2f}" for error in point["val_errors"]) or None
-    cells = [
+    return [
         point["label"],
         "chosen" if point["chosen"] else point["state"],
         point["mean_error"],
         *(point["wilson_ci95"] or _UNKNOWN),
-    ]
-    return [*cells, *(point["mean_error_ci95"] or _UNKNOWN), seeds] + [
-        point[key] for key in ("mean_loss", "passes", "seconds")
+        *(point["mean_error_ci95"] or _UNKNOWN),
+        " ".join(f"{error:.2f}" for error in point["val_errors"]) or None,
+        *(point[key] for key in ("mean_loss", "passes", "seconds")),
     ]
 
 
