@@ -15,9 +15,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="samtune-tests-")
 os.environ["SAMTUNE_CACHE"] = os.environ["HF_HOME"] + "/decoded"
 # Workers side by side share the cores: threads that wait for a core they cannot have make all of them slow.
-os.environ.setdefault(
-    "OMP_NUM_THREADS",
-    str(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
+os.environ.update(
+    {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))}
+    if "PYTEST_XDIST_WORKER" in os.environ
+    else {}
 )
 
 import numpy as np

@@ -95,7 +95,7 @@ def write_sweep(
     code.
     """
     (folder / "logs").mkdir(parents=True)
-    head = 'model = "resnet10t"\ndataset = "./nowhere"\nbatch_size = 8\nepochs = 4\n\n[sweep]\n'
+    head = f'model = "resnet10t"\ndataset = "{folder}"\nbatch_size = 8\nepochs = 4\n\n[sweep]\n'
     (folder / "sweep.toml").write_text(head + recipe, encoding="utf-8")
     loaded = load_recipe(folder / "sweep.toml", {})
     (folder / "sweep.toml").write_text(loaded.to_toml(), encoding="utf-8")
