@@ -222,11 +222,11 @@ def _has_failed(word: Word) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
+    """Nor is one that was killed and that the agent, its parent, has not asked after yet."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
         return False
-    return True
 
 
 def _send(said: Iterable[Word], number: signal.Signals) -> None:

@@ -133,6 +133,15 @@ def test_an_evaluation_says_the_same_on_any_number_of_ranks(two, processes):
     }
 
 
+def test_a_process_that_has_ended_is_not_alive_before_its_parent_has_asked():
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not launch._is_alive(child.pid)
+    child.wait()
+    assert not launch._is_alive(child.pid)
+    assert launch._is_alive(os.getpid())
+
+
 def test_under_torchrun_the_same_command_joins(two, photos, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     torchrun += ["--rdzv-endpoint", "localhost:0", "--no-python", sys.executable, "-m", "samtune"]
