@@ -267,7 +267,7 @@ def test_a_rate_for_another_batch_is_scaled_and_says_so(photos, tmp_path):
     assert farthest(tmp_path / "r", tmp_path / "again") == 0
 
 
-@pytest.mark.parametrize("rho", [0, 0.05])
+@pytest.mark.parametrize("rho", [pytest.param(0, marks=pytest.mark.slow), 0.05])
 def test_activations_that_are_computed_again_change_nothing(rho, photos, tmp_path):
     """Statistics that update do so once, though the blocks pass twice."""
     for name, more in (("kept", []), ("again", ["--grad-checkpointing"])):
