@@ -10,7 +10,7 @@ import pytest
 
 from samtune import config, device
 from samtune.batch import Batch
-from samtune.errors import UsageError
+from samtune.errors import CheckpointError, DataError, ModelError, UsageError
 from samtune.gradient import sam_passes
 from samtune.job import Length
 from samtune.schedules import Duration
@@ -118,6 +118,20 @@ def test_every_point_is_checked_before_the_first_run(tmp_path, table, said):
     with pytest.raises(UsageError) as error:
         protocol.check(Plan(load(tmp_path, table), lambda settings: 1000))
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "error"),
+    [
+        ('[sweep.sgd]\nmodel = ["resnet10t", "resnet10tt"]', ModelError),
+        ('[sweep.grid]\nweights = ["nowhere.pth"]', CheckpointError),
+        ('[sweep.grid]\ntrain_labels = ["nowhere.csv"]', DataError),
+    ],
+)
+def test_what_a_point_names_must_be_there(tmp_path, table, error):
+    asked = load(tmp_path, table)
+    with pytest.raises(error):
+        protocol.check_names(asked, protocol.check(Plan(asked, lambda settings: 1000)))
 
 
 @pytest.mark.parametrize("base", ["processes = 2", 'nnodes = 2\nrdzv_endpoint = "a:1"', "shard = true"])

@@ -75,6 +75,7 @@ def sweep(
 
     engines.refuse_ranks()
     runs = protocol.check(Plan(asked, images.images_to_train_on(images.listed)))
+    protocol.check_names(asked, runs)
     for note in arms.notes(asked):
         console.note(note)
     if dry_run:

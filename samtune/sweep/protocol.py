@@ -2,7 +2,7 @@
 
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,8 @@ _LOOK = 1.0  # seconds between two looks at the runs
 def check(plan: Plan) -> list[Run]:
     """Every run that may come, to be counted; those of the last fits with the first point of each arm.
 
-    Raises UsageError for the first setting of any of them that cannot be meant, ModelError, DataError or
-    CheckpointError for one that names what is not there. A budget in seconds gives no length before probes have shown
-    how long a step takes: 0 steps.
+    Raises UsageError for the first setting of any of them that cannot be meant. A budget in seconds gives no length
+    before probes have shown how long a step takes: 0 steps.
     """
     found = plan.probes()
     for budget, arm in plan.arms():
@@ -42,11 +41,15 @@ def check(plan: Plan) -> list[Run]:
             finals = plan.finals(known, arm, point, {})  # any of the points may be chosen
             runs += finals if i == 0 else []
         found += runs if known == budget else [replace(run, budget=str(budget), steps=0, passes=0.0) for run in runs]
-    settings = [plan.sweep.config(run.settings) for run in found]
+    return found
+
+
+def check_names(sweep: Sweep, runs: Iterable[Run]) -> None:
+    """Raise ModelError, DataError or CheckpointError for a model or a file of any of these runs that is not there."""
+    settings = [sweep.config(run.settings) for run in runs]
     for one in {(each.model, each.weights, each.train_labels): each for each in settings}.values():
         resolve(one.model)
         check_inputs(one)
-    return found
 
 
 def counted(runs: Sequence[Run]) -> list[dict[str, Any]]:
