@@ -108,6 +108,7 @@ def test_twenty_steps_of_a_real_model_on_two_ranks_are_those_of_one_in_two_piece
         done = samtune(
             *("run", "--model", "tf_efficientnet_lite0", "--dataset", "mnist5k", "--img-size", "64", "--drop", "0"),
             *("--epochs", "20 steps", "--max-eval", "50", "--no-test", "--output", tmp_path / name, *more),
+            env={"OMP_NUM_THREADS": "1"},  # two threads round otherwise than one, which grows to 0.002 in 20 steps
         )
         assert done.returncode == 0, done.stderr
 
@@ -115,7 +116,7 @@ def test_twenty_steps_of_a_real_model_on_two_ranks_are_those_of_one_in_two_piece
     go("one", "--batch-size", "16", "--m", "8")
     assert farthest(tmp_path / "two", tmp_path / "one") < 1e-6
     go("together", "--processes", "2", "--batch-size", "8", "--m", "global")
-    go("whole", "--batch-size", "16", "--m", "global")
+    go("whole", "--batch-size", "16", "--m", "global", "--micro-batch", "8")  # 16 at once round otherwise, too
     assert farthest(tmp_path / "together", tmp_path / "whole") < 1e-6
 
 
