@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 from tests.sweeps import command, results, sweep
@@ -20,8 +21,9 @@ NODE = ("--num-cpus=1", "--num-gpus=0", "--disable-usage-stats")
 
 
 def ray(*arguments):
-    # One thread for each run, as in the sweep that it is compared with.
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    # As many threads for each run as in the sweep that it is compared with: Ray would give it one.
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))}
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | threads
     done = subprocess.run([RAY, *arguments], capture_output=True, text=True, env=env, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
