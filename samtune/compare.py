@@ -313,24 +313,29 @@ def _difference_rows(comparison: Mapping[str, Any]) -> list[dict[str, str | floa
 
 def _pair_lines(pair: Mapping[str, Any]) -> list[str]:
     """A pair in sentences: what was found, at what cost, and what it does not say."""
-    found, reduction, images = pair["difference"], pair["error_reduction"], pair["mcnemar"]
-    test = "paired t test" if found["paired"] else "Welch's t test"
-    n = f"{found['n']} pairs" if found["paired"] else f"{found['n']} and {found['baseline_n']} seeds"
-    over_seeds = (
-        f" (95 % interval {interval_words(found['ci95'])}; {test}, {n}: {p_words(found['p'])})" if found["ci95"] else ""
-    )
-    lines = [f"difference: {found['mean']:+.2f} percentage points{over_seeds}"]
+    lines, images = difference_lines(pair), pair["mcnemar"]
     if images:
         lines.append(
             f"images wrong by {pair['label']} alone: {images['only_wrong']}, by {pair['baseline']} alone: "
             f"{images['baseline_only_wrong']} (McNemar's exact test: {p_words(images['p'])})"
         )
+    return [*lines, cost_words(pair["cost"]), *pair["limits"]]
+
+
+def difference_lines(pair: Mapping[str, Any]) -> list[str]:
+    """The difference of the errors of a pair, and what share of the baseline's error that is."""
+    found, reduction = pair["difference"], pair["error_reduction"]
+    test = "paired t test" if found["paired"] else "Welch's t test"
+    more = ""
+    if found["ci95"]:
+        more = f" (95 % interval {signed(found['ci95'])}; {test}, {pairs_words(found)}: {p_words(found['p'])})"
+    lines = [f"difference of errors: {found['mean']:+.2f} percentage points{more}"]
     if reduction and reduction["percent"] is not None:
         interval = f" (no interval: {reduction['reason']})" if found["ci95"] else ""
         if reduction["low"] is not None:
             interval = " (95 % interval {low:.1f} to {high:.1f})".format(**reduction)
         lines.append(f"error reduction: {reduction['percent']:.1f} %{interval}")
-    return [*lines, cost_words(pair["cost"]), *pair["limits"]]
+    return lines
 
 
 def _cost_cells(entry: Mapping[str, Any]) -> dict[str, str | float | None]:
@@ -364,6 +369,17 @@ def number_words(value: float) -> str:
 def interval_words(limits: Sequence[float] | None) -> str | None:
     """An interval of errors in percent."""
     return None if limits is None else f"{limits[0]:.2f} to {limits[1]:.2f}"
+
+
+def signed(limits: Sequence[float]) -> str:
+    """An interval of a difference."""
+    return f"{limits[0]:+.2f} to {limits[1]:+.2f}"
+
+
+def pairs_words(difference: Mapping[str, Any]) -> str:
+    """Over how many seeds a difference is."""
+    n, of_baseline, paired = (difference[key] for key in ("n", "baseline_n", "paired"))
+    return f"{n} seeds in pairs" if paired else f"{n} and {of_baseline} seeds"
 
 
 def p_words(value: float) -> str:

@@ -150,7 +150,7 @@ def test_flags_take_the_place_of_budgets_and_seeds(tmp_path):
 
 
 def test_the_folders_recipe_repeats_the_sweep(tmp_path):
-    table = 'seeds = 2\nbudgets = ["9 passes"]\n[sweep.grid]\nrho = [0.1]\np = ["inf", 2]\n'
+    table = 'seeds = 2\nrefit = false\nbudgets = ["9 passes"]\n[sweep.grid]\nrho = [0.1]\np = ["inf", 2]\n'
     table += "[sweep.sam-late]\nsam_start = [2]"
     asked = load(tmp_path, table, 'global_batch_size = 64\nseed = 3\ntest = false\ngpus = "all"')
     (tmp_path / "sweep.toml").write_text(asked.to_toml())
@@ -272,10 +272,10 @@ def test_a_budget_in_seconds_becomes_steps_by_what_the_probes_took(photos, tmp_p
     assert attempts(tmp_path / "s") == before
 
 
-def test_the_stages_differ_in_what_they_train_on_and_score(tmp_path):
-    plan = Plan(
-        load(tmp_path, 'seeds = 2\nselection_seeds = [4, 5]\narms = ["sam"]', 'select = "best"'), lambda settings: 1000
-    )
+@pytest.mark.parametrize(("more", "validates"), [("", False), ("\nrefit = false", True)])
+def test_the_stages_differ_in_what_they_train_on_and_score(tmp_path, more, validates):
+    table = 'seeds = 2\nselection_seeds = [4, 5]\narms = ["sam"]' + more
+    plan = Plan(load(tmp_path, table, 'select = "best"'), lambda settings: 1000)
     tried = list(itertools.chain(*plan.selections(None, "sam", {})))
     assert len(tried) == 12
     assert {run.seed for run in tried} == {4, 5}
@@ -283,7 +283,7 @@ def test_the_stages_differ_in_what_they_train_on_and_score(tmp_path):
     assert tried[0].id == "select-sam-rho0.01-seed4"
     last = plan.finals(None, "sam", {"rho": 0.1}, {})
     assert [run.settings for run in last] == [
-        {"rho": 0.1, "val": False, "test": True, "select": "last", "seed": seed} for seed in (0, 1)
+        {"rho": 0.1, "val": validates, "test": True, "select": "last", "seed": seed} for seed in (0, 1)
     ]
 
 

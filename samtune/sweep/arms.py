@@ -36,7 +36,7 @@ def notes(sweep: Sweep) -> list[str]:
     if sweep.table.budgets:
         found.append("the budget decides the length of each run, not epochs")
     if sweep.base.select == "best":
-        found.append("the last fits have no validation to choose a checkpoint by: they are scored at their end")
+        found.append("no checkpoint of the last fits is chosen on validation: they are scored at their end")
     return found
 
 

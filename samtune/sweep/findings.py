@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from samtune.compare import cost_words, interval_words, p_words
+from samtune.compare import cost_words, difference_lines, interval_words, pairs_words, signed
 
 _Report = Mapping[str, Any]
 
@@ -87,16 +87,6 @@ def _conclusion(pair: _Report) -> str:
         )
     verb = "lowered" if high < 0 else "raised"
     return f"SAM {verb} the error{at}: {mine} had {amount} ({about}), and the interval excludes zero."
-
-
-def signed(limits: Sequence[float]) -> str:
-    """An interval of a difference."""
-    return f"{limits[0]:+.2f} to {limits[1]:+.2f}"
-
-
-def pairs_words(found: _Report) -> str:
-    """Over how many seeds a difference is."""
-    return f"{found['n']} seeds in pairs" if found["paired"] else f"{found['n']} and {found['baseline_n']} seeds"
 
 
 def pays_words(entry: _Report) -> str:
@@ -224,18 +214,7 @@ def listed(values: Sequence[object]) -> str:
 
 def pair_lines(pair: _Report) -> list[str]:
     """A comparison in sentences: what was found, at what cost, and what it does not say."""
-    found, reduction = pair["difference"], pair["error_reduction"]
-    test = "paired t test" if found["paired"] else "Welch's t test"
-    more = ""
-    if found["ci95"]:
-        more = f" (95 % interval {signed(found['ci95'])}; {test}, {pairs_words(found)}: {p_words(found['p'])})"
-    lines = [f"difference of test errors: {found['mean']:+.2f} percentage points{more}"]
-    if reduction and reduction["percent"] is not None:
-        interval = f" (no interval: {reduction['reason']})" if found["ci95"] else ""
-        if reduction["low"] is not None:
-            interval = " (95 % interval {low:.1f} to {high:.1f})".format(**reduction)
-        lines.append(f"error reduction: {reduction['percent']:.1f} %{interval}")
-    return [*lines, cost_words(pair["cost"]), *pair["limits"]]
+    return [*difference_lines(pair), cost_words(pair["cost"]), *pair["limits"]]
 
 
 def pair_title(pair: _Report) -> str:

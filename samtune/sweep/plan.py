@@ -2,7 +2,7 @@
 
 probe    with a budget in seconds: how long a step takes, a plain one and one of SAM
 select   every point of an arm that has several, on train, scored on validation; test stays unread
-final    the chosen point with every seed, on train and validation, scored on test once
+final    the chosen point with every seed, on train and validation (train alone without refit), scored on test once
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -101,9 +101,8 @@ class Plan:
     ) -> Run:
         """A run whose length is what the budget pays for."""
         settings = arms.settings(self.sweep, arm, point)
-        settings |= (
-            {"val": True, "test": False} if stage == "select" else {"val": False, "test": True, "select": "last"}
-        )
+        final = {"val": not self.sweep.table.refit, "test": True, "select": "last"}
+        settings |= {"val": True, "test": False} if stage == "select" else final
         if budget is None:
             return self._run(run_id, stage, None, arm, point, seed, settings)
         config = self.sweep.config(settings)

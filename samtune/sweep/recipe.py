@@ -26,7 +26,7 @@ SAM_START = ["50%", "70%", "90%"]
 OWN = {
     "output": "--output of the sweep is the folder of all runs",
     "seed": "the seeds are a sweep's own: seeds, selection_seeds",
-    "val": "runs that choose validate, and the last fits train on those images, too",
+    "val": "runs that choose validate, and the last fits train on those images, too, unless refit = false",
     "test": "runs that choose leave test alone, and the last fits score it",
     "gpus": "a run is on one device",
     "processes": "a run is on one device",
@@ -95,6 +95,8 @@ class Table(BaseModel):
     """What stands under [sweep]. Frozen; unknown keys are refused.
 
     seeds: of the last fits. selection_seeds: of the runs that choose. budgets: none is the recipe's own length.
+    refit: whether the last fits train on the validation images, too. They should not where training labels are noisy,
+    as the clean ones of validation would dilute the noise.
     grid: of all arms; settings of SAM are for the arms with SAM. sam, ...: of one arm, which goes before, key by key.
     """
 
@@ -102,6 +104,7 @@ class Table(BaseModel):
 
     seeds: _Seeds = [0, 1, 2, 3, 4]
     selection_seeds: _Seeds = [0]
+    refit: bool = True
     arms: Annotated[list[Arm], BeforeValidator(_arms)] = list(ARMS)
     budgets: Annotated[list[Budget], BeforeValidator(_budgets)] = []
     grid: _Grid
@@ -123,6 +126,7 @@ class Table(BaseModel):
             f"selection_seeds = {json.dumps(self.selection_seeds)}",
             f"arms = {json.dumps(self.arms)}",
         ]
+        lines += [] if self.refit else ["refit = false"]
         lines += [f"budgets = {json.dumps([str(budget) for budget in self.budgets])}"] if self.budgets else []
         for name, grid in [("grid", self.grid), *((arm, self.own_grid(arm)) for arm in ARMS)]:
             if grid:
