@@ -9,6 +9,7 @@ import typer
 from samtune.errors import UsageError
 from samtune.flags import Json
 from samtune.runlog import result_folder
+from samtune.sweep.command import report_sweep
 
 results_app = typer.Typer()
 
@@ -60,8 +61,7 @@ def report_runs(
 
     Several runs must be done. Those that differ in the seed alone are one setting with so many seeds. Two runs are
     tested on the images that both scored (McNemar), settings over the seeds that they share (Student); where that
-    cannot be, it is said why. --output writes comparison.json, comparison.md and
-    comparison.html.
+    cannot be, it is said why. --output writes comparison.json, comparison.md and comparison.html.
 
     Of a sweep, the same three files as of a run: what was chosen and how surely, errors over seeds with intervals, each
     arm against SGD, cost against error.
@@ -92,22 +92,6 @@ def _report_run(run: Path, output: Path, as_json: bool) -> None:
     else:
         console.print_table("Result", report.summary(result))
         console.print_lines([f"page: {drawn}"])
-
-
-def report_sweep(folder: Path, output: Path, as_json: bool) -> None:
-    """Write the report of a sweep, and print its table and what it says."""
-    from samtune import console
-    from samtune.sweep import evidence, sweeppage, tables
-
-    result = evidence.collect(folder)
-    with result_folder(output):
-        evidence.write(output, result)
-        sweeppage.write(output / "report.html", folder, result)
-    if as_json:
-        console.print_json(result)
-    else:
-        console.print_rows(tables.title(result), tables.table(result))
-        console.print_lines([*result["verdict"], f"page: {output / 'report.html'}"])
 
 
 def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:

@@ -1,6 +1,8 @@
 """What a recipe claims is complete and true of its settings, and every recipe runs: in miniature, in this process."""
 
+import itertools
 import re
+import statistics
 import subprocess
 import tomllib
 from pathlib import Path
@@ -13,6 +15,9 @@ from samtune.batch import Batch
 from samtune.data import source
 from samtune.data.catalog import CATALOG
 from samtune.options import RunConfig
+from samtune.sweep import arms
+from samtune.sweep.plan import Plan
+from samtune.sweep.recipe import load
 from tests.conftest import ROOT, write_image_folder
 from tests.test_docs import RECIPES, SCRIPTS
 
@@ -32,10 +37,16 @@ TABLE_3 = {
     "birdsnap": ((13.64, 0.15), 13.64, (14.30, 0.18), (9.93, 0.15), (10.31, 0.15)),
     "food101": ((7.02, 0.02), 7.06, (7.17, 0.03), (3.82, 0.01), (3.97, 0.03)),
 }
-MEASURED = {"top1_error", "wrong", "n", "ci95", "train_seconds", "machine", "date", "versions"}
+MEASURED = {"n", "train_seconds", "machine", "date", "versions"}
+OF_A_RUN = {"passes", "top1_error", "wrong", "ci95"}
+OF_A_SWEEP = {"passes", "train", "val", "arms"}  # arms: what was chosen, wrong images by seed, passes of a run
 ARMS = {"sam", "sam-late", "sgd", "sgd-2x"}
 
+SWEPT = [path for path in RECIPES if "arms" in tomllib.loads(path.read_text())["expected"]]
+RUN = [path for path in RECIPES if path not in SWEPT]
+
 each = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(FOLDER)))
+each_sweep = pytest.mark.parametrize("recipe", SWEPT, ids=lambda path: path.stem)
 each_of_the_paper = pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)
 
 
@@ -70,14 +81,41 @@ def test_every_recipe_states_what_was_measured_and_on_how_many_images_or_that_no
         assert claim.keys() - {"paper"} == {"measured", "passes"}
         assert "Not measured here" in text
         return
-    assert claim.keys() - {"passes"} == MEASURED | {"measured"}
+    assert claim.keys() == {"measured"} | MEASURED | (OF_A_SWEEP if recipe in SWEPT else OF_A_RUN)
+    if recipe in SWEPT:
+        return
     assert claim["top1_error"] == pytest.approx(100 * claim["wrong"] / claim["n"])
     assert claim["ci95"] == [round(100 * bound, 2) for bound in stats.wilson_interval(claim["wrong"], claim["n"])]
     low, high = (f"{bound:.1f}" for bound in claim["ci95"])
     assert f"{claim['top1_error']} % (95 % interval {low} to {high}, n = {claim['n']})" in text.replace("\n# ", " ")
 
 
-@each
+@each_sweep
+def test_a_measured_sweep_has_all_seeds_of_all_arms_at_the_cost_of_their_settings(recipe):
+    asked, claim = load(recipe, {}), read(recipe)["expected"]
+    plan = Plan(asked, lambda settings: claim["train"] + (0 if settings.val else claim["val"]))
+    assert list(claim["arms"]) == asked.table.arms
+    total = 0.0
+    for arm, found in claim["arms"].items():
+        finals = plan.finals(None, arm, found["chosen"], {})
+        assert found["chosen"] in arms.points(asked, arm)
+        assert len(found["wrong"]) == len(finals)
+        assert {run.passes for run in finals} == {found["passes"]}
+        total += sum(run.passes for run in (*finals, *itertools.chain(*plan.selections(None, arm, {}))))
+    assert claim["passes"] == total
+
+
+@each_sweep
+def test_the_page_has_the_means_and_intervals_that_follow_from_the_counts_of_a_measured_sweep(recipe):
+    claim = read(recipe)["expected"]
+    for arm, found in claim["arms"].items():
+        errors = [100 * wrong / claim["n"] for wrong in found["wrong"]]
+        interval = stats.student_interval(errors)
+        row = f"{statistics.mean(errors):.2f} % ({interval.low:.2f} to {interval.high:.2f}) | {found['passes']:,} |"
+        assert row in PAGE, (arm, row)
+
+
+@pytest.mark.parametrize("recipe", RUN, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_the_cost_that_a_recipe_states_is_that_of_its_settings(recipe):
     settings, claim = config.load(recipe), read(recipe)["expected"]
     assert claim["passes"] == passes(settings)
@@ -89,7 +127,7 @@ def test_the_cost_that_a_recipe_states_is_that_of_its_settings(recipe):
 def test_every_recipe_has_a_row_on_the_page_with_its_figures(recipe):
     name, claim = str(recipe.relative_to(FOLDER)), read(recipe)["expected"]
     row = next(line for line in PAGE.splitlines() if f"]({name})" in line)
-    if claim["measured"]:
+    if claim["measured"] and recipe not in SWEPT:
         assert f"{claim['top1_error']:.2f} %" in row
         assert f"{claim['wrong']} of {claim['n']}" in row
     if "paper" in claim:
@@ -154,7 +192,7 @@ def test_any_number_of_devices_computes_the_papers_batch_with_its_perturbations(
 )
 def test_a_sweep_varies_settings_that_exist_within_their_range(recipe):
     sweep = read(recipe)["sweep"]
-    assert sweep.keys() <= {"seeds", "selection_seeds", "arms", "grid"} | ARMS
+    assert sweep.keys() <= {"seeds", "selection_seeds", "refit", "budgets", "arms", "grid"} | ARMS
     assert len(set(sweep["arms"])) == len(sweep["arms"])
     assert set(sweep["arms"]) <= ARMS
     assert sweep.keys() & ARMS <= set(sweep["arms"])

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from samtune import signals
-from samtune.cli_results import report_sweep
 from samtune.errors import UsageError
 from samtune.fields import endpoint
 from samtune.flags import Json, with_config_flags
+from samtune.runlog import result_folder
 from samtune.sweep import recipe as sweeps
 
 
@@ -88,6 +88,22 @@ def sweep(
     report_sweep(folder, folder, as_json)
     if failure is not None:
         raise failure
+
+
+def report_sweep(folder: Path, output: Path, as_json: bool) -> None:
+    """Write the report of a sweep, and print its table and what it says."""
+    from samtune import console
+    from samtune.sweep import evidence, sweeppage, tables
+
+    result = evidence.collect(folder)
+    with result_folder(output):
+        evidence.write(output, result)
+        sweeppage.write(output / "report.html", folder, result)
+    if as_json:
+        console.print_json(result)
+    else:
+        console.print_rows(tables.title(result), tables.table(result))
+        console.print_lines([*result["verdict"], f"page: {output / 'report.html'}"])
 
 
 def _check_address(address: str, engine: str) -> None:
