@@ -65,25 +65,25 @@ def test_without_a_cluster_the_error_tells_how_to_start_one(whole_sweep_recipe, 
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.slow
-def test_a_sweep_whose_worker_is_killed_ends_as_on_one_machine(cluster, whole_sweep, whole_sweep_recipe, tmp_path):
-    paused = {
-        "at": "samtune.step:Step.__call__",
-        "call": 3,
-        "do": "pause",
-        "only": "final-sam",
-    }  # until its worker dies
+def begin(cluster, recipe, folder):
+    """A sweep on the cluster, whose last fit with SAM waits at its third step; that run's status, when it has begun."""
+    paused = {"at": "samtune.step:Step.__call__", "call": 3, "do": "pause", "only": "final-sam"}
     started = subprocess.Popen(
-        command(whole_sweep_recipe, tmp_path / "s", "--engine", "ray", "--address", cluster, faults=[paused]),
+        command(recipe, folder, "--engine", "ray", "--address", cluster, faults=[paused]),
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
     )
-    status = tmp_path / "s" / "runs" / "final-sam-seed0" / "status.json"
+    status = folder / "runs" / "final-sam-seed0" / "status.json"
     while not status.exists() and started.poll() is None:
         time.sleep(0.1)
-    run = json.loads(status.read_text())["pid"]
-    worker = parent_of(run)
+    return started, json.loads(status.read_text())
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_worker_is_killed_ends_as_on_one_machine(cluster, whole_sweep, whole_sweep_recipe, tmp_path):
+    started, run = begin(cluster, whole_sweep_recipe, tmp_path / "s")
+    worker = parent_of(run["pid"])
     assert worker not in (os.getpid(), started.pid)
     os.kill(worker, signal.SIGKILL)
     said = started.communicate(timeout=300)[1]
@@ -94,16 +94,7 @@ def test_a_sweep_whose_worker_is_killed_ends_as_on_one_machine(cluster, whole_sw
 
 @pytest.mark.slow
 def test_a_signal_stops_the_runs_of_a_cluster_too(cluster, whole_sweep, whole_sweep_recipe, tmp_path):
-    paused = {"at": "samtune.step:Step.__call__", "call": 3, "do": "pause", "only": "final-sam"}
-    started = subprocess.Popen(
-        command(whole_sweep_recipe, tmp_path / "s", "--engine", "ray", "--address", cluster, faults=[paused]),
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    status = tmp_path / "s" / "runs" / "final-sam-seed0" / "status.json"
-    while not status.exists() and started.poll() is None:
-        time.sleep(0.1)
+    started, _ = begin(cluster, whole_sweep_recipe, tmp_path / "s")
     started.send_signal(signal.SIGTERM)
     said = started.communicate(timeout=300)[1]
     assert started.returncode == 75, said
