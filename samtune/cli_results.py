@@ -87,6 +87,8 @@ def _report_run(run: Path, output: Path, as_json: bool) -> None:
 
     console.note(f"drawing the page of {run} ...")
     result, drawn = runpage.publish(run, output)
+    for warning in runpage.state(run):
+        console.warn(warning)
     if as_json:
         console.print_json(result)
     else:

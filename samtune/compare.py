@@ -144,7 +144,8 @@ def pair(group: Group, baseline: Group) -> dict[str, Any]:
     a, b = ([one.errors[s] for s in common] if len(common) > 1 else [*one.errors.values()] for one in (group, baseline))
     unlike = next(filter(None, (why_unlike(run, baseline.runs[0]) for run in baseline.runs[1:] + group.runs)), None)
     seeds = None if unlike else (stats.paired_difference if paired else stats.independent_difference)(a, b)
-    no_interval = None if seeds else unlike or stats.why_no_interval(min(len(a), len(b)))
+    same = "difference" if paired else "error"
+    no_interval = None if seeds else unlike or stats.why_no_interval(min(len(a), len(b)), same)
     return {
         "label": group.label,
         "baseline": baseline.label,

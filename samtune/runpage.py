@@ -57,7 +57,7 @@ def content(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         "scored": scored,
         "score_paths": dict(_score_paths(result)),
         "reading": _reading(result, scored),
-        "warnings": _state(folder) + _incidents(result) + list(result["warnings"]),
+        "warnings": state(folder) + _incidents(result) + list(result["warnings"]),
         "cost": _cost(result),
         "settings": _settings(folder),
         "provenance": _provenance(result),
@@ -98,7 +98,8 @@ def _reading(result: Mapping[str, Any], scored: str | None) -> list[str]:
     return said
 
 
-def _state(folder: Path) -> list[str]:
+def state(folder: Path) -> list[str]:
+    """What there is to say of a run that is not done, or lost files of its own; nothing of others."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
         said = []

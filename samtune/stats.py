@@ -121,11 +121,11 @@ def expected_calibration_error(probability: npt.ArrayLike, correct: npt.ArrayLik
 # ---------------------------------------------------------------------------------------------------- several seeds
 
 
-def why_no_interval(n: int) -> str:
-    """Why n seeds gave no interval, and so what cannot be concluded from them."""
+def why_no_interval(n: int, same: str = "error") -> str:
+    """Why n seeds gave no interval, and so what cannot be concluded from them; same: what had no spread."""
     if n < 2:
         return "one seed: how much another seed would differ is not known"
-    return "all seeds came to the same: how much another one would differ cannot be told from them"
+    return f"the {same} was the same at every seed: how much another one would differ cannot be told from them"
 
 
 def student_interval(values: Sequence[float]) -> MeanInterval | None:
@@ -138,7 +138,7 @@ def student_interval(values: Sequence[float]) -> MeanInterval | None:
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference | None:
     """Student's paired t test of two settings on the same seeds; None for less than two pairs, or without spread."""
-    if not _has_spread(np.subtract(a, b), scale=max(np.abs(a).max(initial=0), np.abs(b).max(initial=0))):
+    if not _spread_in_pairs(a, b):
         return None
     return _difference(a, b, stats.ttest_rel(a, b))
 
@@ -165,6 +165,8 @@ def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = Tr
     n = min(len(a), len(b))
     if n < 2:
         return ErrorReduction(percent, None, None, why_no_interval(n))
+    if paired and not _spread_in_pairs(a, b):
+        return ErrorReduction(percent, None, None, why_no_interval(n, "difference"))
     # (co)variances of the two means, and of mean_a - ratio mean_b
     if paired:
         (aa, ab), (_, bb) = np.cov(a, b) / n
@@ -176,7 +178,7 @@ def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = Tr
         parts = aa**2 / (len(a) - 1) + (ratio**2 * bb) ** 2 / (len(b) - 1)
         freedom = float(spread**2 / parts) if parts > 0 else math.nan
     if not spread > (_ROUNDING * mean_a) ** 2:
-        return ErrorReduction(percent, None, None, why_no_interval(n))
+        return ErrorReduction(percent, None, None, why_no_interval(n, "reduction"))
     t2 = stats.t.ppf((1 + _LEVEL) / 2, freedom) ** 2
     # (mean_a - R mean_b)^2 <= t^2 (aa - 2 R ab + R^2 bb), as a quadratic in R: q2 R^2 - 2 q1 R + q0 <= 0
     q2, q1, q0 = mean_b**2 - t2 * bb, mean_a * mean_b - t2 * ab, mean_a**2 - t2 * aa
@@ -185,6 +187,10 @@ def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = Tr
         return ErrorReduction(percent, None, None, reason)
     root = math.sqrt(max(0.0, q1**2 - q2 * q0))
     return ErrorReduction(percent, 100 * (1 - (q1 + root) / q2), 100 * (1 - (q1 - root) / q2), None)
+
+
+def _spread_in_pairs(a: Sequence[float], b: Sequence[float]) -> bool:
+    return _has_spread(np.subtract(a, b), scale=max(np.abs(a).max(initial=0), np.abs(b).max(initial=0)))
 
 
 def _has_spread(values: npt.ArrayLike, scale: float | None = None) -> bool:

@@ -40,7 +40,7 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.launch.ranks_here", lambda gpus, processes: 2)
     monkeypatch.setattr("samtune.evaluate.evaluate_checkpoint", begin)
     monkeypatch.setattr("samtune.data.source.locate", lambda dataset: None)
-    monkeypatch.setattr("samtune.preflight.locate", lambda dataset: None)
+    monkeypatch.setattr("samtune.preflight.check_inputs", lambda settings: None)
     monkeypatch.setattr("samtune.data.check.check", begin)
     monkeypatch.setattr("samtune.data.describe.describe", begin)
     monkeypatch.setattr("samtune.runs.list_runs", begin)

@@ -225,6 +225,14 @@ def test_a_small_p_among_several_comparisons_is_put_into_proportion(tmp_path, tw
     assert report["verdict"][0].startswith("SAM lowered the error")
 
 
+def test_against_the_luckier_of_two_plain_arms_sam_raises_the_error_only_where_p_is_below_half_of_5_percent(tmp_path):
+    sgd, twice, sam = ([range(count) for count in counts] for counts in ((15, 17, 20), (6, 7, 5), (7, 9, 7)))
+    report = collect(tmp_path, wrong=lambda run: usual(run, {"sam": sam, "sgd": sgd, "sgd-2x": twice}))
+    assert pair_of(report, "sam", "sgd-2x")["difference"]["ci95"][0] > 0
+    assert report["verdict"][0].startswith("No difference between sam and sgd-2x is shown")
+    assert "better of 2 plain arms on test: p would have to be below 0.025, and is 0.038" in report["verdict"][0]
+
+
 @pytest.mark.parametrize("state", ["nothing", "chosen", "one side"])
 def test_an_unfinished_sweep_says_what_is_there_and_what_is_missing(tmp_path, state):
     def wrong(run):
@@ -357,7 +365,7 @@ def test_a_sweep_among_runs_and_a_folder_that_has_lost_its_ledger_are_refused(do
     assert refused.returncode == 2
     assert "it has them in runs/" in refused.stderr
     (tmp_path / "sweep.toml").write_text((folder / "sweep.toml").read_text())
-    with pytest.raises(UsageError, match="there is no sweep"):
+    with pytest.raises(UsageError, match="there is no ledger"):
         evidence.collect(tmp_path)
 
 

@@ -124,8 +124,8 @@ def test_what_all_seeds_have_in_common_does_not_count_in_pairs():
     ("a", "b", "said"),
     [
         ([5.0], [6.0], "one seed"),
-        ([5.0, 5.0, 5.0], [6.0, 6.0, 6.0], "all seeds came to the same"),
-        ([0.1 + 0.2, 0.3], [0.4, 0.1 + 0.3], "all seeds came to the same"),  # but for rounding
+        ([5.0, 5.0, 5.0], [6.0, 6.0, 6.0], "was the same at every seed"),
+        ([0.1 + 0.2, 0.3], [0.4, 0.1 + 0.3], "was the same at every seed"),  # but for rounding
     ],
 )
 def test_one_seed_or_seeds_without_spread_give_no_interval_and_no_p(a, b, said):
@@ -137,6 +137,15 @@ def test_one_seed_or_seeds_without_spread_give_no_interval_and_no_p(a, b, said):
         assert reduction[:3] == (pytest.approx(100 * (1 - a[0] / b[0])), None, None)
         assert said in reduction.reason
     assert said in stats.why_no_interval(len(a))
+
+
+def test_a_difference_that_is_the_same_at_every_seed_gives_no_interval_of_a_reduction_either():
+    a, b = [5.0, 6.0, 5.5], [6.0, 7.0, 6.5]
+    assert stats.paired_difference(a, b) is None
+    found = stats.error_reduction(a, b)
+    assert found[:3] == (pytest.approx(100 / 6.5), None, None)
+    assert found.reason == stats.why_no_interval(3, "difference")
+    assert stats.error_reduction([0.0, 0.0], [5.0, 6.0]).reason == stats.why_no_interval(2, "reduction")
 
 
 @pytest.mark.parametrize("paired", [True, False])

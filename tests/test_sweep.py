@@ -140,6 +140,20 @@ def test_a_run_of_a_sweep_is_on_one_device(tmp_path, base):
         load(tmp_path, base=base)
 
 
+@pytest.mark.parametrize(
+    ("table", "flags", "arm", "expected"),
+    [
+        ("", {"rho": 0.3}, "sam", [{"rho": 0.3}]),
+        ("", {"rho": 0.3, "sam_start": "60%"}, "sam-late", [{"rho": 0.3, "sam_start": "60%"}]),
+        ("grid.lr = [0.1, 0.2]\nsgd.lr = [0.5, 0.6]", {"lr": 0.4}, "sgd", [{"lr": 0.4}]),
+        ("grid.rho = [0.1, 0.2]", {"lr": 0.4}, "sam", [{"rho": 0.1}, {"rho": 0.2}]),
+    ],
+)
+def test_a_flag_takes_the_place_of_a_grid(tmp_path, table, flags, arm, expected):
+    load(tmp_path, table)
+    assert arms.points(recipe.load(tmp_path / "recipe.toml", flags), arm) == expected
+
+
 def test_flags_take_the_place_of_budgets_and_seeds(tmp_path):
     asked = load(tmp_path, 'seeds = 5\nbudgets = ["3 passes"]', budgets=["20 passes", "1.5 seconds"], seeds="3,7")
     assert asked.table.seeds == [3, 7]
@@ -485,6 +499,7 @@ def test_the_plan_can_be_seen_without_running_it(tmp_path, photos):
         (("--dataset", "./nowhere"), 3, "is not there"),
         (("--output", "{data}"), 2, "not empty"),
         (("--jobs", "999"), 2, "cores"),
+        (("--jobs", "999", "--dry-run"), 2, "cores"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_a_run_begins(tmp_path, photos, arguments, code, said):

@@ -71,7 +71,8 @@ class Cluster:
     @property
     def _cores(self) -> int:
         """Of a run on the CPU: a share of the smallest node."""
-        return max(1, min(int(node.get("CPU", 1)) for node in _nodes()) // self._jobs)
+        cores = [int(node["CPU"]) for node in _nodes() if node.get("CPU", 0) >= 1]  # a head often lends none
+        return max(1, min(cores, default=1) // self._jobs)
 
     def start(self, folder: Path, run: Run) -> None:
         """Begin a run of the sweep in this folder, or go on with it."""

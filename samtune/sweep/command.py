@@ -17,7 +17,7 @@ from samtune.sweep import recipe as sweeps
 @partial(with_config_flags, without=sweeps.OWN.keys() - {"gpus"})
 def sweep(
     recipe: Annotated[
-        Path, typer.Argument(help="TOML file with any of the options below as keys, and a table [sweep].")
+        Path, typer.Argument(help="TOML file with any of the options below as keys, and a table \\[sweep].")
     ],
     *,
     output: Annotated[
@@ -76,9 +76,12 @@ def sweep(
     engines.refuse_ranks()
     runs = protocol.check(Plan(asked, images.images_to_train_on(images.listed)))
     protocol.check_names(asked, runs)
+    protocol.check_same(asked, folder)
     for note in arms.notes(asked):
         console.note(note)
     if dry_run:
+        if engine == "local":
+            engines.places_here(asked.base, jobs)
         rows = protocol.counted(runs)
         console.print_json(rows) if as_json else console.print_rows(f"{len(runs)} runs", rows)
         return
@@ -96,6 +99,8 @@ def report_sweep(folder: Path, output: Path, as_json: bool) -> None:
     from samtune.sweep import evidence, sweeppage, tables
 
     result = evidence.collect(folder)
+    for warning in result["warnings"]:
+        console.warn(warning)
     with result_folder(output):
         evidence.write(output, result)
         sweeppage.write(output / "report.html", folder, result)

@@ -1,5 +1,6 @@
 """What a sweep found, in sentences. Nothing here claims more than the intervals allow."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ def verdict(report: _Report) -> list[str]:
     if mine is None:
         return ["No arm of this sweep has SAM, so that it says nothing of it."]
     better = {entry["budget"]: entry["arm"] for entry in report["baselines"]}
+    plain = max((len(entry["mean_errors"]) for entry in report["baselines"]), default=1)
     pairs = [
         pair
         for pair in report["comparisons"]
@@ -28,7 +30,7 @@ def verdict(report: _Report) -> list[str]:
         return ["Nothing can be said of SAM yet: not both sides of any comparison have a last fit that is done."]
     tests = _tests(report)
     largest = pairs if report["asked"]["budgets"] == [None] else _largest(pairs)
-    said = [words for pair in largest for words in (_conclusion(pair), *_among(pair, tests))]
+    said = [words for pair in largest for words in (_conclusion(pair, plain), *_among(pair, tests))]
     if _left(report):
         said[0] = f"So far: {said[0]}"
     if report["asked"]["budgets"] == [None]:
@@ -65,7 +67,8 @@ def _largest(pairs: Sequence[_Report]) -> list[_Report]:
     return [max(among, key=lambda pair: float(pair["budget"].partition(" ")[0])) for among in found.values()]
 
 
-def _conclusion(pair: _Report) -> str:
+def _conclusion(pair: _Report, plain: int) -> str:
+    """plain: how many plain arms there are, of which the baseline did best on test: against SAM, that is luck, too."""
     found, mine, other = pair["difference"], pair["label"], pair["baseline"]
     a, b = found["of_means"]
     amount = f"{abs(found['mean']):.2f} percentage points {'less' if a < b else 'more'} test error than {other}"
@@ -84,6 +87,12 @@ def _conclusion(pair: _Report) -> str:
         return (
             f"No difference between {mine} and {other}{at} is shown: {mine} had {amount} ({about}), and the interval "
             "includes zero."
+        )
+    if low > 0 and found["p"] * plain >= 0.05:
+        return (
+            f"No difference between {mine} and {other}{at} is shown: {mine} had {amount} ({about}), but {other} is the "
+            f"better of {plain} plain arms on test: p would have to be below {0.05 / plain:.2g}, and is "
+            f"{found['p']:.2g}."
         )
     verb = "lowered" if high < 0 else "raised"
     return f"SAM {verb} the error{at}: {mine} had {amount} ({about}), and the interval excludes zero."
@@ -127,9 +136,12 @@ def _progress_warnings(report: _Report) -> Iterator[str]:
         if entry["unscored_seeds"]:
             yield f"{where(entry)}: the last fits were scored on nothing, as the data set has no test images."
         if entry["lost_seeds"]:
-            yield (
-                f"{where(entry)}: last fits failed (seed {listed(entry['lost_seeds'])}), so that its mean is of the "
-                "others. Where they failed by the settings, that makes this arm look better than it is."
+            failed = f"{where(entry)}: last fits failed (seed {listed(entry['lost_seeds'])})"
+            yield failed + (
+                ", so that its mean is of the others. Where they failed by the settings, that makes this arm look "
+                "better than it is."
+                if entry["n"]
+                else ", and so it has no mean yet."
             )
 
 
@@ -184,10 +196,11 @@ def _run_warnings(report: _Report) -> Iterator[str]:
     if made is None:
         return
     finals = sum(entry["n"] for entry in report["final"])
-    texts = Counter(text for own in made["warnings"].values() for text in dict.fromkeys(own))
+    first_of_kind = {run: _each_kind(said) for run, said in made["warnings"].items()}
+    texts = Counter(text for own in first_of_kind.values() for text in own)
     of_all = [text for text, count in texts.items() if count == finals]
     yield from (f"All last fits: {text}" for text in of_all)
-    own = {run: [text for text in said if text not in of_all] for run, said in made["warnings"].items()}
+    own = {run: [text for text in said if text not in of_all] for run, said in first_of_kind.items()}
     first = next(((run, said[0]) for run, said in own.items() if said), None)
     if first:
         count = sum(map(bool, own.values()))
@@ -197,6 +210,14 @@ def _run_warnings(report: _Report) -> Iterator[str]:
         yield f"The runs were not made with the same version of {listed(several)}."
     if len(made["machines"]) > 1 or len(made["devices"]) > 1:
         yield "The runs were not made on the same kind of machine or device, so that their seconds do not compare."
+
+
+def _each_kind(warnings: Sequence[str]) -> list[str]:
+    """Of warnings that differ in the epoch alone, the first."""
+    kinds: dict[str, str] = {}
+    for text in warnings:
+        kinds.setdefault(re.sub(r"^epoch \d+: ", "", text), text)
+    return list(kinds.values())
 
 
 def where(entry: _Report) -> str:
@@ -226,7 +247,8 @@ def notes(report: _Report) -> list[str]:
     """How the numbers are to be read."""
     said = [
         "an interval of a mean, or of a difference of means, is Student's over seeds, at 95 %, on these test images: "
-        "where that of very many seeds may lie, if errors of seeds are normally distributed",
+        "where that of very many seeds may lie, if errors of seeds are normally distributed; from few seeds it may "
+        "reach below 0 or above 100",
     ]
     tests = _tests(report)
     if tests > 1:
@@ -247,6 +269,13 @@ def notes(report: _Report) -> list[str]:
                 f"the better plain arm is {where(entry)} ({both}); as in the paper, it is chosen by its error on test, "
                 "which favours the baseline"
             )
+    searched = {where(choice): choice["points"] for choice in report["choices"]}
+    if len(set(searched.values())) > 1:
+        tried = ", ".join(f"{arm} {max(1, points)}" for arm, points in searched.items())
+        took = sum(point["passes"] * len(point["seeds"]) for point in report["selection"] if point["passes"])
+        said.append(
+            f"settings tried before the choice: {tried}. What that took ({took:.0f} passes) is in no cost of a run"
+        )
     if not report["pays"]:
         said.append("where SAM begins to pay cannot be told from one length of training: several budgets show it")
     if report["selection"]:

@@ -196,7 +196,10 @@ def read(folder: Path) -> dict[str, Any]:
     Raises UsageError for a folder without a sweep, DataError for a ledger that cannot be read.
     """
     if not (folder / "ledger.json").is_file():
-        raise UsageError(f"there is no sweep in {folder}", mend="give the folder that `samtune sweep` made")
+        mend = "give the folder that `samtune sweep` made"
+        if (folder / "sweep.toml").is_file():
+            mend = "it has not begun a run yet; the same `samtune sweep` goes on"
+        raise UsageError(f"there is no ledger of a sweep in {folder}", mend=mend)
     try:
         ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
         runs = [Run(**{key: entry[key] for key in Run.__dataclass_fields__}) for entry in ledger["runs"]]

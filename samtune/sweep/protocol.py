@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from samtune import console, lock, signals
-from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, UsageError, WorkerLost
+from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, UsageError, WorkerLost, first_line
 from samtune.models import resolve
 from samtune.options import RunConfig
 from samtune.preflight import check_inputs
@@ -80,24 +80,37 @@ def _span(numbers: Sequence[int]) -> str | None:
 
 
 def open_folder(sweep: Sweep, folder: Path) -> Sweep:
-    """The sweep as its folder has it from now on. Raises UsageError where another sweep is in the folder."""
-    file, now = folder / "sweep.toml", sweep.to_toml()
-    if file.is_file():
-        differ = differences(_recipe(file.read_text(encoding="utf-8")), _recipe(now))
-        if differ:
-            raise UsageError(
-                f"{folder} holds a sweep with other settings",
-                "; ".join(differ),
-                "leave them as they were, or give another --output",
-            )
+    """The sweep as its folder has it from now on. Raises what `check_same` raises, and MachineError."""
+    file = folder / "sweep.toml"
     try:
-        for part in ("", "runs", "logs"):
+        for part in ("runs", "logs"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-            if not part:
-                ledger.write_whole(file, now)
+        with alone_here(folder):  # two that begin at once are not both the first
+            check_same(sweep, folder)
+            ledger.write_whole(file, sweep.to_toml())
     except OSError as error:
         raise MachineError(f"{folder} cannot be written", error.strerror or "", "give another --output") from None
     return Sweep(file, {}, sweep.base, sweep.table)
+
+
+def check_same(sweep: Sweep, folder: Path) -> None:
+    """Raise UsageError where another sweep is in the folder, or one whose recipe is damaged."""
+    file = folder / "sweep.toml"
+    if not file.is_file():
+        return
+    try:
+        before = _recipe(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{file} is damaged", first_line(error), "remove it: the same command makes it again"
+        ) from None
+    differ = differences(before, _recipe(sweep.to_toml()))
+    if differ:
+        raise UsageError(
+            f"{folder} holds a sweep with other settings",
+            "; ".join(differ),
+            "leave them as they were, or give another --output",
+        )
 
 
 def _recipe(text: str) -> dict[str, Any]:
@@ -113,7 +126,8 @@ class _Work:
 
     again: failed runs of earlier commands, which this one tries once more; what fails while it is there is left to the
     next. tried: what this process has begun. taken: what it has claimed now, with lock and time. spent: passes and
-    seconds of the runs that it has seen through.
+    seconds of the runs that it has seen through. seen: what became of each run, as of the last look: all that follows
+    from a look follows from the same states, whatever other processes do meanwhile.
     """
 
     plan: Plan
@@ -124,18 +138,26 @@ class _Work:
     tried: set[str] = field(default_factory=set)
     taken: dict[str, tuple[Run, lock.Lock, float]] = field(default_factory=dict)
     spent: list[tuple[float, float]] = field(default_factory=list)
-    done: dict[str, Outcome] = field(default_factory=dict)
+    seen: dict[str, Outcome] = field(default_factory=dict)
     planned: dict[Any, Any] = field(default_factory=dict)
 
+    def look(self) -> None:
+        """See anew what became of each run; one that is done stays done."""
+        self.seen = {run: found for run, found in self.seen.items() if found.state == "done"}
+
     def outcome(self, run: Run) -> Outcome:
-        """What became of a run; one that is done stays done."""
-        if run.id not in self.done:
-            found = ledger.outcome(self.folder, run.id)
-            if found.state != "done":
-                return found
-            ledger.drop_checkpoints(self.folder, run)
-            self.done[run.id] = found
-        return self.done[run.id]
+        """What became of a run, as of this look."""
+        if run.id not in self.seen:
+            self.seen[run.id] = ledger.outcome(self.folder, run.id)
+            if self.seen[run.id].state == "done":
+                ledger.drop_checkpoints(self.folder, run)
+        return self.seen[run.id]
+
+    def is_open(self, run: Run) -> bool:
+        """Whether this process would begin a run, or go on with it, if it had room."""
+        found = self.outcome(run)
+        again = found.state == "failed" and run.id in self.again and not ledger.is_answer(run, found)
+        return run.id not in self.tried and (found.state in ("waiting", "stopped") or again)
 
     def once(self, key: Any, plan: Callable[[], _T]) -> _T:
         """A part of the plan, made when it can be."""
@@ -211,16 +233,21 @@ def work(plan: Plan, folder: Path, engine: Engine, stop: signals.StopRequest, to
     with console.RunsProgress() as progress:
         try:
             while True:
+                this.look()
                 runs, chosen = this.known()
                 ledger.write(folder, runs, {run.id: this.outcome(run) for run in runs}, chosen, total)
                 _take_some(this, runs)
-                if not this.taken and not _others_are_at_work(this, runs):
+                if not this.taken and not _waits(this, runs):
                     return _failure(this, runs, chosen)
                 progress.show({run: read_step(ledger.run_folder(folder, run)) for run in this.taken})
                 for run, code in engine.ended(_LOOK):
                     _end(this, run, code, runs)
                 if stop.is_heard():
                     _stop(this, stop)
+        except OSError as error:
+            engine.kill()
+            mend = "mend the cause; the same command goes on"
+            raise MachineError(f"{folder} cannot be written", first_line(error), mend) from None
         except BaseException:
             engine.kill()
             raise
@@ -231,13 +258,9 @@ def work(plan: Plan, folder: Path, engine: Engine, stop: signals.StopRequest, to
 
 def _take_some(this: _Work, runs: Sequence[Run]) -> None:
     """Claim and begin runs while there is room for them."""
-    for run in runs:
-        if len(this.taken) == this.engine.slots:
+    for run in filter(this.is_open, runs):
+        if len(this.taken) >= this.engine.slots:
             return
-        found = this.outcome(run)
-        failed_before = found.state == "failed" and run.id in this.again and not ledger.is_answer(run, found)
-        if run.id in this.tried or not (found.state in ("waiting", "stopped") or failed_before):
-            continue
         place = ledger.log_folder(this.folder, run.id)
         place.mkdir(exist_ok=True)
         held = lock.take_if_free(place)
@@ -252,11 +275,14 @@ def _take_some(this: _Work, runs: Sequence[Run]) -> None:
         console.note(f"begin  {run.id}: {run.steps} steps, {run.passes:.0f} passes")
 
 
-def _others_are_at_work(this: _Work, runs: Sequence[Run]) -> bool:
+def _waits(this: _Work, runs: Sequence[Run]) -> bool:
+    """Whether something will come of waiting: others are at work, or there is no room for what is left."""
     others = [run.id for run in runs if this.outcome(run).state == "running"]
     if others:
         this.once("waiting", lambda: console.note(f"waiting for other processes: {', '.join(others)}"))
-    return bool(others)
+    elif not this.engine.slots:
+        this.once("no room", lambda: console.note("waiting for a node that can have a run: there is none now"))
+    return bool(others) or any(map(this.is_open, runs))
 
 
 def _end(this: _Work, run_id: str, code: int, runs: Sequence[Run]) -> None:
@@ -269,6 +295,7 @@ def _end(this: _Work, run_id: str, code: int, runs: Sequence[Run]) -> None:
     if code != 0:
         ledger.note_end(this.folder, run_id, code)
     held.release()
+    this.seen.pop(run_id, None)
     found, seconds = this.outcome(run), time.monotonic() - began
     if found.state == "done":
         this.spent.append((run.passes, seconds))
@@ -290,11 +317,11 @@ def _left(this: _Work, runs: Sequence[Run]) -> str:
     """An estimate by the passes of the runs that are left; those that are not chosen yet count as the mean run."""
     if not this.spent:
         return ""
-    left = sum(run.passes for run in runs if run.id not in this.done)
+    left = sum(run.passes for run in runs if this.outcome(run).state != "done")
     left += (this.total - len(runs)) * sum(run.passes for run in runs) / len(runs)
     per_pass = sum(seconds for _, seconds in this.spent) / sum(passes for passes, _ in this.spent)
     minutes = left * per_pass / this.engine.slots / 60
-    return f", about {minutes:.0f} minutes left" if minutes >= 1 else ""
+    return f", about {minutes:.0f} minutes left" if minutes >= 1.5 else ""
 
 
 def _stop(this: _Work, stop: signals.StopRequest) -> NoReturn:

@@ -189,7 +189,7 @@ def load(
         raise _explain([str(part) for part in first["loc"]], first["type"], first["msg"], given, origins) from None
     if table.budgets and table.arms == ["sgd-2x"]:
         raise UsageError("with a budget, sgd-2x alone leaves no arm", "it is sgd at that cost", "give arm sgd")
-    return Sweep(recipe, flags, base, _with_defaults(table))
+    return Sweep(recipe, flags, base, _with_flags(_with_defaults(table), flags))
 
 
 def _read_seeds(seeds: str) -> int | list[int] | str:
@@ -208,6 +208,15 @@ def _with_defaults(table: Table) -> Table:
     if {"sam", "sam-late"} & set(table.arms):
         grid = {"rho": RHO} | grid
     return table.model_copy(update={"grid": grid, "sam_late": late})
+
+
+def _with_flags(table: Table, flags: Mapping[str, Any]) -> Table:
+    """A flag goes before the recipe, and so before its grids and the default ones."""
+    grids = {name: getattr(table, name) for name in ("grid", "sam", "sam_late", "sgd", "sgd_2x")}
+    given = {key: [value] for key, value in flags.items() if value is not None}
+    return table.model_copy(
+        update={name: {key: given.get(key, values) for key, values in grid.items()} for name, grid in grids.items()}
+    )
 
 
 def _explain(
