@@ -168,5 +168,5 @@ def test_several_runs_at_a_time_come_to_the_same_end(whole_sweep_recipe, whole, 
 
 def test_a_folder_without_a_sweep_is_named(tmp_path):
     assert samtune("sweep", "nowhere.toml").returncode == 2
-    with pytest.raises(Exception, match="there is no sweep"):
+    with pytest.raises(Exception, match="there is no ledger"):
         ledger.read(tmp_path)
