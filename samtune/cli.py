@@ -1,6 +1,8 @@
 """The command line: parse, one call, print. Nothing heavy is imported before a command runs."""
 
+import inspect
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -202,6 +204,11 @@ def evaluate(
     rows = {f"{split} top-1 error": report.score_line(result), "top-5, mean per class": others}
     about = ("checkpoint", "step", "ema", "dataset")
     console.print_table("Result", rows | {key: str(result[key]) for key in about})
+
+
+for _each in (app, data_app, datasets_app, results_app):
+    for _command in _each.registered_commands:  # a paragraph is one line: the width of the terminal breaks it
+        _command.help = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.getdoc(_command.callback) or "")
 
 
 def main() -> None:

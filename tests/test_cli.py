@@ -67,6 +67,12 @@ def test_every_command_has_an_example(command):
     assert f"Example: samtune {command} " in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
 
 
+def test_paragraphs_of_help_break_where_the_terminal_does():
+    said = samtune("sweep", "--help", env={"COLUMNS": "600"}).stdout
+    assert "the best is fitted again on both, with each seed, and scored on test once. What is done" in said
+    assert "a table [sweep]" in said
+
+
 @pytest.mark.parametrize("command", ["run", "sweep", "data check", "runs", "report"])
 def test_help_loads_nothing_heavy(command):
     check = (
