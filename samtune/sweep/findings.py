@@ -169,7 +169,8 @@ def _choice_warnings(report: _Report) -> Iterator[str]:
     made = sum(choice["uncertain"] is not None for choice in report["choices"])
     if unsure:
         which = f"{len(unsure)} of {made} choices ({listed([where(choice) for choice in unsure])})"
-        which = f"{'both' if made == 2 else f'all {made}'} choices" if len(unsure) == made > 1 else which
+        if len(unsure) == made:
+            which = {1: "the choice", 2: "both choices"}.get(made, f"all {made} choices")
         yield (
             f"The validation images are too few to be sure of {which}: the next best point lies within Wilson's "
             "interval of the chosen one."
