@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samtune import charts, config, page, report, runpage
+from samtune import charts, cli_results, config, page, report, runpage
 from samtune.charts import Series, Words
 from samtune.data.thumbnails import thumbnails
 from samtune.errors import CheckpointError, DataError, UsageError
@@ -253,6 +253,13 @@ def test_predictions_that_are_not_the_results_are_not_shown_and_it_says_why(tmp_
 def test_what_a_reader_must_know_is_said(tmp_path, made, said):
     _, document, _ = draw(write_run(tmp_path / "r", **made))
     assert said in document.text("p")
+
+
+def test_that_a_run_is_not_done_is_said_on_the_terminal_too(tmp_path, capsys):
+    cli_results.report_runs([write_run(tmp_path / "r", status={"state": "stopped", "step": 7})], as_json=True)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["schema_version"] == report.SCHEMA_VERSION
+    assert "warning: This run is not done (state: stopped, step 7 of 15)" in " ".join(shown.err.split())
 
 
 def test_resumes_and_images_left_out_are_listed(tmp_path):

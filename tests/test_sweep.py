@@ -470,6 +470,10 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(found, whole_swee
     with pytest.raises(UsageError, match="holds a sweep with other settings") as error:
         protocol.open_folder(asked, folder)
     assert error.value.why == "lr: 0.01 before, 0.02 now; sweep.seeds: [0] before, [0, 1, 2] now"
+    for dry in (), ("--dry-run",):
+        refused = sweep(whole_sweep_recipe, folder, "--lr", 0.02, *dry)
+        assert refused.returncode == 2, refused.stdout
+        assert "lr: 0.01 before, 0.02 now" in refused.stderr
 
 
 def test_the_plan_can_be_seen_without_running_it(tmp_path, photos):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from samtune import compare, comparisonpage
-from samtune.sweep import evidence, sweeppage
+from samtune.sweep import command, evidence, sweeppage
 from tests.conftest import samtune
 from tests.folders import write_run, write_sweep
 from tests.test_page import (
@@ -96,6 +96,15 @@ def budgets(tmp_path_factory):
     result = evidence.collect(folder)
     sweeppage.write(folder / "report.html", folder, result)
     return Document((folder / "report.html").read_text(encoding="utf-8")), result
+
+
+def test_people_who_read_the_terminal_alone_are_warned_too(tmp_path, capsys):
+    write_sweep(tmp_path, *CASES["failed and diverged"])
+    command.report_sweep(tmp_path, tmp_path, as_json=False)
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert len(result["warnings"]) > 1
+    seen = " ".join(capsys.readouterr().err.split())
+    assert all(seen.count(" ".join(["warning:", *text.split()])) == 1 for text in result["warnings"])
 
 
 def test_tables_beside_the_charts_say_what_the_report_says(budgets):
