@@ -262,6 +262,15 @@ def test_points_whose_steps_take_the_same_time_share_a_probe(tmp_path):
     assert plan.selections(budget, "sgd", paces)[0][0].steps == 90
 
 
+@pytest.mark.parametrize(
+    ("more", "steps"),
+    [("", [80, 40]), ("ascent_fraction = 0.25", [80, 64]), ("ascent_steps = 9", [80, 20])],  # 20: of which 10 count
+)
+def test_probes_side_by_side_cost_the_same_so_that_both_share_the_machine_to_the_end(tmp_path, more, steps):
+    plan = Plan(load(tmp_path, 'budgets = ["9 seconds"]', more), lambda settings: 1000)
+    assert [run.steps for run in plan.probes()] == steps
+
+
 def test_a_probe_is_measured_without_its_first_steps(tmp_path):
     rows = [(10, 10, 1.0), (15, 5, 16.0), (25, 10, 8.0)]  # step, steps since the row before, images per second
     with (tmp_path / "metrics.jsonl").open("w") as file:

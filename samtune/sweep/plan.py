@@ -22,7 +22,8 @@ from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Run, Stage, run_folder
 from samtune.sweep.recipe import Sweep
 
-_PROBE_STEPS, _PROBE_PART = 40, 10  # the first part warms up
+_PROBE_PASSES = 80  # the same of each probe, so that those side by side share the machine to the end, as runs do
+_PROBE_PART = 10  # steps; the first part warms up
 # Settings that change what is computed but not how long a step takes: their points share a probe.
 _SAME_TIME = {
     *("rho", "sam_start", "sam_end", "sam_every", "rho_schedule", "rho_final", "head_rho_factor", "eta"),
@@ -61,7 +62,10 @@ class Plan:
         settings = _timed(point)
         settings |= {"rho": point.get("rho", 0.0) if kind == "sam" else 0.0}
         settings |= {"sam_start": "0%", "sam_end": "100%", "sam_every": 1, "rho_schedule": "constant"}
-        settings |= {"epochs": f"{_PROBE_STEPS} steps", "eval_every": f"{_PROBE_PART} steps", "max_eval": 1}
+        config = self.sweep.config(settings)
+        passes = sam_passes(config.ascent_steps, config.ascent_fraction) if kind == "sam" else 1
+        steps = max(2 * _PROBE_PART, round(_PROBE_PASSES / passes))
+        settings |= {"epochs": f"{steps} steps", "eval_every": f"{_PROBE_PART} steps", "max_eval": 1}
         return self._run(_probe_id(kind, point), "probe", None, None, point, 0, settings | {"val": True, "test": False})
 
     def selections(self, budget: Budget | None, arm: str, paces: Mapping[str, float]) -> list[list[Run]]:
