@@ -22,7 +22,8 @@ from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Run, Stage, run_folder
 from samtune.sweep.recipe import Sweep
 
-_PROBE_PASSES = 80  # the same of each probe, so that those side by side share the machine to the end, as runs do
+# Of each probe, where that makes 20 steps or more: those side by side share the machine to the end, as runs do.
+_PROBE_PASSES = 80
 _PROBE_PART = 10  # steps; the first part warms up
 # Settings that change what is computed but not how long a step takes: their points share a probe.
 _SAME_TIME = {
