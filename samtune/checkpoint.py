@@ -5,11 +5,13 @@
                             ema/                the same two files for the averaged weights, if there are any
                             state.pt            optimizer, random numbers, place in the run: what is needed to go on
                             manifest.json       sha256 and size of each file, step, run config, versions; written last
-    checkpoints/{last,best}                     relative links to one of these folders
+    checkpoints/{last,best}                     relative links to one of these folders; on a disk without links, files
+                                                that name it
 
 A folder is written beside its place, every file synced, then renamed; then a link moves. So a link never points to half
 a checkpoint, and the one before it is deleted only after the new one was read back and found to be as written. Only the
-sums tell whether bytes have changed since: a flipped bit loads silently from either format.
+sums tell whether bytes have changed since: a flipped bit loads silently from either format. A copy of a run whose links
+have become folders is understood.
 """
 
 import errno
@@ -25,10 +27,15 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 
+from samtune.data.decode import DecodeRule
 from samtune.errors import CheckpointError, first_line
 from samtune.options import RunConfig
+from samtune.runlog import resolve_checkpoint
 
 Name = Literal["last", "best"]
+_NAMES: tuple[Name, ...] = ("last", "best")
+# What a file system says that syncs no folders, such as a network share.
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
 
 
 def save(
@@ -96,9 +103,46 @@ def point(checkpoints: Path, name: Name, folder: Path) -> None:
     """Let last or best mean this folder from now on."""
     link = checkpoints / f".{name}.part"
     link.unlink(missing_ok=True)
-    link.symlink_to(folder.name, target_is_directory=True)
+    try:
+        link.symlink_to(folder.name, target_is_directory=True)
+    except OSError:  # a disk without links
+        _write(link, f"{folder.name}\n".encode())
     link.replace(checkpoints / name)
     _sync(checkpoints)
+
+
+def find(run: Path, name: str | None = None) -> Path:
+    """The checkpoint of a run folder: last, best, or None for the one that the run's report scored.
+
+    Raises CheckpointError for a run without one.
+    """
+    checkpoints = run / "checkpoints"
+    if not resolve_checkpoint(checkpoints, "last").is_dir():
+        raise CheckpointError(f"run {run} has no checkpoint yet", "it ended before its first validation")
+    name = name or run_config(verify(resolve_checkpoint(checkpoints, "last"))).select
+    return resolve_checkpoint(checkpoints, name)
+
+
+def adopt_copies(checkpoints: Path) -> None:
+    """Turn last and best that are folders, as where a run was copied with its links followed, into what they mean.
+
+    A copy of a checkpoint that is there goes; one that is there under this name only becomes that of its step.
+    """
+    for name in _NAMES:
+        copy = checkpoints / name
+        if copy.is_symlink() or not copy.is_dir():
+            continue
+        try:
+            manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+            folder = checkpoints / f"step-{int(manifest['step']):06d}"
+        except (OSError, ValueError, KeyError, TypeError):
+            shutil.rmtree(copy)  # nobody could tell of which step it is
+            continue
+        if folder.is_dir():
+            shutil.rmtree(copy)
+        else:
+            copy.rename(folder)
+        point(checkpoints, name, folder)
 
 
 def prune(checkpoints: Path, newest: Path, keep: int) -> list[Path]:
@@ -108,9 +152,8 @@ def prune(checkpoints: Path, newest: Path, keep: int) -> list[Path]:
     """
     there = steps(checkpoints)
     kept = {there[step] for step in sorted(step for step in there if step <= _step(newest))[-keep:]}
-    links = [checkpoints / name for name in ("last", "best")]
-    kept |= {checkpoints / link.readlink() for link in links if link.is_symlink()}
-    gone = [path for path in there.values() if path not in kept]
+    kept |= {resolve_checkpoint(checkpoints, name).resolve() for name in _NAMES}
+    gone = [path for path in there.values() if path not in kept and path.resolve() not in kept]
     for path in gone:
         shutil.rmtree(path)
     return gone
@@ -198,6 +241,11 @@ def run_config(manifest: Mapping[str, Any]) -> RunConfig:
         raise CheckpointError("the checkpoint does not say how it was made", first_line(error)) from None
 
 
+def decode_rule(manifest: Mapping[str, Any]) -> DecodeRule:
+    """How the run that wrote a checkpoint decodes images; in full size, where it is older than this rule."""
+    return DecodeRule.of(manifest["decode"]) if "decode" in manifest else DecodeRule()
+
+
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
@@ -220,8 +268,13 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """A folder's entries are on the disk, where the file system can say so."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise

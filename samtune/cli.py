@@ -5,16 +5,18 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from samtune import __version__, config, ranks, signals, streams
+from samtune import __version__, caches, config, ranks, signals, streams
 from samtune.cli_data import data_app, datasets_app
 from samtune.cli_results import results_app
 from samtune.errors import SamtuneError, Stopped, UsageError
-from samtune.flags import Json, with_config_flags
+from samtune.flags import DATA_KEYS, Json, with_config_flags
+from samtune.options import MOST_PROCESSES
 from samtune.resume import finished_report, settle
 from samtune.runlog import has_checkpoints
 from samtune.sweep.command import sweep
@@ -106,6 +108,7 @@ def _run(
 
             console.note(f"run {resumed.folder} is done already; this is its result")
             return result
+    ranks.check_processes(settings.processes)
     if ranks.is_first():
         from samtune.preflight import check_before_slow_work
 
@@ -135,16 +138,20 @@ app.command()(sweep)
 
 
 @app.command(name="eval")
+@partial(with_config_flags, only=DATA_KEYS)
 def evaluate(
     run_or_checkpoint: Annotated[
         Path, typer.Argument(help="A run folder, or a checkpoint folder inside one.", metavar="RUN_OR_CHECKPOINT")
     ],
+    *,
     split: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="val, train and test as the run took them, or another split of the data set; always clean labels."
+            help="val, train and test as the run took them, or another split of the data set; always clean labels. By "
+            "default test, or all of other data that has one split.",
+            show_default=False,
         ),
-    ] = "test",
+    ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best")
     ] = None,
@@ -152,20 +159,34 @@ def evaluate(
         bool, typer.Option("--ema/--no-ema", help="Score the averaged weights of a run with --model-ema.")
     ] = False,
     dataset: Annotated[
-        str | None, typer.Option(help="Name or path, if the data is no longer where the run read it.")
+        str | None,
+        typer.Option(
+            help="Name or path of other data, whose classes are matched by name; or of the run's, if they have moved."
+        ),
     ] = None,
     gpus: Annotated[str, typer.Option(help="auto, all, a number of GPUs, or a list of them, as in a run.")] = "auto",
-    processes: Annotated[int | None, typer.Option(min=1, help="So many ranks on the CPU, in place of GPUs.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=MOST_PROCESSES, help="So many ranks on the CPU, in place of GPUs.")
+    ] = None,
     as_json: Json = False,
+    flags: dict[str, Any],
 ) -> None:
     """Score a checkpoint: exact top-1, top-5 and mean per-class error, every image once.
 
     Example: samtune eval runs/r1 --split val
+
+    Example: samtune eval runs/r1 --dataset other/photos
+
+    The options of other data tell how to read what --dataset names.
     """
     if checkpoint not in (None, "last", "best"):
         raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
+    if flags and dataset is None:
+        raise UsageError(f"{config.flag_name(next(iter(flags)))} without --dataset", mend="it is about other data")
+    wanted = config.wanted(flags) if flags else None
 
     config.check_devices(gpus, processes)
+    ranks.check_processes(processes)
 
     def score() -> dict[str, Any]:
         from samtune import console, distributed
@@ -177,6 +198,7 @@ def evaluate(
                 name=checkpoint,
                 split=split,
                 dataset=dataset,
+                wanted=wanted,
                 progress=progress.score,
                 ema=ema,
                 gpus=gpus,
@@ -201,7 +223,9 @@ def evaluate(
         console.print_json(result)
         return
     others = f"{result['top5_error']:.2f} %, {result['mean_per_class_error']:.2f} %"
-    rows = {f"{split} top-1 error": report.score_line(result), "top-5, mean per class": others}
+    rows = {f"{result['split']} top-1 error": report.score_line(result), "top-5, mean per class": others}
+    if result["unknown_classes"]:
+        rows["classes left out"] = ", ".join(f"{name} ({n})" for name, n in result["unknown_classes"].items())
     about = ("checkpoint", "step", "ema", "dataset")
     console.print_table("Result", rows | {key: str(result[key]) for key in about})
 
@@ -220,6 +244,11 @@ def main() -> None:
             sys.exit(over)
     ranks.end_with_the_launcher()
     signals.end_with_the_parent()
+    note = caches.prepare()
+    if note is not None:
+        from samtune import console
+
+        console.note(note)
     sys.exit(_exit_code())
 
 

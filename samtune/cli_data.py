@@ -1,11 +1,14 @@
 """The commands that look at data sets: `samtune data check`, `samtune datasets`, `samtune datasets show`."""
 
 import os
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 
-from samtune.flags import Json
+from samtune import config
+from samtune.flags import DATA_KEYS, Json, with_config_flags
+from samtune.options import MOST_PROCESSES
 
 data_app = typer.Typer(
     help="Look at a data set before a run does.\n\nExample: samtune data check path/to/photos",
@@ -15,14 +18,25 @@ datasets_app = typer.Typer()
 
 
 @data_app.command(name="check")
+@partial(with_config_flags, only=(*DATA_KEYS, "max_megapixels"))
 def data_check(
     dataset: Annotated[
-        str, typer.Argument(help="A known name, or the path of a folder.", metavar="NAME_OR_PATH", show_default=False)
+        str,
+        typer.Argument(
+            help="A known name, the path of a folder or a list, or user/name on the hub.",
+            metavar="NAME_OR_PATH",
+            show_default=False,
+        ),
     ],
+    *,
     workers: Annotated[
-        int | None, typer.Option("--workers", "-j", min=0, help="Processes that read images; by default one a core.")
+        int | None,
+        typer.Option(
+            "--workers", "-j", min=0, max=MOST_PROCESSES, help="Processes that read images; by default one a core."
+        ),
     ] = None,
     as_json: Json = False,
+    flags: dict[str, Any],
 ) -> None:
     """Find unreadable images, duplicates within and across splits, missing classes and odd labels.
 
@@ -34,12 +48,13 @@ def data_check(
     from samtune.data.source import locate
 
     locate(dataset)
+    settings = config.load(None, {"model": "", "dataset": dataset, **flags})
 
     from samtune import console
     from samtune.data import check
 
     with console.RunProgress() as progress:
-        result = check.check(dataset, workers=workers, progress=progress.count)
+        result = check.check(settings, workers=workers, progress=progress.count)
     if as_json:
         console.print_json(result)
     else:

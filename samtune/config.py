@@ -11,10 +11,18 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from samtune.data.catalog import CATALOG
+from samtune.data.roles import Wanted
 from samtune.errors import UsageError
 from samtune.fields import gpu_choice
 from samtune.options import RunConfig
 
+# What differs where the weights start at random: nothing pretrained is to be kept, and the head knows no less than the
+# body. A data set's own row, a recipe and flags take precedence.
+_FROM_SCRATCH = {
+    "freeze_bn": (False, "from scratch: there are no pretrained statistics to keep"),
+    "head_lr_factor": (1.0, "from scratch: the head is as new as the body"),
+    "warmup_epochs": ("5%", "from scratch: there are no pretrained weights to protect"),
+}
 _KINDS: dict[Any, str] = {float: "a number", int: "a whole number"}
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
@@ -57,6 +65,11 @@ def given(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, Any
     return {key: value for key, (value, _) in _with_origins(recipe, flags).items()}
 
 
+def wanted(flags: Mapping[str, Any]) -> Wanted:
+    """How a data set is to be read, by flags. Raises UsageError for a value that cannot be meant."""
+    return Wanted.of(load(None, {"model": "", "dataset": "", **flags}))
+
+
 def check_devices(gpus: str, processes: int | None) -> None:
     """Raise UsageError for a choice of devices that cannot be meant."""
     if processes is not None and gpus != "auto":
@@ -83,6 +96,8 @@ def _over(below: dict[str, tuple[Any, str]], above: Mapping[str, tuple[Any, str]
 
 
 def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
+    if given.get("pretrained", (True, ""))[0] is False:
+        given = {key: (value, f"derived: {why}") for key, (value, why) in _FROM_SCRATCH.items()} | dict(given)
     try:
         config = RunConfig.model_validate({key: value for key, (value, _) in given.items()})
     except ValidationError as error:

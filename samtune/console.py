@@ -28,15 +28,18 @@ def note(text: str) -> None:
     _err.print(escape(text))
 
 
-def warn(text: str) -> None:
+def warn(text: str, *, on_any_rank: bool = False) -> None:
     """Something that the user should look at, though the run goes on."""
-    _err.print(f"[yellow]warning:[/] {escape(text)}")
+    (_loud() if on_any_rank else _err).print(f"[yellow]warning:[/] {escape(text)}")
 
 
 def error(text: str) -> None:
     """Why the command ends."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-    console.print(f"[red]error:[/] {escape(text)}")
+    _loud().print(f"[red]error:[/] {escape(text)}")
+
+
+def _loud() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def print_json(content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -193,10 +196,6 @@ class RunProgress:
     def score(self, split: str, done: int, total: int) -> None:
         """So many of a split's images are scored."""
         self.count(f"scoring {split}", done, total)
-
-    def decode(self, split: str, done: int, total: int) -> None:
-        """So many of a split's images are decoded."""
-        self.count(f"decoding {split}", done, total)
 
     def count(self, what: str, done: int, total: int) -> None:
         """So many images of a pass over all of them are done."""

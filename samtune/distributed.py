@@ -7,8 +7,9 @@ import inspect
 import itertools
 import math
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from samtune import ranks
+from samtune import console, ranks
 from samtune.errors import LOST, ORPHANED, MachineError, SamtuneError, WorkerLost, first_line
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # None: all ranks
@@ -30,6 +32,7 @@ T = TypeVar("T")
 _FOREVER = timedelta(days=365)  # what takes too long is for the watchdog to tell, which knows what is usual
 _PATIENCE = timedelta(minutes=10)  # for ranks that have not come yet
 _POLL = 0.05  # seconds
+_WARNED_AFTER = 15.0  # seconds of waiting for ranks that nobody may have started
 _SAID_OF_A_LOSS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -58,22 +61,77 @@ def join(device: torch.device) -> None:
 
     Raises MachineError where the others do not come.
     """
-    if ranks.place() is None or dist.is_initialized():
+    here = ranks.place()
+    if here is None or dist.is_initialized():
         return
-    backend = "cpu:gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend += ",cuda:nccl"
-    try:
-        store, rank, world_size = next(rendezvous("env://", timeout=_PATIENCE))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_FOREVER)
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        meeting_point = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    meeting = _Meeting(here, device)
+    meeting.start()
+    warned_at = time.monotonic() + _WARNED_AFTER
+    while not meeting.over.wait(_POLL):  # here, and not in torch's code, a signal is heard
+        if time.monotonic() >= warned_at:
+            warned_at = math.inf
+            console.warn(
+                f"rank {here.rank} of {here.world_size} waits for {_words(meeting.missing())}\n"
+                f"  why:  {ranks.origin()} says that this process is one of {here.world_size}\n"
+                "  mend: start the same command for all ranks at about the same time; or, if there are no others, stop "
+                f"this one and run {ranks.alone()}",
+                on_any_rank=True,
+            )
+    if meeting.error is not None:
+        if not isinstance(meeting.error, dist.DistError | RuntimeError | ValueError):
+            raise meeting.error
         raise MachineError(
-            f"rank {os.environ['RANK']} does not find the others at {meeting_point}",
-            first_line(error),
+            f"rank {here.rank} does not find the others at {meeting.place}",
+            first_line(meeting.error),
             "start the same command for all ranks at about the same time; the port must be free on the first machine",
-        ) from None
+        )
+
+
+class _Meeting(threading.Thread):
+    """The ranks meet: at a store of the first one, or of torch's agent, if that has started them."""
+
+    def __init__(self, here: ranks.Place, device: torch.device) -> None:
+        super().__init__(name="meeting", daemon=True)
+        self._here, self._device = here, device
+        self._store: Any = None  # torch.distributed.Store
+        self.place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self.error: Exception | None = None
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        here, backend = self._here, "cpu:gloo"
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            backend += ",cuda:nccl"
+        try:
+            store = self._open()
+            store.set(f"samtune/here/{here.rank}", "")
+            self._store = store.clone()  # while torch waits in a store, that answers nobody else
+            dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=_FOREVER)
+        except Exception as error:
+            self.error = error
+        finally:
+            self.over.set()
+
+    def _open(self) -> Any:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return next(rendezvous("env://", timeout=_PATIENCE))[0]
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        first = self._here.rank == 0
+        # Not to wait in it for all others: who is missing can be told when there is a store.
+        return TCPStore(host, port, self._here.world_size, first, _PATIENCE, wait_for_workers=False, multi_tenant=True)
+
+    def missing(self) -> list[int]:
+        """The ranks that have not come to the store; the first one, if there is no store yet."""
+        store = self._store
+        if store is None:
+            return [0]
+        return [rank for rank in range(self._here.world_size) if not store.check([f"samtune/here/{rank}"])]
+
+
+def _words(missing: Sequence[int]) -> str:
+    some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+    return f"rank{'s' if len(missing) > 1 else ''} {some}" if missing else "the others"
 
 
 def leave() -> None:

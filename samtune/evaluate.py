@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samtune import checkpoint, device, distributed, models
+from samtune import checkpoint, console, device, distributed, models
+from samtune.data import source
 from samtune.data.cache import Images, bad_among, refuse, without_bad
+from samtune.data.decode import DecodeRule
+from samtune.data.labels import some
 from samtune.data.loader import eval_batches
-from samtune.data.source import Source
-from samtune.data.splits import Indices, open_parts
+from samtune.data.roles import Wanted
+from samtune.data.source import Source, Split
+from samtune.data.splits import Indices, Parts, open_parts
 from samtune.data.transforms import eval_transform, normalize
 from samtune.errors import CheckpointError, DataError, Diverged, UsageError
 from samtune.job import look_at_data, look_at_train
 from samtune.options import RunConfig
+from samtune.runlog import resolve_checkpoint
 from samtune.signals import Interrupted
 from samtune.stats import wilson_interval
 
@@ -183,8 +189,9 @@ def evaluate_checkpoint(
     path: Path,
     *,
     name: str | None,
-    split: str,
+    split: str | None,
     dataset: str | None,
+    wanted: Wanted | None = None,
     progress: Progress,
     ema: bool = False,
     gpus: str = "auto",
@@ -192,24 +199,25 @@ def evaluate_checkpoint(
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Score a run's checkpoint, or a checkpoint folder, on a split: (evaluation, what was scored).
 
-    name: "last" or "best" of a run; None takes the one that the run's report scored. split: "val" is the part that the
-    run validated on, "train" the part it trained on, "test" the part it was scored on, any other name a whole split of
-    the data set. dataset: read another place than the run did. ema: score the averaged weights. gpus, processes: as in
-    a run. The same images, arithmetic and batches as in the run: the same numbers.
+    name: "last" or "best" of a run; None takes the one that the run's report scored. ema: score the averaged weights.
+    gpus, processes: as in a run. The same images, arithmetic and batches as in the run: the same numbers.
+
+    On the run's own data, which `dataset` may have found elsewhere, split "val" is the part that the run validated on,
+    "train" the part it trained on, "test" (the default) the part it was scored on, and any other name a whole split. On
+    other data a split is whole: each picture is scored once whose class the model knows, by the names of the classes.
+    There the default is the test split, or all that there is in a data set of one split. wanted: columns and splits of
+    other data.
 
     Raises:
         CheckpointError: no such run or checkpoint, or a damaged one.
-        DataError: the data set is gone or has other classes.
+        DataError: the data set is gone, or none of its classes are known.
         UsageError: the data set has no such split.
     """
-    folder = path
+    if path.is_file():  # last or best on a disk without links
+        path = resolve_checkpoint(path.parent, path.name)
     if not path.is_dir():
         raise CheckpointError(f"there is no run or checkpoint {path}", mend="give a folder that `samtune run` made")
-    if (path / "checkpoints").is_dir():
-        if not (path / "checkpoints" / "last").exists():
-            raise CheckpointError(f"run {path} has no checkpoint yet", "it ended before its first validation")
-        config = checkpoint.run_config(checkpoint.verify(path / "checkpoints" / "last"))
-        folder = path / "checkpoints" / (name or config.select)
+    folder = checkpoint.find(path, name) if (path / "checkpoints").is_dir() else path
     manifest = checkpoint.verify(folder)
     config = checkpoint.run_config(manifest)
     if ema and not config.model_ema:
@@ -218,41 +226,102 @@ def evaluate_checkpoint(
     distributed.join(target)
     with distributed.first_of_machine():
         model, data_config = models.load_checkpoint(folder / "ema" if ema else folder)
-        data, images, rows = _images_of(config, manifest, split, dataset)
+        chosen = _choose(config, manifest, split, dataset, wanted)
+        for note in chosen.notes:
+            console.note(note)
+        images = chosen.look()
+        if chosen.on_bad_image == "error":
+            refuse(bad_among(images, chosen.rows))
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
-    evaluation = evaluate(model, images, rows, split, config, data_config, progress)
-    return evaluation, {"checkpoint": str(folder), "step": manifest["step"], "ema": ema, "dataset": data.origin}
+    rows = without_bad(images, chosen.rows)
+    evaluation = evaluate(model, images, rows, chosen.name, config, data_config, progress)
+    about = {"checkpoint": str(folder), "step": manifest["step"], "ema": ema, "dataset": chosen.origin}
+    return evaluation, about | {"unknown_classes": dict(chosen.split.unknown)}
 
 
-def _images_of(
-    config: RunConfig, manifest: Mapping[str, Any], split: str, dataset: str | None
-) -> tuple[Source, Images, Indices]:
-    parts = open_parts(config, dataset)
-    data = parts.data
-    if list(data.class_names) != manifest["class_names"]:
-        raise DataError(
-            f"data set {data.origin} has other classes than the checkpoint was trained on",
-            f"{len(data.class_names)} classes against {len(manifest['class_names'])}, or other names or another order",
-            "give the data set of the run by --dataset",
-        )
+@dataclass(frozen=True)
+class _Chosen:
+    """The rows that are scored. name: of the split, for the result. look: decodes them into the cache."""
+
+    name: str
+    origin: str
+    split: Split
+    rows: Indices
+    look: Callable[[], Images]
+    on_bad_image: str
+    notes: tuple[str, ...] = ()
+
+
+def _choose(
+    config: RunConfig, manifest: Mapping[str, Any], split: str | None, dataset: str | None, wanted: Wanted | None
+) -> _Chosen:
+    """The run's own data, wherever they are now, or others."""
+    if dataset is None:
+        return _choose_own(config, manifest, split or "test", open_parts(config, classes=manifest["class_names"]))
+    try:
+        parts = open_parts(config, dataset, manifest["class_names"])
+    except (DataError, UsageError):
+        parts = None
+    if (
+        parts is not None
+        and wanted is None
+        and manifest.get("dataset", parts.data.fingerprint) == parts.data.fingerprint
+    ):
+        return _choose_own(config, manifest, split or "test", parts)
+    return _choose_other(config, manifest, split, source.open_source(dataset, wanted, manifest["class_names"]), wanted)
+
+
+def _choose_own(config: RunConfig, manifest: Mapping[str, Any], split: str, parts: Parts) -> _Chosen:
+    data, rule = parts.data, checkpoint.decode_rule(manifest)
     if split == "val" and not config.val:
         raise UsageError(
             "--split val: this run held nothing out", "--no-val: it trained on its validation images", "--split test"
         )
+    if split == "train":
+        look = partial(look_at_train, config, parts, rule)
+        return _Chosen(split, data.origin, parts.train, parts.train_rows, look, config.on_bad_image)
     if split == "val":
         chosen, rows = parts.val, parts.val_rows
-    elif split == "train":
-        chosen, rows = parts.train, parts.train_rows
     elif split == "test" and parts.test is not None:
         chosen, rows = parts.test, parts.test_rows
     elif split in data.splits:
-        chosen, rows = data.splits[split], np.arange(len(data.splits[split]))
+        chosen, rows = data.splits[split], data.splits[split].labelled
     else:
-        raise UsageError(
-            f"data set {data.name} has no split {split!r}", mend=f"--split val, or one of: {', '.join(data.splits)}"
+        raise _no_split(data, split, ["val"])
+    return _Chosen(split, data.origin, chosen, rows, _looking(config, chosen, rows, rule), config.on_bad_image)
+
+
+def _choose_other(
+    config: RunConfig, manifest: Mapping[str, Any], split: str | None, data: Source, wanted: Wanted | None
+) -> _Chosen:
+    names = {"val": "validation"}
+    if split is None:
+        split = "test" if "test" in data.splits else next(iter(data.splits)) if len(data.splits) == 1 else "test"
+        name = "all" if len(data.splits) == 1 and split != "test" else split
+    else:
+        name = split
+    chosen = data.splits.get(names.get(split, split))
+    if chosen is None:
+        raise _no_split(data, split, [])
+    rows = chosen.labelled
+    if len(rows) == 0:
+        raise DataError(
+            f"no picture of split {split} of {data.origin} is of a class that the model knows",
+            f"its classes: {some(list(chosen.unknown)) or 'none'}; the model's: {some(manifest['class_names'])}",
+            "classes are matched by their names: name the folders or labels as the model does",
         )
-    images = look_at_train(config, parts) if split == "train" else look_at_data(config, [(chosen, rows)])[0]
-    if config.on_bad_image == "error":
-        refuse(bad_among(images, rows))
-    return data, images, without_bad(images, rows)
+    on_bad_image = wanted.on_bad_image if wanted is not None else config.on_bad_image
+    look = _looking(config, chosen, rows, checkpoint.decode_rule(manifest))
+    return _Chosen(name, data.origin, chosen, rows, look, on_bad_image, data.notes)
+
+
+def _looking(config: RunConfig, split: Split, rows: Indices, rule: DecodeRule) -> Callable[[], Images]:
+    return lambda: look_at_data(config, [(split, rows)], rule)[0]
+
+
+def _no_split(data: Source, split: str, more: list[str]) -> UsageError:
+    return UsageError(
+        f"data set {data.name} has no split {split!r}",
+        mend="--split " + ", or one of: ".join([*more, ", ".join(data.splits)]),
+    )

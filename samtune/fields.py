@@ -9,6 +9,8 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator, PlainSerializ
 
 from samtune.schedules import Duration
 
+_LARGEST_NORM = 1e6  # a larger p is as good as inf
+
 
 def _no_minutes(duration: Duration) -> Duration:
     if duration.unit == "minutes":
@@ -34,15 +36,15 @@ def _norm_order(p: float | int | str) -> float:
         order = float(p)
     except (TypeError, ValueError):
         order = math.nan
-    if isinstance(p, bool) or not order >= 1:
-        raise ValueError('must be a number from 1 on, or "inf"')
+    if isinstance(p, bool) or not (1 <= order <= _LARGEST_NORM or order == math.inf):
+        raise ValueError(f'must be a number from 1 on, at most {_LARGEST_NORM:g}, or "inf"')
     return order
 
 
 def _samples(m: int | str) -> int | str:
-    if isinstance(m, str) and re.fullmatch("device|global|group:[1-9][0-9]*", m):
+    if isinstance(m, str) and re.fullmatch("device|global|group:[1-9][0-9]{0,8}", m):
         return m
-    if isinstance(m, bool) or not re.fullmatch("[0-9]+", str(m)) or int(m) < 1:
+    if isinstance(m, bool) or not re.fullmatch("[0-9]{1,9}", str(m)) or int(m) < 1:
         raise ValueError('must be "device", "global", "group:4" (devices that share it), or a number of images')
     return int(m)
 

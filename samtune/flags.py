@@ -14,12 +14,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, al
 _SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}
 
 
-def with_config_flags(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
+DATA_KEYS = (
+    *("dataset_config", "image_key", "label_key", "split_key", "image_root", "image_suffix", "class_folders"),
+    *("train_split", "val_split", "test_split", "on_unlabelled", "on_bad_image"),
+)
+"""The settings of a run that tell how a data set is read."""
+
+
+def with_config_flags(
+    command: Callable[..., None], without: Collection[str] = (), only: Collection[str] = tuple(RunConfig.model_fields)
+) -> Callable[..., None]:
     """Give a command one flag for each field of RunConfig; it receives those that were typed, as `flags`.
 
-    without: fields that are no flags of this command, or flags of its own.
+    without: fields that are no flags of this command, or flags of its own. only: the fields that are.
     """
-    keys = [key for key in RunConfig.model_fields if key not in without]
+    keys = [key for key in RunConfig.model_fields if key in only and key not in without]
 
     @wraps(command)
     def wrapped(**arguments: Any) -> None:

@@ -1,7 +1,7 @@
 """The gradient of Algorithm 1 (Foret et al. 2021)."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +16,9 @@ from samtune.sam import Perturbation
 if TYPE_CHECKING:
     from samtune.shard import Shards
 
-Loss = Callable[..., torch.Tensor]
-Batch = tuple[torch.Tensor, ...]  # of one first dimension, the samples
+Loss = Callable[..., Any]  # a scalar tensor, or what has one as `.loss` or under the key "loss"
+Objective = Callable[..., torch.Tensor]
+Batch = tuple[Any, ...]  # tensors of one first dimension, the samples; or dictionaries and lists of such tensors
 
 
 def sam_passes(ascent_steps: int, ascent_fraction: float) -> float:
@@ -153,24 +154,37 @@ class SAM:
         """Forward-backward passes over the batch in one call."""
         return sam_passes(self.ascent_steps, self.ascent_fraction) if self.rho > 0 else 1
 
-    def backward(self, loss: Loss, *batch: torch.Tensor) -> torch.Tensor:
+    def backward(self, loss: Loss, *batch: Any) -> torch.Tensor:
         """Add the gradient of the loss at w + e to `.grad` of all parameters of the model; w is as it was.
 
         Args:
-            loss: (*batch) -> (), the mean over the samples it is given. It is called once for each pass, or for each
-                micro-batch of it, with the random numbers of the first pass in all of them, so that dropout and
-                drop-path masks are the same. A loss scale may be part of it: e does not depend on it.
-            batch: tensors of one first dimension, the samples.
+            loss: (*batch) -> (), the mean over the samples it is given; or a model's output that has it as `.loss`. It
+                is called once for each pass, or for each micro-batch of it, with the random numbers of the first pass
+                in all of them, so that dropout and drop-path masks are the same. A loss scale may be part of it: e does
+                not depend on it.
+            batch: tensors of one first dimension, the samples, or dictionaries and lists of such tensors. Without a
+                batch the loss knows its samples by itself; then they cannot be divided (m, micro_batch,
+                ascent_fraction).
 
         Returns:
             The mean loss at w (of the samples of pass 1), detached: what SGD's curve would show.
 
         A loss or gradient that is not finite, in any pass, makes the whole gradient NaN: every rank and every
         GradScaler sees it. Batch-norm statistics update in pass 1, if they update at all.
+
+        Raises:
+            ValueError: the batch is empty, its tensors disagree on the number of samples, or it has none and is to be
+                divided; a loss that is no scalar.
+            TypeError: a loss that is no tensor.
         """
-        n = len(batch[0])
-        if n == 0:
-            raise ValueError("the batch is empty")
+        n = _samples(batch)
+        if n is None and (isinstance(self.m, int) or self.micro_batch is not None or self.ascent_fraction < 1):
+            raise ValueError(
+                "m, micro_batch and ascent_fraction divide the batch, and backward was given none: "
+                "pass the tensors, sam.backward(loss, images, labels), in place of a closure over them"
+            )
+        n = 1 if n is None else n
+        loss = _scalar(loss)
         self._owed = self.ascent_steps if self.rho > 0 and self._shares_perturbation and self.shards is None else 0
         if isinstance(self.model, distributed.DataParallel):
             self.model.begin()
@@ -180,12 +194,12 @@ class SAM:
         at_w = []
         with nullcontext() if self.shards is None else self.shards.reset_by_an_error():
             for piece in pieces:
-                share = len(piece[0]) / n
+                share = (_samples(piece) or n) / n
                 with nullcontext() if piece is pieces[-1] else self._no_sync():
                     at_w.append(share * self._backward(loss, piece, share))
         return torch.stack(at_w).sum()
 
-    def _backward(self, loss: Loss, batch: Batch, share: float) -> torch.Tensor:
+    def _backward(self, loss: Objective, batch: Batch, share: float) -> torch.Tensor:
         """The gradient of one perturbation, times share, is added to `.grad`."""
         if self.rho == 0:
             at_w = loss(*batch)
@@ -194,7 +208,10 @@ class SAM:
             return at_w.detach()
 
         masks = generator_states(self._device)
-        part = tuple(t[: math.ceil(self.ascent_fraction * len(t))] for t in batch)
+        part = batch
+        if self.ascent_fraction < 1:
+            count = math.ceil(self.ascent_fraction * (_samples(batch) or 1))
+            part = tuple(_map(lambda t: t[:count], content) for content in batch)
         radius = self.rho / self.ascent_steps
         # Pass 1, at w: batch-norm statistics update here, if they update at all.
         at_w, g1 = self._ascent_gradient(loss, part)
@@ -213,7 +230,7 @@ class SAM:
                     _descend(loss(*micro), at_w, share * of_batch)
         return at_w
 
-    def _ascent_gradient(self, loss: Loss, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _ascent_gradient(self, loss: Objective, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Loss and gradient where the weights are, detached; the gradient of all ranks that share a perturbation."""
 
         def gradient(micro: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -261,7 +278,7 @@ class SAM:
         return None if isinstance(self.m, str | int) else self.m
 
     def _sharded_ascent_gradient(
-        self, shards: "Shards", loss: Loss, micro_batches: list[tuple[Batch, float]]
+        self, shards: "Shards", loss: Objective, micro_batches: list[tuple[Batch, float]]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """`_ascent_gradient` of this rank's parts, by backward: that alone gathers weights and scatters gradients.
 
@@ -287,15 +304,15 @@ class SAM:
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Batch, float]]:
         """What passes through the model at once, and its share of the batch."""
-        n = len(batch[0])
-        return [(micro, len(micro[0]) / n) for micro in self._split(batch, self.micro_batch or n)]
+        n = _samples(batch) or 1
+        return [(micro, (_samples(micro) or n) / n) for micro in self._split(batch, self.micro_batch or n)]
 
     def _split(self, batch: Batch, size: int) -> list[Batch]:
         """Micro-batches of so many samples; of a sharded model, as many on each rank."""
         if self.shards is None or self.micro_batch is None:
             return _split(batch, size)
-        count = self.shards.pieces(len(batch[0]), size, self._device)
-        return list(zip(*(t.tensor_split(count) for t in batch), strict=True))
+        count = self.shards.pieces(_samples(batch) or 1, size, self._device)
+        return _divide(batch, lambda t: t.tensor_split(count))
 
     @contextmanager
     def _perturb(self, g1: list[torch.Tensor], radius: float) -> Iterator[None]:
@@ -343,9 +360,75 @@ def _shards_of(model: nn.Module) -> "Shards | None":
 
 def _split(batch: Batch, size: int) -> list[Batch]:
     """Pieces of so many samples, the last of what is left; one piece is the batch itself."""
-    if size >= len(batch[0]):
-        return [batch]
-    return list(zip(*(t.split(size) for t in batch), strict=True))
+    n = _samples(batch)
+    return [batch] if n is None or size >= n else _divide(batch, lambda t: t.split(size))
+
+
+def _divide(batch: Batch, split: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> list[Batch]:
+    """The batch in pieces, each of its tensors by `split`."""
+    pieces = [[split(t) for t in _tensors(content)] for content in batch]
+    count = len(next(parts for of_one in pieces for parts in of_one))
+    divided = []
+    for i in range(count):
+        own = iter([parts[i] for of_one in pieces for parts in of_one])
+        divided.append(tuple(_map(lambda _, own=own: next(own), content) for content in batch))  # type: ignore[misc]
+    return divided
+
+
+def _tensors(content: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a batch that hold samples, in the order in which `_map` meets them."""
+    if isinstance(content, torch.Tensor) and content.ndim > 0:
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _tensors(value)
+
+
+def _map(change: Callable[[torch.Tensor], torch.Tensor], content: Any) -> Any:
+    """The same content with each tensor of samples changed; a mapping of any kind becomes a dict."""
+    if isinstance(content, torch.Tensor) and content.ndim > 0:
+        return change(content)
+    if isinstance(content, Mapping):
+        return {key: _map(change, value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        changed = [_map(change, value) for value in content]
+        return changed if isinstance(content, list) else tuple(changed)
+    return content
+
+
+def _samples(batch: Batch) -> int | None:
+    """How many samples a batch has; None for no batch."""
+    sizes = {len(t) for content in batch for t in _tensors(content)}
+    if batch and not sizes:
+        raise ValueError("the batch holds no tensor: sam.backward(loss, images, labels)")
+    if len(sizes) > 1:
+        words = " and ".join(map(str, sorted(sizes)))
+        raise ValueError(f"the tensors of a batch have {words} samples: they need one first dimension")
+    if 0 in sizes:
+        raise ValueError("the batch is empty")
+    return sizes.pop() if sizes else None
+
+
+def _scalar(loss: Loss) -> Objective:
+    """The loss as a scalar tensor, also of one that returns a model's output. Says what else it returned."""
+
+    def scalar(*batch: Any) -> torch.Tensor:
+        value = loss(*batch)
+        if isinstance(value, Mapping) and "loss" in value:
+            value = value["loss"]
+        value = getattr(value, "loss", value)
+        if value is None:
+            raise TypeError("the loss is None: a model's output has one if it is given the labels")
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"the loss is a {type(value).__name__}: return a scalar tensor, or an output with `.loss`")
+        if value.numel() != 1:
+            raise ValueError(f"the loss has the shape {tuple(value.shape)}: return its mean over the samples")
+        return value if value.ndim == 0 else value.reshape(())
+
+    return scalar
 
 
 def _descend(loss: torch.Tensor, at_w: torch.Tensor, share: float) -> None:

@@ -1,7 +1,7 @@
 """Config -> job: the data, model, optimizer and schedule of a run, before anything is written."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,12 +11,14 @@ from torch import nn
 
 from samtune import console, device, distributed, models, shard
 from samtune.batch import Batch, group_size
-from samtune.data import noise
-from samtune.data.cache import Images, bad_among, in_both, look_at, refuse, united, without_bad
+from samtune.data import depth, noise
+from samtune.data.cache import Images, bad_among, in_both, look_at, of_one_colour, refuse, united, without_bad
+from samtune.data.decode import DecodeRule
 from samtune.data.loader import steps_per_epoch
 from samtune.data.noise import LabelNoise
 from samtune.data.source import Source, Split
 from samtune.data.splits import Indices, Parts, open_parts
+from samtune.data.transforms import min_side
 from samtune.errors import UsageError
 from samtune.gradient import SAM
 from samtune.losses import cross_entropy, l2_penalty
@@ -28,6 +30,7 @@ from samtune.step import Step
 # Peak learning rates of the body for a batch of 32; they trained every data set we tried (README). They grow with the
 # square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.
 _BASE_LR = {"sgd": 0.004, "adamw": 1e-4}
+_BASE_LR_FROM_SCRATCH = {"sgd": 0.05, "adamw": 1e-3}  # random weights have far to go
 _BASE_BATCH = 32
 # Weight decay is 1/n for n images: against the mean loss, a prior of constant strength. It binds the new head, which a
 # few hundred images fit in many ways; for 50,000 images it is near the paper's 1e-5. Clipping shrinks the gradient but
@@ -35,11 +38,24 @@ _BASE_BATCH = 32
 _MOST_DECAY = 0.002
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What a run that goes on has settled when it began.
+
+    model: what its provenance says of the model. classes: their names, in its order. rule: how it decodes.
+    """
+
+    model: Mapping[str, Any]
+    classes: Sequence[str]
+    rule: DecodeRule
+
+
 @dataclass
 class Data:
     """The images of a run."""
 
     data: Source
+    rule: DecodeRule
     train: Images  # with the labels to train on
     train_rows: Indices
     noise: LabelNoise | None  # what differs in them from the data set's own
@@ -49,6 +65,7 @@ class Data:
     test_rows: Indices
     bad_images: list[dict[str, Any]]  # left out of the rows
     seen_test_images: int  # of the test rows, those that are in train too
+    one_colour: list[str]  # places of pictures that show nothing
 
 
 @dataclass(frozen=True)
@@ -123,11 +140,10 @@ class Job(Data):
         return (step - 1) // self.steps_per_epoch + 1
 
 
-def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
+def prepare(config: RunConfig, settled: Settled | None = None) -> Job:
     """Read the data's table of contents, build the model, settle what the config leaves open.
 
-    trained: of a run that goes on, what its provenance says of the model; the caller will load its weights.
-    Raises DataError, ModelError or CheckpointError.
+    settled: of a run that goes on; the caller will load its weights. Raises DataError, ModelError or CheckpointError.
     """
     device.deterministic(config.deterministic)
     target = device.pick(config.gpus, config.processes)
@@ -135,24 +151,26 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
     distributed.join(target)
     torch.manual_seed(config.seed)
     with distributed.first_of_machine():
-        read = read_data(config)
+        read = read_data(config, settled)
         console.note(f"loading model {config.model} ...")
         model, info = models.build(
             config.model,
             classes=len(read.data.class_names),
-            weights=config.weights if trained is None else None,
-            pretrained=config.pretrained and trained is None,
+            weights_path=config.weights if settled is None else None,
+            pretrained=config.pretrained and settled is None,
             img_size=config.img_size,
             drop=config.drop,
             drop_path=config.drop_path,
         )
-    if trained is not None:
-        info = replace(info, **{key: trained[key] for key in ("requested", "weights", "pretraining") if key in trained})
+    if settled is not None:
+        info = replace(info, **_kept(settled.model))
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     with device.room_for(f"the weights of {info.resolved}"):
         model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
     if config.sync_bn:
         model = models.synchronised(model, target)
+    if not config.freeze_bn:
+        models.allow_single_values(model)
     if config.grad_checkpointing:
         models.checkpoint_activations(model)
 
@@ -193,16 +211,28 @@ def prepare(config: RunConfig, trained: Mapping[str, Any] | None = None) -> Job:
     )
 
 
-def read_data(config: RunConfig) -> Data:
-    """The images of a run, decoded into the cache as far as they are not there. Raises DataError or UsageError."""
+def _kept(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What provenance.json says of a model that its weights do not, where it says so."""
+    kept = {key: model[key] for key in ("requested", "weights", "pretraining", "data_config") if key in model}
+    if "data_config" in kept:
+        kept["data_config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept["data_config"].items()}
+    return kept
+
+
+def read_data(config: RunConfig, settled: Settled | None = None) -> Data:
+    """The images of a run, decoded into the cache as far as they are not there. Raises DataError or UsageError.
+
+    settled: of a run that goes on.
+    """
     console.note(f"reading data set {config.dataset} ...")
-    parts = open_parts(config)
-    data = parts.data
+    parts = open_parts(config, classes=settled.classes if settled else None)
+    rule = settled.rule if settled else decode_rule(config, parts.data)
+    data = replace(parts.data, notes=(*parts.data.notes, *depth.words(rule.ranges)))
     for note in data.notes:
         console.note(note)
     test_part = [(parts.test, parts.test_rows)] if parts.test else []
     used = [(parts.train, parts.train_rows), (parts.val, parts.val_rows), *test_part]
-    looked_at = [look_at_train(config, parts), *look_at_data(config, used[1:])]
+    looked_at = [look_at_train(config, parts, rule), *look_at_data(config, used[1:], rule)]
     bad = [item for images, (_, rows) in zip(looked_at, used, strict=True) for item in bad_among(images, rows)]
     if config.on_bad_image == "error":
         refuse(bad)
@@ -213,6 +243,7 @@ def read_data(config: RunConfig) -> Data:
     noisy, wrong = _noisy(config, parts, train_rows)
     return Data(
         data=data,
+        rule=rule,
         train=replace(train, split=noisy),
         train_rows=train_rows,
         noise=wrong,
@@ -222,25 +253,37 @@ def read_data(config: RunConfig) -> Data:
         test_rows=test_rows,
         bad_images=bad,
         seen_test_images=in_both(train, train_rows, test, test_rows) if test else 0,
+        one_colour=[
+            place for images, (_, rows) in zip(looked_at, used, strict=True) for place in of_one_colour(images, rows)
+        ],
     )
 
 
-def look_at_train(config: RunConfig, parts: Parts) -> Images:
+def decode_rule(config: RunConfig, data: Source) -> DecodeRule:
+    """How a run decodes its images: as large as its model needs them, deep ones by the range of the training images."""
+    data_config = models.look_up(config.model, config.weights).data_config(config.img_size)
+    train = data.splits["train"]
+    ranges = depth.value_ranges(train, train.labelled)
+    return DecodeRule(min_side(data_config, config), config.max_megapixels, ranges)
+
+
+def look_at_train(config: RunConfig, parts: Parts, rule: DecodeRule) -> Images:
     """The images to train on; with --no-val through the cached files of both parts, that other runs have, too."""
-    looked_at = look_at_data(config, parts.sources or [(parts.train, parts.train_rows)])
+    looked_at = look_at_data(config, parts.sources or [(parts.train, parts.train_rows)], rule)
     return united(parts.train, *looked_at) if parts.sources else looked_at[0]
 
 
-def look_at_data(config: RunConfig, parts: Iterable[tuple[Split, Indices]]) -> list[Images]:
+def look_at_data(config: RunConfig, parts: Iterable[tuple[Split, Indices]], rule: DecodeRule) -> list[Images]:
     """The images of (split, rows) each, decoded into the cache as far as the config allows."""
     with console.RunProgress() as progress:
         return [
             look_at(
                 split,
                 rows,
+                rule=rule,
                 limit=int(config.cache_limit * 2**30),
                 threads=max(1, device.cores() // distributed.local_world_size()),
-                progress=progress.decode,
+                progress=progress.count,
                 always=config.on_bad_image == "skip",
             )
             for split, rows in parts
@@ -359,9 +402,10 @@ def _fill_in(config: RunConfig, target: torch.device, info: ModelInfo, train_ima
     if config.batch_size != batch.part:
         config = config.derive("batch_size", batch.part, "global_batch_size over the devices")
     if config.lr is None:
-        base = _BASE_LR[config.opt]
+        base = (_BASE_LR if config.pretrained else _BASE_LR_FROM_SCRATCH)[config.opt]
         lr = base * (batch.nominal / _BASE_BATCH) ** 0.5
         reason = f"{base:g} x sqrt({batch.nominal} images a step / {_BASE_BATCH})"
+        reason += "" if config.pretrained else ", from scratch"
         config = config.derive("lr", float(f"{lr:.3g}"), reason)
     if config.weight_decay is None:
         decay = min(_MOST_DECAY, 1 / train_images)

@@ -5,6 +5,7 @@ launch is told apart from what follows from it: the error of a rank goes before 
 """
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ from samtune.signals import StopRequest
 
 COMMAND = (sys.executable, "-m", "samtune")
 _LOOK = 0.2  # seconds between two looks at the ranks
+_WARNED_AFTER = 15.0  # seconds of waiting for other machines
 _GRACE = 5.0  # seconds that the others have to end by themselves when one rank has failed
 _MEND = "go on with --resume; --max-restarts lets all ranks begin again by themselves"
 
@@ -72,6 +74,9 @@ def run(settings: RunConfig, stop: StopRequest) -> Mapping[str, Any] | None:
         result = launch([*sys.argv[1:], *named], fleet, stop)
     except (SamtuneError, Stopped) as error:
         amend_status(settings.output, error)
+        if named:
+            with suppress(OSError):
+                settings.output.rmdir()  # it was made for this run, and is still empty
         raise
     if result is None:
         console.note("the result is on the machine of rank 0")
@@ -182,6 +187,7 @@ class _Watch:
         self._failed_at: float | None = None
         self._restarts = fleet.max_restarts
         self.killed: set[int] = set()
+        self._warned_at = time.monotonic() + _WARNED_AFTER
 
     def look(self) -> None:
         said = ranks.words(self._folder)
@@ -194,6 +200,13 @@ class _Watch:
                 console.note(f"{self._stop.by.name}: the ranks end after their step; a second one ends them at once")
             # Not the signal itself: a terminal or Slurm has sent that to the ranks already, and twice means at once.
             _send(said.values(), signal.SIGUSR1)
+        if not said and self._fleet.nnodes > 1 and time.monotonic() >= self._warned_at:
+            self._warned_at, others = math.inf, self._fleet.nnodes - 1
+            console.warn(
+                f"no other machine has come to {self._fleet.endpoint}\n"
+                f"  why:  --nnodes waits for {others} more with this endpoint, each with a --node-rank of its own\n"
+                "  mend: start the same command there; without --nnodes this machine runs alone"
+            )
         failed = [word for word in said.values() if _has_failed(word)]
         attempt = next((word.attempt for word in said.values()), "")
         if attempt != self._attempt:

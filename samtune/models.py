@@ -1,9 +1,8 @@
 """Pretrained models by timm name: resolution, weights, a new head, frozen statistics, parameter groups."""
 
 import difflib
-import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ import timm
 import timm.data
 import timm.utils
 import torch
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
-from samtune import console, hub
+from samtune import console, hub, weights
 from samtune.errors import CheckpointError, MachineError, ModelError, first_line
+from samtune.weights import WeightsFile
 
 # Names that timm has no pretrained weights for -> the weights that users mean by them; for B7 and L2 the paper's.
 ALIASES = {
@@ -57,6 +58,7 @@ class ModelInfo:
     """What was built: the requested and the resolved name, where the weights came from, what they were trained on.
 
     data_config: input_size, mean, std, interpolation, crop_pct and crop_mode, as timm states them for the weights.
+    model_args: what timm needs besides the name to build the architecture.
     """
 
     requested: str
@@ -65,6 +67,7 @@ class ModelInfo:
     pretraining: str
     parameters: int
     data_config: dict[str, Any]
+    model_args: Mapping[str, Any]
 
     @property
     def img_size(self) -> int:
@@ -72,13 +75,93 @@ class ModelInfo:
         return int(self.data_config["input_size"][1])
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """What a model's name, and weights that are given, mean before anything is built.
+
+    resolved: the name that timm.create_model takes. config: timm's configuration of the weights (input size, mean,
+    classifier, ...). model_args: what the architecture is built with besides. weights: the file, if one is given.
+    """
+
+    resolved: str
+    config: Mapping[str, Any]
+    model_args: Mapping[str, Any]
+    weights: WeightsFile | None
+
+    @property
+    def architecture(self) -> str:
+        """The name of the architecture in timm."""
+        return str(self.config.get("architecture") or self.resolved.partition(".")[0])
+
+    def data_config(self, img_size: int | None) -> dict[str, Any]:
+        """Size, normalisation and crop of the weights; img_size: another side of the input."""
+        found: dict[str, Any] = timm.data.resolve_data_config(pretrained_cfg=dict(self.config))
+        return found | ({"input_size": (3, img_size, img_size)} if img_size is not None else {})
+
+
+def look_up(name: str, weights_path: Path | None = None) -> ModelSource:
+    """What a name means: one of timm's, an alias, hf-hub:USER/NAME or local-dir:FOLDER.
+
+    weights_path: a file, a run or a checkpoint; what it says of normalisation and crop takes precedence.
+    Raises ModelError for an unknown name, CheckpointError for weights that are not there or of another architecture.
+    """
+    resolved = resolve(name)
+    kind, _, place = resolved.partition(":")
+    model_args: Mapping[str, Any] = {}
+    found = None if weights_path is None else weights.locate(weights_path)
+    if kind == "local-dir":
+        config, architecture, model_args = _from_config(load_model_config_from_path, place)
+        found = found or weights.locate(Path(place))
+    elif kind == "hf-hub":
+        repository = hub.Repository(place, "model", f"model {place}", "give a folder by --model local-dir:FOLDER")
+        config, architecture, model_args = hub.load(
+            repository, lambda _: _from_config(load_model_config_from_hf, place)
+        )
+    else:
+        given = timm.get_pretrained_cfg(resolved)
+        if given is None:
+            raise ModelError(
+                f"model {resolved} is no image classifier", mend=f"nearest pretrained: {_nearest(resolved)}"
+            )
+        config, architecture = given.to_dict(), resolved.partition(".")[0]
+    config = {**config, "architecture": architecture}
+    if found is not None and found.config:
+        if found.config["architecture"] != architecture:
+            raise CheckpointError(
+                f"weights {weights_path} are of {found.config['architecture']}, and --model is {name}",
+                mend=f"give --model {found.config['architecture']}, or weights of {architecture}",
+            )
+        said = found.config.get("pretrained_cfg", {})
+        kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size", "test_input_size")
+        config |= {key: said[key] for key in kept if key in said}
+    return ModelSource(resolved, config, model_args or {}, found)
+
+
+def _from_config(load: Callable[[str], Any], place: str) -> tuple[dict[str, Any], str, Mapping[str, Any]]:
+    config, architecture, model_args = load(place)
+    return dict(config), architecture, model_args or {}
+
+
 def resolve(name: str) -> str:
-    """An alias or a bare timm name -> the full name with its weights' tag. Raises ModelError with the nearest names."""
+    """A name as timm.create_model takes it, with the tag of its weights. Raises ModelError with the nearest names."""
+    kind, separator, place = name.partition(":")
+    if separator and kind.replace("_", "-") == "hf-hub":
+        return f"hf-hub:{place}"
+    if separator and kind == "local-dir":
+        try:
+            folder = weights.locate(Path(place)).path.parent
+        except CheckpointError as error:
+            raise ModelError(f"model {name}: {error.what}", error.why, error.mend) from None
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model {name}: {folder} has no config.json", mend="give a folder that timm can load")
+        return f"local-dir:{folder}"
     resolved = ALIASES.get(name, name)
     architecture, _, tag = resolved.partition(".")
-    if not timm.is_model(architecture):
+    if separator or "/" in name or not timm.is_model(architecture):
         raise ModelError(
-            f"unknown model {name!r}", "timm has no model of that name", f"nearest pretrained: {_nearest(architecture)}"
+            f"unknown model {name!r}",
+            "timm has no model of that name",
+            f"nearest pretrained: {_nearest(architecture)}; hf-hub:USER/NAME is on the hub, local-dir:FOLDER a folder",
         )
     config = timm.get_pretrained_cfg(architecture)
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
@@ -103,44 +186,49 @@ def build(
     name: str,
     *,
     classes: int | None,
-    weights: Path | None = None,
+    weights_path: Path | None = None,
     pretrained: bool = True,
     img_size: int | None = None,
     drop: float = 0.0,
     drop_path: float = 0.0,
 ) -> tuple[nn.Module, ModelInfo]:
-    """A model with pretrained weights and a new head of `classes` outputs that starts at zero.
+    """A model with pretrained weights, and a new head of `classes` outputs that starts at zero.
 
-    Weights come from the file `weights`, else from an installed package that holds them, else from the hub through
-    timm. With classes None the pretrained head stays. A head at zero gives the uniform prediction, so that the first
-    loss is ln(classes); timm's own fresh head starts above that, and with frozen statistics the net then collapses.
+    Weights come from weights_path (a file, a run, a checkpoint), else from an installed package that holds them, else
+    from the hub through timm. With classes None the pretrained head stays. A head at zero gives the uniform prediction,
+    so that the first loss is ln(classes); timm's own fresh head starts above that, and with frozen statistics the net
+    then collapses. Without pretrained weights all parameters, those of the head too, start as timm draws them.
 
     Raises:
-        ModelError: unknown name, no pretrained weights, hub out of reach.
+        ModelError: unknown name, no pretrained weights, no classifier, hub out of reach.
         CheckpointError: a weights file that is damaged, holds code, or belongs to another architecture.
     """
-    resolved = resolve(name)
-    config = timm.get_pretrained_cfg(resolved)
-    if config is None:
-        raise ModelError(f"model {resolved} is no image classifier", mend=f"nearest pretrained: {_nearest(resolved)}")
+    source = look_up(name, weights_path)
+    resolved = source.resolved
     # timm leaves out what is None: not every model knows every option.
     arguments: dict[str, Any] = {
         "num_classes": classes,
         "drop_rate": drop or None,
         "drop_path_rate": drop_path or None,
-        "img_size": img_size if config.fixed_input_size else None,
+        "img_size": img_size if source.config.get("fixed_input_size") else None,
     }
 
     package = _package_file(resolved)
     pretraining = _pretraining(resolved)
-    if weights is not None:
-        origin, pretraining = f"file:{weights}", "not stated (a file)"
+    if weights_path is not None:
+        origin, pretraining = f"file:{weights_path}", "not stated (a file)"
     elif not pretrained:
         origin, pretraining = "random", "none"
+    elif source.weights is not None:
+        origin, pretraining = f"file:{source.weights.path}", "not stated (a file)"
     elif package is not None:
         origin = f"package:{_PACKAGES[resolved]}"
-    elif config.has_weights:
-        origin = f"hub:{config.hf_hub_id}" if config.hf_hub_id else f"url:{config.url}"
+    elif resolved.startswith("hf-hub:"):
+        origin, pretraining = f"hub:{resolved.partition(':')[2]}", "not stated (a model of the hub)"
+    elif source.config.get("hf_hub_id"):
+        origin = f"hub:{source.config['hf_hub_id']}"
+    elif source.config.get("url"):
+        origin = f"url:{source.config['url']}"
     else:
         raise ModelError(
             f"model {resolved} has no pretrained weights",
@@ -150,21 +238,34 @@ def build(
 
     from_network = origin.startswith(("hub:", "url:"))
     model = _create(resolved, arguments, download=origin if from_network else None)
-    if weights is not None:
-        state_dict = _read_weights(weights)
-        _load(model, state_dict, keep_head=classes is None, origin=origin)
+    if classes is not None and not _has_classifier(model):
+        raise ModelError(
+            f"model {resolved} has no classifier",
+            "it gives features, and timm builds no head for it",
+            f"nearest pretrained: {_nearest(resolved)}",
+        )
+    head = () if classes is None else head_names(model)
+    if origin.startswith("file:"):
+        assert source.weights is not None
+        state_dict = weights.read(source.weights.path, model)
+        weights.load(model, state_dict, head=head, origin=origin)
         if classes is not None:
-            console.note(f"{weights} {_head_words(model, state_dict)}; a new head of {classes} starts at zero")
+            given = weights_path or source.weights.path
+            console.note(f"{given} {_head_words(model, state_dict)}; a new head of {classes} starts at zero")
     elif package is not None and pretrained:
-        _load(model, _lite_state_dict(_read_lite(package), model), keep_head=classes is None, origin=origin)
-    if classes is not None:
+        weights.load(model, weights.read_lite(package, model), head=head, origin=origin)
+    if classes is not None and origin != "random":
         _zero_head(model)
-
-    data_config = timm.data.resolve_model_data_config(model)
-    if img_size is not None:
-        data_config["input_size"] = (3, img_size, img_size)
     parameters = sum(p.numel() for p in model.parameters())
-    return model, ModelInfo(name, resolved, origin, pretraining, parameters, data_config)
+    data_config = source.data_config(img_size)
+    return model, ModelInfo(name, resolved, origin, pretraining, parameters, data_config, source.model_args)
+
+
+def _has_classifier(model: nn.Module) -> bool:
+    try:
+        return bool(head_parameters(model))
+    except (AttributeError, TypeError, KeyError):
+        return False
 
 
 def _create(resolved: str, arguments: Mapping[str, Any], download: str | None) -> nn.Module:
@@ -175,7 +276,8 @@ def _create(resolved: str, arguments: Mapping[str, Any], download: str | None) -
         return timm.create_model(resolved, pretrained=download is not None, **arguments)
 
     try:
-        if kind == "hub":
+        if kind == "hub" or resolved.startswith("hf-hub:"):
+            place = place or resolved.partition(":")[2]
             repository = hub.Repository(place, "model", f"weights {place}", "give a file by --weights PATH")
             return hub.load(repository, lambda _: create())
         return create()
@@ -196,28 +298,6 @@ def _create(resolved: str, arguments: Mapping[str, Any], download: str | None) -
         ) from None
 
 
-def _pretraining(resolved: str) -> str:
-    tag = resolved.partition(".")[2]
-    seen = [data for part in tag.split("_") for start, data in _PRETRAINING.items() if part.startswith(start)]
-    return f"{' + '.join(dict.fromkeys(seen)) or 'not stated'} (tag {tag})"
-
-
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        state_dict: dict[str, torch.Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # each format has its own family of errors for damage
-        pickled = "weights_only" in str(error)  # torch goes on to advise what would run the code
-        raise CheckpointError(
-            f"weights {path} cannot be read",
-            "it holds objects that may run code, or is damaged" if pickled else first_line(error),
-            "give a .safetensors file, or a .pth file that holds tensors only",
-        ) from None
-    return state_dict
-
-
 def _package_file(resolved: str) -> Path | None:
     spec = importlib.util.find_spec(_PACKAGES[resolved]) if resolved in _PACKAGES else None
     if spec is None or spec.origin is None:
@@ -225,66 +305,10 @@ def _package_file(resolved: str) -> Path | None:
     return next(Path(spec.origin).parent.glob("models/*.pth"), None)
 
 
-def _read_lite(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict inside one of the lite packages; its file name ends with the start of its sha256."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith(path.stem.rpartition("-")[2]):
-        raise CheckpointError(f"weights {path} are damaged", f"sha256 is {digest}", "install the package again")
-    return _read_weights(path)
-
-
-def _lite_state_dict(published: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The published names of an EfficientNet-Lite -> timm's.
-
-    The published blocks count through (`_blocks.7`); timm's are numbered by stage (`blocks.3.1`). A block with an
-    expansion has three convolutions, the first block two.
-    """
-    top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    expanded = {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2",
-        "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    }
-    plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    stages: Any = model.blocks
-    places = [f"blocks.{s}.{b}" for s, stage in enumerate(stages) for b in range(len(stage))]
-    with_expansion = {int(key.split(".")[1]) for key in published if "_expand_conv" in key}
-    state_dict = {}
-    for key, value in published.items():
-        parts = key.split(".")
-        if parts[0] == "_blocks":
-            block = int(parts[1])
-            names = expanded if block in with_expansion else plain
-            parts = [places[block], names[parts[2]], *parts[3:]]
-        else:
-            parts[0] = top[parts[0]]
-        state_dict[".".join(parts)] = value
-    return state_dict
-
-
-def _load(model: nn.Module, state_dict: dict[str, torch.Tensor], *, keep_head: bool, origin: str) -> None:
-    """Load all but the head (which is new), and let nothing else differ."""
-    expected = model.state_dict()
-    head = () if keep_head else tuple(f"{name}." for name in head_names(model))
-    new = {key for key in (*expected, *state_dict) if head and key.startswith(head)}
-    body = {key: value for key, value in state_dict.items() if key not in new}
-    shapes = {key: tuple(value.shape) for key, value in expected.items() if key not in new}
-    there = {key: tuple(value.shape) for key, value in body.items()}
-    wrong = [
-        f"{key} is {there.get(key, 'missing')}, needed {shapes.get(key, 'nowhere')}"
-        for key in dict.fromkeys((*shapes, *there))
-        if there.get(key) != shapes.get(key)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"weights {origin} do not fit the model",
-            f"{len(wrong)} of {len(shapes)} tensors differ, first: {'; '.join(wrong[:3])}",
-            "give weights of this architecture, for images of 3 channels, or their --model",
-        )
-    model.load_state_dict(body, strict=False)
+def _pretraining(resolved: str) -> str:
+    tag = resolved.partition(".")[2]
+    seen = [data for part in tag.split("_") for start, data in _PRETRAINING.items() if part.startswith(start)]
+    return f"{' + '.join(dict.fromkeys(seen)) or 'not stated'} (tag {tag})"
 
 
 def _head_words(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> str:
@@ -325,6 +349,29 @@ def train_mode(model: nn.Module, *, freeze_bn: bool) -> None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
+
+
+def allow_single_values(model: nn.Module) -> None:
+    """Batch norm that trains takes a batch of one value per channel, as of one image on a 1 x 1 feature map.
+
+    Such a batch has no variance, and torch refuses it: it is normalised by the running statistics, which it leaves as
+    they are. (Synchronised batch norm has the values of all ranks.)
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            module.register_forward_pre_hook(_rest_with_single_values)
+            module.register_forward_hook(_train_again, always_call=True)
+
+
+def _rest_with_single_values(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    module.rests = module.training and inputs[0].numel() == inputs[0].shape[1]  # type: ignore[assignment]
+    if module.rests:
+        module.training = False
+
+
+def _train_again(module: nn.Module, *_: Any) -> None:
+    if module.rests:
+        module.training = True
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
@@ -379,14 +426,15 @@ def timm_config(model: nn.Module, info: ModelInfo, class_names: tuple[str, ...])
     pretrained_cfg = {key: source[key] for key in kept if source.get(key) is not None}
     pretrained_cfg |= {**info.data_config, "num_classes": len(class_names), "custom_load": False}
     config: dict[str, Any] = {
-        "architecture": info.resolved.partition(".")[0],
+        "architecture": source["architecture"],
         "num_classes": len(class_names),
         "num_features": model.num_features,
         "label_names": list(class_names),
         "pretrained_cfg": pretrained_cfg,
     }
-    if source.get("fixed_input_size"):
-        config["model_args"] = {"img_size": info.img_size}
+    size = {"img_size": info.img_size} if source.get("fixed_input_size") else {}
+    if info.model_args or size:
+        config["model_args"] = {**info.model_args, **size}
     return config
 
 

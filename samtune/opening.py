@@ -8,13 +8,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from samtune import console, device, distributed, lock, position, provenance, ranks, report, runlog, saver, signals
+from samtune import (
+    checkpoint,
+    console,
+    device,
+    distributed,
+    lock,
+    position,
+    provenance,
+    ranks,
+    report,
+    runlog,
+    saver,
+    signals,
+)
 from samtune.errors import ORPHANED, CheckpointError, MachineError, SamtuneError, Stopped, WorkerLost, first_line
-from samtune.job import Job, prepare
+from samtune.job import Job, Settled, prepare
 from samtune.options import RunConfig
 from samtune.position import Position
 from samtune.resume import Resumed
 from samtune.runlog import RankLog, RunLog
+from samtune.schedules import Duration, cosine, warmup
 from samtune.watchdog import Watchdog
 
 _PATIENCE = 5.0  # seconds for a last word on the terminal
@@ -41,8 +55,14 @@ def begin(config: RunConfig) -> tuple[Job, RunLog, None, Position]:
     about = provenance.describe(job)
 
     def create() -> RunLog:
-        saver.check_room(job, folder)
-        return RunLog.create(folder, job.config.to_toml(), about, job.total_steps)
+        try:
+            saver.check_room(job, folder)
+            return RunLog.create(folder, job.config.to_toml(), about, job.total_steps)
+        except SamtuneError:
+            if job.config.origins["output"].startswith("derived"):
+                with suppress(OSError):
+                    folder.rmdir()  # it was made for this run, and is empty
+            raise
 
     log = _by_rank(create, lambda: RankLog(folder, distributed.rank(), job.total_steps))
     with _disks(folder):
@@ -77,7 +97,9 @@ def _go_on(
     distributed.join(device.pick(config.gpus, config.processes))
     newest, before = distributed.from_first(lambda: (position.find(folder), _provenance(folder)))
     stop.saved = newest is not None
-    job = prepare(config, trained=before.get("model", {}) if newest else None)
+    if newest is not None and "epochs" in resumed.changed:
+        config = _with_past(config, int(checkpoint.verify(newest)["step"]), before, resumed)
+    job = prepare(config, _settled(newest, before) if newest else None)
     about = provenance.describe(job)
     if before:
         _check_same(job, before, about, resumed)
@@ -112,6 +134,8 @@ def _go_on(
     log = _by_rank(reopen, lambda: RankLog(folder, distributed.rank(), job.total_steps, place.step, place.seconds))
     _introduce(job, log, about)
     log.say(f"resume  {newest.name if newest else 'from the beginning: no checkpoint was saved yet'}")
+    if newest is not None and "epochs" in resumed.changed:
+        log.say(_seam(job, place.step, resumed.changed["epochs"][0]))
     if before.get("versions", entry["versions"]) != entry["versions"]:
         log.warn("versions have changed since: the run is no longer the same to the last bit")
     return job, log, newest, place
@@ -140,6 +164,39 @@ def _check_same(job: Job, before: Mapping[str, Any], about: Mapping[str, Any], r
             "masks are drawn by device: the run would no longer be the same to the last bit",
             f"go on with {then}, or let the number differ by --allow-change gpus",
         )
+
+
+def _with_past(config: RunConfig, step: int, before: Mapping[str, Any], resumed: Resumed) -> RunConfig:
+    """A config of another length, in which what lies in the past stays there: the warm-up, and where SAM began.
+
+    They may be given as shares of the run, which is now another one.
+    """
+    past = {
+        "warmup_epochs": before.get("optimizer", {}).get("warmup_steps"),
+        "sam_start": before.get("sam", {}).get("start"),
+    }
+    for key, steps in past.items():
+        if steps is not None and steps <= step and key not in resumed.changed:
+            config = config.derive(key, Duration(steps, "steps"), "as the run began, before its length was changed")
+    return config
+
+
+def _seam(job: Job, step: int, epochs: Duration) -> str:
+    """What becomes of the learning rate where a run of another length goes on after so many steps."""
+    steps_before = max(1, epochs.steps(job.steps_per_epoch))
+    last = job.lr * cosine(step - 1, steps_before) * warmup(step - 1, job.warmup_steps) if step else 0.0
+    now = job.lr * cosine(step, job.total_steps) * warmup(step, job.warmup_steps)
+    return (
+        f"rate    a cosine over {job.total_steps} steps in place of {steps_before}: {last:.3g} in step {step} and "
+        f"{now:.3g} in step {step + 1}; the warm-up of {job.warmup_steps} steps is "
+        + ("not repeated" if step >= job.warmup_steps else "not over yet")
+    )
+
+
+def _settled(newest: Path, before: Mapping[str, Any]) -> Settled:
+    """What the run settled when it began, by its newest checkpoint and its provenance."""
+    manifest = checkpoint.verify(newest)
+    return Settled(before.get("model", {}), manifest["class_names"], checkpoint.decode_rule(manifest))
 
 
 def _provenance(folder: Path) -> dict[str, Any]:

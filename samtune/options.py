@@ -4,7 +4,9 @@ A field here is a flag of `samtune run` and a key of a recipe, under one name (`
 description is the flag's help.
 """
 
+import itertools
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from samtune.errors import MachineError
 from samtune.fields import (
     DurationField,
     Endpoint,
@@ -27,8 +30,14 @@ from samtune.fields import (
 )
 from samtune.schedules import Duration
 
+MOST_PROCESSES = 1024
+LARGEST = 10**9
+"""The largest number of a setting that has no limit of its own: products of such numbers are still float32."""
+
 
 def _option(panel: str, description: str, default: Any = ..., **limits: Any) -> Any:
+    if limits and not {"le", "lt"} & limits.keys():
+        limits["le"] = LARGEST
     return Field(default, description=description, json_schema_extra={"panel": panel}, **limits)
 
 
@@ -37,10 +46,13 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    model: str = _option("Model", "timm model name, or an alias such as efficientnet_b7")
+    model: str = _option(
+        "Model", "timm model name, an alias such as efficientnet_b7, hf-hub:USER/NAME, or local-dir:FOLDER"
+    )
     weights: PathField | None = _option(
         "Model",
-        "pretrained weights from a file (.safetensors, or .pth without code) instead of a package or the hub",
+        "pretrained weights from a file (.safetensors, or .pth without code), a run or a checkpoint, instead of a "
+        "package or the hub",
         None,
     )
     pretrained: bool = _option("Model", "start from pretrained weights; --no-pretrained starts at random", True)
@@ -49,6 +61,7 @@ class RunConfig(BaseModel):
         "side of the square input in pixels; by default the size that the weights were trained for",
         None,
         ge=16,
+        le=16384,
     )
     drop: float = _option("Model", "dropout before the classifier", 0.2, ge=0, lt=1)
     drop_path: float = _option("Model", "stochastic depth (drop-connect)", 0.0, ge=0, lt=1)
@@ -67,10 +80,25 @@ class RunConfig(BaseModel):
 
     dataset: str = _option(
         "Data",
-        "a name of `samtune datasets`, the path of a folder or of a list (.csv, .jsonl), or user/name on the hub",
+        "a name of `samtune datasets`, the path of a folder or of a list (.csv, .jsonl, .parquet), or user/name on the "
+        "hub; a configuration follows a colon: user/name:config",
     )
+    dataset_config: str | None = _option("Data", "configuration of a data set that has several", None)
     image_key: str | None = _option("Data", "column of the images; by default it is found", None)
     label_key: str | None = _option("Data", "column of the labels; by default it is found", None)
+    split_key: str | None = _option(
+        "Data", "column that tells the split of each row; by default one whose values are names of splits", None
+    )
+    image_root: str | None = _option(
+        "Data", "folder from which the paths of a list are seen; by default that of the list", None
+    )
+    image_suffix: str = _option("Data", 'what the names in a list lack, as ".jpg"', "")
+    class_folders: Literal["first", "deepest"] = _option(
+        "Data",
+        "of folders in folders of a split, which one is the class: the first below the split, or the deepest, named by "
+        "its path",
+        "first",
+    )
     train_split: str | None = _option(
         "Data", 'split to train on, or several, as "train+validation"; by default it is found by its name', None
     )
@@ -111,6 +139,7 @@ class RunConfig(BaseModel):
         "with a GPU half of the cores up to 8",
         None,
         ge=0,
+        le=MOST_PROCESSES,
     )
     val_fraction: float = _option(
         "Data",
@@ -125,7 +154,11 @@ class RunConfig(BaseModel):
         True,
     )
     split_seed: int = _option(
-        "Data", "seed of that split and of subsets; it does not follow --seed, so that runs compare", 0, ge=0
+        "Data",
+        "seed of that split and of subsets; it does not follow --seed, so that runs compare",
+        0,
+        ge=0,
+        lt=2**63,
     )
     scale: float = _option(
         "Data", "random resized crop: least share of the image's area (1 takes nearly all of it)", 0.35, gt=0, le=1
@@ -147,6 +180,14 @@ class RunConfig(BaseModel):
     on_bad_image: Literal["error", "skip"] = _option(
         "Data", "what to do with images that cannot be decoded: name them and end, or train without them", "error"
     )
+    on_unlabelled: Literal["error", "skip"] = _option(
+        "Data",
+        "what to do with rows whose label is missing (none, blank, -1): name the first and end, or leave out",
+        "error",
+    )
+    max_megapixels: float = _option(
+        "Data", "a larger picture is one that cannot be decoded: it would fill the memory", 500.0, gt=0, le=1e6
+    )
     cache_limit: float = _option(
         "Data",
         "GiB of disk for decoded images ($SAMTUNE_CACHE, else ~/.cache/samtune); 0 decodes in every epoch",
@@ -164,7 +205,11 @@ class RunConfig(BaseModel):
         "Data", "a flipped label becomes any of the other classes (symmetric), or the next one (pair)", "symmetric"
     )
     noise_seed: int = _option(
-        "Data", "seed of the flips; it does not follow --seed, so that runs have the same wrong labels", 0, ge=0
+        "Data",
+        "seed of the flips; it does not follow --seed, so that runs have the same wrong labels",
+        0,
+        ge=0,
+        lt=2**63,
     )
     train_labels: PathField | None = _option(
         "Data",
@@ -260,7 +305,9 @@ class RunConfig(BaseModel):
         'auto: one GPU if there is one, else the CPU; all; a number of GPUs; or a list of them, as "0,2"',
         "auto",
     )
-    processes: int | None = _option("Devices", "so many ranks on the CPU, in place of GPUs", None, ge=1)
+    processes: int | None = _option(
+        "Devices", "so many ranks on the CPU, in place of GPUs", None, ge=1, le=MOST_PROCESSES
+    )
     nnodes: int = _option("Devices", "machines that run this command together, each with as many devices", 1, ge=1)
     node_rank: int = _option("Devices", "which of them this one is; 0 is where they meet", 0, ge=0)
     rdzv_endpoint: Endpoint | None = _option(
@@ -343,11 +390,25 @@ class RunConfig(BaseModel):
         return copy
 
     def with_output(self) -> "RunConfig":
-        """With a run folder, if none is given: a new one, named after time, model, data set and rho."""
+        """With a run folder, if none is given: a new one, named after time, model, data set, rho and seed.
+
+        It is made here, so that runs that start in the same second get one each. Raises MachineError where it cannot.
+        """
         if self.output is not None:
             return self
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.model}-{Path(self.dataset).name}-rho{self.rho:g}"
-        return self.derive("output", Path("runs") / name, "time, model, data set, rho")
+        parts = (self.model, Path(self.dataset).name, f"rho{self.rho:g}", f"seed{self.seed}")
+        name = re.sub(r"[^\w.-]+", "-", "-".join((time.strftime("%Y%m%d-%H%M%S"), *parts)))
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        folder = Path("runs") / next(names)
+        try:
+            folder.parent.mkdir(exist_ok=True)
+            while not _made(folder):
+                folder = Path("runs") / next(names)
+        except OSError as error:
+            raise MachineError(
+                f"run folder {folder} cannot be made", error.strerror or "", "give another by --output"
+            ) from None
+        return self.derive("output", folder, "time, model, data set, rho, seed")
 
     def to_toml(self) -> str:
         """The resolved config as a recipe that repeats the run elsewhere; origins stand in the comments."""
@@ -360,3 +421,12 @@ class RunConfig(BaseModel):
                 line = f"# {line}"  # taken by the run itself
             lines.append(f"{line:<44} # {origin}")
         return "\n".join(lines) + "\n"
+
+
+def _made(folder: Path) -> bool:
+    """Whether this process has made the folder: another may have been faster."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True

@@ -132,6 +132,7 @@ def find(folder: Path) -> Path | None:
     Raises CheckpointError if there are checkpoints, but none that is valid.
     """
     checkpoints = folder / "checkpoints"
+    checkpoint.adopt_copies(checkpoints)
     for left in checkpoint.remove_leftovers(checkpoints):
         console.warn(f"a save was cut off: {left.name} is removed")
     found, damage = checkpoint.newest_valid(checkpoints)

@@ -4,7 +4,7 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from samtune import device, distributed, report, runlog
@@ -43,6 +43,7 @@ def describe(job: Job) -> dict[str, Any]:
             "pretraining": info.pretraining,
             "parameters": info.parameters,
             "img_size": info.img_size,
+            "data_config": info.data_config,
         },
         "dataset": {
             "name": data.name,
@@ -51,6 +52,9 @@ def describe(job: Job) -> dict[str, Any]:
             "val": len(job.val_rows),
             "test": len(job.test_rows),
             "classes": len(data.class_names),
+            "notes": list(data.notes),
+            "decode": job.rule.to_json(),
+            "fingerprint": data.fingerprint,
             "split_hash": split_hash(
                 job.train_rows,
                 job.train.split.labels[job.train_rows],
@@ -79,12 +83,21 @@ def describe(job: Job) -> dict[str, Any]:
             "ascent_steps": config.ascent_steps,
         },
         "bad_images": job.bad_images,
-        "warnings": [report.seen_warning(job.seen_test_images)] if job.seen_test_images else [],
+        "warnings": [*_warnings(job)],
         "steps_per_epoch": job.steps_per_epoch,
     }
     if job.noise is not None:
         content["dataset"]["label_noise"] = job.noise.about
     return content
+
+
+def _warnings(job: Job) -> Iterator[str]:
+    if job.seen_test_images:
+        yield report.seen_warning(job.seen_test_images)
+    if job.one_colour:
+        count = len(job.one_colour)
+        some = "; ".join(job.one_colour[:3]) + ("; ..." if count > 3 else "")
+        yield f"{count} picture{'s show' if count > 1 else ' shows'} one colour and nothing else: {some}"
 
 
 def lines(job: Job, provenance: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from samtune.errors import SamtuneError, Stopped, WorkerLost
+from samtune.errors import SamtuneError, Stopped, UsageError, WorkerLost
 
 FOLDER, LAUNCHER = "SAMTUNE_LAUNCH", "SAMTUNE_LAUNCHER"  # where ranks leave their words; the launcher's process
 _LOOK = 0.5  # seconds
@@ -39,6 +39,8 @@ def place() -> Place | None:
     """The place of this process; None where it is alone. Slurm's variables are translated into torch.distributed's."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and not _translate(os.environ):
         return None
+    if int(os.environ["WORLD_SIZE"]) == 1 and FOLDER not in os.environ:
+        return None  # as a shell may still say that was once a rank
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -69,6 +71,30 @@ def first_host(nodes: str) -> str:
 def asked_for(gpus: str, processes: int | None, nnodes: int = 1) -> bool:
     """Whether this process shall launch ranks, and not be one: that a single GPU comes of it is not ruled out."""
     return place() is None and (nnodes > 1 or (processes or 1) > 1 or (processes is None and gpus not in ("auto", "0")))
+
+
+def check_processes(processes: int | None) -> None:
+    """Raise UsageError for --processes in a rank of another launcher, which has started another number."""
+    here = place()
+    if here is not None and folder() is None and processes not in (None, here.local_world_size):
+        raise UsageError(
+            f"--processes {processes} in one of {here.local_world_size} ranks",
+            f"{origin()} says that a launcher has started them",
+            f"leave --processes out; or, if there is no launcher, run {alone()}",
+        )
+
+
+def origin() -> str:
+    """The variables that make this process a rank."""
+    if os.environ.get("SLURM_STEP_NUM_TASKS") == os.environ["WORLD_SIZE"]:
+        return f"SLURM_STEP_NUM_TASKS={os.environ['WORLD_SIZE']}"
+    return f"RANK={os.environ['RANK']} WORLD_SIZE={os.environ['WORLD_SIZE']}"
+
+
+def alone() -> str:
+    """What lets the command run as if there were no launcher."""
+    names = ("SLURM_STEP_NUM_TASKS",) if origin().startswith("SLURM") else ("RANK", "WORLD_SIZE")
+    return f"env {' '.join(f'-u {name}' for name in names)} samtune ..."
 
 
 def is_first() -> bool:

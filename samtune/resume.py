@@ -22,7 +22,8 @@ FREE = {
 _FIXED = {
     *("model", "weights", "pretrained", "img_size", "model_ema", "opt", "seed", "batch_size", "global_batch_size"),
     *("image_key", "label_key", "train_split", "val_split", "test_split", "val", "val_fraction", "split_seed"),
-    *("train_fraction", "max_train", "max_eval", "on_bad_image"),
+    *("train_fraction", "max_train", "max_eval", "on_bad_image", "on_unlabelled", "max_megapixels"),
+    *("dataset_config", "split_key", "image_suffix", "class_folders"),
     *("label_noise", "noise_kind", "noise_seed", "train_labels", "train_labels_key"),
 }
 

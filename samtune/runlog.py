@@ -36,8 +36,12 @@ _COLUMNS = (
     *("images_per_second", "data_wait", "seconds"),
 )
 _HEARTBEAT = 5.0  # seconds between two updates of status.json
-# What may lie in a folder whose run was ended before it had begun: config.toml is written last.
-_BEGINNINGS = re.compile(r"\.lock|\..*\.part|checkpoints|provenance\.json|label_noise\.parquet")
+# What makes a folder that of a run, or of a sweep. Of a run that was ended before it had begun there may be others:
+# config.toml is written last. Files of others, such as a batch system's output, are nobody's business here.
+_OWN = (
+    *("config.toml", "status.json", "metrics.jsonl", "report.json", "report.md", "report.html", "predictions.parquet"),
+    *("diagnostics.json", "sweep.toml", "ledger.json"),
+)
 State = Literal["running", "done", "stopped", "failed"]
 
 
@@ -48,7 +52,15 @@ def holds_run(folder: Path) -> bool:
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether a run has saved something in this folder."""
-    return any((folder / "checkpoints").glob("step-*"))
+    checkpoints = folder / "checkpoints"
+    copies = (checkpoints / name / "manifest.json" for name in ("last", "best"))  # of links that were followed
+    return any(checkpoints.glob("step-*")) or any(copy.is_file() for copy in copies)
+
+
+def resolve_checkpoint(checkpoints: Path, name: str) -> Path:
+    """The folder that last, best or step-000123 means: by a link, by a file that names it, or itself."""
+    path = checkpoints / name
+    return checkpoints / path.read_text(encoding="utf-8").strip() if path.is_file() else path
 
 
 def check_done(folder: Path) -> None:
@@ -98,10 +110,12 @@ def check_unused(folder: Path) -> None:
 
 
 def _check_empty(folder: Path) -> None:
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if folder.is_file() or has_checkpoints(folder) or not all(map(_BEGINNINGS.fullmatch, names)):
+    there = [name for name in _OWN if (folder / name).exists()]
+    if folder.is_file() or has_checkpoints(folder) or there:
         resume = "go on with its run by --resume, " if holds_run(folder) else ""
-        raise UsageError(f"run folder {folder} is not empty", mend=f"{resume}give another --output, or remove it")
+        what = f"run folder {folder} is {'a file' if folder.is_file() else 'not empty'}"
+        why = f"it has {there[0]} of another run" if there else ""
+        raise UsageError(what, why, f"{resume}give another --output, or remove it")
 
 
 class RunLog:

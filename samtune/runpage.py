@@ -186,7 +186,8 @@ def _class_names(folder: Path, result: Mapping[str, Any]) -> list[str]:
     classes = result["dataset"]["classes"]
     for name in (result["selected"], "last", "best"):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            manifest = json.loads((folder / "checkpoints" / name / "manifest.json").read_text(encoding="utf-8"))
+            checkpoint = runlog.resolve_checkpoint(folder / "checkpoints", name)
+            manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
             names = [str(one) for one in manifest["class_names"]]
             if len(names) == classes:
                 return names

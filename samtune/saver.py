@@ -109,6 +109,8 @@ class Saver:
             about={
                 "config": job.config.model_dump(mode="json"),
                 "class_names": list(job.data.class_names),
+                "dataset": job.data.fingerprint,
+                "decode": job.rule.to_json(),
                 "versions": runlog.versions(),
             },
             **content,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
 
+_LONGEST = 1e9  # of any unit
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?|minutes?|%)?\s*")
 
 
@@ -24,6 +25,8 @@ class Duration:
         match = _DURATION.fullmatch(str(value))
         if match is None or isinstance(value, bool):
             raise ValueError('must be epochs (8), or text like "8 epochs", "5000 steps", "20%", "10 minutes"')
+        if float(match[1]) > _LONGEST:
+            raise ValueError(f"must be at most {_LONGEST:g}")
         units: dict[str, Literal["epochs", "steps", "%", "minutes"]]
         units = {"": "epochs", "e": "epochs", "s": "steps", "%": "%", "m": "minutes"}
         return cls(float(match[1]), units[(match[2] or "")[:1]])

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from samtune import checkpoint, console, device, distributed, models, opening, position, report, signals
+from samtune import checkpoint, console, device, distributed, models, opening, position, report, runlog, signals
 from samtune.data.cache import Images
 from samtune.data.loader import Batch, rows_of_step, train_batches
 from samtune.data.splits import Indices
@@ -355,7 +355,7 @@ def _score(this: _Run, model: nn.Module, images: Images, rows: Indices, name: st
 def _score_selected(this: _Run) -> Evaluation:
     """Score the selected checkpoint on test, once; without a test split, or with --no-test, on validation again."""
     job = this.job
-    folder = this.log.checkpoints / job.config.select
+    folder = runlog.resolve_checkpoint(this.log.checkpoints, job.config.select)
     step = int(distributed.from_first(lambda: checkpoint.verify(folder)["step"]))
     checkpoint.load_weights(partial(job.load, job.model), folder / "model.safetensors")
     if job.test is None or not job.config.test:

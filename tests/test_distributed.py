@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from samtune import SAM, config, distributed, models
 from samtune import ranks as samtune_ranks
+from samtune.data.decode import DecodeRule
 from samtune.data.splits import open_parts
 from samtune.errors import DataError
 from samtune.evaluate import evaluate
@@ -433,7 +434,7 @@ def test_a_step_of_sam_sends_what_a_step_of_sgd_sends_and_a_global_one_the_gradi
 def scored_here(folder):
     settings = config.load(None, {"model": "resnet10t", "dataset": str(folder), "batch_size": 2, "workers": 0})
     parts = open_parts(settings)
-    (images,) = look_at_data(settings, [(parts.test, parts.test_rows)])
+    (images,) = look_at_data(settings, [(parts.test, parts.test_rows)], DecodeRule())
     torch.manual_seed(0)
     model, info = models.build("resnet10t", classes=2, pretrained=False, img_size=32)
     torch.nn.init.normal_(model.fc.weight)

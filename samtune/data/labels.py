@@ -1,5 +1,6 @@
-"""Columns -> class indices: which columns hold images and labels, what the classes are, which class each row has."""
+"""Labels -> class indices: what the classes are, and which class each row has."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from samtune.errors import DataError, UsageError
-
-# Columns that are looked for, in this order; then a column that is the only one of its kind.
-_IMAGE_COLUMNS = ("image", "img")
-_LABEL_COLUMNS = ("label", "labels", "fine_label")
+from samtune.data.names import natural_key, readable
+from samtune.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -27,51 +25,40 @@ class Labels:
 
     @property
     def hidden(self) -> bool:
-        """Whether none is told, as in the test split of a competition: all are -1, NaN or blank."""
-        return all(value in (None, "", -1) or value != value for value in self.values)
+        """Whether none is told, as in the test split of a competition."""
+        return all(map(is_missing, self.values))
 
 
-def find_columns(
-    dataset: str, there: Mapping[str, str], image_key: str | None, label_key: str | None
-) -> tuple[str, str]:
-    """(image column, label column) of a table with these columns: name -> kind ("Image", "ClassLabel", ...).
+@dataclass(frozen=True)
+class Classified:
+    """Labels as indices of classes.
 
-    Raises UsageError for a key that is no column, DataError where none can be found; both list the columns.
+    indices: (n,) int64 in [-1, classes); -1 for a label that is missing or no class. unlabelled: rows whose label is
+    missing. unknown: rows of each class that is none of those asked for.
     """
-    for flag, key in (("--image-key", image_key), ("--label-key", label_key)):
-        if key is not None and key not in there:
-            raise UsageError(
-                f"{flag} {key}: data set {dataset} has no such column", mend=f"its columns: {', '.join(there)}"
-            )
-    image = image_key or _find(there, _IMAGE_COLUMNS, "Image")
-    label = label_key or _find(there, _LABEL_COLUMNS, "ClassLabel")
-    if image is None or label is None:
-        kind, flag = ("image", "--image-key") if image is None else ("label", "--label-key")
-        raise DataError(
-            f"data set {dataset} has no {kind} column that can be told",
-            f"its columns: {', '.join(there)}",
-            f"name it by {flag}; a folder of pictures needs two class folders or more",
-        )
-    return image, label
+
+    indices: npt.NDArray[np.int64]
+    unlabelled: int
+    unknown: Mapping[str, int]
 
 
-def _find(there: Mapping[str, str], names: Sequence[str], kind: str) -> str | None:
-    by_name = [name for name in names if name in there]
-    of_kind = [name for name, its_kind in there.items() if its_kind == kind]
-    return by_name[0] if by_name else of_kind[0] if len(of_kind) == 1 else None
+def is_missing(value: Any) -> bool:
+    """Whether a label says nothing: None, blank, -1 or NaN."""
+    return value in (None, "", -1) or value != value
 
 
 def class_names(train: Sequence[Labels]) -> tuple[str, ...]:
     """The classes of a data set, from the parts of its train split: declared names, else the distinct labels in order.
 
-    Numbers are ordered as numbers, text as text. Declared names keep the order of the first part.
+    Numbers are ordered as numbers, text as text, and digits inside text as numbers too. Declared names keep the order
+    of the first part.
     """
-    declared = [name for part in train for name in part.names or ()]
+    declared = [readable(name) for part in train for name in part.names or ()]
     values = {value for part in train if part.names is None for value in part.values if _is_class(value)}
     if declared:
         values = {value for value in values if isinstance(value, str)}  # numbers are positions then
-    ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
-    return tuple(dict.fromkeys([*declared, *map(str, ordered)]))
+    ordered = sorted({readable(str(value)) for value in values}, key=natural_key)
+    return tuple(dict.fromkeys([*declared, *ordered]))
 
 
 def _is_class(value: Any) -> bool:
@@ -79,31 +66,50 @@ def _is_class(value: Any) -> bool:
     return (isinstance(value, str) and value != "") or (isinstance(value, int) and value >= 0)
 
 
-def to_classes(labels: Labels, split: str, classes: tuple[str, ...], declared: bool) -> npt.NDArray[np.int64]:
-    """Class index of each row, (n,) int64 in [0, len(classes)): equal names are one class, whatever a split's order.
+def classify(labels: Labels, classes: Sequence[str], declared: Sequence[str] | None) -> Classified:
+    """The class of each row: equal names are one class, whatever a split's own order.
 
-    declared: whether train declares its names; bare numbers of other splits are positions then, else names themselves.
-    Raises DataError with the first row whose label is no class of train.
+    declared: the names that the train split of the data set declares, if it does; bare numbers of other splits are
+    positions in them, else names themselves.
     """
-    index = {name: i for i, name in enumerate(classes)}
-    names = labels.names if labels.names is not None else classes if declared else None
-    positions = None if names is None else [index.get(name, -1) for name in names]
+    index = {readable(name): i for i, name in enumerate(classes)}
+    names = labels.names if labels.names is not None else declared
+    known = {value: index.get(_name(value, names) or "", -1) for value in set(filter(_is_plain, labels.values))}
+    found = np.asarray([known[v] if _is_plain(v) else -1 for v in labels.values], dtype=np.int64)
+    rows = np.flatnonzero(found < 0).tolist()
+    missing = sum(is_missing(labels.values[row]) for row in rows)
+    others = [labels.values[row] for row in rows if not is_missing(labels.values[row])]
+    return Classified(found, missing, Counter(_name(value, names) or repr(value) for value in others))
 
-    def to_class(value: Any) -> int:
-        if positions is not None and isinstance(value, int):
-            return positions[value] if 0 <= value < len(positions) else -1
-        return index.get(str(value), -1) if _is_class(value) else -1
 
-    found = np.asarray([to_class(value) for value in labels.values], dtype=np.int64)
-    if (found < 0).any():
-        row = int(np.argmax(found < 0))
-        value = labels.values[row]
-        if labels.names is not None and isinstance(value, int) and 0 <= value < len(labels.names):
-            value = labels.names[value]
-        some = ", ".join(classes[:6]) + (", ..." if len(classes) > 6 else "")
-        raise DataError(
-            f"row {row} of split {split} has the label {value!r}, which is no class",
-            f"train has {len(classes)} classes: {some}",
-            "mend or remove the row; labels count from 0",
-        )
-    return found
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int)
+
+
+def _name(value: Any, names: Sequence[str] | None) -> str | None:
+    """The name of the class that a label means; None for what is no class."""
+    if names is not None and isinstance(value, int):
+        return readable(names[value]) if 0 <= value < len(names) else None
+    return readable(str(value)) if _is_class(value) else None
+
+
+def no_class(
+    labels: Labels, found: Classified, split: str, classes: Sequence[str], *, missing_is_wrong: bool
+) -> DataError:
+    """The error for the first row whose label is no class. missing_is_wrong: whether one without a label counts."""
+    rows = np.flatnonzero(found.indices < 0).tolist()
+    row = next(row for row in rows if missing_is_wrong or not is_missing(labels.values[row]))
+    value = labels.values[row]
+    if labels.names is not None and isinstance(value, int) and 0 <= value < len(labels.names):
+        value = labels.names[value]
+    skip = f"; --on-unlabelled skip leaves out the {found.unlabelled} rows without a label"
+    return DataError(
+        f"row {row} of split {split} has the label {value!r}, which is no class",
+        f"train has {len(classes)} classes: {some(classes)}",
+        "mend or remove the row; labels count from 0" + (skip if is_missing(value) else ""),
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names, in words."""
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

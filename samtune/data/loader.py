@@ -109,10 +109,17 @@ class _Batches(torch.utils.data.Dataset[Batch | DataError]):
     def __getitem__(self, key: _Key) -> Batch | DataError:
         epoch, rows = key
         try:
-            found = self.images.take(rows)
+            batch = self._batch(epoch, rows)
         except DataError as error:
             return error  # raised by `_load`: a worker would wrap it in its traceback
-        return self.transform(found, epoch, rows), torch.from_numpy(self.images.split.labels[rows])
+        return batch, torch.from_numpy(self.images.split.labels[rows])
+
+    def _batch(self, epoch: int, rows: Indices) -> torch.Tensor:
+        if self.images.pixels is not None:
+            return self.transform(self.images.take(rows), epoch, rows)
+        # One by one: decoded photographs of a whole batch would fill the memory.
+        one = np.split(rows, len(rows))
+        return torch.cat([self.transform(self.images.take(row), epoch, row) for row in one])
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,35 +1,66 @@
 """Which split of a data set plays which role: train, validation, test. Names in, names out."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 from samtune.errors import DataError, UsageError
 
-_SYNONYMS = {
+_FLAGS = {"train": "--train-split", "validation": "--val-split", "test": "--test-split"}
+ROLES = tuple(_FLAGS)
+UNLABELLED = "unlabelled"  # the role of pictures that a model shall predict, and that nobody has labelled
+_WORDS = {
+    "train": "train",
     "training": "train",
+    "trn": "train",
     "val": "validation",
     "valid": "validation",
+    "validation": "validation",
+    "validate": "validation",
     "dev": "validation",
     "eval": "validation",
     "evaluation": "validation",
+    "test": "test",
     "testing": "test",
+    "tst": "test",
+    "pred": UNLABELLED,
+    "predict": UNLABELLED,
+    "prediction": UNLABELLED,
+    "unlabelled": UNLABELLED,
+    "unlabeled": UNLABELLED,
 }
-_FLAGS = {"train": "--train-split", "validation": "--val-split", "test": "--test-split"}
-ROLES = tuple(_FLAGS)
+# Words that say nothing of the role: training_set, seg_train, images_test, val2017.
+_COMMON_WORDS = {
+    *("set", "data", "dataset", "split", "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos"),
+    *("seg", "folder", "dir", "part", "sample", "samples"),
+}
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Columns and splits by their names, where they are not to be found by themselves.
+    """How a data set is to be read, where it is not to be found out: the settings of a run with these names.
 
     A split may be several, joined by "+": "train+validation".
     """
 
     image_key: str | None = None
     label_key: str | None = None
+    split_key: str | None = None
+    image_root: str | None = None
+    image_suffix: str = ""
+    class_folders: str = "first"
+    dataset_config: str | None = None
     train_split: str | None = None
     val_split: str | None = None
     test_split: str | None = None
+    on_unlabelled: str = "error"
+    on_bad_image: str = "error"
+
+    @classmethod
+    def of(cls, settings: Any) -> Self:
+        """From an object with these attributes, such as a RunConfig."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     @property
     def splits(self) -> dict[str, tuple[str, ...]]:
@@ -38,20 +69,40 @@ class Wanted:
         return {role: tuple(names.split("+")) for role, names in flags.items() if names is not None}
 
 
+def parse(name: str) -> tuple[str | None, tuple[str, ...]]:
+    """The role that a split's name tells, and the words beside it: flowers_train2017 -> ("train", ("flowers",)).
+
+    No role where it has no word for one, or words for several.
+    """
+    roles = set()
+    rest = []
+    for word in re.findall("[^\\W\\d_]+", name.casefold()):
+        stem = next((word.removesuffix(end) for end in _COMMON_WORDS if word.removesuffix(end) in _WORDS), word)
+        if stem in _WORDS:
+            roles.add(_WORDS[stem])
+        elif word not in _COMMON_WORDS:
+            rest.append(word)
+    return (roles.pop() if len(roles) == 1 else None), tuple(rest)
+
+
 def role_of(split: str) -> str:
-    """The role that a split's name stands for, in any case: Val -> validation; other names stand for themselves."""
-    name = split.lower()
-    if name in _FLAGS:
-        return name
-    return _SYNONYMS.get(name, split)
+    """The role that a split's name stands for: Val, valid_set, val2017 -> validation; others stand for themselves."""
+    role, rest = parse(split)
+    return role if role in ROLES and not rest else split
 
 
-def assign(dataset: str, there: Sequence[str], wanted: Wanted, policy: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def assign(
+    dataset: str,
+    there: Sequence[str],
+    wanted: Wanted,
+    policy: Mapping[str, str],
+    needs_train: bool = True,
+) -> dict[str, tuple[str, ...]]:
     """Role -> the splits that play it, train first.
 
     there: the splits of the data set. policy: role -> splits joined by "+", as the catalog says; {} goes by names, and
-    splits of other names keep them. What is wanted goes first, and each split plays one role. A test split is never
-    validation.
+    splits of other names keep them. What is wanted takes precedence, and each split plays one role. A test split is
+    never validation. needs_train: whether there has to be a train split.
 
     Raises:
         UsageError: a wanted split is not there, has two roles, or is test and shall be validation.
@@ -71,7 +122,7 @@ def assign(dataset: str, there: Sequence[str], wanted: Wanted, policy: Mapping[s
                 mend=f"choose one by {_FLAGS[role]}, or join them: {'+'.join(free)}",
             )
         roles[role] = free
-    if "train" not in roles:
+    if "train" not in roles and needs_train:
         raise DataError(
             f"data set {dataset} has no train split",
             f"it has: {', '.join(there)}",
@@ -84,9 +135,13 @@ def _by_default(there: Iterable[str], policy: Mapping[str, str]) -> dict[str, tu
     if policy:
         roles = {role: tuple(name for name in names.split("+") if name in there) for role, names in policy.items()}
         return {role: names for role, names in roles.items() if names}
+    names = list(there)
     found: dict[str, tuple[str, ...]] = {}
-    for name in there:
-        found[role_of(name)] = (*found.get(role_of(name), ()), name)
+    for name in names:
+        role = role_of(name)
+        # Of "test" and "test2" the first is meant; the other is a split that nobody has asked for.
+        role = name if role != name and role in names else role
+        found[role] = (*found.get(role, ()), name)
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from samtune.data.decode import decode
+from samtune.data.decode import DecodeRule, decode, is_constant
 from samtune.data.loader import leave_signals_to_the_main_process
 from samtune.data.source import Split
 from samtune.errors import DataError
@@ -36,7 +36,7 @@ class Picture:
 
     Of an image that cannot be read, unreadable says why and the rest is empty. width and height in pixels as they are
     shown, upright. hash: 64 bits, alike for what looks alike; None without contrast, or without imagehash.
-    thumbnail: THUMBNAIL x THUMBNAIL grey levels, uint8.
+    thumbnail: THUMBNAIL x THUMBNAIL grey levels, uint8. label: -1 where it has none.
     """
 
     split: str
@@ -50,6 +50,7 @@ class Picture:
     height: int = 0
     animated: bool = False
     turned: bool = False
+    one_colour: bool = False
     hash: int | None = None
     thumbnail: bytes = b""
 
@@ -59,10 +60,10 @@ def can_see_likeness() -> bool:
     return find_spec("imagehash") is not None
 
 
-def scan(split: Split, *, workers: int, progress: Progress) -> Iterator[Picture]:
-    """Each image of a split, in its order."""
+def scan(split: Split, rule: DecodeRule, *, workers: int, progress: Progress) -> Iterator[Picture]:
+    """Each image of a split, in its order. rule: how training decodes them."""
     loader: DataLoader[Any] = DataLoader(
-        _Pictures(split),
+        _Pictures(split, rule),
         batch_size=_BATCH,
         num_workers=workers,
         collate_fn=list,
@@ -77,8 +78,8 @@ def scan(split: Split, *, workers: int, progress: Progress) -> Iterator[Picture]
 
 
 class _Pictures(torch.utils.data.Dataset[Picture]):
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    def __init__(self, split: Split, rule: DecodeRule) -> None:
+        self.split, self.rule = split, rule
 
     def __len__(self) -> int:
         return len(self.split)
@@ -94,18 +95,22 @@ class _Pictures(torch.utils.data.Dataset[Picture]):
         encoded = b""
         try:
             encoded = split.image_bytes(row)
-            pixels = decode(encoded, lambda: split.where(row))
+            pixels = decode(encoded, lambda: split.where(row), self.rule)
         except DataError as error:
             digest = hashlib.sha256(encoded).digest() if encoded else b""
             return Picture(**place, sha256=digest, unreadable=error.why)
-        return Picture(**place, sha256=hashlib.sha256(encoded).digest(), **_header(encoded), **_appearance(pixels))
+        about = _header(encoded) | _appearance(pixels)
+        return Picture(**place, sha256=hashlib.sha256(encoded).digest(), one_colour=is_constant(pixels), **about)
 
 
 def _header(encoded: bytes) -> dict[str, Any]:
     with Image.open(io.BytesIO(encoded)) as image:
-        about: dict[str, Any] = {"mode": _mode(image)}
+        about: dict[str, Any] = {"mode": _mode(image), "width": image.width, "height": image.height}
         with suppress(Exception):  # a damaged tag or second frame; training needs neither
-            about["turned"] = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+            orientation = image.getexif().get(_ORIENTATION, 1)
+            about["turned"] = orientation in range(2, 9)
+            if orientation in range(5, 9):  # it is shown upright
+                about["width"], about["height"] = image.height, image.width
         with suppress(Exception):
             # A telephone's JPEG may hold a second picture (MPO); nothing moves in it.
             about["animated"] = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
@@ -114,14 +119,16 @@ def _header(encoded: bytes) -> dict[str, Any]:
 
 def _mode(image: Image.Image) -> str:
     depths = str([tile[3] for tile in getattr(image, "tile", ())])  # Pillow shows 16-bit colour as plain RGB
+    if image.mode in ("I", "F"):
+        return "32-bit integers" if image.mode == "I" else "floating point"
     return "16-bit" if image.mode.startswith("I") or ";16" in depths else _MODES.get(image.mode, image.mode)
 
 
 def _appearance(pixels: torch.Tensor) -> dict[str, Any]:
-    """Size and likeness of (3, height, width) uint8 pixels."""
+    """Likeness of (3, height, width) uint8 pixels."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert("L")
     thumbnail = np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
-    about: dict[str, Any] = {"width": image.width, "height": image.height, "thumbnail": thumbnail.tobytes()}
+    about: dict[str, Any] = {"thumbnail": thumbnail.tobytes()}
     if can_see_likeness() and thumbnail.std() > _LEAST_CONTRAST:
         import imagehash
 

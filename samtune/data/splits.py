@@ -1,12 +1,14 @@
 """Which rows a run trains on, chooses on and is scored on: a seeded validation part of train, and seeded subsets."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from samtune.data import source
+from samtune.data.labels import some
 from samtune.data.roles import Wanted
 from samtune.data.source import Source, Split
 from samtune.errors import DataError, UsageError
@@ -54,23 +56,26 @@ def split_hash(*parts: Indices) -> str:
     return digest.hexdigest()[:16]
 
 
-def train_and_validation(data: Source, fraction: float, seed: int) -> tuple[Split, Indices, Split, Indices]:
-    """What a run trains on and what it chooses on: (split, rows) of each.
+def train_and_validation(
+    data: Source, fraction: float, seed: int, needs_validation: bool = True
+) -> tuple[Split, Indices, Split, Indices]:
+    """What a run trains on and what it chooses on: (split, rows) of each. Rows without a label are in neither.
 
     The data set's own validation split where it has one; else a stratified share of train.
-    Raises DataError if nothing is left to train or to validate on.
+    Raises DataError if nothing is left to train on, or to validate on where that is needed.
     """
     train = data.splits["train"]
-    rows = np.arange(len(train))
+    rows = train.labelled
     if "validation" in data.splits:
-        parts = (train, rows, data.splits["validation"], np.arange(len(data.splits["validation"])))
+        parts = (train, rows, data.splits["validation"], data.splits["validation"].labelled)
     else:
-        kept, held_out = stratified_split(train.labels, fraction, seed)
-        parts = (train, kept, train, held_out)
-    if len(parts[1]) == 0 or len(parts[3]) == 0:
+        kept, held_out = stratified_split(train.labels[rows], fraction, seed)
+        parts = (train, rows[kept], train, rows[held_out])
+    if len(parts[1]) == 0 or (needs_validation and len(parts[3]) == 0):
         raise DataError(
             f"data set {data.name} is too small: {len(parts[1])} images to train on, {len(parts[3])} to validate on",
-            mend="validation takes at least one image of each class that has two; add images, or a validation split",
+            "validation takes one image at least of each class that has two",
+            "add images or a validation split, or train without validation by --no-val",
         )
     return parts
 
@@ -92,17 +97,18 @@ class Parts:
     sources: tuple[tuple[Split, Indices], ...] = ()
 
 
-def open_parts(config: RunConfig, dataset: str | None = None) -> Parts:
+def open_parts(config: RunConfig, dataset: str | None = None, classes: Sequence[str] | None = None) -> Parts:
     """Open the data set of a config, and tell its rows; the same config gives the same rows, in a run and afterwards.
 
-    dataset: where the data is now, if it has moved. Raises what `source.open_source` and `train_and_validation` raise,
-    and UsageError for --no-val without a test split.
+    dataset: where the data is now, if it has moved. classes: of a run that began earlier, in its order. Raises what
+    `source.open_source` and `train_and_validation` raise, and UsageError for --no-val without a test split.
     """
-    wanted = Wanted(config.image_key, config.label_key, config.train_split, config.val_split, config.test_split)
-    data = source.open_source(dataset or config.dataset, wanted)
+    data = source.open_source(dataset or config.dataset, Wanted.of(config), classes)
+    if classes is not None:
+        _check_classes(data, classes)
     seed = config.split_seed
-    train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, seed)
-    test_rows = np.arange(len(data.test) if data.test else 0)
+    train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, seed, config.val)
+    test_rows = data.test.labelled if data.test else np.arange(0)
     train_count = max(1, round(config.train_fraction * len(train_rows)))
     parts = Parts(
         data,
@@ -114,6 +120,19 @@ def open_parts(config: RunConfig, dataset: str | None = None) -> Parts:
         _at_most(config.max_eval, data.test, test_rows, seed) if data.test else test_rows,
     )
     return parts if config.val else _with_validation(parts)
+
+
+def _check_classes(data: Source, classes: Sequence[str]) -> None:
+    """Raise DataError where this cannot be the data of a run with these classes."""
+    unknown = [name for split in data.splits.values() for name in split.unknown]
+    if "train" in data.splits and not unknown:
+        return
+    raise DataError(
+        f"data set {data.origin} is not that of the run: "
+        + (f"it has images of class {unknown[0]!r}" if unknown else "it has no train split"),
+        f"the run has {len(classes)} classes: {some(classes)}",
+        "give the data set of the run by --dataset",
+    )
 
 
 def _with_validation(parts: Parts) -> Parts:

@@ -37,6 +37,7 @@ POLICIES: Mapping[str, Callable[[], Transform]] = {
 }
 _ATTEMPTS = 10  # to find a crop of the wanted area and shape inside the image
 _RATIO = (3 / 4, 4 / 3)
+_LONGEST = 16  # length over width of what evaluation resizes; a central crop needs a part about as long as it is wide
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,10 @@ def mix(
 def eval_transform(data_config: Mapping[str, Any]) -> Transform:
     """Resize and crop as the pretrained weights were evaluated: timm's own transform, crop share and mode included.
 
-    (3, h, w) uint8 -> (3, size, size) uint8.
+    Of a very long picture the ends, which the central crop leaves out, are cut off before it is resized: that would
+    make a picture of 6000 x 10 pixels one of 134,400 x 224. (3, h, w) uint8 -> (3, size, size) uint8.
     """
-    transform: Transform = timm.data.create_transform(
+    as_timm: Transform = timm.data.create_transform(
         input_size=data_config["input_size"],
         interpolation=data_config["interpolation"],
         crop_pct=data_config["crop_pct"],
@@ -235,7 +237,30 @@ def eval_transform(data_config: Mapping[str, Any]) -> Transform:
         is_training=False,
         normalize=False,
     )
-    return transform
+    if data_config["crop_mode"] in ("squash", "border"):  # these keep the ends
+        return as_timm
+    return lambda image: as_timm(_without_ends(image))
+
+
+def _without_ends(image: torch.Tensor) -> torch.Tensor:
+    """The central part, at most _LONGEST times as long as it is wide. (3, h, w) -> (3, h', w')."""
+    height, width = image.shape[1:]
+    most = _LONGEST * min(height, width)
+    if max(height, width) <= most:
+        return image
+    top, left = max(0, height - most) // 2, max(0, width - most) // 2
+    return image[:, top : top + most, left : left + most]
+
+
+def min_side(data_config: Mapping[str, Any], config: RunConfig) -> int:
+    """Pixels of a picture's shorter side from which on more would not be seen, in training or in evaluation.
+
+    Twice what evaluation resizes it to, and as much as the smallest training crop needs to fill the input.
+    """
+    size: int = max(data_config["input_size"][1:])
+    smallest_crop = math.sqrt(config.scale * _RATIO[0]) if config.crop == "resized" else 1.0
+    crop_share: float = data_config["crop_pct"]
+    return math.ceil(max(2 * size / crop_share, size / smallest_crop))
 
 
 def normalize(images: torch.Tensor, data_config: Mapping[str, Any]) -> torch.Tensor:

@@ -69,6 +69,7 @@ def sweep(
     folder = output or Path("sweeps") / recipe.stem
     ledger.check_usable(folder)
     preflight.check_inputs(asked.base)
+    preflight.check_apart(folder, asked.base.dataset)
 
     from samtune.sweep import arms, engines, images, protocol
     from samtune.sweep.plan import Plan

@@ -15,7 +15,9 @@ from samtune.options import RunConfig
 _LOOK = 1.0  # seconds
 _ROWS = (
     *("dataset", "image_key", "label_key", "train_split", "val_split", "test_split", "val", "val_fraction"),
-    *("split_seed", "train_fraction", "max_train", "max_eval", "on_bad_image"),
+    *("split_seed", "train_fraction", "max_train", "max_eval", "on_bad_image", "on_unlabelled"),
+    *("dataset_config", "split_key", "image_root", "image_suffix", "class_folders", "max_megapixels"),
+    *("model", "weights", "img_size", "crop", "scale"),  # by which images are decoded
 )
 
 

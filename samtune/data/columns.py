@@ -1,0 +1,181 @@
+"""Which columns of a list or a table hold images, labels and splits: by flags, else by their names and values."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from samtune.data.roles import ROLES, Wanted, role_of
+from samtune.errors import DataError, UsageError
+
+Kind = Literal["images", "classes", "text", "number", "list", "other"]
+
+# Names of columns, the likeliest first. Case, blanks and signs do not count: "File Name" is filename.
+_IMAGE_NAMES = (
+    *("path", "image", "img", "file", "filename", "filepath", "imagepath", "imgpath", "imagefile", "imagefilename"),
+    *("imagename", "imgname", "imagefilepath", "filepaths", "filenames", "images", "picture", "photo", "jpg", "png"),
+    *("webp", "jpeg", "imageid", "imgid", "pictureid", "photoid", "id"),
+)
+_LABEL_NAMES = (
+    *("label", "labels", "class", "classname", "finelabel", "category", "categoryname", "species", "breed", "target"),
+    *("targets", "labelname", "cls", "variety", "diagnosis", "dx", "y", "classid", "labelid", "categoryid"),
+)
+_ROW_NUMBERS = ("", "index", "unnamed", "unnamed0", "idx", "rowid")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one list or table. label is "" where one_hot names a column for each class. split: "" for none."""
+
+    image: str
+    label: str
+    split: str
+    one_hot: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a search looks at: values by column, and what kind they are."""
+
+    values: Mapping[str, Sequence[Any]]
+    kinds: Mapping[str, Kind]
+
+    @classmethod
+    def of_lists(cls, values: Mapping[str, Sequence[Any]]) -> "Table":
+        """Columns of a list, where all is text or whatever JSON holds."""
+        return cls(values, dict.fromkeys(values, "text"))
+
+    def of_kind(self, *kinds: Kind) -> list[str]:
+        """The columns of these kinds."""
+        return [name for name, kind in self.kinds.items() if kind in kinds]
+
+
+def find(dataset: str, table: Table, wanted: Wanted, *, needs_label: bool = True) -> Columns:
+    """The columns of a table.
+
+    Raises UsageError for a flag that names no column, DataError where a column cannot be told; both list what there is.
+    needs_label: whether there has to be one; else label may be "".
+    """
+    for flag, key in (
+        ("--image-key", wanted.image_key),
+        ("--label-key", wanted.label_key),
+        ("--split-key", wanted.split_key),
+    ):
+        if key is not None and key not in table.kinds:
+            raise UsageError(
+                f"{flag} {key}: data set {dataset} has no such column", mend=f"its columns: {', '.join(table.kinds)}"
+            )
+    search = _Search(table, wanted)
+    if search.image is None or (needs_label and search.label is None and not search.one_hot):
+        kind, flag = ("image", "--image-key") if search.image is None else ("label", "--label-key")
+        raise DataError(
+            f"data set {dataset} has no {kind} column that can be told",
+            f"its columns: {', '.join(table.kinds)}",
+            f"name it by {flag}; a list has a header such as path,label,split",
+        )
+    if len(search.splits) > 1:
+        raise DataError(
+            f"data set {dataset} has {len(search.splits)} columns of splits: {', '.join(search.splits)}",
+            mend="choose one by --split-key",
+        )
+    return Columns(search.image, search.label or "", "".join(search.splits), search.one_hot)
+
+
+class _Search:
+    """Each column is looked for among those that are left over by the search before."""
+
+    def __init__(self, table: Table, wanted: Wanted) -> None:
+        self.table, self.wanted = table, wanted
+
+    @cached_property
+    def image(self) -> str | None:
+        """Of pictures in the table, else of their paths."""
+        pictures = self.table.of_kind("images")
+        by_name = _by_name(pictures, _IMAGE_NAMES) or (pictures[0] if len(pictures) == 1 else None)
+        paths = [name for name in self.table.of_kind("text", "number") if name != self.wanted.label_key]
+        return self.wanted.image_key or by_name or _by_name(paths, _IMAGE_NAMES)
+
+    @cached_property
+    def splits(self) -> list[str]:
+        """Columns that say of each row in which split it is."""
+        if self.wanted.split_key:
+            return [self.wanted.split_key]
+        others = [name for name in self.table.of_kind("text", "classes") if name not in self._keys]
+        by_name = _by_name(others, ("split",))
+        return [by_name] if by_name else [name for name in others if _tells_splits(self.table.values[name])]
+
+    @cached_property
+    def label(self) -> str | None:
+        """By its name; else the only one that declares classes; else the only one that is left."""
+        if self.wanted.label_key:
+            return self.wanted.label_key
+        left = [name for name in self.table.kinds if name not in (self.image, *self.splits)]
+        classes = [name for name in left if self.table.kinds[name] == "classes"]
+        by_name = _by_name([name for name in left if self.table.kinds[name] != "images"], _LABEL_NAMES)
+        left = [name for name in left if _plain(name) not in _ROW_NUMBERS and self.table.kinds[name] != "images"]
+        return by_name or (classes[0] if len(classes) == 1 else left[0] if len(left) == 1 else None)
+
+    @cached_property
+    def one_hot(self) -> tuple[str, ...]:
+        """A column of 0 and 1 for each class, where nothing else can be the label."""
+        if self.label is not None:
+            return ()
+        left = [name for name in self.table.kinds if name not in (self.image, *self.splits)]
+        left = [name for name in left if _plain(name) not in _ROW_NUMBERS]
+        return tuple(left) if len(left) > 1 and all(_is_indicator(self.table.values[name]) for name in left) else ()
+
+    @property
+    def _keys(self) -> tuple[str | None, ...]:
+        return self.image, self.wanted.label_key
+
+
+def one_hot_labels(table: Table, names: Sequence[str], where: Sequence[str]) -> list[str | None]:
+    """The class of each row: the name of the column that has 1; None where none has.
+
+    where: a row's place in words. Raises DataError for a row with several.
+    """
+    labels: list[str | None] = []
+    for place, row in zip(where, zip(*(table.values[name] for name in names), strict=True), strict=True):
+        classes = [name for name, value in zip(names, row, strict=True) if _number(value) == 1]
+        if len(classes) > 1:
+            raise DataError(
+                f"{place} has {len(classes)} labels: {', '.join(classes)}",
+                "several labels a picture are not supported",
+                "keep one, or name a column with one label by --label-key",
+            )
+        labels.append(classes[0] if classes else None)
+    return labels
+
+
+def _by_name(there: Iterable[str], names: Sequence[str]) -> str | None:
+    found = {_plain(name): name for name in reversed(list(there))}
+    return next((found[name] for name in names if name in found), None)
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.casefold())
+
+
+def _tells_splits(values: Sequence[Any]) -> bool:
+    distinct = {value for value in values if value not in (None, "")} if _are_texts(values) else set()
+    return bool(distinct) and all(role_of(value) in ROLES for value in distinct)
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    return all(value is None or isinstance(value, str) for value in values)
+
+
+def _is_indicator(values: Sequence[Any]) -> bool:
+    found = {_number(value) for value in values}
+    return found <= {0.0, 1.0, None} and found != {None}
+
+
+def _number(value: Any) -> float | None:
+    """None for a blank, NaN for what is no number."""
+    if value in (None, ""):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")

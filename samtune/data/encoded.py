@@ -1,0 +1,136 @@
+"""The encoded images of a split: files of a folder, or rows of an Arrow table."""
+
+import bisect
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy.typing as npt
+
+
+class EncodedImages(Protocol):
+    """Images as bytes that nobody has decoded yet."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, row: int) -> BinaryIO:
+        """An image as a file, of which only the beginning need be read. Raises OSError where there is none."""
+        ...
+
+    def path(self, row: int) -> str:
+        """The file of an image, or the name that it had before it was put into a table; "" if nobody knows."""
+        ...
+
+    @property
+    def table_bytes(self) -> int:
+        """Size of those images that lie in tables."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Each image a file. paths: as the operating system has them, which need not be valid Unicode."""
+
+    paths: Sequence[str]
+    table_bytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, row: int) -> BinaryIO:
+        """The file of an image."""
+        return Path(self.paths[row]).open("rb")
+
+    def path(self, row: int) -> str:
+        """The path of an image."""
+        return self.paths[row]
+
+
+@dataclass(frozen=True)
+class TableImages:
+    """A column of struct(bytes, path) in an Arrow table, past the library's formatting of rows.
+
+    That formatting takes longer than decoding a small picture. folder: where relative paths are seen from. rows: those
+    of the table that count, None for all.
+    """
+
+    table: Any  # datasets.Dataset
+    column: str
+    folder: Path
+    rows: npt.NDArray[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.table) if self.rows is None else len(self.rows)
+
+    def open(self, row: int) -> BinaryIO:
+        """The bytes in the table, else the file that it names."""
+        encoded, path = self._cell(row)
+        return (self.folder / path).open("rb") if encoded is None else io.BytesIO(encoded)
+
+    def path(self, row: int) -> str:
+        """The path in the table."""
+        encoded, path = self._cell(row)
+        return str(self.folder / path) if encoded is None else path
+
+    @cached_property
+    def table_bytes(self) -> int:
+        """Size of all images of the table."""
+        return int(sum(chunk.field("bytes").total_values_length for chunk in self._chunks))
+
+    def _cell(self, row: int) -> tuple[bytes | None, str]:
+        row = row if self.rows is None else int(self.rows[row])
+        chunk = bisect.bisect_right(self._starts, row) - 1
+        i = row - self._starts[chunk]
+        encoded, path = (self._chunks[chunk].field(name)[i].as_py() for name in ("bytes", "path"))
+        return encoded, path or ""
+
+    @cached_property
+    def _chunks(self) -> list[Any]:
+        """Arrow arrays of struct(bytes, path), memory-mapped where the table is."""
+        return list(self.table.with_format("arrow")[:].column(self.column).chunks)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *itertools.accumulate(len(chunk) for chunk in self._chunks)][:-1]
+
+
+@dataclass(frozen=True)
+class JoinedImages:
+    """The images of several parts, one part after the other."""
+
+    parts: Sequence[EncodedImages]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def open(self, row: int) -> BinaryIO:
+        """An image of one of the parts."""
+        part, i = self._part(row)
+        return part.open(i)
+
+    def path(self, row: int) -> str:
+        """Its path."""
+        part, i = self._part(row)
+        return part.path(i)
+
+    @property
+    def table_bytes(self) -> int:
+        """Size of those images that lie in tables."""
+        return sum(part.table_bytes for part in self.parts)
+
+    def _part(self, row: int) -> tuple[EncodedImages, int]:
+        part = bisect.bisect_right(self._starts, row) - 1
+        return self.parts[part], row - self._starts[part]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *itertools.accumulate(map(len, self.parts))][:-1]
+
+
+def joined(parts: Sequence[EncodedImages]) -> EncodedImages:
+    """One part after the other; a part that has no companion stays itself."""
+    return parts[0] if len(parts) == 1 else JoinedImages(parts)

@@ -1,0 +1,249 @@
+"""Lists of pictures: .csv, .tsv and .jsonl files with a column of paths and one of labels. Opens no picture."""
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from samtune.data import columns
+from samtune.data.columns import Table
+from samtune.data.formats import is_readable
+from samtune.data.names import readable
+from samtune.data.roles import Wanted
+from samtune.errors import DataError
+
+LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
+_DELIMITERS = (",", ";", "\t", "|")
+
+
+@dataclass(frozen=True)
+class ListSplits:
+    """What a list holds: split -> paths and labels, row by row; notes for the user."""
+
+    splits: dict[str, tuple[list[str], list[Any]]]
+    notes: list[str]
+
+
+def read_list(path: Path, wanted: Wanted) -> ListSplits:
+    """A list with a header (csv) or names of columns (jsonl): a picture's path, its label and perhaps its split.
+
+    Columns go by wanted, else by their names; a column of names of splits is noticed whatever its name. Without one all
+    is train. Labels that are numbers in every row are numbers, also where they are written as 1.0.
+
+    Raises:
+        UsageError: a wanted column is not there.
+        DataError: no such columns, a row that cannot be read, or paths that lead nowhere.
+    """
+    values, lines = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path)
+    if not lines:
+        raise DataError(f"list {path} has no rows", mend="one picture a row: path,label or path,label,split")
+    where = [f"line {line} of {path}" for line in lines]
+    table = Table.of_lists(values)
+    found = columns.find(str(path), table, wanted)
+    labels = columns.one_hot_labels(table, found.one_hot, where) if found.one_hot else values[found.label]
+    labels = _numbers([_plain(label, place) for label, place in zip(labels, where, strict=True)])
+    for place, image in zip(where, values[found.image], strict=True):
+        if not isinstance(image, str | int) or image == "":
+            raise DataError(f"{place} has no {found.image}", mend="mend or remove the line")
+    of_row = split_of_rows(values[found.split], where, found.split) if found.split else ["train"] * len(lines)
+    firsts = [of_row.index(split) for split in dict.fromkeys(of_row)]
+    paths, notes = find_files(list(map(str, values[found.image])), firsts, path.parent, wanted, f"list {path}")
+    splits: dict[str, tuple[list[str], list[Any]]] = {}
+    for split, file, label in zip(of_row, paths, labels, strict=True):
+        files, of_split = splits.setdefault(split, ([], []))
+        files.append(file)
+        of_split.append(label)
+    sizes = {split: len(files) for split, (files, _) in splits.items()}
+    return ListSplits(splits, [*notes, *split_note(found.split, sizes)])
+
+
+def split_of_rows(values: Sequence[Any], where: Sequence[str], column: str) -> list[str]:
+    """The split of each row. Raises DataError for a row that says none."""
+    for place, value in zip(where, values, strict=True):
+        if value in (None, ""):
+            raise DataError(f"{place} has no split", f"column {column} tells it", "fill it in, or remove the row")
+    return [str(value) for value in values]
+
+
+def split_note(column: str, sizes: dict[str, int]) -> list[str]:
+    """What is said of a column of splits that was noticed; nothing where its name says what it is."""
+    if column in ("", "split"):
+        return []
+    return [f"column {column} tells the splits: {', '.join(f'{name} {size}' for name, size in sizes.items())}"]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def find_files(
+    names: Sequence[str], samples: Sequence[int], folder: Path, wanted: Wanted, dataset: str
+) -> tuple[list[str], list[str]]:
+    """The files of pictures that a list or table names, and notes.
+
+    Relative paths are seen from wanted.image_root, else from `folder`. Where one of the samples has no file there, the
+    names are looked for among all pictures below, with or without their endings. Backslashes and both Unicode forms of
+    a name are understood. Raises DataError for a sample without a file, and for a name that several files have.
+    """
+    root = folder
+    if wanted.image_root is not None:
+        root = next((place for place in (Path(wanted.image_root), folder / wanted.image_root) if place.is_dir()), root)
+        if root is folder:
+            raise DataError(f"--image-root {wanted.image_root} is no folder", f"seen from {Path.cwd()} and {folder}")
+    suffix = wanted.image_suffix
+    if suffix and not suffix.startswith(".") and is_readable(f"a.{suffix}"):
+        suffix = f".{suffix}"
+    paths = [_file(root, name + suffix) for name in names]
+    missing = next((i for i in samples if not os.path.isfile(paths[i])), None)
+    if missing is None:
+        return paths, []
+    by_name = _pictures_by_name(root)
+    found = [by_name.get(readable(name.replace("\\", "/") + suffix), []) for name in names]
+    if not found[missing]:
+        raise DataError(
+            f"picture {readable(paths[missing])} of {dataset} is not there",
+            f"nor is there another picture of that name below {readable(str(root))}",
+            "--image-root FOLDER tells where paths are seen from, --image-suffix .jpg what their names lack",
+        )
+    several = next((i for i, files in enumerate(found) if len(files) > 1), None)
+    if several is not None:
+        raise DataError(
+            f"picture {names[several]} of {dataset} may be any of {len(found[several])} files",
+            ", ".join(map(readable, found[several][:3])),
+            "--image-root FOLDER tells in which folder they lie",
+        )
+    note = f"pictures are found by their names: {names[missing]} is {readable(found[missing][0])}"
+    return [files[0] if files else path for files, path in zip(found, paths, strict=True)], [note]
+
+
+def _file(root: Path, name: str) -> str:
+    """The path of a name, in the form in which it is there, if it is."""
+    path = os.path.join(root, name)
+    if name.isascii() and "\\" not in name:
+        return path
+    forms: tuple[Callable[[str], str], ...] = (
+        lambda text: text,
+        lambda text: text.replace("\\", "/"),
+        lambda text: unicodedata.normalize("NFC", text.replace("\\", "/")),
+        lambda text: unicodedata.normalize("NFD", text.replace("\\", "/")),
+    )
+    there = (candidate for form in forms if os.path.isfile(candidate := os.path.join(root, form(name))))
+    return next(there, path)
+
+
+def _pictures_by_name(root: Path) -> dict[str, list[str]]:
+    """Every picture below a folder by its name and by its path from there, each with and without its ending."""
+    found: dict[str, list[str]] = {}
+    for place, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if is_readable(name) and not name.startswith("."):
+                path = os.path.join(place, name)
+                for key in dict.fromkeys((readable(name), readable(os.path.relpath(path, root)))):
+                    for form in (key, os.path.splitext(key)[0]):
+                        found.setdefault(form, []).append(path)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- formats
+
+
+def _read_csv(path: Path) -> tuple[dict[str, list[Any]], list[int]]:
+    """Columns by name, and the line of each row. Bytes that are not UTF-8 stay as they are: they may be a path's."""
+    text = _text(path)
+    header = text.lstrip("\r\n").partition("\n")[0]
+    delimiter = max(_DELIMITERS, key=header.count) if path.suffix.lower() == ".csv" else "\t"
+    lines = []
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+        names = [name.strip() for name in next((row for row in reader if row), [])]
+        values: dict[str, list[Any]] = {name: [] for name in names if name}
+        for row in reader:
+            if not row:
+                continue
+            if any(row[len(names) :]):
+                raise DataError(
+                    f"line {reader.line_num} of {path} has more values than the header",
+                    mend=f"quote values that hold {delimiter!r}",
+                )
+            lines.append(reader.line_num)
+            cells = dict(zip(names, row, strict=False))
+            for name, column in values.items():
+                column.append(cells.get(name))
+    except csv.Error as error:
+        raise DataError(f"list {path} cannot be read", str(error)) from None
+    return values, lines
+
+
+def _text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return raw.decode("utf-16")
+        return raw.decode("utf-8-sig", "surrogateescape")  # a BOM is no part of the first column's name
+    except OSError as error:
+        raise DataError(f"list {path} cannot be read", error.strerror or "") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"list {path} cannot be read", str(error), "save it as UTF-8") from None
+
+
+def _read_jsonl(path: Path) -> tuple[dict[str, list[Any]], list[int]]:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    for number, row in _objects(path):
+        rows.append(row)
+        lines.append(number)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}, lines
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Not splitlines: JSON may hold Unicode's own line characters.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"line {number} of {path} is not JSON", str(error)) from None
+        if not isinstance(row, dict):
+            raise DataError(f"line {number} of {path} is no object", mend='write {"path": ..., "label": ...}')
+        yield number, row
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+def _plain(label: Any, where: str) -> str | int | None:
+    """A label as it is stored. Raises DataError for what is neither text nor a whole number: NaN, [0]."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if not (label is None or isinstance(label, str) or (isinstance(label, int) and abs(label) < 2**63)):
+        several = isinstance(label, list | dict)
+        raise DataError(
+            f"{where} has the label {label!r}, which is no class",
+            "several labels a picture are not supported" if several else "a label is text, or a whole number from 0 on",
+            "mend or remove the line",
+        )
+    return label
+
+
+def _numbers(labels: list[str | int | None]) -> list[str | int | None]:
+    """Text labels as numbers where all of them are: 10 comes after 9 then, and -1 is no class.
+
+    NaN among numbers is a label that is missing; among words it is a word.
+    """
+    texts = {label for label in labels if isinstance(label, str) and label}
+    numbers = {text for text in texts if text.lower() != "nan"}
+    if not all(re.fullmatch(r"-?(0|[1-9][0-9]{0,17})(\.0*)?", text) for text in numbers):
+        return labels
+    return [
+        label if isinstance(label, int) else int(label.partition(".")[0]) if label in numbers else None
+        for label in labels
+    ]

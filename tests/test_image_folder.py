@@ -1,0 +1,352 @@
+"""Which folders are splits and which are classes: layouts as people have them, and what cannot be told."""
+
+import os
+import re
+import shutil
+import unicodedata
+
+import pytest
+
+from samtune.data import source
+from samtune.data.image_folder import read_folder
+from samtune.data.names import natural_key
+from samtune.data.roles import Wanted
+from samtune.errors import DataError, UsageError
+from tests.conftest import image_bytes
+
+PICTURE = image_bytes(0)
+
+
+def write(root, *paths):
+    """A picture at each path; a name such as cat/3 is three pictures of it, anything with an ending one file."""
+    for path in paths:
+        folder, _, count = path.rpartition("/")
+        names = [f"{i}.png" for i in range(int(count))] if count.isdigit() else [count]
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (root / folder / name).write_bytes(PICTURE)
+    return root
+
+
+def read(root, **wanted):
+    return source.open_source(str(root), Wanted(**wanted))
+
+
+def sizes(data):
+    return {role: len(split) for role, split in data.splits.items()}
+
+
+# Files -> splits with their sizes, classes, and a word of the note, if there is one.
+LAYOUTS = {
+    "a folder around the data set": (
+        ("data/train/cat/3", "data/train/dog/3", "data/test/cat/1", "data/test/dog/1"),
+        {"train": 6, "test": 2},
+        "cat dog",
+        "",
+    ),
+    "many folders around the data set": (
+        ("a/b/c/train/cat/3", "a/b/c/train/dog/3", "a/b/c/val/dog/1"),
+        {"train": 6, "validation": 1},
+        "cat dog",
+        "",
+    ),
+    "folders around classes": (("photos/all/cat/3", "photos/all/dog/3"), {"train": 6}, "cat dog", ""),
+    "Kaggle's names": (
+        ("training_set/training_set/cat/3", "training_set/training_set/dog/3", "test_set/test_set/cat/2"),
+        {"train": 6, "test": 2},
+        "cat dog",
+        "",
+    ),
+    "Intel's names, and pictures to predict": (
+        ("seg_train/seg_train/sea/3", "seg_train/seg_train/ice/3", "seg_test/seg_test/sea/2", "seg_pred/seg_pred/5"),
+        {"train": 6, "test": 2},
+        "ice sea",
+        "seg_pred is left out: 5 pictures without a label",
+    ),
+    "images and annotations": (
+        ("images/train/cat/3", "images/train/dog/3", "images/val/cat/1", "labels/train/cat/0.txt"),
+        {"train": 6, "validation": 1},
+        "cat dog",
+        "",
+    ),
+    "years, cases, signs": (
+        ("Train2017/cat/3", "Train2017/dog/3", "VAL-2017/cat/1", "test images/dog/1"),
+        {"train": 6, "validation": 1, "test": 1},
+        "cat dog",
+        "",
+    ),
+    "one word before all splits": (
+        ("flowers_train/rose/3", "flowers_train/tulip/3", "flowers_test/rose/1"),
+        {"train": 6, "test": 1},
+        "rose tulip",
+        "",
+    ),
+    "one such folder alone": (("asl_train/a/3", "asl_train/b/3"), {"train": 6}, "a b", ""),
+    "a container inside each split": (
+        ("train/images/cat/3", "train/images/dog/3", "test/images/cat/2"),
+        {"train": 6, "test": 2},
+        "cat dog",
+        "",
+    ),
+    "classes first": (
+        ("cat/train/3", "cat/test/1", "dog/train/3", "dog/Test/2"),
+        {"train": 6, "test": 3},
+        "cat dog",
+        "",
+    ),
+    "a lone val beside classes": (
+        ("cat/3", "dog/3", "val/cat/1", "val/dog/1"),
+        {"train": 6, "validation": 2},
+        "cat dog",
+        "",
+    ),
+    "a lone test beside classes": (("cat/3", "dog/3", "test/dog/2"), {"train": 6, "test": 2}, "cat dog", ""),
+    "a lone test beside a folder that has its classes": (
+        ("images/cat/3", "images/dog/3", "test/dog/2"),
+        {"train": 6, "test": 2},
+        "cat dog",
+        "folder images is taken as train",
+    ),
+    "pictures right in test": (
+        ("train/cat/3", "train/dog/3", "test/4"),
+        {"train": 6},
+        "cat dog",
+        "test is left out: 4 pictures without a label",
+    ),
+    "pictures in test/unknown": (
+        ("train/cat/3", "train/dog/3", "test/unknown/4"),
+        {"train": 6},
+        "cat dog",
+        "test is left out: 4 pictures without a label",
+    ),
+    "pictures right in test, beside classes": (
+        ("cat/3", "dog/3", "test1/test1/4"),
+        {"train": 6},
+        "cat dog",
+        "test1 is left out: 4 pictures without a label",
+    ),
+    "a folder that is no split": (
+        ("train/cat/3", "train/dog/3", "extra/cat/4"),
+        {"train": 6},
+        "cat dog",
+        "folder extra is left out: 4 pictures",
+    ),
+    "a picture beside the splits": (
+        ("train/cat/3", "train/dog/3", "sample.png"),
+        {"train": 6},
+        "cat dog",
+        "1 picture right in .* left out",
+    ),
+    "a class called train": (("train/3", "plane/3", "bus/3"), {"train": 9}, "bus plane train", ""),
+    "classes called valid and invalid": (("valid/3", "invalid/3"), {"train": 6}, "invalid valid", ""),
+    "folders inside classes": (
+        ("train/cat/day1/3", "train/cat/day2/1", "train/dog/day1/2", "train/dog/1"),
+        {"train": 7},
+        "cat dog",
+        "folders in a class folder belong to the class",
+    ),
+    "what systems leave": (
+        ("train/cat/3", "train/dog/3", "__MACOSX/train/cat/2", "train/cat/@eaDir/2", "train/.cache/cat/2"),
+        {"train": 6},
+        "cat dog",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_splits_and_classes_are_found_where_people_have_them(name, tmp_path):
+    paths, found, classes, note = LAYOUTS[name]
+    data = read(write(tmp_path, *paths))
+    assert sizes(data) == found
+    assert " ".join(data.class_names) == classes
+    assert len(data.notes) == (1 if note else 0)
+    assert re.search(note, " ".join(data.notes)), data.notes
+
+
+# Files -> what is said, and what settles it: flags -> splits.
+UNCLEAR = {
+    "two data sets in one folder": (
+        ("a/train/cat/2", "a/train/dog/2", "b/train/cat/2", "b/train/dog/2"),
+        "a/train has the name of a split",
+        ({"train_split": "a/train", "test_split": "b/train"}, {"train": 4, "test": 4}),
+    ),
+    "a data set beside other pictures": (
+        ("data/train/cat/2", "data/train/dog/2", "data/test/cat/1", "docs/3"),
+        "data/test has the name of a split",
+        ({"train_split": "data/train"}, {"train": 4, "test": 1}),
+    ),
+    "val with other folders than its siblings": (
+        ("cat/2", "dog/2", "val/day1/2"),
+        "val may be a split or a class",
+        ({"train_split": "."}, {"train": 6}),
+    ),
+    "pictures right in val, beside classes": (
+        ("cat/2", "dog/2", "val/2"),
+        "val may be a split or a class",
+        ({"train_split": "."}, {"train": 6}),
+    ),
+    "several data sets beside each other": (
+        ("f1_train/cat/2", "f1_test/cat/2", "f2_train/cat/2", "f2_train/dog/1", "f2_test/cat/2"),
+        "f1_test and f2_test may both be test",
+        ({"train_split": "f2_train", "test_split": "f2_test"}, {"train": 3, "test": 2}),
+    ),
+    "classes in classes, one of them called train": (
+        ("road/train/2", "road/bus/2", "air/plane/2"),
+        "road/train has the name of a split",
+        ({"train_split": ".", "class_folders": "deepest"}, {"train": 6}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_what_cannot_be_told_is_refused_with_its_tree_and_settled_by_flags(name, tmp_path):
+    paths, said, (flags, found) = UNCLEAR[name]
+    write(tmp_path, *paths)
+    with pytest.raises(DataError, match="it cannot be told which folders are splits") as error:
+        read(tmp_path)
+    assert said in error.value.why
+    assert f"{paths[0].split('/')[0]}/  " in error.value.why  # the tree
+    assert "--train-split" in error.value.mend
+    assert sizes(read(tmp_path, **flags)) == found
+
+
+def test_flags_take_folders_of_any_name_and_their_siblings_keep_their_roles(tmp_path):
+    write(tmp_path, "one/cat/3", "one/dog/3", "two/cat/1", "test/dog/2")
+    assert sizes(read(tmp_path, train_split="one", val_split="two")) == {"train": 6, "validation": 1, "test": 2}
+    assert sizes(read(tmp_path, train_split="one+two")) == {"train": 7, "test": 2}
+    assert read(tmp_path, train_split="one").notes[0].startswith("folder two is left out: 1 picture")
+
+
+def test_a_flag_may_leave_one_folder_out_of_the_classes(tmp_path):
+    data = read(write(tmp_path, "cat/3", "dog/3", "seen/cat/1"), test_split="seen")
+    assert sizes(data) == {"train": 6, "test": 1}
+    assert data.class_names == ("cat", "dog")
+
+
+def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    with pytest.raises(UsageError, match="no split 'trian'") as error:
+        read(write(tmp_path, "train/cat/1", "train/dog/1"), train_split="trian")
+    assert "it has: train" in error.value.mend
+
+
+def test_the_deepest_folders_are_classes_where_that_is_asked_for(tmp_path):
+    data = read(write(tmp_path, "train/bird/owl/2", "train/bird/hen/2", "train/cat/2"), class_folders="deepest")
+    assert data.class_names == ("bird/hen", "bird/owl", "cat")
+
+
+def test_pictures_without_class_folders_are_answered_with_the_list_that_lies_there(tmp_path):
+    write(tmp_path, "train/4")
+    with pytest.raises(DataError, match="lie in no class folders"):
+        read(tmp_path)
+    (tmp_path / "labels.csv").write_text("id,breed\n")
+    with pytest.raises(DataError, match="lie in no class folders") as error:
+        read(tmp_path)
+    assert str(tmp_path / "labels.csv") in error.value.mend
+
+
+def test_a_data_set_with_nothing_but_unlabelled_pictures_says_so(tmp_path):
+    with pytest.raises(DataError, match="no labelled pictures") as error:
+        read(write(tmp_path, "test/3"))
+    assert "without a label" in error.value.why
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path):
+    write(tmp_path, "train/cat/1", "train/dog/1")
+    (tmp_path / "train" / "dog").chmod(0)
+    with pytest.raises(DataError, match="dog cannot be read"):
+        read(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+def test_class_folders_that_are_numbers_are_ordered_as_numbers_and_as_a_list_has_them(tmp_path):
+    write(tmp_path, *(f"train/{i}/2" for i in range(12)))
+    rows = [f"train/{i}/{j}.png,{i}" for i in range(12) for j in range(2)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    names = tuple(str(i) for i in range(12))
+    folder, listed = read(tmp_path), source.open_source(str(tmp_path / "list.csv"))
+    assert folder.class_names == listed.class_names == names
+    order = [folder.class_names[label] for label in folder.splits["train"].labels]
+    assert [os.path.basename(os.path.dirname(folder.splits["train"].path(i))) for i in range(24)] == order
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["10", "9", "1"], ["1", "9", "10"]),
+        (["class10", "class9", "class"], ["class", "class9", "class10"]),
+        (["007", "8", "6"], ["6", "007", "8"]),
+        (["b", "a10b2", "a10b1", "a9"], ["a9", "a10b1", "a10b2", "b"]),
+        (["1" * 5000, "2"], ["2", "1" * 5000]),
+    ],
+)
+def test_digits_inside_names_count_as_numbers(names, order):
+    assert sorted(names, key=natural_key) == order
+
+
+def test_names_that_are_not_utf8_are_readable_and_their_pictures_are_read(tmp_path):
+    write(tmp_path, "train/dog/3")
+    root = os.fsencode(tmp_path) + b"/train/"
+    os.mkdir(root + b"caf\xe9")  # Latin-1
+    for name in (b"\xe9t\xe9.png", b"0.png"):
+        with open(root + b"caf\xe9/" + name, "wb") as file:
+            file.write(PICTURE)
+    data = read(tmp_path)
+    assert data.class_names == ("café", "dog")
+    assert data.splits["train"].image_bytes(0) == PICTURE
+    assert data.splits["train"].where(1).endswith("café/été.png)")
+
+
+def test_the_two_unicode_forms_of_a_name_are_one_class(tmp_path):
+    for form in ("NFC", "NFD"):
+        write(tmp_path, f"{unicodedata.normalize(form, 'train/café')}/2", "train/dog/2")
+    data = read(tmp_path)
+    assert data.class_names == ("café", "dog")
+    assert sizes(data) == {"train": 6}
+
+
+# -------------------------------------------------------------------------------------------------------------- formats
+
+
+def test_a_class_that_would_vanish_is_named_with_what_reads_its_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr("samtune.data.formats._is_installed", lambda ending: False)
+    write(tmp_path, "train/cat/2", "train/dog/2", "train/owl/1.HEIC", "train/cat/3.jxl", "train/hen/1.dng")
+    with pytest.raises(DataError, match=r"class owl of train: none of its 1 picture \(\.heic\)|class hen") as error:
+        read(tmp_path)
+    (tmp_path / "train" / "hen" / "1.dng").unlink()
+    with pytest.raises(DataError, match="class owl of train") as error:
+        read(tmp_path)
+    assert "pip install 'samtune[heif]'" in error.value.mend
+    data = read(tmp_path, on_bad_image="skip")
+    assert data.class_names == ("cat", "dog")
+    assert any("class owl of train" in note for note in data.notes)
+    assert any("samtune[jxl]" in note for note in data.notes)
+
+
+def test_a_folder_of_nothing_but_such_pictures_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("samtune.data.formats._is_installed", lambda ending: False)
+    with pytest.raises(DataError, match=r"none of its 2 pictures \(\.heic\)"):
+        read(write(tmp_path, "train/cat/1.heic", "train/dog/1.heic"))
+
+
+def test_an_archive_counts_as_a_folder_in_its_place(tmp_path):
+    write(tmp_path / "content", "train/cat/2", "train/dog/2", "test/cat/1")
+    (tmp_path / "set").mkdir()
+    shutil.make_archive(str(tmp_path / "set" / "pictures"), "zip", tmp_path / "content")
+    assert sizes(read(tmp_path / "set")) == {"train": 4, "test": 1}
+    for split in ("train", "test"):
+        shutil.make_archive(str(tmp_path / "two" / split), "gztar", tmp_path / "content" / split)
+    assert sizes(read(tmp_path / "two")) == {"train": 4, "test": 1}
+
+
+def test_rows_lie_in_the_order_of_their_paths(tmp_path):
+    """It decides splits and batches: it must not change."""
+    write(tmp_path, "train/10/2", "train/9/2", "train/b/x/1", "train/b/1", "test/9/1")
+    paths, labels = read_folder(tmp_path, Wanted()).splits["train"]
+    assert [os.path.relpath(path, tmp_path / "train") for path in paths] == [
+        *("10/0.png", "10/1.png", "9/0.png", "9/1.png", "b/0.png", "b/x/0.png")
+    ]
+    assert labels == ["10", "10", "9", "9", "b", "b"]

@@ -1,0 +1,329 @@
+"""Lists of pictures as people have them: any usual names of columns, delimiters, encodings, ids, one column a class."""
+
+import json
+import os
+import unicodedata
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from samtune.data import source
+from samtune.data.roles import Wanted
+from samtune.errors import DataError, UsageError
+from tests.conftest import image_bytes
+
+PICTURES = [image_bytes(i) for i in range(6)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, picture in enumerate(PICTURES):
+        path = tmp_path / "photos" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture)
+    return tmp_path
+
+
+def read(path, **wanted):
+    return source.open_source(str(path), Wanted(**wanted))
+
+
+def labels(data, role="train"):
+    return [data.class_names[label] for label in data.splits[role].labels]
+
+
+def pictures(data, role="train"):
+    split = data.splits[role]
+    return [PICTURES.index(split.image_bytes(row)) for row in range(len(split))]
+
+
+def write(folder, header, *rows, name="list.csv", encoding="utf-8"):
+    (folder / name).write_bytes("\n".join([header, *rows, ""]).encode(encoding))
+    return folder / name
+
+
+# Header and rows of a list of pictures 0 to 3, two of a, two of b.
+COLUMNS = {
+    "path,label": "photos/{i}.png,{c}",
+    "filepaths,labels": "photos/{i}.png,{c}",
+    "File Name,Class": "photos/{i}.png,{c}",
+    "image_path;species": "photos/{i}.png;{c}",
+    "img\ttarget": "photos/{i}.png\t{c}",
+    "ImageFile|breed": "photos/{i}.png|{c}",
+    "id,variety": "photos/{i}.png,{c}",
+    "path,what it shows": "photos/{i}.png,{c}",  # the only column that is left
+    ",path,label": "{i},photos/{i}.png,{c}",  # a number of the row, as pandas writes it
+    "Unnamed: 0,path,genus": "{i},photos/{i}.png,{c}",
+    "label,path,path2": "{c},photos/{i}.png,elsewhere/{i}.png",
+}
+
+
+@pytest.mark.parametrize("header", COLUMNS)
+def test_columns_are_found_by_their_usual_names_whatever_divides_them(header, folder):
+    rows = [COLUMNS[header].format(i=i, c="aabb"[i]) for i in range(4)]
+    data = read(write(folder, header, *rows))
+    assert labels(data) == list("aabb")
+    assert pictures(data) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("column", ["data set", "split", "subset", "x"])
+def test_a_column_of_names_of_splits_is_noticed_under_any_name(column, folder):
+    rows = [
+        f"photos/{i}.png,{'ab'[i % 2]},{s}" for i, s in enumerate(("train", "train", "train", "train", "valid", "Test"))
+    ]
+    data = read(write(folder, f"path,label,{column}", *rows))
+    assert {role: pictures(data, role) for role in data.splits} == {
+        "train": [0, 1, 2, 3],
+        "validation": [4],
+        "test": [5],
+    }
+    told = f"column {column} tells the splits: train 4, valid 1, Test 1"
+    assert data.notes == (() if column == "split" else (told,))
+
+
+def test_columns_of_splits_are_chosen_by_name_where_there_are_several(folder):
+    rows = [f"photos/{i}.png,{'ab'[i % 2]},train,{'test' if i == 3 else 'train'}" for i in range(4)]
+    path = write(folder, "path,label,one,two", *rows)
+    with pytest.raises(DataError, match="2 columns of splits: one, two") as error:
+        read(path)
+    assert "--split-key" in error.value.mend
+    assert pictures(read(path, split_key="two"), "test") == [3]
+    with pytest.raises(UsageError, match="--split-key three"):
+        read(path, split_key="three")
+
+
+def test_a_column_of_splits_of_other_names_is_taken_where_it_is_named(folder):
+    rows = [f"photos/{i}.png,{'ab'[i % 2]},fold{i // 2}" for i in range(4)]
+    data = read(
+        write(folder, "path,label,fold", *rows),
+        split_key="fold",
+        label_key="label",
+        train_split="fold0",
+        test_split="fold1",
+    )
+    assert (pictures(data), pictures(data, "test")) == ([0, 1], [2, 3])
+
+
+# ---------------------------------------------------------------------------------------------------------------- paths
+
+
+def test_ids_without_folder_and_ending_find_their_pictures(folder):
+    path = write(folder, "id,breed", *(f"{i},{'ab'[i % 2]}" for i in range(4)))
+    data = read(path)
+    assert pictures(data) == [0, 1, 2, 3]
+    assert "0 is " in data.notes[0]
+    assert read(path, image_root="photos", image_suffix=".png").notes == ()
+    assert pictures(read(path, image_root=str(folder / "photos"), image_suffix="png")) == [0, 1, 2, 3]
+
+
+def test_an_id_with_several_pictures_is_refused_and_a_folder_settles_it(folder):
+    (folder / "masks").mkdir()
+    (folder / "masks" / "0.png").write_bytes(image_bytes(99))
+    path = write(folder, "id,breed", *(f"{i},{'ab'[i % 2]}" for i in range(4)))
+    with pytest.raises(DataError, match=r"picture 0 of list .* may be any of 2 files") as error:
+        read(path)
+    assert "--image-root" in error.value.mend
+    assert pictures(read(path, image_root="photos")) == [0, 1, 2, 3]
+
+
+def test_a_folder_or_a_picture_that_is_not_there_is_named(folder):
+    path = write(folder, "id,breed", "9,a", "1,b")
+    with pytest.raises(DataError, match=r"9 of list .* is not there") as error:
+        read(path)
+    assert "--image-suffix" in error.value.mend
+    with pytest.raises(DataError, match="--image-root nowhere is no folder"):
+        read(path, image_root="nowhere")
+
+
+def test_backslashes_and_both_unicode_forms_of_a_name_are_understood(folder):
+    (folder / "photos" / unicodedata.normalize("NFD", "é.png")).write_bytes(PICTURES[4])
+    rows = ["photos\\0.png,a", "photos\\1.png,b", f"{unicodedata.normalize('NFC', 'photos/é.png')},b"]
+    assert pictures(read(write(folder, "path,label", *rows))) == [0, 1, 4]
+
+
+def test_a_path_and_a_label_that_are_not_utf8_are_read(folder):
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
+        file.write(PICTURES[5])
+    data = read(write(folder, "path,label", "café.png,été", "photos/0.png,b", encoding="latin-1"))
+    assert pictures(data) == [5, 0]
+    assert labels(data) == ["été", "b"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_marks_of_the_encoding_are_no_part_of_the_first_column(encoding, folder):
+    assert labels(read(write(folder, "path,label", "photos/0.png,ä", "photos/1.png,b", encoding=encoding))) == [
+        "ä",
+        "b",
+    ]
+
+
+def test_line_characters_of_unicode_are_no_ends_of_lines_in_json(folder):
+    odd = "a\u2028b\x85c\x0bd"
+    rows = [json.dumps({"path": f"photos/{i}.png", "label": odd if i else "z"}, ensure_ascii=False) for i in range(2)]
+    (folder / "list.jsonl").write_bytes("\r\n".join(rows).encode())
+    assert labels(read(folder / "list.jsonl")) == ["z", odd]
+
+
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+def test_numbers_written_as_floats_are_ordered_as_numbers(folder):
+    data = read(
+        write(folder, "path,label", *(f"photos/{i}.png,{label}" for i, label in enumerate(("10.0", "9.0", "2."))))
+    )
+    assert data.class_names == ("2", "9", "10")
+
+
+def test_a_column_for_each_class_is_one_label_a_picture(folder):
+    rows = ["photos/0.png,1.0,0.0,0.0", "photos/1.png,0.0,0.0,1.0", "photos/2.png,0.0,1.0,0.0"]
+    data = read(write(folder, "image,MEL,NV,BCC", *rows))
+    assert labels(data) == ["MEL", "BCC", "NV"]
+
+
+def test_several_labels_a_picture_are_refused_by_their_names(folder):
+    path = write(folder, "image,MEL,NV,BCC", "photos/0.png,1,0,0", "photos/1.png,0,1,1")
+    with pytest.raises(DataError, match=r"line 3 of .* has 2 labels: NV, BCC") as error:
+        read(path)
+    assert error.value.why == "several labels a picture are not supported"
+
+
+def test_rows_without_a_label_are_left_out_and_counted_where_that_is_asked_for(folder):
+    rows = [f"photos/{i}.png,{label}" for i, label in enumerate(("a", "", "b", "a", ""))]
+    path = write(folder, "path,label", *rows)
+    with pytest.raises(DataError, match="row 1 of split train has the label ''") as error:
+        read(path)
+    assert "--on-unlabelled skip leaves out the 2 rows" in error.value.mend
+    data = read(path, on_unlabelled="skip")
+    assert data.splits["train"].labelled.tolist() == [0, 2, 3]
+    assert data.notes == ("split train: 2 of 5 rows have no label and are left out",)
+
+
+@pytest.mark.parametrize("missing", [-1, None, ""])
+def test_none_blank_and_minus_one_are_no_labels_in_a_table(missing, folder):
+    kind = datasets.Value("string") if missing == "" else datasets.ClassLabel(names=["a", "b"])
+    known = ["a", "b", "a"] if missing == "" else [0, 1, 0]
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    images = [{"bytes": picture, "path": None} for picture in PICTURES[:4]]
+    table = datasets.Dataset.from_dict({"image": images, "label": [*known, missing]}, features=features)
+    (folder / "data").mkdir()
+    table.to_parquet(folder / "data" / "train.parquet")
+    with pytest.raises(DataError, match="row 3 of split train"):
+        read(folder / "data")
+    assert read(folder / "data", on_unlabelled="skip").splits["train"].labels.tolist() == [0, 1, 0, -1]
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_single_parquet_file_is_a_data_set_with_its_column_of_splits(folder):
+    table = pa.table(
+        {
+            "picture": [{"bytes": picture, "path": None} for picture in PICTURES],
+            "kind": ["a", "b"] * 3,
+            "part": ["train"] * 4 + ["val", "test"],
+        }
+    )
+    pq.write_table(table, folder / "birds.parquet")
+    data = read(folder / "birds.parquet")
+    assert data.name == "birds"
+    assert (pictures(data), pictures(data, "validation"), pictures(data, "test")) == ([0, 1, 2, 3], [4], [5])
+    assert labels(data, "test") == ["b"]
+    assert data.notes == ("column part tells the splits: train 4, val 1, test 1",)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_of_paths_sees_them_from_its_folder(kind, folder, monkeypatch):
+    paths = [f"photos/{i}.png" for i in range(4)]
+    table = datasets.Dataset.from_dict({"image": paths, "label": ["a", "b"] * 2})
+    if kind == "parquet":
+        table.to_parquet(folder / "list.parquet")
+    else:
+        table.save_to_disk(folder / "saved")
+        (folder / "list.arrow").write_bytes(next((folder / "saved").glob("*.arrow")).read_bytes())
+    monkeypatch.chdir(folder.parent)
+    assert pictures(read(folder / f"list.{kind}")) == [0, 1, 2, 3]
+
+
+def test_several_labels_a_picture_in_a_table_are_refused_by_the_column(folder):
+    classes = datasets.Sequence(datasets.ClassLabel(names=["a", "b"]))
+    features = datasets.Features({"image": datasets.Image(), "label": classes})
+    images = [{"bytes": picture, "path": None} for picture in PICTURES[:2]]
+    table = datasets.Dataset.from_dict({"image": images, "label": [[0], [0, 1]]}, features=features)
+    table.to_parquet(folder / "train.parquet")
+    with pytest.raises(DataError, match=r"column label of .* holds lists of labels") as error:
+        read(folder / "train.parquet")
+    assert error.value.why == "several labels a picture are not supported"
+
+
+def table_of(labels, names):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    images = [{"bytes": PICTURES[i % 6], "path": None} for i in range(len(labels))]
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def write_tables(root, **splits):
+    (root / "data").mkdir(parents=True, exist_ok=True)
+    for split, table in splits.items():
+        table.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+def test_a_split_that_nobody_asked_for_stops_nothing(tmp_path):
+    splits = {"train": table_of([0, 1], ["a", "b"]), "test": table_of([1], ["a", "b"])}
+    root = write_tables(tmp_path, **splits, test_ood=table_of([0, 1, 1], ["zebra", "b"]))
+    data = read(root)
+    assert data.splits["test_ood"].labels.tolist() == [-1, 1, 1]
+    assert data.splits["test_ood"].unknown == {"zebra": 1}
+    assert "zebra (1)" in data.notes[0]
+    with pytest.raises(DataError, match="label 'zebra'"):
+        read(root, test_split="test_ood")  # asked for, it does
+
+
+README = """---
+configs:
+- config_name: a
+  data_files: a/data/*.parquet
+- config_name: b
+  data_files: b/data/*.parquet
+---
+"""
+
+
+@pytest.mark.parametrize("readme", [README, ""])
+def test_configurations_are_named_in_the_error_and_chosen_by_name(readme, tmp_path):
+    for name, count in (("a", 2), ("b", 4)):
+        write_tables(tmp_path / name, train=table_of([0, 1] * (count // 2), ["x", "y"]))
+    if readme:
+        (tmp_path / "README.md").write_text(readme)
+    with pytest.raises(UsageError, match="has 2 configurations: a, b") as error:
+        read(tmp_path)
+    assert f"--dataset {tmp_path}:a" in error.value.mend
+    for name, count in (("a", 2), ("b", 4)):
+        data = read(f"{tmp_path}:{name}")
+        assert len(data.splits["train"]) == len(read(tmp_path, dataset_config=name).splits["train"]) == count
+        assert data.name.endswith(f":{name}")
+    with pytest.raises(UsageError, match="no configuration 'c'") as error:
+        read(f"{tmp_path}:c")
+    assert "a, b" in error.value.mend
+
+
+def test_the_same_pictures_read_the_same_as_folder_and_as_list(tmp_path):
+    lines = []
+    for i in range(12):
+        (tmp_path / "train" / str(i)).mkdir(parents=True)
+        (tmp_path / "train" / str(i) / "0.png").write_bytes(image_bytes(i))
+        lines.append(f"train/{i}/0.png,{i}")
+    lists = [
+        write(tmp_path, "path,label", *lines),
+        write(tmp_path, "path;label", *(line.replace(",", ";") + ".0" for line in lines), name="f.csv"),
+    ]
+    folder = read(tmp_path)
+    of_folder = {folder.splits["train"].image_bytes(row): label for row, label in enumerate(labels(folder))}
+    for path in lists:
+        data = read(path)
+        assert data.class_names == folder.class_names
+        assert {data.splits["train"].image_bytes(row): label for row, label in enumerate(labels(data))} == of_folder
+    assert np.bincount(folder.splits["train"].labels).tolist() == [1] * 12
