@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
 from samtune import console
-from samtune.errors import MachineError, ModelError, first_line
+from samtune.errors import MachineError, ModelError, SamtuneError, UsageError, first_line
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ def load(repository: Repository, read: Callable[[bool], T]) -> T:
     that passes (5xx), and after a damaged file of the cache is thrown away.
 
     Raises ModelError where neither hub nor cache has it, and lets TypeError and AssertionError through: they are about
-    the arguments inside `read`.
+    the arguments inside `read`. Errors of samtune's own go through, too, unless a file of the cache is damaged.
     """
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -82,10 +82,12 @@ def load(repository: Repository, read: Callable[[bool], T]) -> T:
     while True:
         try:
             return _patiently(lambda: read(trouble is None), _DOWNLOAD_PAUSES, _PASSING, silence=("ReadError",))
-        except (TypeError, AssertionError):
+        except (TypeError, AssertionError, UsageError):
             raise
         except Exception as error:  # network, cache and file formats have a family of errors each
             found = [] if damaged else _discard_damaged(repository)
+            if isinstance(error, SamtuneError) and not (damaged or found):
+                raise
             if trouble is not None or not found:
                 raise _error(repository, trouble or error, damaged or found) from None
             damaged = found

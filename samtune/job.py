@@ -156,7 +156,7 @@ def prepare(config: RunConfig, settled: Settled | None = None) -> Job:
         model, info = models.build(
             config.model,
             classes=len(read.data.class_names),
-            weights_path=config.weights if settled is None else None,
+            weights=config.weights if settled is None else None,
             pretrained=config.pretrained and settled is None,
             img_size=config.img_size,
             drop=config.drop,

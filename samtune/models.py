@@ -14,9 +14,9 @@ import torch
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
-from samtune import console, hub, weights
+from samtune import console, hub
 from samtune.errors import CheckpointError, MachineError, ModelError, first_line
-from samtune.weights import WeightsFile
+from samtune.weights import WeightsFile, load, locate, read, read_lite
 
 # Names that timm has no pretrained weights for -> the weights that users mean by them; for B7 and L2 the paper's.
 ALIASES = {
@@ -96,22 +96,23 @@ class ModelSource:
     def data_config(self, img_size: int | None) -> dict[str, Any]:
         """Size, normalisation and crop of the weights; img_size: another side of the input."""
         found: dict[str, Any] = timm.data.resolve_data_config(pretrained_cfg=dict(self.config))
-        return found | ({"input_size": (3, img_size, img_size)} if img_size is not None else {})
+        found |= {"input_size": (3, img_size, img_size)} if img_size is not None else {}
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
 
 
-def look_up(name: str, weights_path: Path | None = None) -> ModelSource:
+def look_up(name: str, weights: Path | None = None) -> ModelSource:
     """What a name means: one of timm's, an alias, hf-hub:USER/NAME or local-dir:FOLDER.
 
-    weights_path: a file, a run or a checkpoint; what it says of normalisation and crop takes precedence.
+    weights: a file, a run or a checkpoint; what it says of normalisation and crop takes precedence.
     Raises ModelError for an unknown name, CheckpointError for weights that are not there or of another architecture.
     """
     resolved = resolve(name)
     kind, _, place = resolved.partition(":")
     model_args: Mapping[str, Any] = {}
-    found = None if weights_path is None else weights.locate(weights_path)
+    found = None if weights is None else locate(weights)
     if kind == "local-dir":
         config, architecture, model_args = _from_config(load_model_config_from_path, place)
-        found = found or weights.locate(Path(place))
+        found = found or locate(Path(place))
     elif kind == "hf-hub":
         repository = hub.Repository(place, "model", f"model {place}", "give a folder by --model local-dir:FOLDER")
         config, architecture, model_args = hub.load(
@@ -128,7 +129,7 @@ def look_up(name: str, weights_path: Path | None = None) -> ModelSource:
     if found is not None and found.config:
         if found.config["architecture"] != architecture:
             raise CheckpointError(
-                f"weights {weights_path} are of {found.config['architecture']}, and --model is {name}",
+                f"weights {weights} are of {found.config['architecture']}, and --model is {name}",
                 mend=f"give --model {found.config['architecture']}, or weights of {architecture}",
             )
         said = found.config.get("pretrained_cfg", {})
@@ -137,8 +138,8 @@ def look_up(name: str, weights_path: Path | None = None) -> ModelSource:
     return ModelSource(resolved, config, model_args or {}, found)
 
 
-def _from_config(load: Callable[[str], Any], place: str) -> tuple[dict[str, Any], str, Mapping[str, Any]]:
-    config, architecture, model_args = load(place)
+def _from_config(read_config: Callable[[str], Any], place: str) -> tuple[dict[str, Any], str, Mapping[str, Any]]:
+    config, architecture, model_args = read_config(place)
     return dict(config), architecture, model_args or {}
 
 
@@ -149,7 +150,7 @@ def resolve(name: str) -> str:
         return f"hf-hub:{place}"
     if separator and kind == "local-dir":
         try:
-            folder = weights.locate(Path(place)).path.parent
+            folder = locate(Path(place)).path.parent
         except CheckpointError as error:
             raise ModelError(f"model {name}: {error.what}", error.why, error.mend) from None
         if not (folder / "config.json").is_file():
@@ -186,7 +187,7 @@ def build(
     name: str,
     *,
     classes: int | None,
-    weights_path: Path | None = None,
+    weights: Path | None = None,
     pretrained: bool = True,
     img_size: int | None = None,
     drop: float = 0.0,
@@ -194,7 +195,7 @@ def build(
 ) -> tuple[nn.Module, ModelInfo]:
     """A model with pretrained weights, and a new head of `classes` outputs that starts at zero.
 
-    Weights come from weights_path (a file, a run, a checkpoint), else from an installed package that holds them, else
+    Weights come from weights (a file, a run, a checkpoint), else from an installed package that holds them, else
     from the hub through timm. With classes None the pretrained head stays. A head at zero gives the uniform prediction,
     so that the first loss is ln(classes); timm's own fresh head starts above that, and with frozen statistics the net
     then collapses. Without pretrained weights all parameters, those of the head too, start as timm draws them.
@@ -203,7 +204,7 @@ def build(
         ModelError: unknown name, no pretrained weights, no classifier, hub out of reach.
         CheckpointError: a weights file that is damaged, holds code, or belongs to another architecture.
     """
-    source = look_up(name, weights_path)
+    source = look_up(name, weights)
     resolved = source.resolved
     # timm leaves out what is None: not every model knows every option.
     arguments: dict[str, Any] = {
@@ -215,8 +216,8 @@ def build(
 
     package = _package_file(resolved)
     pretraining = _pretraining(resolved)
-    if weights_path is not None:
-        origin, pretraining = f"file:{weights_path}", "not stated (a file)"
+    if weights is not None:
+        origin, pretraining = f"file:{weights}", "not stated (a file)"
     elif not pretrained:
         origin, pretraining = "random", "none"
     elif source.weights is not None:
@@ -247,13 +248,13 @@ def build(
     head = () if classes is None else head_names(model)
     if origin.startswith("file:"):
         assert source.weights is not None
-        state_dict = weights.read(source.weights.path, model)
-        weights.load(model, state_dict, head=head, origin=origin)
+        state_dict = read(source.weights.path, model)
+        load(model, state_dict, head=head, origin=origin)
         if classes is not None:
-            given = weights_path or source.weights.path
+            given = weights or source.weights.path
             console.note(f"{given} {_head_words(model, state_dict)}; a new head of {classes} starts at zero")
     elif package is not None and pretrained:
-        weights.load(model, weights.read_lite(package, model), head=head, origin=origin)
+        load(model, read_lite(package, model), head=head, origin=origin)
     if classes is not None and origin != "random":
         _zero_head(model)
     parameters = sum(p.numel() for p in model.parameters())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from samtune import config
 from samtune.data import check, duplicates, scan
 from tests.conftest import image_bytes, samtune, write_image_folder
 
@@ -15,7 +16,8 @@ needs_imagehash = pytest.mark.skipif(not scan.can_see_likeness(), reason="imageh
 
 
 def look(folder, workers=0):
-    return check.check(str(folder), workers=workers, progress=lambda *_: None)
+    settings = config.load(None, {"model": "", "dataset": str(folder)})
+    return check.check(settings, workers=workers, progress=lambda *_: None)
 
 
 def encode(image, kind, **options):

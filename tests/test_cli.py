@@ -28,7 +28,7 @@ LITE0 = "tf_efficientnet_lite0"
         (("--model", LITE0, "--dataset", "flowers102"), 4, "dpdl-benchmark/oxford_flowers102"),
         (("--model", "efficientnet_b7", "--dataset", "{data}"), 4, "timm/tf_efficientnet_b7.ra_in1k"),
         (("--model", LITE0, "--dataset", "{data}", "--weights", "nowhere.pth"), 5, "nowhere.pth"),
-        (("--model", LITE0, "--dataset", "{data}", "--output", "{data}"), 2, "not empty"),
+        (("--model", LITE0, "--dataset", "{data}", "--output", "{data}"), 2, "the folder of the data set"),
         (("--model", LITE0, "--dataset", "{data}", "--output", "/proc/run"), 8, "--output"),
         (("--model", LITE0, "--dataset", "{data}", "--train-labels", "nowhere.csv"), 3, "nowhere.csv"),
         (("--model", LITE0, "--dataset", "{data}", "--train-labels", "x.csv", "--label-noise", "0.1"), 2, "contradict"),

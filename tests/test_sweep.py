@@ -510,7 +510,7 @@ def test_the_plan_can_be_seen_without_running_it(tmp_path, photos):
         (("--budget", "1 hour"), 2, "2000 passes"),
         (("--rho", "-1"), 2, "greater than or equal to 0"),
         (("--dataset", "./nowhere"), 3, "is not there"),
-        (("--output", "{data}"), 2, "not empty"),
+        (("--output", "{data}"), 2, "the folder of the data set"),
         (("--jobs", "999"), 2, "cores"),
         (("--jobs", "999", "--dry-run"), 2, "cores"),
     ],

@@ -66,6 +66,8 @@ def find(dataset: str, table: Table, wanted: Wanted, *, needs_label: bool = True
             raise UsageError(
                 f"{flag} {key}: data set {dataset} has no such column", mend=f"its columns: {', '.join(table.kinds)}"
             )
+    if wanted.image_key is not None and table.kinds[wanted.image_key] in ("classes", "list"):
+        raise DataError(f"column {wanted.image_key} holds no images", mend="name another by --image-key")
     search = _Search(table, wanted)
     if search.image is None or (needs_label and search.label is None and not search.one_hot):
         kind, flag = ("image", "--image-key") if search.image is None else ("label", "--label-key")

@@ -2,6 +2,8 @@
 
 import io
 import math
+import re
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +14,6 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_image
 
 from samtune.data.formats import register_plugins
 from samtune.errors import DataError, first_line
@@ -32,6 +33,8 @@ _UPRIGHT = {
 }
 _MOST_SCALED = 8  # libjpeg itself decodes at 1/2, 1/4 and 1/8 of the size, in less time
 _PLAIN_RANGES: Mapping[str, Range] = {"I;16": (0, 65535), "I": (0, 65535), "RGB;16": (0, 65535), "F": (0, 1)}
+_OF_16_BITS = re.compile("RGBA?;16[BLN]")  # how Pillow calls 16 bits of colour in a file, and their order of bytes
+_OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 _LARGE = 16_000_000  # pixels of pictures of which a process decodes one at a time
 _one_large = threading.Lock()
 _ROWS = 1024  # of a deep picture that are converted at once
@@ -172,31 +175,37 @@ def _to_rgb(encoded: bytes, image: Image.Image, rule: DecodeRule, by: int) -> Im
 
 
 def deep_mode(image: Image.Image) -> str | None:
-    """The mode of an image of more than 8 bits, before it is loaded; None for others.
-
-    16-bit colour in other formats than PNG is none: Pillow gives its upper 8 bits.
-    """
+    """The mode of an image of more than 8 bits, before it is loaded; None for others."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return image.mode[:4]
-    tiles = getattr(image, "tile", ())
-    is_deep = image.format == "PNG" and any(str(tile[3]).endswith(";16B") for tile in tiles)
-    return "RGB;16" if is_deep else None
+    return "RGB;16" if any(_OF_16_BITS.fullmatch(_raw_mode(tile)) for tile in getattr(image, "tile", ())) else None
 
 
 def deep_values(encoded: bytes, image: Image.Image) -> npt.NDArray[Any]:
-    """The values of a deep image, (height, width), of colour (height, width, channels); the last may be alpha."""
+    """The values of a deep image, (height, width), of colour (height, width, channels); the last of four is alpha."""
     if deep_mode(image) != "RGB;16":
         return np.asarray(image)
-    content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    values: npt.NDArray[Any] = decode_image(content, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    # Of 16 bits of colour Pillow gives the upper byte; told the other order of bytes, it gives the lower one.
+    lower = Image.open(io.BytesIO(encoded))
+    lower.tile = [_with_raw_mode(tile, _OTHER_ORDER) for tile in lower.tile]
+    values: npt.NDArray[np.uint16] = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
     return values
+
+
+def _raw_mode(tile: Any) -> str:
+    return str(tile[3][0] if isinstance(tile[3], tuple) else tile[3])
+
+
+def _with_raw_mode(tile: Any, order: Mapping[str, str]) -> Any:
+    mode = _raw_mode(tile)[:-1] + order[_raw_mode(tile)[-1]]
+    return tile._replace(args=(mode, *tile[3][1:]) if isinstance(tile[3], tuple) else mode)
 
 
 def _to_8_bits(values: npt.NDArray[Any], black_and_white: Range) -> Image.Image:
     """Values from black to white become 0 to 255, others are cut off; what is no number is black."""
     low, high = black_and_white
     levels = np.empty(values.shape, np.uint8)
-    has_alpha = values.ndim == 3 and values.shape[2] in (2, 4)
+    has_alpha = values.ndim == 3 and values.shape[2] == 4
     for start in range(0, len(values), _ROWS):
         part = values[start : start + _ROWS].astype(np.float64)
         scaled = (part - low) * (255 / (high - low)) if high > low else part * 0

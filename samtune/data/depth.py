@@ -63,7 +63,7 @@ def _extremes(split: Split, row: int) -> tuple[str, Range] | None:
         values = deep_values(encoded, Image.open(io.BytesIO(encoded)))
     except Exception:  # told when the images are decoded
         return None
-    colours = values[..., :-1] if values.ndim == 3 and values.shape[2] in (2, 4) else values
+    colours = values[..., :3] if values.ndim == 3 else values
     finite = colours[np.isfinite(colours)]
     return (mode, (float(finite.min()), float(finite.max()))) if finite.size else None
 

@@ -22,7 +22,7 @@ from samtune.data.labels import Classified, Labels
 from samtune.data.names import readable
 from samtune.data.roles import ROLES, Wanted
 from samtune.data.tables import RawSplits
-from samtune.errors import DataError
+from samtune.errors import DataError, UsageError
 
 _FILES = (*image_list.LISTS, ".parquet", ".arrow")
 _SAMPLED = 64  # images whose bytes tell one data set from another
@@ -177,6 +177,7 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
     origin = row.origin if isinstance(found, Dataset) else str(found)
     keyed = replace(wanted, image_key=wanted.image_key or row.image or None)
     keyed = replace(keyed, label_key=wanted.label_key or row.label or None)
+    keyed = replace(keyed, dataset_config=wanted.dataset_config or row.config or None)
     train = row.splits.get("train", wanted.train_split or "train").split("+")
     if isinstance(found, Path):
         raw, notes = _read_path(found.resolve(), origin, wanted, train, classes or ())
@@ -230,6 +231,7 @@ def _read_path(
             unpacked = {str(archive): str(tables.unpack(archive)) for archive in tables.archives(path)}
             in_folders = image_folder.read_folder(path, wanted, classes, unpacked) if unpacked else in_folders
         if in_folders.splits:
+            _refuse_columns(origin, wanted)
             return _of_files(in_folders.splits), in_folders.notes
         if in_folders.notes:
             raise DataError(f"data set {origin} has no labelled pictures", "; ".join(in_folders.notes))
@@ -249,6 +251,17 @@ def _read_row(
         lambda folder: _read_path(folder, origin, wanted, train, classes),
         lambda found, folder: tables.raw_splits(row.name, found, folder, wanted, train),
     )
+
+
+def _refuse_columns(origin: str, wanted: Wanted) -> None:
+    """Raise UsageError for a column that was asked for, of a folder that has pictures and no table."""
+    for flag, key in (("image", wanted.image_key), ("label", wanted.label_key), ("split", wanted.split_key)):
+        if key not in (None, flag):
+            raise UsageError(
+                f"--{flag}-key {key}: data set {origin} has no such column",
+                "it is a folder of pictures, whose folders are the labels",
+                "leave it out, or give a list of the pictures by --dataset",
+            )
 
 
 def _of_files(splits: Mapping[str, tuple[Sequence[str], Sequence[object]]]) -> RawSplits:
