@@ -30,7 +30,7 @@ from samtune.step import Step
 # Peak learning rates of the body for a batch of 32; they trained every data set we tried (README). They grow with the
 # square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.
 _BASE_LR = {"sgd": 0.004, "adamw": 1e-4}
-_BASE_LR_FROM_SCRATCH = {"sgd": 0.05, "adamw": 1e-3}  # random weights have far to go
+_BASE_LR_FROM_SCRATCH = {"sgd": 0.07, "adamw": 1e-3}  # random weights have far to go
 _BASE_BATCH = 32
 # Weight decay is 1/n for n images: against the mean loss, a prior of constant strength. It binds the new head, which a
 # few hundred images fit in many ways; for 50,000 images it is near the paper's 1e-5. Clipping shrinks the gradient but

@@ -198,7 +198,7 @@ def build(
     Weights come from weights (a file, a run, a checkpoint), else from an installed package that holds them, else
     from the hub through timm. With classes None the pretrained head stays. A head at zero gives the uniform prediction,
     so that the first loss is ln(classes); timm's own fresh head starts above that, and with frozen statistics the net
-    then collapses. Without pretrained weights all parameters, those of the head too, start as timm draws them.
+    then collapses. Without pretrained weights the body starts as timm draws it, and the head as torch draws any layer.
 
     Raises:
         ModelError: unknown name, no pretrained weights, no classifier, hub out of reach.
@@ -255,8 +255,8 @@ def build(
             console.note(f"{given} {_head_words(model, state_dict)}; a new head of {classes} starts at zero")
     elif package is not None and pretrained:
         load(model, read_lite(package, model), head=head, origin=origin)
-    if classes is not None and origin != "random":
-        _zero_head(model)
+    if classes is not None:
+        _draw_head(model) if origin == "random" else _zero_head(model)
     parameters = sum(p.numel() for p in model.parameters())
     data_config = source.data_config(img_size)
     return model, ModelInfo(name, resolved, origin, pretraining, parameters, data_config, source.model_args)
@@ -337,6 +337,14 @@ def _zero_head(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in head_parameters(model):
             parameter.zero_()
+
+
+def _draw_head(model: nn.Module) -> None:
+    """Linear layers as torch draws them: timm's EfficientNets draw heads for 1,000 classes, too wide for a few."""
+    for name in head_names(model):
+        for module in model.get_submodule(name).modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
 
 
 def train_mode(model: nn.Module, *, freeze_bn: bool) -> None:

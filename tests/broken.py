@@ -78,17 +78,21 @@ def break_here(faults: list[dict[str, Any]]) -> None:
         return
     for fault in faults:
         is_here = str(fault.pop("rank", here := os.environ.get("RANK"))) == str(here)
-        if fault.pop("only", "") in " ".join(sys.argv[2:]) and is_here:
+        if fault.pop("only", "") in " ".join(sys.argv[1:]) and is_here:
             break_at(**fault)
 
 
-if __name__ == "__main__":
+def prepare(faults: str) -> None:
+    """Break this process, and those that it starts."""
     from samtune import launch
     from samtune.sweep import engines
 
-    launch.COMMAND = engines.COMMAND = (sys.executable, "-m", "tests.broken", sys.argv[1])
-    break_here(json.loads(sys.argv[1]))
-    sys.argv[1:] = sys.argv[2:]
+    launch.COMMAND = engines.COMMAND = (sys.executable, "-m", "tests.broken", faults)
+    break_here(json.loads(faults))
+
+
+if __name__ == "__main__":
+    prepare(sys.argv.pop(1))
     from samtune.cli import main
 
     main()

@@ -3,11 +3,14 @@
 import atexit
 import importlib.util
 import io
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 # Before anything imports the hub's libraries: no network, and a cache of our own.
@@ -26,9 +29,12 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.preloaded import Preloaded
+
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
+_ENVIRONMENT = dict(os.environ)
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
@@ -68,11 +74,36 @@ def write_image_folder(root: Path, per_class: dict[str, int], classes: tuple[str
     return root
 
 
-def samtune(*arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, as a user runs it."""
-    command = [sys.executable, "-m", "samtune", *map(str, arguments)]
+@cache
+def _preloaded() -> Preloaded:
+    folder = Path(tempfile.mkdtemp(prefix="samtune-tests-"))
+    waiting = Preloaded(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(waiting.close)
+    return waiting
+
+
+def samtune(
+    *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None, faults: Sequence[dict] = ()
+) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, in which faults happen (tests/broken.py).
+
+    With an environment of its own it starts as a user starts it; else it is forked from one that has loaded all.
+    """
+    now = os.environ | (env or {})
+    differ = {key for key in now.keys() | _ENVIRONMENT.keys() if now.get(key) != _ENVIRONMENT.get(key)}
+    if differ <= {"SAMTUNE_CACHE", "PYTEST_CURRENT_TEST"}:
+        own = {"SAMTUNE_CACHE": now["SAMTUNE_CACHE"]}
+        return _preloaded().samtune(*arguments, env=own, cwd=cwd, faults=faults)[0]
+    module = ["samtune"] if not faults else ["tests.broken", json.dumps(list(faults))]
     return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | (env or {}), timeout=300, check=False, **options
+        [sys.executable, "-m", *module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=now | {"PYTHONPATH": now.get("PYTHONPATH", str(ROOT))},
+        cwd=cwd,
+        timeout=300,
+        check=False,
     )
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from samtune import checkpoint
+from samtune.runlog import resolve_checkpoint
 
 _TIMES = ("seconds", "images_per_second", "data_wait", "peak_memory_bytes")
 
 
 def fingerprint(run: Path, name: str = "last") -> dict[str, str]:
     """sha256 of weights, averaged weights, optimizer, random numbers, metrics without their times, and predictions."""
-    folder = run / "checkpoints" / name
+    folder = resolve_checkpoint(run / "checkpoints", name)
     checkpoint.verify(folder)
     state = checkpoint.load_state(folder)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -2,11 +2,7 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
-import time
 from collections import Counter
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -180,65 +176,3 @@ class _Answer(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body[: len(body) // 2] if cut else body)
         self.close_connection = self.close_connection or cut
-
-
-# ------------------------------------------------------------------------------------------------------------- clients
-
-_PRELOADED = """
-import json, os, sys, traceback
-import datasets, timm, torch
-import samtune.cli, samtune.train, samtune.evaluate, samtune.hub, datasets.packaged_modules.parquet.parquet
-
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        arguments, out, err = json.loads(line)
-        os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY), 1)
-        os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY), 2)
-        sys.argv = ["samtune", *arguments]
-        try:
-            samtune.cli.main()
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # the usual end would take torch apart, which takes a second
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Preloaded:
-    """`samtune` with its libraries loaded once: each command is a process of its own, forked from one that waits."""
-
-    def __init__(self, folder: Path, env: dict[str, str]) -> None:
-        self.folder, self.number = folder, 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _PRELOADED],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | env,
-        )
-
-    def samtune(self, *arguments: object) -> tuple[subprocess.CompletedProcess[str], float]:
-        """What came of a command line, and the seconds that it took."""
-        self.number += 1
-        out, err = (self.folder / f"{self.number}.{stream}" for stream in ("out", "err"))
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        began = time.monotonic()
-        self.process.stdin.write(json.dumps([[str(a) for a in arguments], str(out), str(err)]) + "\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        took = time.monotonic() - began
-        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text()), took
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-        self.process.stdout.close()

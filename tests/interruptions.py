@@ -1,12 +1,10 @@
 """Small runs that break off and go on, through the command line in processes of their own."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import samtune
 
 SETTINGS = (
     *("--model", "resnet10t", "--no-pretrained", "--img-size", "32", "--epochs", "3", "--lr", "0.01"),
@@ -14,29 +12,14 @@ SETTINGS = (
 )  # 15 steps, validated after 5, 10 and 15
 
 
-def run(data: Path, folder: Path, *more: object, faults: list[dict] | None = None, **options):
+def run(data: Path, folder: Path, *more: object, faults: Sequence[dict] = (), **options):
     """`samtune run` with these settings, in which faults happen (tests/broken.py)."""
-    arguments = ["run", *SETTINGS, "--dataset", data, "--output", folder, *more]
-    return _call(["-m", "tests.broken", json.dumps(faults or []), *map(str, arguments)], **options)
+    return samtune("run", *SETTINGS, "--dataset", data, "--output", folder, *more, faults=faults, **options)
 
 
-def resume(folder: Path, *more: object, faults: list[dict] | None = None, **options):
+def resume(folder: Path, *more: object, faults: Sequence[dict] = (), **options):
     """`samtune run --resume --output FOLDER`."""
-    arguments = ["run", "--resume", "--output", folder, *more]
-    return _call(["-m", "tests.broken", json.dumps(faults or []), *map(str, arguments)], **options)
-
-
-def _call(arguments: list[str], **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | options.pop("env", {}),
-        timeout=300,
-        check=False,
-        **options,
-    )
+    return samtune("run", "--resume", "--output", folder, *more, faults=faults, **options)
 
 
 def step_of(folder: Path) -> int:

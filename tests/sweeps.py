@@ -1,13 +1,11 @@
 """Small sweeps through the command line, and what they have come to."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import samtune
 from tests.fingerprint import fingerprint
 
 RECIPE = """
@@ -43,15 +41,7 @@ def command(recipe: Path, folder: Path, *more: object, faults: list[dict] | None
 
 
 def sweep(recipe: Path, folder: Path, *more: object, faults: list[dict] | None = None, env: dict | None = None):
-    return subprocess.run(
-        command(recipe, folder, *more, faults=faults),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | (env or {}),
-        timeout=500,
-        check=False,
-    )
+    return samtune("sweep", recipe, "--output", folder, *more, faults=faults or (), env=env)
 
 
 def results(folder: Path) -> dict[str, object]:

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from samtune.data import source
 from samtune.data.cache import Images, look_at
 from tests.conftest import Bomb, image_bytes, samtune, write_image_folder
-from tests.hub import Preloaded
 from tests.matrix import row
 
 NET = ("--model", "resnet10t")
@@ -28,19 +27,12 @@ SHORT = ("--img-size", 32, "--epochs", "2 steps", "--batch-size", 8, "--lr", 0.0
 RANDOM = (*NET, "--no-pretrained", *SHORT)
 
 
-@pytest.fixture(scope="module")
-def waiting(tmp_path_factory):
-    commands = Preloaded(tmp_path_factory.mktemp("commands"), {})
-    yield commands
-    commands.close()
-
-
 @pytest.fixture
-def command(waiting):
+def command():
     """The command line in a process of its own."""
 
     def run(*arguments):
-        done, _ = waiting.samtune(*arguments)
+        done = samtune(*arguments)
         assert "Traceback" not in done.stderr
         return done
 

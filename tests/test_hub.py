@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 
 from samtune.hub import _asked_pause
 from tests.conftest import SHARED_DATA, Bomb, image_bytes, samtune, write_image_folder
-from tests.hub import Fault, Hub, Preloaded
+from tests.hub import Fault, Hub
 from tests.matrix import row
+from tests.preloaded import Preloaded
 
 FLOWERS = "dpdl-benchmark/oxford_flowers102"
 SMALL = "test_efficientnet.r160_in1k"  # timm's smallest

@@ -126,10 +126,11 @@ class _TooLarge(ValueError):
 
 def _decode(encoded: bytes, image: Image.Image, rule: DecodeRule) -> torch.Tensor:
     by, size = rule.reduction(image.width, image.height), rule.reduced(image.width, image.height)
+    deep = deep_mode(image)
     turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     pixels = _plain_jpeg(encoded, image, by)
     if pixels is None or turn is not None or pixels.shape[1::-1] != size:
-        small = _to_rgb(encoded, image, rule, by) if pixels is None else Image.fromarray(pixels)
+        small = _to_rgb(encoded, image, deep, rule, by) if pixels is None else Image.fromarray(pixels)
         if small.size != size:
             small = small.reduce(by // (image.width // small.width))
         pixels = np.array(small if turn is None else small.transpose(turn))
@@ -153,12 +154,11 @@ def _plain_jpeg(encoded: bytes, image: Image.Image, by: int) -> npt.NDArray[np.u
     return pixels
 
 
-def _to_rgb(encoded: bytes, image: Image.Image, rule: DecodeRule, by: int) -> Image.Image:
+def _to_rgb(encoded: bytes, image: Image.Image, deep: str | None, rule: DecodeRule, by: int) -> Image.Image:
     """Any other image as RGB, reduced by `by` before it is converted: large ones would take much memory."""
-    mode = deep_mode(image)
     width = image.width
-    if mode is not None:
-        image = _to_8_bits(deep_values(encoded, image), rule.range_of(mode))
+    if deep is not None:
+        image = _to_8_bits(deep_values(encoded, image, deep), rule.range_of(deep))
     elif by > 1:
         image.draft(None, rule.reduced(image.width, image.height))  # a grey or CMYK JPEG; does nothing to the others
         image.load()
@@ -181,9 +181,9 @@ def deep_mode(image: Image.Image) -> str | None:
     return "RGB;16" if any(_OF_16_BITS.fullmatch(_raw_mode(tile)) for tile in getattr(image, "tile", ())) else None
 
 
-def deep_values(encoded: bytes, image: Image.Image) -> npt.NDArray[Any]:
-    """The values of a deep image, (height, width), of colour (height, width, channels); the last of four is alpha."""
-    if deep_mode(image) != "RGB;16":
+def deep_values(encoded: bytes, image: Image.Image, mode: str) -> npt.NDArray[Any]:
+    """The values of an image of a deep mode, (height, width), of colour (height, width, channels), the fourth alpha."""
+    if mode != "RGB;16":
         return np.asarray(image)
     # Of 16 bits of colour Pillow gives the upper byte; told the other order of bytes, it gives the lower one.
     lower = Image.open(io.BytesIO(encoded))

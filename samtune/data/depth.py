@@ -60,7 +60,7 @@ def _extremes(split: Split, row: int) -> tuple[str, Range] | None:
                 return None
             file.seek(0)
             encoded = file.read()
-        values = deep_values(encoded, Image.open(io.BytesIO(encoded)))
+        values = deep_values(encoded, Image.open(io.BytesIO(encoded)), mode)
     except Exception:  # told when the images are decoded
         return None
     colours = values[..., :3] if values.ndim == 3 else values

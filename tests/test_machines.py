@@ -1,0 +1,314 @@
+"""Machines as they are: disks without links, jobs that start together, left-over variables, no home."""
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from samtune import caches, checkpoint, config, options, ranks
+from samtune.errors import MachineError, UsageError
+from tests.conftest import ROOT, samtune
+from tests.fingerprint import fingerprint
+from tests.interruptions import resume, run, status
+
+SMALL = ("--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--batch-size", 8, "--workers", 0)
+
+
+# --------------------------------------------------------------------------------------------------- copies of a run
+
+
+def test_a_run_that_was_copied_with_its_links_followed_goes_on_to_the_same_end(stopped, uninterrupted, tmp_path):
+    """As `cp -rL` copies it, and every object store."""
+    shutil.copytree(stopped, tmp_path / "r")
+    assert not (tmp_path / "r" / "checkpoints" / "last").is_symlink()
+    done = resume(tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert fingerprint(tmp_path / "r") == fingerprint(uninterrupted)
+    assert (tmp_path / "r" / "checkpoints" / "last").is_symlink()
+
+
+def test_where_last_alone_was_copied_the_run_goes_on_from_it(stopped, uninterrupted, tmp_path):
+    shutil.copytree(stopped, tmp_path / "r", ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(stopped / "checkpoints" / "last", tmp_path / "r" / "checkpoints" / "last")
+    done = resume(tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert "resume  step-000007" in done.stderr
+    assert fingerprint(tmp_path / "r") == fingerprint(uninterrupted)
+
+
+def test_a_copy_of_a_checkpoint_is_all_that_eval_needs(uninterrupted, tmp_path):
+    scores = json.loads((uninterrupted / "report.json").read_text())["test"]
+    shutil.copytree(uninterrupted / "checkpoints" / "last", tmp_path / "copy")
+    found = json.loads(samtune("eval", tmp_path / "copy", "--json").stdout)
+    assert {key: found[key] for key in ("n", "wrong", "loss")} == {key: scores[key] for key in ("n", "wrong", "loss")}
+
+
+def test_a_damaged_copy_under_last_is_named_and_the_one_before_is_taken(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "r")
+    checkpoints = tmp_path / "r" / "checkpoints"
+    shutil.rmtree(checkpoints / "step-000007")
+    (checkpoints / "last" / "model.safetensors").write_bytes(b"")
+    done = resume(tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert re.search("step-000007 is damaged .*going on from step-000006", done.stderr)
+
+
+# ----------------------------------------------------------------------------------------------- disks without links
+
+
+NO_LINKS = {"at": "pathlib:Path.symlink_to", "call": 1, "do": "EPERM", "again": True}
+
+
+def test_on_a_disk_without_links_files_name_the_checkpoints(photos, uninterrupted, tmp_path):
+    stop = {"at": "samtune.sam:Perturbation.add_", "call": 7, "do": "SIGTERM"}
+    assert run(photos, tmp_path / "r", faults=[NO_LINKS, stop]).returncode == 75
+    last = tmp_path / "r" / "checkpoints" / "last"
+    assert last.read_text() == "step-000007\n"
+    done = resume(tmp_path / "r", faults=[NO_LINKS])
+    assert done.returncode == 0, done.stderr
+    assert fingerprint(tmp_path / "r") == fingerprint(uninterrupted)
+    checkpoints = {path.name for path in (tmp_path / "r" / "checkpoints").iterdir()}
+    assert checkpoints == {path.name for path in (uninterrupted / "checkpoints").iterdir()}
+    scores = json.loads((tmp_path / "r" / "report.json").read_text())["test"]
+    for target in (tmp_path / "r", last):
+        found = json.loads(samtune("eval", target, "--json").stdout)
+        assert (found["n"], found["loss"]) == (scores["n"], scores["loss"])
+    for command in (("report", tmp_path / "r"), ("runs", tmp_path)):
+        assert samtune(*command).returncode == 0
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
+def test_a_folder_that_cannot_be_synced_is_no_error_and_a_disk_that_fails_is(number, tmp_path, monkeypatch):
+    def fails(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    checkpoint._sync(tmp_path)
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint._sync(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- run folders
+
+
+def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(options.time, "strftime", lambda _: "20260102-030405")
+    settings = [config.load(None, {"model": "resnet10t", "dataset": "a/b:c", "seed": seed}) for seed in (0, 0, 0, 1)]
+    start = threading.Barrier(len(settings))
+
+    def named(settings):
+        start.wait()
+        return settings.with_output().output
+
+    with ThreadPoolExecutor(len(settings)) as pool:
+        folders = [str(folder) for folder in pool.map(named, settings)]
+    name = "runs/20260102-030405-resnet10t-b-c-rho0.05-seed"
+    assert Counter(folders) == Counter([f"{name}0", f"{name}0-2", f"{name}0-3", f"{name}1"])
+    assert all((tmp_path / folder).is_dir() for folder in folders)
+    monkeypatch.undo()
+
+
+def test_names_of_models_and_data_make_no_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = config.load(None, {"model": "hf-hub:timm/resnet10t", "dataset": "photos"})
+    assert re.fullmatch(r"runs/[\d-]+-hf-hub-timm-resnet10t-photos-rho0.05-seed0", str(settings.with_output().output))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "runs").write_text("a file")
+    with pytest.raises(MachineError, match="cannot be made") as error:
+        settings.with_output()
+    assert "--output" in error.value.mend
+
+
+def test_a_run_that_cannot_begin_leaves_no_empty_folder(photos, tmp_path):
+    arguments = ("run", *SMALL, "--dataset", photos, "--model", "vit_giant_patch14_224.nothing")
+    assert samtune(*arguments, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}).returncode == 4
+    assert not (tmp_path / "runs").exists() or list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",)])
+def test_files_of_others_in_a_folder_are_no_run(flags, photos, tmp_path):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    for name in ("slurm-1.out", "job.sh", "log.txt"):
+        (folder / name).write_text("somebody's\n")
+    (folder / "logs").mkdir()
+    done = samtune("run", *SMALL, "--dataset", photos, "--output", folder, *flags)
+    assert done.returncode == 0, done.stderr
+    assert status(folder)["state"] == "done"
+    assert (folder / "slurm-1.out").read_text() == "somebody's\n"
+    again = samtune("run", *SMALL, "--dataset", photos, "--output", folder)
+    assert again.returncode == 2
+    assert "not empty" in again.stderr
+    assert "config.toml of another run" in again.stderr
+
+
+def test_the_folder_of_the_data_is_no_run_folder(photos):
+    done = samtune("run", *SMALL, "--dataset", photos, "--output", photos)
+    assert done.returncode == 2
+    assert "is the folder of the data set" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ left-over variables
+
+
+def test_a_shell_that_was_once_the_only_rank_launches_the_processes_that_are_asked_for(photos, tmp_path):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    arguments = ("run", *SMALL, "--dataset", photos, "--output", tmp_path / "r", "--processes", 2, "--json")
+    done = samtune(*arguments, env=alone)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["world_size"] == 2
+
+
+def test_processes_in_a_rank_of_another_launcher_are_refused(monkeypatch):
+    here = ranks.Place(rank=0, world_size=4, local_rank=0, local_world_size=4, machine=0)
+    monkeypatch.setattr(ranks, "place", lambda: here)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    ranks.check_processes(None)
+    ranks.check_processes(4)
+    with pytest.raises(UsageError, match="--processes 2 in one of 4 ranks") as error:
+        ranks.check_processes(2)
+    assert "RANK=0 WORLD_SIZE=4" in error.value.why
+    assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert (ranks.origin(), ranks.alone()) == ("SLURM_STEP_NUM_TASKS=4", "env -u SLURM_STEP_NUM_TASKS samtune ...")
+
+
+WAITING = """
+import sys
+from samtune import distributed
+distributed._WARNED_AFTER = 0.5
+sys.argv = ["samtune", *sys.argv[1:]]
+from samtune.cli import main
+main()
+"""
+
+# Left-over variables -> who is missing.
+NOBODY = {
+    "rank 0 of two": ({"RANK": "0", "WORLD_SIZE": "2"}, "rank 0 of 2 waits for rank 1", "env -u RANK -u WORLD_SIZE"),
+    "rank 1 of two": ({"RANK": "1", "WORLD_SIZE": "2"}, "rank 1 of 2 waits for rank 0", "env -u RANK -u WORLD_SIZE"),
+    "Slurm's, in an interactive shell": (
+        {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "71"},
+        "rank 0 of 3 waits for ranks 1, 2",
+        "env -u SLURM_STEP_NUM_TASKS",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOBODY)
+def test_waiting_for_ranks_that_nobody_started_says_for_whom_and_how_to_run_alone(name, photos, tmp_path):
+    variables, said, alone = NOBODY[name]
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(29600 + len(name))} if "RANK" in variables else {}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, "run", *map(str, SMALL), "--dataset", photos, "--output", tmp_path / "r"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | variables | place,
+    )
+    assert process.stderr is not None
+    lines = [process.stderr.readline() for _ in range(3)]
+    process.terminate()
+    lines.append(process.communicate(timeout=30)[1])
+    assert said in lines[0]
+    assert alone in lines[2]
+    assert process.returncode == 143  # it hears the signal while it waits
+    assert "stopped by SIGTERM" in lines[3]
+
+
+# --------------------------------------------------------------------------------------------------------- no home
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    """As if the variables were those of a user whose home is tmp_path/home."""
+    for name in ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR", "SAMTUNE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(caches.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    (tmp_path / "home").mkdir()
+    return tmp_path
+
+
+def test_with_a_home_that_can_be_written_nothing_changes(environment):
+    before = dict(os.environ)
+    assert caches.prepare() is None
+    assert dict(os.environ) == before
+    assert caches.user_cache() == environment / "home" / ".cache"
+
+
+@pytest.mark.parametrize("home", ["~", "read-only"])
+def test_without_a_home_that_can_be_written_caches_are_temporary_and_that_is_said(home, environment, monkeypatch):
+    if home == "~":
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, and a user without a name
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(environment / "home")))
+    said = caches.prepare()
+    temporary = environment / "tmp" / f"samtune-{os.getuid()}"
+    assert said is not None
+    assert str(temporary) in said
+    assert caches.user_cache() == temporary
+    assert os.environ["HF_DATASETS_CACHE"].startswith(str(temporary))
+    assert os.environ["MPLCONFIGDIR"].startswith(str(temporary))
+
+
+def test_a_cache_of_the_hub_that_is_read_only_is_still_read(environment, monkeypatch):
+    shared = environment / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("HF_HOME", str(shared))
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(shared)))
+    assert str(shared / "datasets") in (caches.prepare() or "")
+    assert os.environ["HF_HOME"] == str(shared)
+    assert os.environ["HF_DATASETS_CACHE"].startswith(str(environment / "tmp"))
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="only root can be somebody else")
+def test_a_user_without_home_and_name_runs(photos, tmp_path):
+    tmp_path.chmod(0o777)
+    for folder in tmp_path.parents:
+        if folder.stat().st_uid == 0 and folder != folder.parent and not folder.stat().st_mode & 0o001:
+            pytest.skip(f"{folder} cannot be entered by others")
+    command = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups", sys.executable, "-m", "samtune"]
+    variables = {k: v for k, v in os.environ.items() if k not in ("HOME", "HF_HOME", "SAMTUNE_CACHE", "TMPDIR")}
+    done = subprocess.run(
+        [*command, "run", *map(str, SMALL), "--dataset", photos, "--output", tmp_path / "r"],
+        env=variables | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "caches lie in" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ another length
+
+
+def test_a_run_that_is_done_goes_on_longer_along_a_longer_cosine_without_its_warm_up(uninterrupted, tmp_path):
+    """The rate at the seam: that of the longer cosine in this step, not 0, not the peak, and not a warm-up again."""
+    folder = tmp_path / "r"
+    shutil.copytree(uninterrupted, folder, symlinks=True)
+    longer = ("--epochs", 6, "--allow-change", "epochs", "--eval-every", "1 steps", "--allow-change", "eval_every")
+    done = resume(folder, *longer)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["lr"] for row in rows if row["split"] == "train"}
+    for step in (16, 17, 29, 30):
+        assert rates[step] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 30)))
+    assert "a cosine over 30 steps in place of 15" in done.stderr
+    assert f"{rates[16]:.3g} in step 16" in done.stderr
+    assert "is not repeated" in done.stderr
+    stored = (folder / "config.toml").read_text()
+    assert 'warmup_epochs = "1 steps"' in stored
