@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
 from samtune import console
+from samtune.data.formats import is_readable
 from samtune.errors import MachineError, ModelError, SamtuneError, UsageError, first_line
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ _LONGEST_PAUSE = 300.0  # the hub counts requests in windows of five minutes
 _PASSING = {500, 502, 503, 504}
 
 # Other files of a repository are of no use without one of these.
-_CONTENT = {".safetensors", ".bin", ".pth", ".npz", ".parquet"}
+_CONTENT = {".safetensors", ".bin", ".pth", ".npz", ".parquet", ".zip", ".tar", ".gz", ".tgz"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Repository:
     @property
     def is_cached(self) -> bool:
         """Whether weights or tables are there; a part of them, perhaps."""
-        return any(path.suffix in _CONTENT and path.is_file() for path in self.folder.glob("snapshots/*/**/*"))
+        files = (path for path in self.folder.glob("snapshots/*/**/*") if path.is_file())
+        return any(path.suffix in _CONTENT or is_readable(path.name) for path in files)
 
 
 def load(repository: Repository, read: Callable[[bool], T]) -> T:
@@ -95,16 +97,23 @@ def load(repository: Repository, read: Callable[[bool], T]) -> T:
 
 
 def snapshot(repository: Repository, *, online: bool) -> Path:
-    """The folder of the cache that holds a data set's files, after fetching those that are missing."""
-    return Path(
-        snapshot_download(
+    """The folder of the cache that holds a data set's files, after fetching those that are missing.
+
+    Tables, where the repository has some; else everything: pictures, archives, WebDataset shards.
+    """
+
+    def fetch(patterns: list[str] | None) -> Path:
+        place = snapshot_download(
             repository.id,
             repo_type=repository.kind,
             revision=repository.revision,
-            allow_patterns=["*.parquet", "README.md", "dataset_infos.json"],
+            allow_patterns=patterns,
             local_files_only=not online,
         )
-    )
+        return Path(place)
+
+    folder = fetch(["*.parquet", "README.md", "dataset_infos.json"])
+    return folder if any(folder.rglob("*.parquet")) else fetch(None)
 
 
 def _ask(repository: Repository) -> Exception | None:

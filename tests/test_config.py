@@ -2,12 +2,14 @@
 
 import math
 import tomllib
+from typing import get_args
 
 import pytest
 
 from samtune import config
 from samtune.errors import UsageError
 from samtune.options import RunConfig
+from tests.conftest import samtune, write_image_folder
 
 NEEDED = {"model": "tf_efficientnet_lite0", "dataset": "cifar10"}
 
@@ -138,3 +140,92 @@ def test_the_norm_is_a_number_or_inf(tmp_path, given, read):
 
 def test_the_samples_of_a_perturbation_are_a_word_or_a_number():
     assert [config.load(None, NEEDED | {"m": m}).m for m in ("device", "global", "8", 8)] == ["device", "global", 8, 8]
+
+
+def numeric_fields():
+    for key, field in RunConfig.model_fields.items():
+        kinds = {field.annotation, *get_args(field.annotation)}
+        if kinds & {int, float} and bool not in kinds:
+            yield key, field, float if float in kinds else int
+
+
+def limits(field):
+    rules = {
+        name: getattr(rule, name) for rule in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(rule, name)
+    }
+    return rules.get("ge", rules.get("gt")), rules.get("le", rules.get("lt"))
+
+
+def test_every_number_has_a_least_and_a_largest_value_that_float32_holds():
+    for key, field, kind in numeric_fields():
+        if key == "p" or key == "m":  # they have kinds of their own
+            continue
+        least, largest = limits(field)
+        assert least is not None, key
+        assert largest is not None, key
+        assert kind is int or float(largest) ** 3 < 3e38, key  # a rate times a factor times a decay, say
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            (key, value)
+            for key in ("lr", "rho", "weight_decay", "head_lr_factor", "clip_grad", "eta", "rho_final")
+            for value in (1e10, 1e38, 1e300)
+        ),
+        *(
+            (key, 10**30)
+            for key in (
+                "batch_size",
+                "micro_batch",
+                "max_train",
+                "workers",
+                "processes",
+                "nnodes",
+                "seed",
+                "noise_seed",
+            )
+        ),
+        *(
+            (key, value)
+            for key in ("epochs", "warmup_epochs", "save_every", "eval_every")
+            for value in ("1" * 30, "9" * 400, f"{'9' * 400} steps")
+        ),
+        *(
+            ("cache_limit", 1e300),
+            ("step_timeout", 1e300),
+            ("mixup", 1e300),
+            ("img_size", 10**6),
+            ("p", 1e300),
+            ("m", 10**30),
+        ),
+        *(
+            ("m", "group:" + "9" * 30),
+            ("max_megapixels", 1e300),
+            ("keep_checkpoints", 10**30),
+            ("ascent_steps", 10**30),
+        ),
+    ],
+)
+def test_numbers_beyond_their_arithmetic_are_refused_by_name(key, value):
+    with pytest.raises(UsageError) as error:
+        config.load(None, {"model": "m", "dataset": "d", key: value})
+    assert error.value.what.startswith(f"--{key.replace('_', '-')} ")
+    assert len(error.value.what) < 600
+
+
+@pytest.mark.parametrize(
+    "key", ["lr", "rho", "weight_decay", "head_lr_factor", "clip_grad", "eta", "p", "rho_final", "head_rho_factor"]
+)
+def test_the_largest_numbers_end_in_words_and_not_in_a_traceback(key, tmp_path):
+    """They may well diverge: exit code 7."""
+    data = write_image_folder(tmp_path / "data", {"train": 6})
+    largest = 1e6 if key == "p" else limits(RunConfig.model_fields[key])[1]
+    small = ("--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", "2 steps", "--workers", 0)
+    more = ("--adaptive",) if key == "eta" else ("--rho-schedule", "linear") if key == "rho_final" else ()
+    done = samtune(
+        "run", *small, *more, f"--{key.replace('_', '-')}", largest, "--dataset", data, "--output", tmp_path / "r"
+    )
+    assert done.returncode in (0, 7), done.stderr
+    assert "Traceback" not in done.stderr

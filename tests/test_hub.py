@@ -1,12 +1,14 @@
 """The hub's real client against a hub on the loopback device: whole runs, faults, damaged caches."""
 
 import hashlib
+import io
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from samtune.hub import _asked_pause
 from tests.conftest import SHARED_DATA, Bomb, image_bytes, samtune, write_image_folder
@@ -212,6 +215,84 @@ def test_a_pickle_of_the_hub_that_would_run_code_is_refused_and_runs_nothing(
     assert f"timm/{SMALL}: what came from the hub cannot be read" in what
     assert "weights_only" in why
     assert not (tmp_path / "exploded").exists()
+
+
+# Forms of a data set without tables -> how it is put into its folder; 24 pictures of train, 8 of test.
+def as_pictures(pictures, folder):
+    shutil.copytree(pictures, folder)
+
+
+def as_archive(pictures, folder):
+    shutil.make_archive(str(folder / "data" / "all"), "zip", pictures)
+
+
+def as_an_archive_a_split(pictures, folder):
+    for split in ("train", "test"):
+        shutil.make_archive(str(folder / split), "gztar", pictures / split)
+
+
+def as_webdataset(pictures, folder):
+    folder.mkdir()
+    for split in ("train", "test"):
+        with tarfile.open(folder / f"{split}-0000.tar", "w") as shard:
+            for number, path in enumerate(sorted((pictures / split).glob("*/*.png"))):
+                label = b"1" if path.parent.name == "dog" else b"0"
+                for ending, content in (("png", path.read_bytes()), ("cls", label)):
+                    member = tarfile.TarInfo(f"{number:04}.{ending}")
+                    member.size = len(content)
+                    shard.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("form", [as_pictures, as_archive, as_an_archive_a_split, as_webdataset])
+def test_data_sets_of_pictures_archives_and_shards_are_read_online_and_offline(
+    form, hub, folder, tmp_path, monkeypatch
+):
+    form(folder / "photos", tmp_path / "set")
+    monkeypatch.setitem(hub.repositories, ("dataset", "somebody/photos"), tmp_path / "set")
+    hub.faults = []
+    env = environment(hub, tmp_path / "home")
+    command = ("run", "--model", "resnet10t", "--no-pretrained", "--dataset", "somebody/photos", "--json", *FEW[:-1])
+    online = samtune(*command, "--output", tmp_path / "a", env=env)
+    assert online.returncode == 0, online.stderr
+    found = json.loads(online.stdout)["dataset"]
+    assert (found["train"] + found["val"], found["test"], found["classes"]) == (24, 8, 2)
+    assert found["source"] == "hub:somebody/photos"
+    offline = samtune(*command, "--output", tmp_path / "b", env=env | {"HF_HUB_OFFLINE": "1"})
+    assert offline.returncode == 0, offline.stderr
+    assert json.loads(offline.stdout)["test"] == json.loads(online.stdout)["test"]
+
+
+def test_configurations_of_the_hub_are_named_and_chosen(hub, folder, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        small_table(tmp_path / "set" / name)
+        (tmp_path / "set" / name / "README.md").unlink()
+    card = "\n".join(f"- config_name: {name}\n  data_files: {name}/data/*.parquet" for name in ("a", "b"))
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{card}\n---\n")
+    monkeypatch.setitem(hub.repositories, ("dataset", "somebody/two"), tmp_path / "set")
+    hub.faults = []
+    env = environment(hub, tmp_path / "home")
+    refused = samtune("run", "--model", "resnet10t", "--no-pretrained", "--dataset", "somebody/two", *FEW, env=env)
+    assert refused.returncode == 2, refused.stderr
+    assert "has 2 configurations: a, b" in refused.stderr
+    assert "--dataset somebody/two:a" in refused.stderr
+    other = ("--dataset", "somebody/two:b", "--output", tmp_path / "r")
+    done = samtune("run", "--model", "resnet10t", "--no-pretrained", *other, *FEW, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_model_of_the_hub_is_named_as_timm_spells_it(hub, folder, tmp_path, monkeypatch):
+    model = timm.create_model(SMALL.partition(".")[0], num_classes=5)
+    save_for_hf(model, tmp_path / "model", safe_serialization=True)
+    monkeypatch.setitem(hub.repositories, ("model", "somebody/small"), tmp_path / "model")
+    hub.faults = []
+    env = environment(hub, tmp_path / "home")
+    name = "hf-hub:somebody/small"
+    command = ("run", "--model", name, "--dataset", folder / "photos", "--output", tmp_path / "r", "--json", *FEW)
+    done = samtune(*command, env=env)
+    assert done.returncode == 0, done.stderr
+    model = json.loads(done.stdout)["model"]
+    assert (model["requested"], model["weights"]) == (name, "hub:somebody/small")
+    assert timm.create_model(f"local-dir:{tmp_path / 'r/checkpoints/last'}", pretrained=True).num_classes == 2
 
 
 # -------------------------------------------------------------------------------------------------------------- faults

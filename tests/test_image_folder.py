@@ -5,9 +5,14 @@ import re
 import shutil
 import unicodedata
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image, features
 
 from samtune.data import source
+from samtune.data.decode import decode
+from samtune.data.formats import register_plugins
 from samtune.data.image_folder import read_folder
 from samtune.data.names import natural_key
 from samtune.data.roles import Wanted
@@ -330,6 +335,26 @@ def test_a_folder_of_nothing_but_such_pictures_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("samtune.data.formats._is_installed", lambda ending: False)
     with pytest.raises(DataError, match=r"none of its 2 pictures \(\.heic\)"):
         read(write(tmp_path, "train/cat/1.heic", "train/dog/1.heic"))
+
+
+@pytest.mark.parametrize(("ending", "module"), [("heic", "pillow_heif"), ("jxl", "pillow_jxl"), ("avif", "")])
+def test_with_what_reads_them_they_are_pictures_like_any_other(ending, module, tmp_path):
+    if module:
+        pytest.importorskip(module, reason=f"{module} is not installed (extra: test)")
+    elif not features.check("avif"):
+        pytest.skip("Pillow was built without AVIF")
+    register_plugins()
+    image = Image.fromarray(np.full((20, 30, 3), (200, 30, 60), np.uint8))
+    for i, name in enumerate(("cat", "owl")):
+        write(tmp_path, f"train/{name}/2")
+        image.save(tmp_path / "train" / name / f"{i}.{ending}")
+    train = read(tmp_path).splits["train"]
+    assert len(train) == 6
+    rows = [row for row in range(6) if train.path(row).endswith(ending)]
+    assert len(rows) == 2
+    pixels = decode(train.image_bytes(rows[0]), str)
+    assert pixels.shape == (3, 20, 30)
+    assert (pixels.float().mean((1, 2)) - torch.tensor([200.0, 30.0, 60.0])).abs().max() < 6
 
 
 def test_an_archive_counts_as_a_folder_in_its_place(tmp_path):

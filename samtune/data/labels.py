@@ -43,8 +43,8 @@ class Classified:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a label says nothing: None, blank, -1 or NaN."""
-    return value in (None, "", -1) or value != value
+    """Whether a label says nothing: None, blank, -1 (among words, too) or NaN."""
+    return value in (None, "", -1, "-1") or value != value
 
 
 def class_names(train: Sequence[Labels]) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ def class_names(train: Sequence[Labels]) -> tuple[str, ...]:
 
 def _is_class(value: Any) -> bool:
     """Whether a label that is not declared can mean a class: text or a count, not a blank, NaN or -1."""
-    return (isinstance(value, str) and value != "") or (isinstance(value, int) and value >= 0)
+    return (isinstance(value, str) and not is_missing(value)) or (isinstance(value, int) and value >= 0)
 
 
 def classify(labels: Labels, classes: Sequence[str], declared: Sequence[str] | None) -> Classified:

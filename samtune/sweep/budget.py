@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from samtune.errors import UsageError
+from samtune.options import LARGEST
 
 _BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(passes|pass|seconds?|s)\s*")
 _ROUNDING = 1e-6  # sums of passes such as 1.3
@@ -25,8 +26,8 @@ class Budget:
         if isinstance(value, cls):
             return value
         match = _BUDGET.fullmatch(value) if isinstance(value, str) else None
-        if match is None or float(match[1]) <= 0:
-            raise ValueError('must be text like "2000 passes" or "600 seconds"')
+        if match is None or not 0 < float(match[1]) <= LARGEST:
+            raise ValueError(f'must be text like "2000 passes" or "600 seconds", at most {LARGEST:g}')
         return cls(float(match[1]), "passes" if match[2].startswith("p") else "seconds")
 
     def __str__(self) -> str:

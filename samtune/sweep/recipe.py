@@ -39,16 +39,20 @@ OWN = {
 # Another value validates on other images, or on other classes: the errors would not compare.
 _SPLITS = {
     *("dataset", "image_key", "label_key", "train_split", "val_split", "test_split", "val_fraction", "split_seed"),
-    *("max_eval", "on_bad_image"),
+    *("max_eval", "on_bad_image", "on_unlabelled", "dataset_config", "split_key", "image_root", "image_suffix"),
+    *("class_folders", "max_megapixels"),
 }
+_MOST_SEEDS = 1000
 
 
 def _seeds(seeds: Any) -> Any:
     """A number of seeds, from 0 on, or a list of them."""
     if isinstance(seeds, int) and not isinstance(seeds, bool):
-        seeds = list(range(seeds))
-    if not isinstance(seeds, list) or not seeds or any(type(s) is not int or s < 0 for s in seeds):
+        seeds = list(range(min(seeds, _MOST_SEEDS + 1)))
+    if not isinstance(seeds, list) or not seeds or any(type(s) is not int or not 0 <= s < 2**63 for s in seeds):
         raise ValueError("must be how many (5), or a list of whole numbers from 0 on ([0, 1])")
+    if len(seeds) > _MOST_SEEDS:
+        raise ValueError(f"must be at most {_MOST_SEEDS}")
     if len(set(seeds)) < len(seeds):
         raise ValueError("must be different from each other")
     return seeds
