@@ -135,12 +135,13 @@ def look_up(name: str, weights: Path | None = None) -> ModelSource:
         said = found.config.get("pretrained_cfg", {})
         kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size", "test_input_size")
         config |= {key: said[key] for key in kept if key in said}
-    return ModelSource(resolved, config, model_args or {}, found)
+    return ModelSource(resolved, config, model_args, found)
 
 
 def _from_config(read_config: Callable[[str], Any], place: str) -> tuple[dict[str, Any], str, Mapping[str, Any]]:
     config, architecture, model_args = read_config(place)
-    return dict(config), architecture, model_args or {}
+    # The number of classes is that of the head that goes.
+    return dict(config), architecture, {k: v for k, v in (model_args or {}).items() if k != "num_classes"}
 
 
 def resolve(name: str) -> str:

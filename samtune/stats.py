@@ -8,12 +8,12 @@ in any unit, and gives no interval where the seeds show no spread (`why_no_inter
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+import scipy  # scipy.stats takes a second to load, when it is first used: one run has no use for it
 
 _LEVEL = 0.95
 _ROUNDING = 1e-12  # relative: a smaller spread is that of floating point
@@ -84,8 +84,10 @@ def wilson_interval(wrong: int, n: int) -> tuple[float, float]:
 
     It says how well n images pin down this model's error; it says nothing about another seed.
     """
-    interval = stats.binomtest(wrong, n).proportion_ci(_LEVEL, method="wilson")
-    return float(interval.low), float(interval.high)
+    z = NormalDist().inv_cdf((1 + _LEVEL) / 2)
+    centre = (wrong + z**2 / 2) / (n + z**2)
+    half = z / (n + z**2) * math.sqrt(wrong * (n - wrong) / n + z**2 / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mcnemar(wrong_a: npt.ArrayLike, wrong_b: npt.ArrayLike) -> McNemar:
@@ -96,7 +98,7 @@ def mcnemar(wrong_a: npt.ArrayLike, wrong_b: npt.ArrayLike) -> McNemar:
     """
     a, b = np.asarray(wrong_a, dtype=bool), np.asarray(wrong_b, dtype=bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    p = float(scipy.stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     return McNemar(only_a, only_b, p)
 
 
@@ -132,7 +134,7 @@ def student_interval(values: Sequence[float]) -> MeanInterval | None:
     """The interval of Student (1908) for the mean over seeds; None for less than two, or without spread."""
     if not _has_spread(values):
         return None
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(_LEVEL)
+    low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(_LEVEL)
     return MeanInterval(fmean(values), float(low), float(high), len(values))
 
 
@@ -140,14 +142,14 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference | No
     """Student's paired t test of two settings on the same seeds; None for less than two pairs, or without spread."""
     if not _spread_in_pairs(a, b):
         return None
-    return _difference(a, b, stats.ttest_rel(a, b))
+    return _difference(a, b, scipy.stats.ttest_rel(a, b))
 
 
 def independent_difference(a: Sequence[float], b: Sequence[float]) -> Difference | None:
     """Welch's t test (1947) of two settings on different seeds; None for less than two of each, or without spread."""
     if min(len(a), len(b)) < 2 or not (_has_spread(a) or _has_spread(b)):
         return None
-    return _difference(a, b, stats.ttest_ind(a, b, equal_var=False))
+    return _difference(a, b, scipy.stats.ttest_ind(a, b, equal_var=False))
 
 
 def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = True) -> ErrorReduction:
@@ -179,7 +181,7 @@ def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = Tr
         freedom = float(spread**2 / parts) if parts > 0 else math.nan
     if not spread > (_ROUNDING * mean_a) ** 2:
         return ErrorReduction(percent, None, None, why_no_interval(n, "reduction"))
-    t2 = stats.t.ppf((1 + _LEVEL) / 2, freedom) ** 2
+    t2 = scipy.stats.t.ppf((1 + _LEVEL) / 2, freedom) ** 2
     # (mean_a - R mean_b)^2 <= t^2 (aa - 2 R ab + R^2 bb), as a quadratic in R: q2 R^2 - 2 q1 R + q0 <= 0
     q2, q1, q0 = mean_b**2 - t2 * bb, mean_a * mean_b - t2 * ab, mean_a**2 - t2 * aa
     if q2 <= 0:

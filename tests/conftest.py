@@ -34,8 +34,8 @@ from tests.preloaded import Preloaded
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
-_ENVIRONMENT = dict(os.environ)
-_SET_BY_LIBRARIES = ("CUBLAS_", "KMP_", "PYTEST_", "RAY_", "TORCH_", "TORCHINDUCTOR_")  # when they are loaded
+_ENVIRONMENT = {"PYTHONPATH": str(ROOT)} | os.environ
+_READ_WHEN_LOADED = ("HF_", "OMP_", "HOME", "XDG_", "TMPDIR", "MPL", "PYTHON")  # by libraries, each only once
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
@@ -78,7 +78,7 @@ def write_image_folder(root: Path, per_class: dict[str, int], classes: tuple[str
 @cache
 def _preloaded() -> Preloaded:
     folder = Path(tempfile.mkdtemp(prefix="samtune-tests-"))
-    waiting = Preloaded(folder)
+    waiting = Preloaded(folder, _ENVIRONMENT)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(waiting.close)
     return waiting
@@ -89,19 +89,17 @@ def samtune(
 ) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, in which faults happen (tests/broken.py).
 
-    With an environment of its own it starts as a user starts it; else it is forked from one that has loaded all.
+    It is forked from one that has loaded the libraries, unless these are to read another environment.
     """
-    now = os.environ | (env or {})
-    differ = {key for key in now.keys() | _ENVIRONMENT.keys() if now.get(key) != _ENVIRONMENT.get(key)}
-    if all(key == "SAMTUNE_CACHE" or key.startswith(_SET_BY_LIBRARIES) for key in differ):
-        own = {"SAMTUNE_CACHE": now["SAMTUNE_CACHE"]}
-        return _preloaded().samtune(*arguments, env=own, cwd=cwd, faults=faults)[0]
+    now = {"PYTHONPATH": str(ROOT)} | os.environ | (env or {})
+    if all(now.get(key) == _ENVIRONMENT.get(key) for key in {*now, *_ENVIRONMENT} if key.startswith(_READ_WHEN_LOADED)):
+        return _preloaded().samtune(*arguments, env=now, cwd=cwd, faults=faults)[0]
     module = ["samtune"] if not faults else ["tests.broken", json.dumps(list(faults))]
     return subprocess.run(
         [sys.executable, "-m", *module, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=now | {"PYTHONPATH": now.get("PYTHONPATH", str(ROOT))},
+        env=now,
         cwd=cwd,
         timeout=300,
         check=False,

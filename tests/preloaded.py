@@ -28,6 +28,7 @@ for line in sys.stdin:
         os.dup2(os.open(asked["out"], os.O_CREAT | os.O_WRONLY), 1)
         os.dup2(os.open(asked["err"], os.O_CREAT | os.O_WRONLY), 2)
         os.chdir(asked["cwd"])
+        os.environ.clear()
         os.environ.update(asked["env"])
         sys.argv = ["samtune", *asked["arguments"]]
         try:
@@ -50,16 +51,16 @@ for line in sys.stdin:
 class Preloaded:
     """The process that waits, and the commands that are forked from it, one at a time."""
 
-    def __init__(self, folder: Path, env: dict[str, str] | None = None) -> None:
-        """folder: for what commands say. env: what differs from the environment of this process."""
-        self.folder, self.number = folder, 0
+    def __init__(self, folder: Path, env: dict[str, str]) -> None:
+        """folder: for what commands say. env: in which the libraries are loaded, and commands run if not said."""
+        self.folder, self.env, self.number = folder, env, 0
         self.process = subprocess.Popen(
             [sys.executable, "-c", _WAIT],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[1],
-            env=os.environ | (env or {}),
+            env=env,
         )
 
     def samtune(
@@ -76,7 +77,7 @@ class Preloaded:
         assert self.process.stdin is not None
         began = time.monotonic()
         asked = {"arguments": list(map(str, arguments)), "out": str(out), "err": str(err), "faults": list(faults)}
-        asked |= {"env": env or {}, "cwd": str(cwd or os.getcwd())}
+        asked |= {"env": env or self.env, "cwd": str(cwd or os.getcwd())}
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         child = int(self._line(timeout))

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from samtune.hub import _asked_pause
@@ -31,6 +32,7 @@ SMALL = "test_efficientnet.r160_in1k"  # timm's smallest
 LITE0 = "tf_efficientnet_lite0.in1k"
 # A run of two steps; what follows --workers is not about the hub.
 FEW = ("--img-size", 32, "--epochs", "2 steps", "--batch-size", 8, "--workers", 0, "--no-test")
+RANDOM = ("run", "--model", "resnet10t", "--no-pretrained")
 
 
 def small_table(folder: Path, rows: int = 24) -> None:
@@ -71,28 +73,50 @@ def preloaded(folder, hub):
     waiting.close()
 
 
+@pytest.fixture(scope="module")
+def preloaded_offline(tmp_path_factory, hub, folder):
+    waiting = Preloaded(tmp_path_factory.mktemp("offline"), environment(hub, folder / "home", HF_HUB_OFFLINE="1"))
+    yield waiting
+    waiting.close()
+
+
 @pytest.fixture
-def client(folder, hub, preloaded):
-    """`samtune run` on a healthy hub and an empty cache; returns the process and its seconds."""
+def online(folder, hub, preloaded):
+    """The command line on a healthy hub and an empty cache; returns the process and its seconds."""
     shutil.rmtree(folder / "home", ignore_errors=True)
     hub.faults = []
     hub.requests.clear()
+    return preloaded.samtune
+
+
+@pytest.fixture
+def offline(preloaded_offline):
+    """The command line without a network, on the cache as it is."""
+    return preloaded_offline.samtune
+
+
+@pytest.fixture
+def client(folder, online, preloaded):
+    """A run of two steps."""
 
     def run(*, model=SMALL, data="flowers102"):
-        output = folder / f"run-{preloaded.number}"
-        return preloaded.samtune("run", "--model", model, "--dataset", data, "--output", output, *FEW)
+        return online("run", "--model", model, "--dataset", data, "--output", folder / f"run-{preloaded.number}", *FEW)
 
     return run
 
 
 def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_ETAG_TIMEOUT": "1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "2",
-    } | more
+    return (
+        os.environ
+        | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_ETAG_TIMEOUT": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+        }
+        | more
+    )
 
 
 def three_lines(stderr: str) -> tuple[str, str, str]:
@@ -175,21 +199,17 @@ def test_lite0_on_flowers_from_the_hub_then_from_the_cache_and_the_same_batches_
     assert same.stdout == "the same\n", same.stderr
 
 
-def test_the_commands_in_the_errors_fill_the_cache_for_a_run_without_network(hub, folder, client, tmp_path):
+def test_the_commands_in_the_errors_fill_the_cache_for_a_run_without_network(hub, folder, client, offline, tmp_path):
     """For the data set too: its own library alone would not find there what `hf download` has fetched."""
     hub.faults = [Fault(404, "RepoNotFound", where="api/")]
     errors = [client()[0].stderr, client(data=folder / "photos")[0].stderr]
     hub.faults = []
-    env = environment(hub, tmp_path / "home")
     for error in errors:
         command = shlex.split(re.search(r"`(hf download .*?)`", error)[1])
         program = Path(sys.executable).with_name(command[0])
-        subprocess.run([program, *command[1:]], env=env, check=True, capture_output=True)
+        subprocess.run([program, *command[1:]], env=environment(hub, folder / "home"), check=True, capture_output=True)
     hub.requests.clear()
-    done = samtune(
-        *("run", "--model", SMALL, "--dataset", "flowers102", "--output", tmp_path / "run", *FEW),
-        env=env | {"HF_HUB_OFFLINE": "1"},
-    )
+    done, _ = offline("run", "--model", SMALL, "--dataset", "flowers102", "--output", tmp_path / "run", *FEW)
     assert done.returncode == 0, done.stderr
     assert hub.requests == []
 
@@ -245,54 +265,52 @@ def as_webdataset(pictures, folder):
 
 @pytest.mark.parametrize("form", [as_pictures, as_archive, as_an_archive_a_split, as_webdataset])
 def test_data_sets_of_pictures_archives_and_shards_are_read_online_and_offline(
-    form, hub, folder, tmp_path, monkeypatch
+    form, hub, folder, online, offline, tmp_path, monkeypatch
 ):
     form(folder / "photos", tmp_path / "set")
     monkeypatch.setitem(hub.repositories, ("dataset", "somebody/photos"), tmp_path / "set")
-    hub.faults = []
-    env = environment(hub, tmp_path / "home")
-    command = ("run", "--model", "resnet10t", "--no-pretrained", "--dataset", "somebody/photos", "--json", *FEW[:-1])
-    online = samtune(*command, "--output", tmp_path / "a", env=env)
-    assert online.returncode == 0, online.stderr
-    found = json.loads(online.stdout)["dataset"]
-    assert (found["train"] + found["val"], found["test"], found["classes"]) == (24, 8, 2)
-    assert found["source"] == "hub:somebody/photos"
-    offline = samtune(*command, "--output", tmp_path / "b", env=env | {"HF_HUB_OFFLINE": "1"})
-    assert offline.returncode == 0, offline.stderr
-    assert json.loads(offline.stdout)["test"] == json.loads(online.stdout)["test"]
+    command = (*RANDOM, "--dataset", "somebody/photos", "--json", *FEW[:-1])
+    done, _ = online(*command, "--output", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    dataset = found["dataset"]
+    assert (dataset["train"] + dataset["val"], dataset["test"], dataset["classes"]) == (24, 8, 2)
+    assert dataset["source"] == "hub:somebody/photos"
+    again, _ = offline(*command, "--output", tmp_path / "b")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["test"] == found["test"]
 
 
-def test_configurations_of_the_hub_are_named_and_chosen(hub, folder, tmp_path, monkeypatch):
+def test_configurations_of_the_hub_are_named_and_chosen(hub, online, tmp_path, monkeypatch):
     for name in ("a", "b"):
         small_table(tmp_path / "set" / name)
         (tmp_path / "set" / name / "README.md").unlink()
     card = "\n".join(f"- config_name: {name}\n  data_files: {name}/data/*.parquet" for name in ("a", "b"))
     (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{card}\n---\n")
     monkeypatch.setitem(hub.repositories, ("dataset", "somebody/two"), tmp_path / "set")
-    hub.faults = []
-    env = environment(hub, tmp_path / "home")
-    refused = samtune("run", "--model", "resnet10t", "--no-pretrained", "--dataset", "somebody/two", *FEW, env=env)
+    refused, _ = online(*RANDOM, "--dataset", "somebody/two", *FEW)
     assert refused.returncode == 2, refused.stderr
     assert "has 2 configurations: a, b" in refused.stderr
     assert "--dataset somebody/two:a" in refused.stderr
-    other = ("--dataset", "somebody/two:b", "--output", tmp_path / "r")
-    done = samtune("run", "--model", "resnet10t", "--no-pretrained", *other, *FEW, env=env)
+    done, _ = online(*RANDOM, "--dataset", "somebody/two:b", "--output", tmp_path / "r", *FEW)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_model_of_the_hub_is_named_as_timm_spells_it(hub, folder, tmp_path, monkeypatch):
+def test_a_model_of_the_hub_is_named_as_timm_spells_it(hub, folder, online, tmp_path, monkeypatch):
+    """Also one whose configuration tells its number of classes, which is not that of the new head."""
     model = timm.create_model(SMALL.partition(".")[0], num_classes=5)
     save_for_hf(model, tmp_path / "model", safe_serialization=True)
     monkeypatch.setitem(hub.repositories, ("model", "somebody/small"), tmp_path / "model")
-    hub.faults = []
-    env = environment(hub, tmp_path / "home")
     name = "hf-hub:somebody/small"
-    command = ("run", "--model", name, "--dataset", folder / "photos", "--output", tmp_path / "r", "--json", *FEW)
-    done = samtune(*command, env=env)
+    done, _ = online(
+        *("run", "--model", name, "--dataset", folder / "photos", "--output", tmp_path / "r", "--json", *FEW)
+    )
     assert done.returncode == 0, done.stderr
     model = json.loads(done.stdout)["model"]
     assert (model["requested"], model["weights"]) == (name, "hub:somebody/small")
-    assert timm.create_model(f"local-dir:{tmp_path / 'r/checkpoints/last'}", pretrained=True).num_classes == 2
+    last = tmp_path / "r" / "checkpoints" / "last"
+    head = load_file(last / "model.safetensors")["classifier.weight"]
+    assert torch.equal(timm.create_model(f"local-dir:{last}", pretrained=True).classifier.weight, head)
 
 
 # -------------------------------------------------------------------------------------------------------------- faults

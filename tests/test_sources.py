@@ -77,8 +77,8 @@ def test_what_is_no_picture_is_passed_over(tmp_path):
     data = source.open_source(str(folder))
     assert sizes(data) == {"train": 6}
     assert data.notes == ()
-    (folder / "train" / "cat" / "photo.heic").write_bytes(b"what the decoder does not know")
-    assert "photo.heic" in source.open_source(str(folder)).notes[0]
+    (folder / "train" / "cat" / "photo.cr2").write_bytes(b"what no decoder knows")
+    assert "photo.cr2" in source.open_source(str(folder)).notes[0]
 
 
 def test_a_link_that_leads_back_is_not_followed_twice(tmp_path):

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import tomllib
 
@@ -517,9 +516,7 @@ def test_the_plan_can_be_seen_without_running_it(tmp_path, photos):
 )
 def test_what_cannot_be_meant_is_refused_before_a_run_begins(tmp_path, photos, arguments, code, said):
     path = write_recipe(tmp_path / "r.toml", photos)
-    done = samtune(
-        "sweep", path, *(a.format(data=photos) for a in arguments), cwd=tmp_path, env={"PYTHONPATH": os.getcwd()}
-    )
+    done = samtune("sweep", path, *(a.format(data=photos) for a in arguments), cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr

@@ -48,18 +48,23 @@ def read_path(path: Path, origin: str, config: str | None) -> "Tables":
     path: a .parquet or .arrow file, a folder that `save_to_disk` wrote, or one of parquet files. origin: for messages.
     Raises DataError or UsageError.
     """
+    is_stored = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    is_declared = _declares_configs(path)
+    sets = _parquet_files(path) if path.is_dir() and not (is_stored or is_declared) else {}
+    if path.is_dir() and not (sets or is_stored or is_declared):
+        return {}  # before the library is loaded, which takes a while
+
     import datasets
 
     if path.suffix == ".parquet":
         return {"train": _read(lambda: datasets.Dataset.from_parquet(str(path)), origin)}
     if path.suffix == ".arrow":
         return {"train": _read(lambda: datasets.Dataset.from_file(str(path)), origin)}
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if is_stored:
         stored = _read(lambda: datasets.load_from_disk(str(path)), origin)
         return dict(stored) if isinstance(stored, datasets.DatasetDict) else {"train": stored}
-    if _declares_configs(path):
+    if is_declared:
         return read_by_library(path, origin, config)
-    sets = _parquet_files(path)
     if config is not None:
         sets = {folder: files for folder, files in sets.items() if config in folder.relative_to(path).parts} or sets
     if len(sets) > 1:
