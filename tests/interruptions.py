@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.conftest import samtune
 
 SETTINGS = (
-    *("--model", "resnet10t", "--no-pretrained", "--img-size", "32", "--epochs", "3", "--lr", "0.01"),
+    *("--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--epochs", "3", "--lr", "0.01"),
     *("--batch-size", "8", "--workers", "0", "--model-ema", "--save-every", "2 steps"),
 )  # 15 steps, validated after 5, 10 and 15
 

@@ -33,8 +33,9 @@ class Ranks:
 
     def __init__(self, world: int, folder: Path, cores: Sequence[int] | None = None) -> None:
         self.world = world
-        context = multiprocessing.get_context("spawn")
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.conftest", "samtune.evaluate", "samtune.shard"])  # loaded once for all
         self._pool = ProcessPoolExecutor(
             world,
             context,

@@ -9,7 +9,7 @@ from tests.conftest import samtune
 from tests.fingerprint import fingerprint
 
 RECIPE = """
-model = "resnet10t"
+model = "test_resnet"
 pretrained = false
 dataset = "{data}"
 img_size = 32

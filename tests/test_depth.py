@@ -13,7 +13,7 @@ from samtune.data import depth, source
 from samtune.data.decode import DecodeRule, decode
 from tests.conftest import samtune
 
-SMALL = ("--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", "2 steps", "--workers", 0)
+SMALL = ("--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--epochs", "2 steps", "--workers", 0)
 
 
 def tiff(values):

@@ -22,7 +22,7 @@ from samtune.data.cache import Images, look_at
 from tests.conftest import Bomb, image_bytes, samtune, write_image_folder
 from tests.matrix import row
 
-NET = ("--model", "resnet10t")
+NET = ("--model", "test_resnet")
 SHORT = ("--img-size", 32, "--epochs", "2 steps", "--batch-size", 8, "--lr", 0.01, "--workers", 0)
 RANDOM = (*NET, "--no-pretrained", *SHORT)
 
@@ -440,7 +440,7 @@ def data(tmp_path):
 @row(22)
 @pytest.mark.parametrize("outputs", [1000, 2, 0])
 def test_weights_with_another_head_or_none_get_a_new_one_with_a_note(outputs, data, tmp_path, command, folder):
-    donor = timm.create_model("resnet10t", num_classes=outputs)
+    donor = timm.create_model("test_resnet", num_classes=outputs)
     save_file(donor.state_dict(), tmp_path / "w.safetensors")
     given = (*NET, *SHORT, "--weights", tmp_path / "w.safetensors", "--dataset", data, "--output", folder)
     done = command("run", *given, "--json")
@@ -450,7 +450,11 @@ def test_weights_with_another_head_or_none_get_a_new_one_with_a_note(outputs, da
 
 
 OTHERS = {
-    "other channels": (lambda: timm.create_model("resnet10t", in_chans=1), "1 of 84", r"conv1\.0\.weight is \(24, 1,"),
+    "other channels": (
+        lambda: timm.create_model("test_resnet", in_chans=1),
+        "1 of 84",
+        r"conv1\.0\.weight is \(24, 1,",
+    ),
     "other architecture": (lambda: timm.create_model("resnet18"), "tensors differ", r"conv1\.0\.weight is missing"),
 }
 
@@ -473,7 +477,7 @@ def test_weights_of_something_else_are_refused_with_their_first_keys(name, data,
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
 def test_damaged_weights_are_refused_by_name(damage, kind, data, tmp_path, command, folder):
     path = tmp_path / f"w.{kind}"
-    (save_file if kind == "safetensors" else torch.save)(timm.create_model("resnet10t").state_dict(), path)
+    (save_file if kind == "safetensors" else torch.save)(timm.create_model("test_resnet").state_dict(), path)
     whole = path.read_bytes()
     path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not found\n"}[damage])
     done = command("run", *NET, *SHORT, "--weights", path, "--dataset", data, "--output", folder)
@@ -487,7 +491,7 @@ def test_damaged_weights_are_refused_by_name(damage, kind, data, tmp_path, comma
     ("model", "dataset", "repository"),
     [
         ("tf_efficientnet_b0", None, "timm/tf_efficientnet_b0.ns_jft_in1k"),
-        ("resnet10t", "flowers102", "--repo-type dataset dpdl-benchmark/oxford_flowers102"),
+        ("test_resnet", "flowers102", "--repo-type dataset dpdl-benchmark/oxford_flowers102"),
     ],
 )
 def test_offline_with_an_empty_cache_the_error_names_the_cache_and_the_command_that_fills_it(

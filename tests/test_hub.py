@@ -32,7 +32,7 @@ SMALL = "test_efficientnet.r160_in1k"  # timm's smallest
 LITE0 = "tf_efficientnet_lite0.in1k"
 # A run of two steps; what follows --workers is not about the hub.
 FEW = ("--img-size", 32, "--epochs", "2 steps", "--batch-size", 8, "--workers", 0, "--no-test")
-RANDOM = ("run", "--model", "resnet10t", "--no-pretrained")
+RANDOM = ("run", "--model", "test_resnet", "--no-pretrained")
 
 
 def small_table(folder: Path, rows: int = 24) -> None:

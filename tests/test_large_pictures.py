@@ -81,7 +81,7 @@ def test_reduced_pictures_are_turned_upright_too(orientation):
 
 @pytest.mark.parametrize("flags", [{}, {"scale": 0.08}, {"crop": "pad"}, {"img_size": 64}])
 def test_training_and_evaluation_enlarge_no_picture_that_was_reduced(flags):
-    settings = config.load(None, {"model": "resnet10t", "dataset": "d"} | flags)
+    settings = config.load(None, {"model": "test_resnet", "dataset": "d"} | flags)
     size = flags.get("img_size", 32)
     data_config = DATA_CONFIG | {"input_size": (3, size, size), "mean": (0.5,) * 3}
     least = min_side(data_config, settings)
@@ -212,7 +212,7 @@ def test_pictures_beyond_the_limit_are_refused_by_their_header_with_the_flag_tha
 def test_a_scan_is_read_and_a_run_has_the_limit_that_it_is_given(tmp_path):
     data = write_image_folder(tmp_path / "data", {"train": 4})
     (data / "train" / "cat" / "scan.png").write_bytes(encode(Image.new("L", (9500, 9500))))
-    small = ("--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", "1 steps", "--workers", 0)
+    small = ("--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--epochs", "1 steps", "--workers", 0)
     done = samtune("run", *small, "--dataset", data, "--output", tmp_path / "a", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bad_images"] == []

@@ -18,7 +18,7 @@ from tests.conftest import ROOT, samtune, write_image_folder
 from tests.matrix import row
 
 SETTINGS = (
-    *("--model", "resnet10t", "--no-pretrained", "--img-size", "32", "--epochs", "2", "--lr", "0.01", "--drop", "0"),
+    *("--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--epochs", "2", "--lr", "0.01", "--drop", "0"),
     *("--workers", "0", "--freeze-bn"),  # two ranks have other statistics than one with all images
 )
 
@@ -236,7 +236,7 @@ def test_two_jobs_run_beside_each_other(photos, tmp_path):
     ],
 )
 def test_devices_that_cannot_be_meant_are_refused_at_once(flags, said, photos, tmp_path):
-    done = samtune("run", "--model", "resnet10t", "--dataset", photos, "--output", tmp_path / "r", *flags)
+    done = samtune("run", "--model", "test_resnet", "--dataset", photos, "--output", tmp_path / "r", *flags)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -339,7 +339,7 @@ def test_the_first_of_slurms_hosts(nodes, first):
 
 
 def test_gpus_in_place_of_processes_may_be_asked_of_a_run_that_goes_on(photos):
-    stored = {"model": "resnet10t", "dataset": str(photos), "processes": 2}
+    stored = {"model": "test_resnet", "dataset": str(photos), "processes": 2}
     now, _, _ = config.load_over(stored, {}, None, {"gpus": "2"})
     assert (now.gpus, now.processes) == ("2", None)
     with pytest.raises(UsageError):

@@ -20,7 +20,19 @@ from tests.conftest import ROOT, samtune
 from tests.fingerprint import fingerprint
 from tests.interruptions import resume, run, status
 
-SMALL = ("--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--batch-size", 8, "--workers", 0)
+SMALL = (
+    "--model",
+    "test_resnet",
+    "--no-pretrained",
+    "--img-size",
+    32,
+    "--epochs",
+    1,
+    "--batch-size",
+    8,
+    "--workers",
+    0,
+)
 
 
 # --------------------------------------------------------------------------------------------------- copies of a run
@@ -104,7 +116,7 @@ def test_a_folder_that_cannot_be_synced_is_no_error_and_a_disk_that_fails_is(num
 def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(options.time, "strftime", lambda _: "20260102-030405")
-    settings = [config.load(None, {"model": "resnet10t", "dataset": "a/b:c", "seed": seed}) for seed in (0, 0, 0, 1)]
+    settings = [config.load(None, {"model": "test_resnet", "dataset": "a/b:c", "seed": seed}) for seed in (0, 0, 0, 1)]
     start = threading.Barrier(len(settings))
 
     def named(settings):
@@ -113,7 +125,7 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path, monkeyp
 
     with ThreadPoolExecutor(len(settings)) as pool:
         folders = [str(folder) for folder in pool.map(named, settings)]
-    name = "runs/20260102-030405-resnet10t-b-c-rho0.05-seed"
+    name = "runs/20260102-030405-test_resnet-b-c-rho0.05-seed"
     assert Counter(folders) == Counter([f"{name}0", f"{name}0-2", f"{name}0-3", f"{name}1"])
     assert all((tmp_path / folder).is_dir() for folder in folders)
     monkeypatch.undo()
@@ -121,8 +133,8 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path, monkeyp
 
 def test_names_of_models_and_data_make_no_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = config.load(None, {"model": "hf-hub:timm/resnet10t", "dataset": "photos"})
-    assert re.fullmatch(r"runs/[\d-]+-hf-hub-timm-resnet10t-photos-rho0.05-seed0", str(settings.with_output().output))
+    settings = config.load(None, {"model": "hf-hub:timm/test_resnet", "dataset": "photos"})
+    assert re.fullmatch(r"runs/[\d-]+-hf-hub-timm-test_resnet-photos-rho0.05-seed0", str(settings.with_output().output))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "runs").write_text("a file")

@@ -17,7 +17,7 @@ from tests.interruptions import resume, run
 from tests.matrix import row
 from tests.test_noise import write_labels
 
-SMALL = ("--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--lr", 0.01, "--workers", 0)
+SMALL = ("--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--lr", 0.01, "--workers", 0)
 SPLITS = {"held_out": {"train": 10, "test": 2}, "official": {"train": 6, "validation": 4, "test": 2}}
 
 
@@ -27,7 +27,7 @@ def data(request, tmp_path):
 
 
 def settings(data, **given):
-    return config.load(None, {"model": "resnet10t", "dataset": str(data)} | given)
+    return config.load(None, {"model": "test_resnet", "dataset": str(data)} | given)
 
 
 def encoded(split, rows):

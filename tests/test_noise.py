@@ -15,7 +15,7 @@ from samtune.errors import DataError
 from tests.conftest import samtune, write_image_folder
 
 TEN = tuple("abcdefghij")
-SMALL = ("--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--lr", 0.01, "--workers", 0)
+SMALL = ("--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--lr", 0.01, "--workers", 0)
 
 
 def a_split(labels):
@@ -219,7 +219,7 @@ def test_a_run_learns_the_noisy_labels_and_not_the_clean_ones(folder_data, tmp_p
     """With every label of two classes flipped, what is learnt is the opposite."""
     from samtune import config, job
 
-    given = {"model": "resnet10t", "pretrained": False, "dataset": str(folder_data), "img_size": 32}
+    given = {"model": "test_resnet", "pretrained": False, "dataset": str(folder_data), "img_size": 32}
     clean = job.prepare(config.load(None, given))
     flipped = job.prepare(config.load(None, given | {"label_noise": 1.0}))
     rows = flipped.train_rows

@@ -11,7 +11,7 @@ from samtune.evaluate import evaluate_checkpoint
 from tests.conftest import image_bytes, samtune, write_image_folder
 
 CLASSES = ("cat", "dog", "owl")
-SMALL = ("--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", 2, "--lr", 0.01, "--workers", 0)
+SMALL = ("--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--epochs", 2, "--lr", 0.01, "--workers", 0)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def small_run(folder, data, *more):
     """A run of a few seconds without real weights."""
     arguments = [
         "--model",
-        "resnet10t",
+        "test_resnet",
         "--no-pretrained",
         "--img-size",
         32,
@@ -287,7 +287,7 @@ VARIANTS = {
 def test_a_variant_runs_costs_what_it_should_and_is_reported(name, folder_data, tmp_path):
     """8 steps of 8 images; cost in units of plain SGD."""
     given, cost = VARIANTS[name]
-    base = {"model": "resnet10t", "pretrained": False, "dataset": str(folder_data), "img_size": 32, "workers": 0}
+    base = {"model": "test_resnet", "pretrained": False, "dataset": str(folder_data), "img_size": 32, "workers": 0}
     base |= {"epochs": "8 steps", "batch_size": 8, "lr": 0.01, "output": str(tmp_path / "run"), "warmup_epochs": 0}
     result = train.run(config.load(None, base | given))
     assert result["cost"]["sgd_equivalents"] == pytest.approx(cost)
@@ -353,7 +353,7 @@ def test_a_reader_that_leaves_early_is_no_error(finished):
 
 
 def test_a_run_goes_on_when_nobody_reads_its_notes_any_more(folder_data, tmp_path):
-    run = f"{sys.executable} -m samtune run --model resnet10t --no-pretrained --img-size 32 --epochs 1 --workers 0"
+    run = f"{sys.executable} -m samtune run --model test_resnet --no-pretrained --img-size 32 --epochs 1 --workers 0"
     command = f"{run} --dataset {folder_data} --output {tmp_path / 'r'} 2>&1 >/dev/null | true; exit ${{PIPESTATUS[0]}}"
     assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
     assert json.loads((tmp_path / "r" / "status.json").read_text())["state"] == "done"

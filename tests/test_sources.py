@@ -322,7 +322,7 @@ def test_a_run_on_a_part_of_a_list_reports_its_counts_and_eval_scores_the_same_r
     (tmp_path / "list.csv").write_text("\n".join(["file,kind,split", *sorted(lines)]))
     flags = ["--image-key", "file", "--label-key", "kind", "--train-split", "train", "--val-split", "dev"]
     flags += ["--test-split", "holdout", "--train-fraction", 0.5, "--max-train", 16, "--max-eval", 10]
-    small = ["--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--workers", 0]
+    small = ["--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--workers", 0]
     done = samtune("run", "--dataset", tmp_path / "list.csv", *small, *flags, "--output", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -337,6 +337,6 @@ def test_a_run_on_a_part_of_a_list_reports_its_counts_and_eval_scores_the_same_r
 def test_a_wrong_split_or_column_ends_the_command_with_2_and_an_unknown_class_with_3(tmp_path):
     data = write_image_folder(tmp_path, {"train": 4, "test": 2})
     for flags in (["--val-split", "test"], ["--train-split", "x"], ["--label-key", "x"], ["--train-fraction", 0]):
-        done = samtune("run", "--model", "resnet10t", "--no-pretrained", "--dataset", data, *flags)
+        done = samtune("run", "--model", "test_resnet", "--no-pretrained", "--dataset", data, *flags)
         assert done.returncode == 2, done.stderr
         assert flags[0] in done.stderr

@@ -35,7 +35,7 @@ def in_shell(*words, redirect="", env=None):
 
 
 def a_small_run(folder, data):
-    words = ["--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--lr", 0.01, "--workers", 0]
+    words = ["--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--lr", 0.01, "--workers", 0]
     return ["run", *words, "--dataset", data, "--output", folder]
 
 

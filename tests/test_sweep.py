@@ -23,7 +23,7 @@ from tests.sweeps import attempts, sweep, write_recipe
 
 def load(tmp_path, table="", base="", **more):
     path = tmp_path / "recipe.toml"
-    path.write_text(f'model = "resnet10t"\ndataset = "cifar10"\n{base}\n[sweep]\n{table}\n')
+    path.write_text(f'model = "test_resnet"\ndataset = "cifar10"\n{base}\n[sweep]\n{table}\n')
     return recipe.load(path, {}, **more)
 
 
@@ -122,7 +122,7 @@ def test_every_point_is_checked_before_the_first_run(tmp_path, table, said):
 @pytest.mark.parametrize(
     ("table", "error"),
     [
-        ('[sweep.sgd]\nmodel = ["resnet10t", "resnet10tt"]', ModelError),
+        ('[sweep.sgd]\nmodel = ["test_resnet", "test_resnett"]', ModelError),
         ('[sweep.grid]\nweights = ["nowhere.pth"]', CheckpointError),
         ('[sweep.grid]\ntrain_labels = ["nowhere.csv"]', DataError),
     ],

@@ -133,7 +133,7 @@ def test_wandb_has_the_settings_and_the_result_under_the_name_of_the_run_folder(
 
 
 def settings(**more):
-    return config.load(None, {"model": "resnet10t", "dataset": "mnist5k", "track": "tensorboard,wandb"} | more)
+    return config.load(None, {"model": "test_resnet", "dataset": "mnist5k", "track": "tensorboard,wandb"} | more)
 
 
 def log_rows(log, steps):
