@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -62,6 +63,14 @@ def image_bytes(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", 
     buffer = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(buffer, kind)
     return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of a PNG of so many pixels, and hardly more."""
+    encoded = bytearray(image_bytes(0, (1, 1), mode="L"))
+    encoded[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    encoded[29:33] = zlib.crc32(encoded[12:29]).to_bytes(4, "big")
+    return bytes(encoded)
 
 
 def write_image_folder(root: Path, per_class: dict[str, int], classes: tuple[str, ...] = ("cat", "dog")) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _WAIT = """
-import importlib, json, os, sys, traceback
+import importlib, json, os, signal, sys, traceback
 import datasets, matplotlib.pyplot, timm, torch, datasets.packaged_modules.parquet.parquet
 import samtune.cli, samtune.compare, samtune.evaluate, samtune.hub, samtune.runpage, samtune.sweep.protocol
 import samtune.sweep.sweeppage, samtune.train, samtune.data.check, tests.broken
@@ -27,6 +27,8 @@ for line in sys.stdin:
         asked = json.loads(line)
         os.dup2(os.open(asked["out"], os.O_CREAT | os.O_WRONLY), 1)
         os.dup2(os.open(asked["err"], os.O_CREAT | os.O_WRONLY), 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.chdir(asked["cwd"])
         os.environ.clear()
         os.environ.update(asked["env"])

@@ -89,7 +89,7 @@ def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(moment, photos, uni
 @pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_lets_the_step_end_saves_and_the_run_goes_on_to_the_same_end(sent, photos, uninterrupted, tmp_path):
     fault = PERTURBED | {"call": 8, "do": sent}
-    ended = run(photos, tmp_path / "r", "--save-every", "1000 steps", faults=[fault], **undisturbed())
+    ended = run(photos, tmp_path / "r", "--save-every", "1000 steps", faults=[fault])
     assert ended.returncode == 75, ended.stderr
     assert "--resume" in ended.stderr
     assert (status(tmp_path / "r")["state"], status(tmp_path / "r")["exit_code"]) == ("stopped", 75)
@@ -125,7 +125,7 @@ def test_a_signal_ends_an_evaluation_too(evaluation, saved, photos, uninterrupte
 @row(3)
 def test_a_terminal_that_closes_may_send_its_signal_twice(photos, tmp_path):
     faults = [PERTURBED | {"call": 8, "do": "SIGHUP"}, {"at": "torch.optim.sgd:sgd", "call": 4 * 7 + 2, "do": "SIGHUP"}]
-    ended = run(photos, tmp_path / "r", faults=faults, **undisturbed())
+    ended = run(photos, tmp_path / "r", faults=faults)
     assert ended.returncode == 75, ended.stderr
     assert step_of(tmp_path / "r") == 8
 
@@ -167,7 +167,7 @@ def test_a_second_signal_ends_at_once_and_the_last_checkpoint_loads(
     first, second, code, photos, uninterrupted, tmp_path
 ):
     faults = [PERTURBED | {"call": 8, "do": first}, {"at": "torch.optim.sgd:sgd", "call": 4 * 7 + 2, "do": second}]
-    ended = run(photos, tmp_path / "r", faults=faults, **undisturbed())
+    ended = run(photos, tmp_path / "r", faults=faults)
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
     assert (status(tmp_path / "r")["state"], status(tmp_path / "r")["exit_code"]) == ("stopped", code)

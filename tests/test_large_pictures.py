@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from samtune.data.cache import Images, look_at
 from samtune.data.decode import DecodeRule, decode
 from samtune.data.transforms import eval_transform, min_side, resized_crop_boxes
 from samtune.errors import DataError
-from tests.conftest import samtune, write_image_folder
+from tests.conftest import png_header, samtune, write_image_folder
 
 DATA_CONFIG = {"input_size": (3, 32, 32), "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
 
@@ -191,21 +190,13 @@ def test_a_file_of_pixels_that_is_too_large_to_be_mapped_is_read_and_gives_the_s
 # ------------------------------------------------------------------------------------------------------------ the limit
 
 
-def huge(width, height):
-    """The header of a PNG of so many pixels, and no more."""
-    encoded = bytearray(encode(Image.new("L", (1, 1))))
-    encoded[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    encoded[29:33] = zlib.crc32(encoded[12:29]).to_bytes(4, "big")
-    return bytes(encoded)
-
-
 def test_pictures_beyond_the_limit_are_refused_by_their_header_with_the_flag_that_allows_them():
     with pytest.raises(DataError, match="cannot be decoded") as error:
-        decode(huge(30_000, 20_000), str)
+        decode(png_header(30_000, 20_000), str)
     assert "more than 500 megapixels" in error.value.why
     assert "--max-megapixels" in error.value.mend
     with pytest.raises(DataError) as error:
-        decode(huge(30_000, 20_000), str, DecodeRule(max_megapixels=601))
+        decode(png_header(30_000, 20_000), str, DecodeRule(max_megapixels=601))
     assert "megapixels" not in error.value.why
 
 
