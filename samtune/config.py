@@ -11,6 +11,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from samtune.data.catalog import CATALOG
+from samtune.data.names import readable
 from samtune.data.roles import Wanted
 from samtune.errors import UsageError
 from samtune.fields import gpu_choice
@@ -98,6 +99,13 @@ def _over(below: dict[str, tuple[Any, str]], above: Mapping[str, tuple[Any, str]
 def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
     if given.get("pretrained", (True, ""))[0] is False:
         given = {key: (value, f"derived: {why}") for key, (value, why) in _FROM_SCRATCH.items()} | dict(given)
+    for key, (value, _) in given.items():
+        if str(value) != str(value).encode("utf-8", "replace").decode():
+            raise UsageError(
+                f"{flag_name(key)} {readable(str(value))} is no valid UTF-8",
+                "a run's configuration and reports are, and name it",
+                "rename it, or give a symbolic link to it: ln -s",
+            )
     try:
         config = RunConfig.model_validate({key: value for key, (value, _) in given.items()})
     except ValidationError as error:

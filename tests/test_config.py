@@ -1,7 +1,9 @@
 """Settings: where they come from, what is refused, and how."""
 
 import math
+import os
 import tomllib
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -229,3 +231,12 @@ def test_the_largest_numbers_end_in_words_and_not_in_a_traceback(key, tmp_path):
     )
     assert done.returncode in (0, 7), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("key", ["dataset", "output", "weights", "model"])
+def test_names_that_no_report_could_hold_are_refused_with_a_way_out(key):
+    name = os.fsdecode(b"caf\xe9")
+    given = {"model": "m", "dataset": "d"} | {key: Path(name) if key in ("output", "weights") else name}
+    with pytest.raises(UsageError, match=f"--{key} café is no valid UTF-8") as error:
+        config.load(None, given)
+    assert "ln -s" in error.value.mend
