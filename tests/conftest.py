@@ -37,6 +37,8 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 ROOT = Path(__file__).parents[1]
 _ENVIRONMENT = {"PYTHONPATH": str(ROOT)} | os.environ
 _READ_WHEN_LOADED = ("HF_", "OMP_", "HOME", "XDG_", "TMPDIR", "MPL", "PYTHON")  # by libraries, each only once
+# Of a run whose size does not matter.
+SMALL_MODEL = ("--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--workers", 0)
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 

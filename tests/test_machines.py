@@ -16,23 +16,11 @@ import pytest
 
 from samtune import caches, checkpoint, config, options, ranks
 from samtune.errors import MachineError, UsageError
-from tests.conftest import ROOT, samtune
+from tests.conftest import ROOT, SMALL_MODEL, samtune
 from tests.fingerprint import fingerprint
 from tests.interruptions import resume, run, status
 
-SMALL = (
-    "--model",
-    "test_resnet",
-    "--no-pretrained",
-    "--img-size",
-    32,
-    "--epochs",
-    1,
-    "--batch-size",
-    8,
-    "--workers",
-    0,
-)
+SMALL = (*SMALL_MODEL, "--epochs", 1, "--batch-size", 8)
 
 
 # --------------------------------------------------------------------------------------------------- copies of a run

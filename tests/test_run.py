@@ -15,7 +15,7 @@ import timm
 import torch
 
 from samtune import config, report, train
-from tests.conftest import image_bytes, samtune, write_image_folder
+from tests.conftest import SMALL_MODEL, image_bytes, samtune, write_image_folder
 from tests.test_decode import odd_folder
 
 LITE0 = "tf_efficientnet_lite0"
@@ -23,20 +23,7 @@ LITE0 = "tf_efficientnet_lite0"
 
 def small_run(folder, data, *more):
     """A run of a few seconds without real weights."""
-    arguments = [
-        "--model",
-        "test_resnet",
-        "--no-pretrained",
-        "--img-size",
-        32,
-        "--epochs",
-        2,
-        "--lr",
-        0.01,
-        "--workers",
-        0,
-    ]
-    return samtune("run", *arguments, "--dataset", data, "--output", folder, *more)
+    return samtune("run", *SMALL_MODEL, "--epochs", 2, "--lr", 0.01, "--dataset", data, "--output", folder, *more)
 
 
 @pytest.fixture(scope="module")
