@@ -1,5 +1,5 @@
 """`python -m samtune`."""
 
-from samtune.cli import main
+from samtune.cli.main import main
 
 main()

@@ -93,6 +93,6 @@ def prepare(faults: str) -> None:
 
 if __name__ == "__main__":
     prepare(sys.argv.pop(1))
-    from samtune.cli import main
+    from samtune.cli.main import main
 
     main()

@@ -18,7 +18,7 @@ from typing import Any
 _WAIT = """
 import importlib, json, os, signal, sys, traceback
 import datasets, matplotlib.pyplot, timm, torch, datasets.packaged_modules.parquet.parquet
-import samtune.cli, samtune.compare, samtune.evaluate, samtune.hub, samtune.runpage, samtune.sweep.protocol
+import samtune.cli.main, samtune.compare, samtune.evaluate, samtune.hub, samtune.runpage, samtune.sweep.protocol
 import samtune.sweep.sweeppage, samtune.train, samtune.data.check, tests.broken
 
 for line in sys.stdin:
@@ -36,7 +36,7 @@ for line in sys.stdin:
         try:
             if asked["faults"]:
                 tests.broken.prepare(json.dumps(asked["faults"]))
-            samtune.cli.main()
+            samtune.cli.main.main()
         except SystemExit as end:
             code = end.code
         except BaseException:

@@ -76,7 +76,7 @@ def test_paragraphs_of_help_break_where_the_terminal_does():
 @pytest.mark.parametrize("command", ["run", "sweep", "data check", "runs", "report"])
 def test_help_loads_nothing_heavy(command):
     check = (
-        f"import sys; from samtune.cli import app; app({[*command.split(), '--help']}, standalone_mode=False);"
+        f"import sys; from samtune.cli.main import app; app({[*command.split(), '--help']}, standalone_mode=False);"
         "heavy = {'torch', 'timm', 'datasets', 'scipy', 'pyarrow', 'PIL', 'numpy', 'imagehash'} & set(sys.modules);"
         "heavy |= {'matplotlib', 'jinja2'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
@@ -88,7 +88,7 @@ def test_help_loads_nothing_heavy(command):
 def test_wrong_arguments_are_refused_before_anything_heavy_is_loaded(tmp_path):
     check = (
         "import sys; sys.argv[1:] = ['run', '--model', 'x', '--dataset', './nowhere'];"
-        "from samtune.cli import _exit_code; code = _exit_code();"
+        "from samtune.cli.main import _exit_code; code = _exit_code();"
         "heavy = {'torch', 'timm'} & set(sys.modules); sys.exit(str(heavy) if heavy else code)"
     )
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, check=False).returncode == 3
@@ -123,4 +123,6 @@ def test_the_modules_of_the_package_import_each_other_without_cycles():
         < order.index("samtune.step")
         < order.index("samtune.train")
     )
-    assert not any("samtune.cli" in others for name, others in inside.items() if name != "samtune.__main__")
+    for name, others in inside.items():
+        if not name.startswith(("samtune.cli.", "samtune.__main__")):
+            assert not any(other.startswith("samtune.cli.") for other in others), name

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from samtune.cli import app
+from samtune.cli.main import app
 from samtune.config import flag_name
 from samtune.options import RunConfig
 from tests.conftest import ROOT, SmallNet, samtune, write_image_folder

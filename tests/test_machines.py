@@ -191,7 +191,7 @@ import sys
 from samtune import distributed
 distributed._WARNED_AFTER = 0.5
 sys.argv = ["samtune", *sys.argv[1:]]
-from samtune.cli import main
+from samtune.cli.main import main
 main()
 """
 

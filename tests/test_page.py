@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samtune import charts, cli_results, config, page, report, runpage
+from samtune import charts, config, page, report, runpage
 from samtune.charts import Series, Words
+from samtune.cli.results import report_runs
 from samtune.data.thumbnails import thumbnails
 from samtune.errors import CheckpointError, DataError, UsageError
 from samtune.stats import wilson_interval
@@ -256,7 +257,7 @@ def test_what_a_reader_must_know_is_said(tmp_path, made, said):
 
 
 def test_that_a_run_is_not_done_is_said_on_the_terminal_too(tmp_path, capsys):
-    cli_results.report_runs([write_run(tmp_path / "r", status={"state": "stopped", "step": 7})], as_json=True)
+    report_runs([write_run(tmp_path / "r", status={"state": "stopped", "step": 7})], as_json=True)
     shown = capsys.readouterr()
     assert json.loads(shown.out)["schema_version"] == report.SCHEMA_VERSION
     assert "warning: This run is not done (state: stopped, step 7 of 15)" in " ".join(shown.err.split())

@@ -187,7 +187,7 @@ def test_a_folder_without_runs_is_no_error_and_a_missing_folder_is_one(tmp_path)
 def test_listing_loads_nothing_heavy(tmp_path):
     write_run(tmp_path / "r")
     check = (
-        f"import sys; sys.argv[1:] = ['runs', {str(tmp_path)!r}]; from samtune.cli import _exit_code;"
+        f"import sys; sys.argv[1:] = ['runs', {str(tmp_path)!r}]; from samtune.cli.main import _exit_code;"
         "code = _exit_code(); heavy = {'torch', 'timm', 'numpy', 'datasets'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else code)"
     )

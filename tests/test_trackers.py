@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto.wandb_internal_pb2 import Record
 
 from samtune import config, trackers
-from samtune.cli import app
+from samtune.cli.main import app
 from samtune.errors import UsageError
 from samtune.runlog import RunLog, read_metrics
 from samtune.trackers import Trackers

@@ -1,7 +1,6 @@
 """The paper's protocol in one command: choose on validation, fit the choice again on all training images, with several
 seeds, score test once; SAM beside SGD at equal and at twice the length, or at equal cost.
 
-command.py   the command line
 recipe.py    a recipe's table [sweep] -> what is compared
 arms.py      the settings of each arm: its grid, point by point
 budget.py    a cost -> a number of steps

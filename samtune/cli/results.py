@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from samtune.cli.config_flags import Json
+from samtune.cli.sweep import report_sweep
 from samtune.errors import UsageError
-from samtune.flags import Json
 from samtune.runlog import result_folder
-from samtune.sweep.command import report_sweep
 
 results_app = typer.Typer()
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from samtune import signals
+from samtune.cli.config_flags import Json, with_config_flags
 from samtune.errors import UsageError
 from samtune.fields import endpoint
-from samtune.flags import Json, with_config_flags
 from samtune.runlog import result_folder
 from samtune.sweep import recipe as sweeps
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from samtune import config
-from samtune.flags import DATA_KEYS, Json, with_config_flags
+from samtune.cli.config_flags import DATA_KEYS, Json, with_config_flags
 from samtune.options import MOST_PROCESSES
 
 data_app = typer.Typer(
