@@ -15,7 +15,7 @@ from samtune.data.names import readable
 from samtune.data.roles import Wanted
 from samtune.errors import UsageError
 from samtune.fields import gpu_choice
-from samtune.options import RunConfig
+from samtune.options import RunConfig, flag_name
 
 # What differs where the weights start at random: nothing pretrained is to be kept, and the head knows no less than the
 # body. A data set's own row, a recipe and flags take precedence.
@@ -183,11 +183,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"recipe {path} is not TOML", str(error), "recipes hold lines like: rho = 0.05") from None
 
 
-def flag_name(key: str) -> str:
-    """The flag of a config key: batch_size -> --batch-size."""
-    return "--" + key.replace("_", "-")
-
-
 def _explain(key: str, kind: str, message: str, given: Mapping[str, tuple[Any, str]]) -> UsageError:
     if kind == "missing":
         return UsageError(
@@ -198,14 +193,19 @@ def _explain(key: str, kind: str, message: str, given: Mapping[str, tuple[Any, s
     value, origin = given[key]
     where = f"{flag_name(key)} {value}" if origin == "flag" else f"{key} = {value!r} in {origin}"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
-        mend = f"did you mean {near[0]}?" if near else "`samtune run --help` lists all keys (as flags)"
-        return UsageError(f"unknown key {key} in {origin}", mend=mend)
+        return unknown_key(key, origin)
     rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
     mend = f"{flag_name(key)}: {RunConfig.model_fields[key].description}"
     if kind in ("float_type", "int_type", "bool_type") and isinstance(value, str) and origin != "flag":
         mend = f"write {key} = {value} without quotes, if that is meant; {mend}"
     return UsageError(f"{where}: {rule}", _allowed(key), mend)
+
+
+def unknown_key(key: str, origin: str) -> UsageError:
+    """The error for a setting that there is not, with the nearest one."""
+    near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
+    mend = f"did you mean {near[0]}?" if near else "`samtune run --help-all` lists all keys (as flags)"
+    return UsageError(f"unknown key {key} in {origin}", mend=mend)
 
 
 def _allowed(key: str) -> str:

@@ -55,10 +55,11 @@ def ranks_here(gpus: str, processes: int | None) -> int:
     return len(device.gpu_numbers(gpus))
 
 
-def run(settings: RunConfig, stop: StopRequest) -> Mapping[str, Any] | None:
+def run(settings: RunConfig, stop: StopRequest, arguments: Sequence[str]) -> Mapping[str, Any] | None:
     """`samtune run` with these settings on several ranks: the report, None if rank 0 is on another machine.
 
-    Raises what `launch` raises; status.json of the run says so, too.
+    arguments: the command line of `samtune` that gave the settings. Raises what `launch` raises; status.json of the run
+    says so, too.
     """
     settings = settings.with_output()
     assert settings.output is not None
@@ -71,7 +72,7 @@ def run(settings: RunConfig, stop: StopRequest) -> Mapping[str, Any] | None:
     )
     named = [] if settings.origins["output"] == "flag" else ["--output", str(settings.output)]
     try:
-        result = launch([*sys.argv[1:], *named], fleet, stop)
+        result = launch([*arguments, *named], fleet, stop)
     except (SamtuneError, Stopped) as error:
         amend_status(settings.output, error)
         if named:

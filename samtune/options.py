@@ -44,7 +44,7 @@ def _option(panel: str, description: str, default: Any = ..., **limits: Any) -> 
 class RunConfig(BaseModel):
     """One run, completely. Frozen; unknown keys, text for numbers, and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
     model: str = _option(
         "Model", "timm model name, an alias such as efficientnet_b7, hf-hub:USER/NAME, or local-dir:FOLDER"
@@ -430,3 +430,8 @@ def _made(folder: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def flag_name(key: str) -> str:
+    """The flag of a config key: batch_size -> --batch-size."""
+    return "--" + key.replace("_", "-")

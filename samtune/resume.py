@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from samtune import config
-from samtune.config import flag_name
 from samtune.errors import CheckpointError, UsageError
-from samtune.options import RunConfig
+from samtune.options import RunConfig, flag_name
 from samtune.runlog import has_checkpoints, holds_run, read_settings
 
 FREE = {

@@ -22,7 +22,7 @@ from samtune.data.loader import Batch, rows_of_step, train_batches
 from samtune.data.splits import Indices
 from samtune.data.transforms import mix, train_transform
 from samtune.errors import CheckpointError, Diverged, SamtuneError
-from samtune.evaluate import Evaluation, evaluate, to_device
+from samtune.evaluation import Evaluation, evaluate, to_device
 from samtune.job import Job
 from samtune.options import RunConfig
 from samtune.position import Meter, Position
@@ -59,7 +59,9 @@ class _Run:
 
 
 def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | None:
-    """Fine-tune as the config says, leave a run folder, and return its report. resumed: go on with that one.
+    """Fine-tune as the config says, leave a run folder, and return its report and its path, "folder".
+
+    resumed: resume that run.
 
     Each rank of a launch calls it; rank 0 writes and reports, the others return None.
 
@@ -93,7 +95,7 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
             page = f"samtune report {shlex.quote(str(log.folder))}"
             console.note(f"{page} draws the curves, errors by class, calibration and the most confident mistakes")
             trackers.result = result
-            return result
+            return {"folder": str(log.folder), **result}
 
 
 # --------------------------------------------------------------------------------------------------------------- steps

@@ -18,7 +18,7 @@ from typing import Any
 _WAIT = """
 import importlib, json, os, signal, sys, traceback
 import datasets, matplotlib.pyplot, timm, torch, datasets.packaged_modules.parquet.parquet
-import samtune.cli.main, samtune.compare, samtune.evaluate, samtune.hub, samtune.runpage, samtune.sweep.protocol
+import samtune.cli.main, samtune.compare, samtune.evaluation, samtune.hub, samtune.runpage, samtune.sweep.protocol
 import samtune.sweep.sweeppage, samtune.train, samtune.data.check, tests.broken
 
 for line in sys.stdin:

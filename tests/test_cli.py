@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from samtune.config import flag_name
-from samtune.options import RunConfig
+from samtune.options import RunConfig, flag_name
 from tests.conftest import ROOT, samtune, write_image_folder
 
 LITE0 = "tf_efficientnet_lite0"
@@ -50,7 +49,7 @@ def test_what_cannot_be_meant_ends_with_its_code_the_reason_and_the_mend(tmp_pat
 
 
 def test_every_setting_is_a_flag_with_help():
-    help_text = samtune("run", "--help", env={"COLUMNS": "200"}).stdout
+    help_text = samtune("run", "--help-all", env={"COLUMNS": "200"}).stdout
     for key, field in RunConfig.model_fields.items():
         assert flag_name(key) in help_text
         assert field.description
@@ -64,19 +63,13 @@ def test_every_setting_is_a_flag_with_help():
     "command", ["run", "sweep", "eval", "data", "data check", "datasets", "datasets show", "runs", "report"]
 )
 def test_every_command_has_an_example(command):
-    assert f"Example: samtune {command} " in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
-
-
-def test_paragraphs_of_help_break_where_the_terminal_does():
-    said = samtune("sweep", "--help", env={"COLUMNS": "600"}).stdout
-    assert "the best is fitted again on both, with each seed, and scored on test once. What is done" in said
-    assert "a table [sweep]" in said
+    assert f"Example: samtune {command}" in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
 
 
 @pytest.mark.parametrize("command", ["run", "sweep", "data check", "runs", "report"])
 def test_help_loads_nothing_heavy(command):
     check = (
-        f"import sys; from samtune.cli.main import app; app({[*command.split(), '--help']}, standalone_mode=False);"
+        f"import sys; from samtune.cli.main import _call; _call({[*command.split(), '--help']});"
         "heavy = {'torch', 'timm', 'datasets', 'scipy', 'pyarrow', 'PIL', 'numpy', 'imagehash'} & set(sys.modules);"
         "heavy |= {'matplotlib', 'jinja2'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"

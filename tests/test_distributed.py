@@ -14,7 +14,7 @@ from samtune import ranks as samtune_ranks
 from samtune.data.decode import DecodeRule
 from samtune.data.splits import open_parts
 from samtune.errors import DataError
-from samtune.evaluate import evaluate
+from samtune.evaluation import evaluate
 from samtune.job import look_at_data
 from samtune.models import train_mode
 from tests.conftest import SmallNet, image_bytes, write_image_folder

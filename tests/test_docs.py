@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from samtune.cli.main import app
-from samtune.config import flag_name
-from samtune.options import RunConfig
+from samtune.options import RunConfig, flag_name
 from tests.conftest import ROOT, SmallNet, samtune, write_image_folder
 
 README = (ROOT / "README.md").read_text()
@@ -38,7 +37,7 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.train.run", begin)
     monkeypatch.setattr("samtune.launch.launch", begin)
     monkeypatch.setattr("samtune.launch.ranks_here", lambda gpus, processes: 2)
-    monkeypatch.setattr("samtune.evaluate.evaluate_checkpoint", begin)
+    monkeypatch.setattr("samtune.evaluation.evaluate_checkpoint", begin)
     monkeypatch.setattr("samtune.data.source.locate", lambda dataset: None)
     monkeypatch.setattr("samtune.preflight.check_inputs", lambda settings: None)
     monkeypatch.setattr("samtune.data.check.check", begin)

@@ -109,7 +109,7 @@ def test_out_of_memory_with_one_image_ends_the_run_with_6(photos, tmp_path):
 
 @row(11)
 def test_out_of_memory_in_an_evaluation_halves_its_batch_and_scores_the_same(photos, uninterrupted, tmp_path):
-    fault = {"at": "samtune.evaluate:to_device", "call": 6, "do": "oom"}  # after the five steps of an epoch
+    fault = {"at": "samtune.evaluation:to_device", "call": 6, "do": "oom"}  # after the five steps of an epoch
     done = run(photos, tmp_path / "r", faults=[fault])
     assert done.returncode == 0, done.stderr
     assert fingerprint(tmp_path / "r")["weights"] == fingerprint(uninterrupted)["weights"]

@@ -16,7 +16,7 @@ from samtune import SAM, config, device
 from samtune.data import source
 from samtune.data.cache import Images
 from samtune.errors import OutOfMemory
-from samtune.evaluate import evaluate
+from samtune.evaluation import evaluate
 from samtune.models import train_mode
 from tests.conftest import ROOT, SmallNet, write_image_folder
 from tests.engines import assert_same, cross_entropy_of, gradient, make_step, sgd, state

@@ -120,7 +120,7 @@ MUTATIONS = {
         "test_distributed.py::test_statistics_that_update_are_the_mean_over_the_ranks_and_the_same_everywhere",
     ),
     "every rank scores all images": (
-        {"evaluate.py": [("own = starts[distributed.rank() :: world]", "own = starts")]},
+        {"evaluation.py": [("own = starts[distributed.rank() :: world]", "own = starts")]},
         "test_distributed.py::test_an_evaluation_is_the_same_to_the_last_bit_for_any_number_of_ranks",
     ),
     "a failed attempt leaves its statistics": (

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from samtune import config, job
-from samtune.config import flag_name
 from samtune.data import cache
 from samtune.data.decode import decode
 from samtune.data.splits import open_parts, split_hash
 from samtune.errors import UsageError
+from samtune.options import flag_name
 from tests.conftest import samtune, write_image_folder
 from tests.fingerprint import fingerprint
 from tests.interruptions import resume, run

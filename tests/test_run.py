@@ -84,7 +84,7 @@ def test_eval_reproduces_the_reported_numbers_exactly(pets):
 @pytest.mark.slow
 def test_timm_loads_the_result_and_finds_the_same_classes(pets):
     folder, _ = pets
-    from samtune.evaluate import evaluate_checkpoint
+    from samtune.evaluation import evaluate_checkpoint
 
     model = timm.create_model(f"local-dir:{folder / 'checkpoints' / 'last'}", pretrained=True).eval()
     scored, _ = evaluate_checkpoint(folder, name=None, split="test", dataset=None, progress=lambda *_: None)
@@ -98,7 +98,7 @@ def test_timm_loads_the_result_and_finds_the_same_classes(pets):
 def test_the_report_has_what_its_readers_rely_on(finished):
     folder, done = finished
     result = json.loads(done.stdout)
-    assert result == json.loads((folder / "report.json").read_text())
+    assert result == {"folder": str(folder), **json.loads((folder / "report.json").read_text())}
     assert result["schema_version"] == 1
     model = {"requested", "resolved", "weights", "pretraining", "parameters", "img_size", "data_config"}
     assert result["model"].keys() == model

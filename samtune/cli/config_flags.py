@@ -1,4 +1,4 @@
-"""The flags that commands share: --json, and the fields of RunConfig."""
+"""The flags that are fields of RunConfig."""
 
 import inspect
 from collections.abc import Callable, Collection
@@ -7,11 +7,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from samtune.config import flag_name
-from samtune.options import RunConfig
+from samtune.cli import completion
+from samtune.cli.help import Command, HelpAll
+from samtune.options import RunConfig, flag_name
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
+_LONG = 30  # flags beyond which --help shows a part of them
 _SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}
+
+
+_COMPLETE = {"model": completion.models, "dataset": completion.datasets, "weights": completion.weights}
 
 
 DATA_KEYS = (
@@ -19,6 +23,17 @@ DATA_KEYS = (
     *("train_split", "val_split", "test_split", "on_unlabelled", "on_bad_image"),
 )
 """The settings of a run that tell how a data set is read."""
+
+
+class RunCommand(Command):
+    """A command with all flags of a run: --help shows those that people set."""
+
+    common = frozenset(
+        (
+            *("model", "weights", "img_size", "dataset", "batch_size", "workers", "epochs", "lr", "weight_decay"),
+            *("rho", "adaptive", "gpus", "seed", "output", "resume"),
+        )
+    )
 
 
 def with_config_flags(
@@ -30,8 +45,11 @@ def with_config_flags(
     """
     keys = [key for key in RunConfig.model_fields if key in only and key not in without]
 
+    is_long = len(keys) > _LONG
+
     @wraps(command)
     def wrapped(**arguments: Any) -> None:
+        arguments.pop("help_all", None)
         own = {key: arguments.pop(key) for key in list(arguments) if key not in keys}
         command(**own, flags={key: value for key, value in arguments.items() if value is not None})
 
@@ -41,6 +59,12 @@ def with_config_flags(
         inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(key))
         for key in keys
     ]
+    if is_long:
+        help_all = inspect.Parameter(
+            "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, HelpAll]
+        )
+        parameters.append(help_all)
+        wrapped.command_class = RunCommand  # type: ignore[attr-defined]
     parameters.sort(key=lambda p: p.kind)
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -66,6 +90,7 @@ def _annotation(key: str) -> Any:
         help=f"{field.description}." + (f" Default: {default}." if default is not None else ""),
         show_default=False,
         rich_help_panel=RunConfig.panel(key),
+        autocompletion=_COMPLETE.get(key),
         metavar="|".join(choices) or None,
     )
     return Annotated[kind | None, option]

@@ -7,17 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from samtune import config
-from samtune.cli.config_flags import DATA_KEYS, Json, with_config_flags
+from samtune.cli.config_flags import DATA_KEYS, with_config_flags
+from samtune.cli.help import Command, Json, new_group
 from samtune.options import MOST_PROCESSES
 
-data_app = typer.Typer(
-    help="Look at a data set before a run does.\n\nExample: samtune data check path/to/photos",
-    no_args_is_help=True,
-)
-datasets_app = typer.Typer()
+data_app = new_group("Look at a data set before a run does.\n\nExample: samtune data check path/to/photos")
+datasets_app = new_group()
 
 
-@data_app.command(name="check")
+@data_app.callback()
+def _data() -> None:
+    pass
+
+
+@data_app.command(name="check", cls=Command)
 @partial(with_config_flags, only=(*DATA_KEYS, "max_megapixels"))
 def data_check(
     dataset: Annotated[
@@ -83,7 +86,7 @@ def list_datasets(context: typer.Context, as_json: Json = False) -> None:
         console.print_rows("Data sets", rows)
 
 
-@datasets_app.command()
+@datasets_app.command(cls=Command)
 def show(
     dataset: Annotated[str, typer.Argument(help="A name, a path, or user/name on the hub.", metavar="NAME_OR_PATH")],
     as_json: Json = False,

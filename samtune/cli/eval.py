@@ -1,24 +1,29 @@
 """`samtune eval`: parse, one call, print."""
 
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from samtune import config, ranks, signals
-from samtune.cli.config_flags import DATA_KEYS, Json, with_config_flags
+from samtune import ranks, signals
+from samtune.cli import completion
+from samtune.cli.config_flags import DATA_KEYS, with_config_flags
+from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
-from samtune.errors import UsageError
 from samtune.options import MOST_PROCESSES
 
 
 @partial(with_config_flags, only=DATA_KEYS)
 def evaluate(
     run_or_checkpoint: Annotated[
-        Path, typer.Argument(help="A run folder, or a checkpoint folder inside one.", metavar="RUN_OR_CHECKPOINT")
+        Path,
+        typer.Argument(
+            help="A run folder, or a checkpoint folder inside one.",
+            metavar="RUN_OR_CHECKPOINT",
+            autocompletion=completion.runs,
+        ),
     ],
     *,
     split: Annotated[
@@ -56,52 +61,28 @@ def evaluate(
 
     The options of other data tell how to read what --dataset names.
     """
-    if checkpoint not in (None, "last", "best"):
-        raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
-    if flags and dataset is None:
-        raise UsageError(f"{config.flag_name(next(iter(flags)))} without --dataset", mend="it is about other data")
-    wanted = config.wanted(flags) if flags else None
-
-    config.check_devices(gpus, processes)
-    ranks.check_processes(processes)
-
-    def score() -> dict[str, Any]:
-        from samtune import console, distributed
-        from samtune.evaluate import evaluate_checkpoint
-
-        with console.RunProgress() as progress, distributed.losses_named():
-            scored, about = evaluate_checkpoint(
-                run_or_checkpoint,
-                name=checkpoint,
-                split=split,
-                dataset=dataset,
-                wanted=wanted,
-                progress=progress.score,
-                ema=ema,
-                gpus=gpus,
-                processes=processes,
-            )
-        return about | scored.summary()
-
-    def score_on_ranks() -> Mapping[str, Any] | None:
-        from samtune import launch
-
-        return launch.launch(sys.argv[1:], launch.Fleet(launch.ranks_here(gpus, processes)), stop)
+    from samtune import api
 
     with signals.listening() as stop:
         ranks.report_for_work()
-        result = score_on_ranks() if ranks.asked_for(gpus, processes) else score()
+        result = api.score(
+            run_or_checkpoint,
+            split=split,
+            checkpoint=checkpoint,
+            ema=ema,
+            dataset=dataset,
+            gpus=gpus,
+            processes=processes,
+            data_settings=flags,
+            stop=stop,
+            arguments=sys.argv[1:],
+        )
     result = result_to_print(result)
     if result is None:
         return
-    from samtune import console, report
+    from samtune import console
 
     if as_json:
         console.print_json(result)
-        return
-    others = f"{result['top5_error']:.2f} %, {result['mean_per_class_error']:.2f} %"
-    rows = {f"{result['split']} top-1 error": report.score_line(result), "top-5, mean per class": others}
-    if result["unknown_classes"]:
-        rows["classes left out"] = ", ".join(f"{name} ({n})" for name, n in result["unknown_classes"].items())
-    about = ("checkpoint", "step", "ema", "dataset")
-    console.print_table("Result", rows | {key: str(result[key]) for key in about})
+    else:
+        console.print_table("Result", api.evaluation_summary(result))

@@ -1,51 +1,61 @@
 """All commands, and the way from what was typed to an exit code. Nothing heavy is imported before a command runs."""
 
-import inspect
 import os
-import re
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from samtune import __version__, caches, ranks, signals, streams
-from samtune.cli.data import data_app, datasets_app
-from samtune.cli.eval import evaluate
-from samtune.cli.results import results_app
-from samtune.cli.run import run
-from samtune.cli.sweep import sweep
+from samtune.cli.help import SETTINGS, Commands
 from samtune.errors import SamtuneError, Stopped
 
-app = typer.Typer(
-    help="Fine-tune pretrained image models with Sharpness-Aware Minimization, and measure what it gained.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.add_typer(data_app, name="data")
-app.add_typer(datasets_app, name="datasets")
-app.add_typer(results_app)
 
+class _Samtune(Commands):
+    """All commands, in the order of a working day."""
+
+    topics: ClassVar = {
+        "Look": {
+            "datasets": ("samtune.cli.data", "datasets_app", "the data sets that have a name"),
+            "data": ("samtune.cli.data", "data_app", "check a data set of your own"),
+        },
+        "Train": {
+            "run": ("samtune.cli.run", "run", "fine-tune a model, and report its top-1 error"),
+            "sweep": ("samtune.cli.sweep", "sweep", "compare SAM with SGD over seeds, by the paper's protocol"),
+        },
+        "Judge": {
+            "runs": ("samtune.cli.results", "list_runs", "what became of each run, and what to do next"),
+            "report": ("samtune.cli.results", "report_runs", "draw the page of a run or a sweep, or compare runs"),
+            "eval": ("samtune.cli.eval", "evaluate", "score a checkpoint on any split or other data"),
+        },
+    }
+
+
+app = typer.Typer(
+    cls=_Samtune,
+    help="Fine-tune pretrained image models with Sharpness-Aware Minimization, and measure what it gained.",
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=SETTINGS,
+)
+
+_COMPLETE = "_SAMTUNE_COMPLETE"  # set by a shell that asks for completions
 _UsageError: Any = typer.BadParameter.__base__  # of the click that this typer stands on
 
 
-@app.callback(invoke_without_command=True)
-def _version(
+@app.callback()
+def _samtune(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
 ) -> None:
     if version:
         print(f"samtune {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        from samtune.cli import start
 
-
-app.command()(run)
-app.command()(sweep)
-app.command(name="eval")(evaluate)
-
-for _each in (app, data_app, datasets_app, results_app):
-    for _command in _each.registered_commands:  # a paragraph is one line: the width of the terminal breaks it
-        _command.help = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.getdoc(_command.callback) or "")
+        print(start.text())
 
 
 def main() -> None:
@@ -67,7 +77,7 @@ def main() -> None:
 
 def _exit_code() -> int:
     try:
-        code = int(app(standalone_mode=False) or 0)
+        code = int(_call(sys.argv[1:]) or 0)
         sys.stdout.flush()
         return code
     except _UsageError as error:
@@ -82,6 +92,14 @@ def _exit_code() -> int:
     except (KeyboardInterrupt, typer.Abort):
         _print_error("stopped by Ctrl-C")
         return 130
+
+
+def _call(arguments: list[str]) -> Any:
+    """Call the command that is named first by itself: to parse the options of samtune too would take as long again."""
+    command = _Samtune.find(arguments[0]) if arguments and _COMPLETE not in os.environ else None
+    if command is None:
+        return app(prog_name="samtune", standalone_mode=False)
+    return command.main(arguments[1:], prog_name=f"samtune {arguments[0]}", standalone_mode=False)
 
 
 def _end(error: SamtuneError | Stopped) -> int:

@@ -6,15 +6,11 @@ from typing import Annotated
 
 import typer
 
-from samtune.cli.config_flags import Json
-from samtune.cli.sweep import report_sweep
+from samtune.cli import completion
+from samtune.cli.help import Json
 from samtune.errors import UsageError
-from samtune.runlog import result_folder
-
-results_app = typer.Typer()
 
 
-@results_app.command(name="runs")
 def list_runs(
     folder: Annotated[Path, typer.Argument(help="Folder of run folders, or one of them.")] = Path("runs"),
     as_json: Json = False,
@@ -38,11 +34,14 @@ def list_runs(
         console.note(f"there are no runs in {folder}")
 
 
-@results_app.command(name="report")
 def report_runs(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Run folders, of which the first is the baseline; or one sweep.", metavar="RUN_OR_SWEEP"),
+        typer.Argument(
+            help="Run folders, of which the first is the baseline; or one sweep.",
+            metavar="RUN_OR_SWEEP",
+            autocompletion=completion.runs,
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -75,6 +74,8 @@ def report_runs(
             "give it alone, or give run folders in its place: it has them in runs/",
         )
     if sweeps:
+        from samtune.cli.sweep import report_sweep
+
         report_sweep(runs[0], output or runs[0], as_json)
     elif len(runs) == 1:
         _report_run(runs[0], output or runs[0], as_json)
@@ -98,6 +99,7 @@ def _report_run(run: Path, output: Path, as_json: bool) -> None:
 
 def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:
     from samtune import compare, comparisonpage, console
+    from samtune.runlog import result_folder
 
     comparison = compare.compare(runs)
     if output is not None:

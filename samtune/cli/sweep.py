@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from samtune import signals
-from samtune.cli.config_flags import Json, with_config_flags
+from samtune.cli.config_flags import with_config_flags
+from samtune.cli.help import Json
 from samtune.errors import UsageError
 from samtune.fields import endpoint
 from samtune.runlog import result_folder

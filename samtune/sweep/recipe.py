@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from samtune import config
-from samtune.config import flag_name
 from samtune.errors import UsageError
-from samtune.options import RunConfig
+from samtune.options import RunConfig, flag_name
 from samtune.sweep.budget import Budget
 
 Arm = Literal["sam", "sam-late", "sgd", "sgd-2x"]

@@ -23,7 +23,7 @@ from samtune.data.cache import Images
 from samtune.data.loader import eval_batches
 from samtune.data.splits import train_and_validation
 from samtune.data.transforms import eval_transform, normalize
-from samtune.evaluate import evaluate_checkpoint
+from samtune.evaluation import evaluate_checkpoint
 from samtune.report import score_line
 
 MODEL = "tf_efficientnet_lite0"

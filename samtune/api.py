@@ -1,0 +1,214 @@
+"""samtune from Python and notebooks: the same runs, folders and errors as those of the command line."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samtune import caches, config, console, ranks, report, signals
+from samtune.errors import UsageError
+from samtune.options import RunConfig, flag_name
+from samtune.resume import finished_report, settle
+from samtune.runlog import has_checkpoints
+
+
+class Report(dict[str, Any]):
+    """A report as report.json has it, or the scores of an evaluation; in a notebook it is shown as a table."""
+
+    def __init__(self, content: Mapping[str, Any], rows: Mapping[str, str]) -> None:
+        """rows: what the table shows, name -> value."""
+        super().__init__(content)
+        self._rows = dict(rows)
+
+    def _repr_html_(self) -> str:
+        cells = (
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self._rows.items()
+        )
+        return f"<table>{''.join(cells)}</table>"
+
+
+def run(
+    recipe: str | Path | None = None, *, resume: bool = False, allow_change: Sequence[str] = (), **settings: Any
+) -> Report:
+    """Fine-tune a model and return its report. `samtune.run(model=..., dataset=..., rho=0.05, epochs=3)`
+
+    settings: the keys of a recipe, which are the flags of `samtune run` with underscores: batch_size=32. They take
+    precedence over the recipe. The run folder is that of the command; its path is the report's key "folder". resume:
+    resume the run in `output`; allow_change: settings that may then differ from before.
+
+    Raises the errors of samtune.errors. Ctrl-C, or a notebook's interrupt, ends the run after its step with a
+    checkpoint, and raises Stopped.
+    """
+    _prepare()
+    unknown = next((key for key in settings if key not in RunConfig.model_fields), None)
+    if unknown is not None:
+        raise config.unknown_key(unknown, "the call of samtune.run")
+    flags = {key: _plain(value) for key, value in settings.items() if value is not None}
+    arguments = _command_line(recipe, resume, allow_change, flags)
+    with signals.listening() as stop:
+        found = start(None if recipe is None else Path(recipe), flags, resume, allow_change, stop, arguments)
+    assert found is not None
+    return Report(found, report.summary(found))
+
+
+def evaluate(
+    run_or_checkpoint: str | Path,
+    *,
+    split: str | None = None,
+    checkpoint: str | None = None,
+    ema: bool = False,
+    dataset: str | Path | None = None,
+    gpus: str | int = "auto",
+    processes: int | None = None,
+    **data_settings: Any,
+) -> Report:
+    """Score a run, or a checkpoint of one. `samtune.evaluate("runs/r1", split="val")["top1_error"]`
+
+    The arguments are the options of `samtune eval`: exact top-1, top-5 and mean per-class error in percent, every image
+    once. data_settings: how to read what `dataset` names, as label_key="species". Raises the errors of samtune.errors.
+    """
+    _prepare()
+    options = {"split": split, "checkpoint": checkpoint, "dataset": _plain(dataset), "gpus": str(gpus)}
+    words = ["eval", str(run_or_checkpoint), *(["--ema"] if ema else [])]
+    words += _flags({**options, "processes": processes, **data_settings})
+    with signals.listening() as stop:
+        found = score(
+            Path(run_or_checkpoint),
+            **options,
+            ema=ema,
+            processes=processes,
+            data_settings={key: _plain(value) for key, value in data_settings.items()},
+            stop=stop,
+            arguments=words,
+        )
+    assert found is not None
+    return Report(found, evaluation_summary(found))
+
+
+def _prepare() -> None:
+    note = caches.prepare()
+    if note is not None:
+        console.note(note)
+
+
+def _plain(value: Any) -> Any:
+    """A value as a recipe could hold it."""
+    return str(value) if isinstance(value, Path) else value
+
+
+def _command_line(
+    recipe: str | Path | None, resume: bool, allow_change: Sequence[str], settings: Mapping[str, Any]
+) -> list[str]:
+    """The arguments of `samtune` that mean the same, for ranks in processes of their own."""
+    words = ["run", *([str(recipe)] if recipe is not None else []), *(["--resume"] if resume else [])]
+    return words + [f"--allow-change={key}" for key in allow_change] + _flags(settings)
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    words = []
+    for key, value in settings.items():
+        if isinstance(value, bool):
+            words.append(flag_name(key if value else f"no_{key}"))
+        elif value is not None:
+            words.append(f"{flag_name(key)}={value}")
+    return words
+
+
+def start(
+    recipe: Path | None,
+    flags: Mapping[str, Any],
+    resume: bool,
+    allow_change: Sequence[str],
+    stop: signals.StopRequest,
+    arguments: Sequence[str],
+) -> Mapping[str, Any] | None:
+    """Start or resume a run, on as many ranks as it wants: its report, or None where another rank has it.
+
+    flags: settings that take precedence over the recipe's. arguments: the command line that each rank is started with.
+    """
+    resumed = None
+    # A rank goes on with what is there, if it is started again; on what the command may find its launcher has decided.
+    if resume or ranks.folder() is not None or ranks.restarts() > 0:
+        settings, resumed = settle(recipe, flags, allow_change)
+        if resumed is None and resume:
+            console.note(f"{settings.output} holds no run yet: a new one begins")
+    elif allow_change:
+        raise UsageError("--allow-change without --resume", mend="it says what may differ from the run that goes on")
+    else:
+        settings = config.load(recipe, flags)
+    if resumed is not None:
+        stop.saved = has_checkpoints(resumed.folder)
+        result = finished_report(resumed.folder) if not resumed.changed else None
+        if result is not None:
+            console.note(f"run {resumed.folder} is done already; this is its result")
+            return {"folder": str(resumed.folder), **result}
+    ranks.check_processes(settings.processes)
+    if ranks.is_first():
+        from samtune.preflight import check_before_slow_work
+
+        check_before_slow_work(settings, resumed)
+    if ranks.asked_for(settings.gpus, settings.processes, settings.nnodes):
+        from samtune import launch
+
+        return launch.run(settings, stop, arguments)
+
+    from samtune import train
+
+    return train.run(settings, resumed)
+
+
+def score(
+    run_or_checkpoint: Path,
+    *,
+    split: str | None,
+    checkpoint: str | None,
+    ema: bool,
+    dataset: str | None,
+    gpus: str,
+    processes: int | None,
+    data_settings: Mapping[str, Any],
+    stop: signals.StopRequest,
+    arguments: Sequence[str],
+) -> Mapping[str, Any] | None:
+    """Score a checkpoint, on as many ranks as are wanted: its scores, or None where another rank has them.
+
+    data_settings: how to read `dataset`, which they are about. arguments: the command line that each rank is started
+    with.
+    """
+    if checkpoint not in (None, "last", "best"):
+        raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
+    if data_settings and dataset is None:
+        raise UsageError(f"{flag_name(next(iter(data_settings)))} without --dataset", mend="it is about other data")
+    wanted = config.wanted(data_settings) if data_settings else None
+    config.check_devices(gpus, processes)
+    ranks.check_processes(processes)
+    if ranks.asked_for(gpus, processes):
+        from samtune import launch
+
+        return launch.launch(arguments, launch.Fleet(launch.ranks_here(gpus, processes)), stop)
+
+    from samtune import distributed
+    from samtune.evaluation import evaluate_checkpoint
+
+    with console.RunProgress() as progress, distributed.losses_named():
+        scored, about = evaluate_checkpoint(
+            run_or_checkpoint,
+            name=checkpoint,
+            split=split,
+            dataset=dataset,
+            wanted=wanted,
+            progress=progress.score,
+            ema=ema,
+            gpus=gpus,
+            processes=processes,
+        )
+    return about | scored.summary()
+
+
+def evaluation_summary(scores: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of an evaluation that people look at."""
+    others = f"{scores['top5_error']:.2f} %, {scores['mean_per_class_error']:.2f} %"
+    rows = {f"{scores['split']} top-1 error": report.score_line(scores), "top-5, mean per class": others}
+    if scores["unknown_classes"]:
+        rows["classes left out"] = ", ".join(f"{name} ({n})" for name, n in scores["unknown_classes"].items())
+    return rows | {key: str(scores[key]) for key in ("checkpoint", "step", "ema", "dataset")}
