@@ -124,11 +124,12 @@ def export(
         _write(unfinished, to, original.weights, module, data_config, about)
         if with_preprocessing:
             compared = _compare_with_preprocessing(unfinished, model, data_config, temperature, pictures, progress)
+            _refuse_a_difference(compared, to)
             onnx_file.keep_outputs(unfinished, 1)
             _check_probabilities(unfinished, pictures, compared)
         else:
             compared = _compare(load(unfinished, to), model, data_config, pictures, progress)
-        _refuse_a_difference(compared, to)
+            _refuse_a_difference(compared, to)
         written = sum(file.stat().st_size for file in (unfinished, *unfinished.glob("*")) if file.is_file())
     return {
         "checkpoint": str(original.folder),
