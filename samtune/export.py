@@ -99,7 +99,7 @@ def export(
     probabilities out. force: what is at `output` is replaced.
 
     Raises:
-        UsageError: something is at `output`; no averaged weights.
+        UsageError: something is at `output`, or it cannot be called so; no averaged weights.
         CheckpointError: no such checkpoint, a damaged one, or an export that differs from it.
         ModelError: a model that cannot be exported.
         MachineError: packages for ONNX are missing.
@@ -166,7 +166,12 @@ def find(path: Path, name: str | None, *, ema: bool) -> Original:
 
 
 def check_output(output: Path, to: Format, *, force: bool) -> None:
-    """Raise UsageError for a path that exists; with force, for one whose loss nobody can have meant."""
+    """Raise UsageError for a path that exists; with force, for one whose loss nobody can have meant.
+
+    And for a name that torch.export would complain of.
+    """
+    if to == "torch" and output.suffix != ".pt2":
+        raise UsageError(f"--output {output} --to torch: must end in .pt2", mend=f"--output {output}.pt2")
     if not output.exists() and not output.is_symlink():
         return
     if not force:

@@ -321,7 +321,7 @@ def test_an_export_with_other_logits_is_refused_and_leaves_nothing(
     monkeypatch.setattr(models, "load_checkpoint", load_another)
     monkeypatch.setattr(exporting, "_write", write_right)
     with pytest.raises(CheckpointError, match=r"other logits than the checkpoint: by up to (2\.0e-04|nan)"):
-        exporting.export(run, to, output=tmp_path / "new" / "m", with_preprocessing=to == "onnx")
+        exporting.export(run, to, output=tmp_path / "new" / "m.pt2", with_preprocessing=to == "onnx")
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -353,7 +353,7 @@ def test_a_path_that_exists_is_refused_without_force(run, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == (weights_folder(run, True) / "model.safetensors").read_bytes()
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    for to in ("timm", "torch"):
+    for to in ("timm", "onnx"):
         with pytest.raises(UsageError, match="is a folder"):
             exporting.export(run, to, output=other, force=True)
     with pytest.raises(UsageError, match="is a file"):
@@ -383,6 +383,7 @@ WRONG = {
     "no format": (("RUN",), 2, "--to"),
     "no such checkpoint": (("RUN", "--to", "timm", "--checkpoint", "first"), 2, "must be last or best"),
     "preprocessing elsewhere": (("RUN", "--to", "torch", "--with-preprocessing"), 2, "only ONNX takes it"),
+    "a name that torch does not like": (("RUN", "--to", "torch", "--output", "m.pt"), 2, "must end in .pt2"),
     "a place that cannot be": (("RUN", "--to", "timm", "--output", "/dev/null/m"), 8, "cannot be written"),
 }
 

@@ -46,9 +46,8 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     for key, value in result.items():
-        print(
-            f"{key.replace('_', ' ')}: {value:.2g}" if isinstance(value, float) else f"{key.replace('_', ' ')}: {value}"
-        )
+        words = key.replace("_", " ")
+        print(f"{words}: {value:.2g}" if isinstance(value, float) else f"{words}: {value}")
 
 
 def train(folder: Path, dataset: str, img_size: int) -> Path:
