@@ -38,6 +38,7 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.launch.launch", begin)
     monkeypatch.setattr("samtune.launch.ranks_here", lambda gpus, processes: 2)
     monkeypatch.setattr("samtune.evaluation.evaluate_checkpoint", begin)
+    monkeypatch.setattr("samtune.export.export", begin)
     monkeypatch.setattr("samtune.data.source.locate", lambda dataset: None)
     monkeypatch.setattr("samtune.preflight.check_inputs", lambda settings: None)
     monkeypatch.setattr("samtune.data.check.check", begin)
@@ -67,6 +68,7 @@ def test_options_in_the_readme_exist():
     known |= {"--seeds", "--budget", "--jobs", "--engine", "--address", "--dry-run"}
     known |= {"--json", "--resume", "--allow-change", "--split", "--ema", "--help"}
     known |= {"--kills", "--repeat", "--repo-type", "--signal", "--without-pip", "--python"}  # of other programs
+    known |= {"--to", "--with-preprocessing"}
     known |= {"--logdir"}  # of TensorBoard
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 

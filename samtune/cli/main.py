@@ -28,6 +28,9 @@ class _Samtune(Commands):
             "report": ("samtune.cli.results", "report_runs", "draw the page of a run or a sweep, or compare runs"),
             "eval": ("samtune.cli.eval", "evaluate", "score a checkpoint on any split or other data"),
         },
+        "Use": {
+            "export": ("samtune.cli.export", "export", "a timm folder, ONNX, or a torch program; checked"),
+        },
     }
 
 

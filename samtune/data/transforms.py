@@ -37,7 +37,7 @@ POLICIES: Mapping[str, Callable[[], Transform]] = {
 }
 _ATTEMPTS = 10  # to find a crop of the wanted area and shape inside the image
 _RATIO = (3 / 4, 4 / 3)
-_LONGEST = 16  # length over width of what evaluation resizes; a central crop needs a part about as long as it is wide
+LONGEST = 16  # length over width of what evaluation resizes; a central crop needs a part about as long as it is wide
 
 
 @dataclass(frozen=True)
@@ -243,9 +243,9 @@ def eval_transform(data_config: Mapping[str, Any]) -> Transform:
 
 
 def _without_ends(image: torch.Tensor) -> torch.Tensor:
-    """The central part, at most _LONGEST times as long as it is wide. (3, h, w) -> (3, h', w')."""
+    """The central part, at most LONGEST times as long as it is wide. (3, h, w) -> (3, h', w')."""
     height, width = image.shape[1:]
-    most = _LONGEST * min(height, width)
+    most = LONGEST * min(height, width)
     if max(height, width) <= most:
         return image
     top, left = max(0, height - most) // 2, max(0, width - most) // 2
