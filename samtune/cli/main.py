@@ -11,6 +11,7 @@ import typer
 from samtune import __version__, caches, ranks, signals, streams
 from samtune.cli.data import data_app, datasets_app
 from samtune.cli.eval import evaluate
+from samtune.cli.plan import plan
 from samtune.cli.results import results_app
 from samtune.cli.run import run
 from samtune.cli.sweep import sweep
@@ -40,6 +41,7 @@ def _version(
 
 
 app.command()(run)
+app.command()(plan)
 app.command()(sweep)
 app.command(name="eval")(evaluate)
 
