@@ -1,5 +1,6 @@
 """What a job costs, measured on it: operations, memory, steps, an evaluation, a checkpoint. Its weights are used up."""
 
+import math
 import statistics
 import sys
 import tempfile
@@ -32,7 +33,7 @@ Progress = Callable[[str, int, int], None]  # what is going on, images done, ima
 
 _ROUNDS = 3  # in which each kind of step has its turn
 _SECONDS = 4.0  # of steps of a kind in a round
-_FEWEST, _MOST = 3, 200  # steps of a kind in a round
+_FEWEST, _MOST = 2, 200  # steps of a kind in a round
 _EVALUATION = 4.0  # seconds
 
 
@@ -112,9 +113,10 @@ def activation_bytes(job: Job, images: int) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage  # while it is held, its place is not given to another
+        return None  # no backward pass follows
 
     before = batch_norm_statistics(batch_norms(job.model))
-    with saved_tensors_hooks(keep, lambda _: None), job.update.autocast():
+    with saved_tensors_hooks(keep, keep), job.update.autocast():
         job.update.loss(job.model(inputs), targets)
     put_back(before)
     return sum(storage.nbytes() for storage in kept.values())
@@ -155,9 +157,11 @@ class _Stepping:
 def steps(job: Job, rows: Indices, kinds: Iterable[float], progress: Progress) -> dict[float, Steps]:
     """Steps of each radius in turn, on real batches of these rows; 0 is a step of the base optimizer.
 
-    In each turn the first steps do not count: they use up what was loaded during the turn before.
+    In each turn the first steps do not count: they use up what was loaded during the turn before. Of each kind no more
+    steps are taken than the run has, but six at least.
     """
     kinds, workers = list(kinds), job.config.workers or 0
+    most = max(_FEWEST, min(_MOST, math.ceil(job.total_steps / _ROUNDS)))
     models.train_mode(job.model, freeze_bn=job.config.freeze_bn)
     batches = train_batches(
         job.train,
@@ -175,19 +179,21 @@ def steps(job: Job, rows: Indices, kinds: Iterable[float], progress: Progress) -
         firsts = {rho: step(rho)[0] for rho in kinds}
         seconds: dict[float, list[float]] = {rho: [] for rho in kinds}
         waiting = dict.fromkeys(kinds, 0.0)
-        skipped = 2 * workers + 1
         per_turn = dict.fromkeys(kinds, 0)
         for number in range(_ROUNDS):
             for rho in kinds:
-                usual = [step(rho)[0] for _ in range(skipped)]
-                per_turn[rho] = per_turn[rho] or min(_MOST, max(_FEWEST, round(_SECONDS / statistics.median(usual))))
+                usual = [step(rho)[0]]
+                while len(usual) < 2 * workers + 1 and sum(usual) < _SECONDS:
+                    usual.append(step(rho)[0])
+                per_turn[rho] = per_turn[rho] or min(most, max(_FEWEST, round(_SECONDS / statistics.median(usual))))
                 for _ in range(per_turn[rho]):
                     whole, waited = step(rho)
                     seconds[rho].append(whole)
                     waiting[rho] += waited
-                done = sum(map(len, seconds.values()))
-                foreseen = _ROUNDS * sum(n or per_turn[rho] for n in per_turn.values())
-                progress(f"measuring steps, round {number + 1}", done * job.batch.total, foreseen * job.batch.total)
+                    done = sum(map(len, seconds.values()))
+                    foreseen = _ROUNDS * sum(n or per_turn[rho] for n in per_turn.values())
+                    what = f"measuring steps, round {number + 1} of {_ROUNDS}"
+                    progress(what, done * job.batch.total, foreseen * job.batch.total)
     return {rho: Steps(tuple(seconds[rho]), waiting[rho], firsts[rho]) for rho in kinds}
 
 
@@ -202,8 +208,8 @@ class Evaluating:
     first: float
 
 
-def evaluation(job: Job, images: Images, rows: Indices, progress: Progress) -> Evaluating:
-    """Score some of these rows as a run does, first once to get ready."""
+def evaluation(job: Job, images: Images, rows: Indices, whole: int, progress: Progress) -> Evaluating:
+    """Score some of these rows as a run does, first once to get ready. whole: images of the split in all."""
 
     def score(count: int) -> float:
         started = time.perf_counter()
@@ -218,7 +224,7 @@ def evaluation(job: Job, images: Images, rows: Indices, progress: Progress) -> E
     few = min(len(rows), 2 * at_once)
     first = score(few)
     usual = score(few)
-    many = few * max(1, round(_EVALUATION / usual))
+    many = min(few * max(1, round(_EVALUATION / usual)), max(whole, few))
     each = score(many) / many if many > few else usual / few
     models.train_mode(job.model, freeze_bn=job.config.freeze_bn)
     return Evaluating(each, max(0.0, first - usual))
@@ -254,7 +260,6 @@ def largest_batch(job: Job, most: int, progress: Progress) -> int:
 
     def fits(images: int) -> bool:
         progress("searching the batch that fits: tried", images, most)
-        device.free_memory()
         job.update.sam.micro_batch = None
         try:
             job.update(*_any_batch(job, images))

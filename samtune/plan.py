@@ -73,6 +73,7 @@ def _seconds_since_start() -> float:
 def _measured(job: Job, decoding: list[Decoding], start: float) -> dict[str, Any]:
     """Measure, and put together."""
     config, name = job.config, device.describe(job.device)
+    about, length = provenance.describe(job), _length(job)
     kinds = [config.rho, 0.0] if config.rho > 0 else [0.0]
     console.note(f"measuring steps of {'SAM and ' if config.rho > 0 else ''}the plain optimizer on {name} ...")
     with console.RunProgress() as progress:
@@ -81,13 +82,11 @@ def _measured(job: Job, decoding: list[Decoding], start: float) -> dict[str, Any
         peak = device.peak_memory_bytes(job.device)
         scored, rows = (job.val, job.val_rows) if config.val else (job.test, job.test_rows)
         assert scored is not None  # without validation there is a test split
-        evaluating = measure.evaluation(job, scored, known_rows(scored, rows), progress.count)
+        evaluating = measure.evaluation(job, scored, known_rows(scored, rows), len(rows), progress.count)
         memory = measure.memory(job)
         checkpoint, warnings = _checkpoint(job)
         fits, why_fits = _fits(job, progress.count)
-    sam, plain = steps.get(config.rho), steps[0.0]
-    length = _length(job)
-    about = provenance.describe(job)
+    sam, plain = steps[config.rho] if config.rho > 0 else None, steps[0.0]
     needed, free, there = saver.room(job, config.output or Path("runs"))
     if free < needed:
         warnings.append(
