@@ -194,6 +194,8 @@ def steps(job: Job, rows: Indices, kinds: Iterable[float], progress: Progress) -
                     foreseen = _ROUNDS * sum(n or per_turn[rho] for n in per_turn.values())
                     what = f"measuring steps, round {number + 1} of {_ROUNDS}"
                     progress(what, done * job.batch.total, foreseen * job.batch.total)
+    job.update.sam.rho = job.config.rho
+    train.set_rates(job, step.peaks, 1)
     return {rho: Steps(tuple(seconds[rho]), waiting[rho], firsts[rho]) for rho in kinds}
 
 

@@ -73,7 +73,7 @@ def _seconds_since_start() -> float:
 def _measured(job: Job, decoding: list[Decoding], start: float) -> dict[str, Any]:
     """Measure, and put together."""
     config, name = job.config, device.describe(job.device)
-    about, length = provenance.describe(job), _length(job)
+    about, length, asked = provenance.describe(job), _length(job), job.update.sam.micro_batch
     kinds = [config.rho, 0.0] if config.rho > 0 else [0.0]
     console.note(f"measuring steps of {'SAM and ' if config.rho > 0 else ''}the plain optimizer on {name} ...")
     with console.RunProgress() as progress:
@@ -84,6 +84,7 @@ def _measured(job: Job, decoding: list[Decoding], start: float) -> dict[str, Any
         assert scored is not None  # without validation there is a test split
         evaluating = measure.evaluation(job, scored, known_rows(scored, rows), len(rows), progress.count)
         memory = measure.memory(job)
+        console.note("measuring a checkpoint ...")
         checkpoint, warnings = _checkpoint(job)
         fits, why_fits = _fits(job, progress.count)
     sam, plain = steps[config.rho] if config.rho > 0 else None, steps[0.0]
@@ -92,10 +93,11 @@ def _measured(job: Job, decoding: list[Decoding], start: float) -> dict[str, Any
         warnings.append(
             f"{there} has {_size(free)} free, and the run's checkpoints need {_size(needed)}: it would refuse to begin"
         )
-    if job.update.sam.micro_batch not in (None, config.micro_batch):
+    if job.update.sam.micro_batch != asked:
         warnings.append(f"no memory for the batch at once: {job.update.sam.micro_batch} images, with the same update")
     if job.batch.devices > 1:
-        warnings.append(f"the time of {job.batch.devices} devices leaves out what they send each other")
+        left_out = "what they send each other, and that they share a machine"
+        warnings.append(f"the time of {job.batch.devices} devices leaves out {left_out}")
     time_parts = _time(job, length, decoding, start, steps, evaluating, checkpoint[1])
     at_once = measure.images_at_once(job)
     return {
@@ -180,7 +182,6 @@ def _length(job: Job) -> dict[str, int | float]:
     """How many steps, passes, validations and checkpoints there are; the last if each validation is the best so far."""
     config, total = job.config, job.total_steps
     sam_steps = len(job.rho.sam_steps)
-    job.update.sam.rho = config.rho
     every = max(1, config.eval_every.steps(job.steps_per_epoch, total))
     validated = {*range(every, total + 1, every), total} if config.val else set()
     saved = validated | {total}
@@ -242,11 +243,10 @@ def _time(
     scored = 1 if job.ema is None else 2  # the averaged weights, too
     one_validation = scored * evaluating.per_image * math.ceil(len(job.val_rows) / devices)
     test_rows = job.test_rows if job.test is not None and config.test else job.val_rows
-    has_sam_first = job.rho(0) > 0
     parts = {
         "start": start,
         "decode": sum(part.seconds for part in decoding),
-        "warm_up": max(0.0, sam.first - sam.mean if has_sam_first else plain.first - plain.mean),
+        "warm_up": max(0.0, *(kind.first - kind.mean for kind in steps.values())),
         "steps": sam_steps * sam.mean + (total - sam_steps) * plain.mean,
         "validation": length["validations"] * one_validation + (evaluating.first if length["validations"] else 0.0),
         "checkpoints": length["checkpoints"] * save,
@@ -300,7 +300,8 @@ def _data_words(plan: Mapping[str, Any]) -> dict[str, str]:
         decoding = f"{_seconds(data['decode_seconds'])} before the first step ({1000 * each:.3g} ms an image), "
         decoding += f"{size} of at most {limit} in the cache"
     else:
-        decoding = f"in every epoch: {size} are more than --cache-limit {_size(data['cache_limit_bytes'])}"
+        decoding = f"in every epoch, in the time of the steps: {size} do not fit into --cache-limit "
+        decoding += _size(data["cache_limit_bytes"])
     return {
         "data": f"{data['name']} ({data['source']}), {data['classes']} classes",
         "images": f"train {data['train']}, val {data['val']}, test {data['test']}",
