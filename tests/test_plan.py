@@ -2,7 +2,9 @@
 
 import json
 import math
+import tempfile
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,3 +269,16 @@ def test_a_sample_stands_for_all(tmp_path, photos, monkeypatch):
         row = int(known[-1])
         assert np.array_equal(read.train[row], whole.train[row])
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_signal_ends_a_plan_and_nothing_stays_behind(photos):
+    def left():
+        return {path.name for path in Path(tempfile.gettempdir()).glob("samtune-plan-*")}
+
+    before = left()
+    fault = {"at": "samtune.step:Step.__call__", "call": 2, "do": "SIGINT"}
+    done = plan(*FLAGS, "--dataset", photos, faults=[fault])
+    assert done.returncode == 130, done.stderr
+    assert "stopped by SIGINT" in done.stderr
+    assert done.stdout == ""
+    assert left() == before
