@@ -5,8 +5,9 @@ import math
 import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -103,6 +104,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The memory that there is: of the GPU, or of the machine, as far as its container may use it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no limit is "max"
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return there
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -159,6 +159,19 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(w, DTensor) for w in model.parameters())
 
 
+@dataclass(frozen=True)
+class World:
+    """How many ranks there are, and how many of them on this machine."""
+
+    size: int
+    local_size: int
+
+
+def world() -> World:
+    """The ranks that are running."""
+    return World(world_size(), local_world_size())
+
+
 def local_world_size() -> int:
     """Ranks that share this machine."""
     here = ranks.place()

@@ -38,6 +38,10 @@ _BASE_BATCH = 32
 _MOST_DECAY = 0.002
 
 
+# Of a config, (split, rows) each and a rule: the images, decoded as far as they shall be.
+Look = Callable[[RunConfig, Iterable[tuple[Split, Indices]], DecodeRule], list[Images]]
+
+
 @dataclass(frozen=True)
 class Settled:
     """What a run that goes on has settled when it began.
@@ -140,10 +144,18 @@ class Job(Data):
         return (step - 1) // self.steps_per_epoch + 1
 
 
-def prepare(config: RunConfig, settled: Settled | None = None) -> Job:
-    """Read the data's table of contents, build the model, settle what the config leaves open.
+def prepare(
+    config: RunConfig,
+    settled: Settled | None = None,
+    *,
+    look: Look | None = None,
+    world: distributed.World | None = None,
+) -> Job:
+    """Read the data's table of contents, build the model, settle what the config leaves open but for the run folder.
 
-    settled: of a run that goes on; the caller will load its weights. Raises DataError, ModelError or CheckpointError.
+    settled: of a run that goes on; the caller will load its weights. look: decodes the images, by default all of them
+    into the cache. world: the ranks that the job is divided among, by default those that are running. Raises DataError,
+    ModelError or CheckpointError.
     """
     device.deterministic(config.deterministic)
     target = device.pick(config.gpus, config.processes)
@@ -151,7 +163,7 @@ def prepare(config: RunConfig, settled: Settled | None = None) -> Job:
     distributed.join(target)
     torch.manual_seed(config.seed)
     with distributed.first_of_machine():
-        read = read_data(config, settled)
+        read = read_data(config, settled, look or look_at_data)
         console.note(f"loading model {config.model} ...")
         model, info = models.build(
             config.model,
@@ -182,8 +194,9 @@ def prepare(config: RunConfig, settled: Settled | None = None) -> Job:
         if ema is not None:
             ema.foreach = False  # torch's loops over lists mix parts with whole buffers
 
-    batch = Batch.of(config, distributed.world_size(), len(read.train_rows))
-    config = _fill_in(config, target, info, len(read.train_rows), batch)
+    world = world or distributed.world()
+    batch = Batch.of(config, world.size, len(read.train_rows))
+    config = _fill_in(config, target, info, len(read.train_rows), batch, device.cores() // world.local_size)
     lr = _peak_rate(config, batch)
     length = Length.of(config, batch, len(read.train_rows))
     optimizer, penalty = _optimizer(model, config, lr)
@@ -219,11 +232,12 @@ def _kept(model: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def read_data(config: RunConfig, settled: Settled | None = None) -> Data:
+def read_data(config: RunConfig, settled: Settled | None = None, look: Look | None = None) -> Data:
     """The images of a run, decoded into the cache as far as they are not there. Raises DataError or UsageError.
 
-    settled: of a run that goes on.
+    settled: of a run that goes on. look: decodes the images, in place of `look_at_data`.
     """
+    look = look or look_at_data
     console.note(f"reading data set {config.dataset} ...")
     parts = open_parts(config, classes=settled.classes if settled else None)
     rule = settled.rule if settled else decode_rule(config, parts.data)
@@ -232,7 +246,7 @@ def read_data(config: RunConfig, settled: Settled | None = None) -> Data:
         console.note(note)
     test_part = [(parts.test, parts.test_rows)] if parts.test else []
     used = [(parts.train, parts.train_rows), (parts.val, parts.val_rows), *test_part]
-    looked_at = [look_at_train(config, parts, rule), *look_at_data(config, used[1:], rule)]
+    looked_at = [look_at_train(config, parts, rule, look), *look(config, used[1:], rule)]
     bad = [item for images, (_, rows) in zip(looked_at, used, strict=True) for item in bad_among(images, rows)]
     if config.on_bad_image == "error":
         refuse(bad)
@@ -267,9 +281,9 @@ def decode_rule(config: RunConfig, data: Source) -> DecodeRule:
     return DecodeRule(min_side(data_config, config), config.max_megapixels, ranges)
 
 
-def look_at_train(config: RunConfig, parts: Parts, rule: DecodeRule) -> Images:
+def look_at_train(config: RunConfig, parts: Parts, rule: DecodeRule, look: Look | None = None) -> Images:
     """The images to train on; with --no-val through the cached files of both parts, that other runs have, too."""
-    looked_at = look_at_data(config, parts.sources or [(parts.train, parts.train_rows)], rule)
+    looked_at = (look or look_at_data)(config, parts.sources or [(parts.train, parts.train_rows)], rule)
     return united(parts.train, *looked_at) if parts.sources else looked_at[0]
 
 
@@ -336,7 +350,7 @@ def _sam(model: nn.Module, config: RunConfig, batch: Batch) -> SAM:
     elif batch.parts > 1 and isinstance(m, str):
         micro_batch = min(micro_batch or batch.part, batch.part)
     if isinstance(m, str) and m.startswith("group:"):
-        m = distributed.subgroup(group_size(m)) if batch.devices > 1 else "device"
+        m = distributed.subgroup(group_size(m)) if distributed.world_size() > 1 else "device"
     head = "|".join(rf"^{re.escape(name)}\." for name in models.head_names(model))
     if not config.shard:
         model = distributed.data_parallel(model, next(model.parameters()).device)
@@ -397,8 +411,10 @@ def _rho_schedule(config: RunConfig, per_epoch: int, total_steps: int, warmup_st
     )
 
 
-def _fill_in(config: RunConfig, target: torch.device, info: ModelInfo, train_images: int, batch: Batch) -> RunConfig:
-    """Settle what the config leaves open, with the reason as origin."""
+def _fill_in(
+    config: RunConfig, target: torch.device, info: ModelInfo, train_images: int, batch: Batch, cores: int
+) -> RunConfig:
+    """Settle what the config leaves open, with the reason as origin. cores: of each rank."""
     if config.batch_size != batch.part:
         config = config.derive("batch_size", batch.part, "global_batch_size over the devices")
     if config.lr is None:
@@ -413,11 +429,10 @@ def _fill_in(config: RunConfig, target: torch.device, info: ModelInfo, train_ima
             "weight_decay", float(f"{decay:.3g}"), f"1 / {train_images} training images, at most {_MOST_DECAY:g}"
         )
     if config.workers is None:
-        cores = device.cores() // distributed.local_world_size()
         workers = min(8, max(1, cores // 2)) if target.type == "cuda" else 1
         config = config.derive("workers", workers, f"for {cores} cores and device {target.type}")
     if config.amp_dtype == "auto":
         config = config.derive("amp_dtype", device.best_dtype(target), f"best on device {target.type}")
     if config.img_size is None:
         config = config.derive("img_size", info.img_size, f"size of the weights {info.resolved}")
-    return distributed.from_first(config.with_output)
+    return config

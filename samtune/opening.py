@@ -50,6 +50,7 @@ def _disks(folder: Path) -> Iterator[None]:
 def begin(config: RunConfig) -> tuple[Job, RunLog, None, Position]:
     """A new run and its folder."""
     job = prepare(config)
+    job.config = distributed.from_first(job.config.with_output)
     assert job.config.output is not None
     folder = job.config.output
     about = provenance.describe(job)

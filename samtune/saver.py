@@ -43,7 +43,7 @@ class Saver:
         is_there = self.newest == self._folder(position.step)
         if distributed.rank() > 0:
             if self._job.is_sharded and not is_there:
-                self._content(position)
+                content(self._job, position)
             self.newest = self._folder(position.step)
             self._saved_at = time.monotonic()
             return
@@ -76,19 +76,10 @@ class Saver:
     def _folder(self, step: int) -> Path:
         return self._log.checkpoints / f"step-{step:06d}"
 
-    def _content(self, position: Position) -> dict[str, Any]:
-        """What is saved; whole on rank 0."""
-        job = self._job
-        return {
-            "weights": job.weights(job.model),
-            "ema": None if job.ema is None else job.weights(job.ema.module),
-            "state": to_state(job, position),
-        }
-
     def _with_room(self, position: Position) -> Path:
-        content = self._content(position)
+        whole = content(self._job, position)
         try:
-            return self._write(position.step, content)
+            return write(self._job, self._log.checkpoints, position.step, whole)
         except OSError as error:
             gone = checkpoint.prune(self._log.checkpoints, self.newest, 1) if self.newest else []
             if not gone:
@@ -96,25 +87,9 @@ class Saver:
             names = ", ".join(sorted(path.name for path in gone))
             console.warn(f"step {position.step} cannot be saved ({first_line(error)}): {names} removed to make room")
         try:
-            return self._write(position.step, content)
+            return write(self._job, self._log.checkpoints, position.step, whole)
         except OSError as error:
             raise self._no_room(position, error) from None
-
-    def _write(self, step: int, content: dict[str, Any]) -> Path:
-        job = self._job
-        return checkpoint.save(
-            self._log.checkpoints,
-            step=step,
-            timm_config=models.timm_config(job.model, job.info, job.data.class_names),
-            about={
-                "config": job.config.model_dump(mode="json"),
-                "class_names": list(job.data.class_names),
-                "dataset": job.data.fingerprint,
-                "decode": job.rule.to_json(),
-                "versions": runlog.versions(),
-            },
-            **content,
-        )
 
     def _no_room(self, position: Position, error: OSError) -> MachineError:
         rest = f"{self.newest.name} is intact: " if self.newest else ""
@@ -125,15 +100,46 @@ class Saver:
         )
 
 
-def check_room(job: Job, folder: Path) -> None:
-    """Raise MachineError if the disk of a run folder has no room for the checkpoints that will be in it at once."""
+def content(job: Job, position: Position) -> dict[str, Any]:
+    """What a checkpoint of this position holds; whole on rank 0."""
+    return {
+        "weights": job.weights(job.model),
+        "ema": None if job.ema is None else job.weights(job.ema.module),
+        "state": to_state(job, position),
+    }
+
+
+def write(job: Job, checkpoints: Path, step: int, content: dict[str, Any]) -> Path:
+    """Write the checkpoint of a step, and return its folder. Raises OSError as `checkpoint.save` does."""
+    return checkpoint.save(
+        checkpoints,
+        step=step,
+        timm_config=models.timm_config(job.model, job.info, job.data.class_names),
+        about={
+            "config": job.config.model_dump(mode="json"),
+            "class_names": list(job.data.class_names),
+            "dataset": job.data.fingerprint,
+            "decode": job.rule.to_json(),
+            "versions": runlog.versions(),
+        },
+        **content,
+    )
+
+
+def room(job: Job, folder: Path) -> tuple[int, int, Path]:
+    """Bytes that the checkpoints of a run need at once, bytes that are free, and the folder whose disk has them."""
     tensors = [*job.model.parameters(), *job.model.buffers()] * (1 if job.ema is None else 2)
     slots = 2 if isinstance(job.optimizer, torch.optim.AdamW) else int(job.config.momentum > 0)
     tensors += [w for group in job.optimizer.param_groups for w in group["params"]] * slots
     at_once = job.config.keep_checkpoints + 2  # the best, and one that is being written
     needed = at_once * sum(w.numel() * w.element_size() for w in tensors)
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    return needed, shutil.disk_usage(there).free, there
+
+
+def check_room(job: Job, folder: Path) -> None:
+    """Raise MachineError if the disk of a run folder has no room for the checkpoints that will be in it at once."""
+    needed, free, there = room(job, folder)
     if free < needed:
         raise MachineError(
             f"{there} has {free / 2**20:.0f} MiB free, and the run's checkpoints need {needed / 2**20:.0f} MiB",

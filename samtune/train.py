@@ -150,24 +150,9 @@ def _step(this: _Run, place: Position, batches: Iterator[Batch], peaks: list[flo
     asked = time.perf_counter()
     images, labels = next(batches)
     arrived = time.perf_counter()
-    # While a new head knows nothing, gradients of the body and perturbations are noise: both rise slowly, rho by
-    # its schedule.
-    rising = warmup(step - 1, job.warmup_steps)
-    for group, peak in zip(job.optimizer.param_groups, peaks, strict=True):
-        group["lr"] = peak * cosine(step - 1, job.total_steps) * (rising if group["name"] == "body" else 1)
+    set_rates(job, peaks, step)
     rho = job.update.sam.rho = job.rho(step - 1)
-    inputs = to_device(images, job.device, job.info.data_config, config.channels_last)
-    targets = labels.to(job.device, non_blocking=True)
-    # Mixed once, so that both passes see the same images and shares.
-    inputs, targets = mix(
-        inputs,
-        targets,
-        len(job.data.class_names),
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-        seed=config.seed,
-        step=step,
-    )
+    inputs, targets = ready(job, images, labels, step)
     distributed.draw_apart(config.seed, step)
     generators = generator_states(job.device)
     at_once = job.update.sam.micro_batch
@@ -186,6 +171,30 @@ def _step(this: _Run, place: Position, batches: Iterator[Batch], peaks: list[flo
     for meter in (place.row, place.epoch):
         meter.add(result, job.batch.total, rho, arrived - asked, time.perf_counter() - arrived)
     this.progress.train(step, **place.epoch.means())
+
+
+def set_rates(job: Job, peaks: list[float], step: int) -> None:
+    """Give the optimizer the learning rates of a step, from 1. peaks: of each group."""
+    # While a new head knows nothing, gradients of the body and perturbations are noise: both rise slowly, rho by
+    # its schedule.
+    rising = warmup(step - 1, job.warmup_steps)
+    for group, peak in zip(job.optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * cosine(step - 1, job.total_steps) * (rising if group["name"] == "body" else 1)
+
+
+def ready(job: Job, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of the loader as the update of a step takes it: on the device, normalised, and mixed if asked for."""
+    config = job.config
+    # Mixed once, so that both passes see the same images and shares.
+    return mix(
+        to_device(images, job.device, job.info.data_config, config.channels_last),
+        labels.to(job.device, non_blocking=True),
+        len(job.data.class_names),
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        seed=config.seed,
+        step=step,
+    )
 
 
 def _not_finite(this: _Run, place: Position, step: int, result: StepResult, generators: list[torch.Tensor]) -> None:

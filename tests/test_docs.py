@@ -35,6 +35,7 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
 
     monkeypatch.setattr("samtune.preflight.check_before_slow_work", lambda settings, resumed: None)
     monkeypatch.setattr("samtune.train.run", begin)
+    monkeypatch.setattr("samtune.plan.plan", begin)
     monkeypatch.setattr("samtune.launch.launch", begin)
     monkeypatch.setattr("samtune.launch.ranks_here", lambda gpus, processes: 2)
     monkeypatch.setattr("samtune.evaluation.evaluate_checkpoint", begin)

@@ -20,6 +20,7 @@ class _Samtune(Commands):
             "data": ("samtune.cli.data", "data_app", "check a data set of your own"),
         },
         "Train": {
+            "plan": ("samtune.cli.plan", "plan", "what a run will do, take and cost, before it starts"),
             "run": ("samtune.cli.run", "run", "fine-tune a model, and report its top-1 error"),
             "sweep": ("samtune.cli.sweep", "sweep", "compare SAM with SGD over seeds, by the paper's protocol"),
         },

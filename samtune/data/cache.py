@@ -215,26 +215,27 @@ def look_at(
     threads: int,
     progress: Progress,
     always: bool = False,
+    root: Path | None = None,
 ) -> Images:
     """Decode these rows of a split, unless that was done before, and keep the pixels.
 
     limit: bytes that the cache may hold in all; the files that were not used for longest go. What does not fit is not
     kept, nor read; with `always` it is looked at all the same, once: which images are bad is kept. A cache that cannot
-    be written is done without.
+    be written is done without. root: folder of another cache than the user's.
     """
     rows = np.unique(rows)
     if len(rows) == 0 or (limit == 0 and not always):
         return Images(split, rule)
-    foretold = _foretold_bytes(split, rows, rule)
+    foretold = foretold_bytes(split, rows, rule)
     fits = foretold <= limit
     if not fits and not always:
         return Images(split, rule)
-    root, signature = _root(), _signature(split, rows, rule)
+    root, signature = root or _root(), _signature(split, rows, rule)
     digests = None
     folder = _folder_of(root, signature)
     if folder is None:
         digests = _digests(split, rows, threads, progress)
-        folder = root / hashlib.sha256(f"{_RULE} {rule.key}".encode() + b"".join(digests)).hexdigest()[:32]
+        folder = root / _name(rule, digests)
     look = _open(folder)
     if look is None or (fits and look.pixels is None):
         digests = digests or _digests(split, rows, threads, progress)
@@ -262,6 +263,28 @@ def look_at(
     )
 
 
+def is_kept(split: Split, rows: Indices, rule: DecodeRule, threads: int, progress: Progress, at_most: int) -> bool:
+    """Whether the cache has the pixels of these rows, as far as that can be told by reading at most so many bytes.
+
+    Files are known by their names, sizes and times; of tables the images are read.
+    """
+    rows = np.unique(rows)
+    root, signature = _root(), _signature(split, rows, rule)
+    folder = _folder_of(root, signature)
+    if folder is None:
+        in_tables = split.images.table_bytes * len(rows) / max(1, len(split))
+        if not 0 < in_tables <= at_most:
+            return False
+        folder = root / _name(rule, _digests(split, rows, threads, progress))
+    look = _open(folder)
+    return look is not None and look.pixels is not None
+
+
+def _name(rule: DecodeRule, digests: Sequence[bytes]) -> str:
+    """Of the folder for these images."""
+    return hashlib.sha256(f"{_RULE} {rule.key}".encode() + b"".join(digests)).hexdigest()[:32]
+
+
 @cache
 def _warn_once(text: str) -> None:
     console.warn(text)
@@ -274,7 +297,7 @@ def _root() -> Path:
     return caches.user_cache() / "samtune" / "decoded"
 
 
-def _foretold_bytes(split: Split, rows: Indices, rule: DecodeRule) -> int:
+def foretold_bytes(split: Split, rows: Indices, rule: DecodeRule) -> int:
     """Size of the pixels of all rows, by the headers of some of them."""
     sampled = rows[np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLED)).round().astype(int)].tolist()
     pixels = 0

@@ -1,0 +1,52 @@
+"""`samtune plan`: parse, one call, print."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from samtune import signals
+from samtune.cli import completion
+from samtune.cli.config_flags import with_config_flags
+from samtune.cli.help import Json
+
+
+@with_config_flags
+def plan(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="TOML file with any of the options below as keys.", autocompletion=completion.recipes),
+    ] = None,
+    *,
+    as_json: Json = False,
+    flags: dict[str, Any],
+) -> None:
+    """Tell what a run will do and take before it does: steps, memory, time, disk, and the cost of SAM.
+
+    Example: samtune plan --model tf_efficientnet_lite0 --dataset mnist5k --img-size 64 --epochs 2 --rho 0.05
+
+    Takes the recipe and the flags of `samtune run`. A few real steps with and without SAM, an evaluation and a
+    checkpoint are measured on the device that is there; of the images a few are decoded. Nothing is kept: no run
+    folder, no decoded images, no weights.
+    """
+    from samtune import config
+
+    settings = config.load(recipe, flags)
+
+    from samtune.preflight import check_before_slow_work
+
+    with signals.listening():
+        check_before_slow_work(settings, None)
+
+        from samtune import console
+        from samtune.plan import plan as make_plan
+        from samtune.plan import tables
+
+        result = make_plan(settings)
+        if as_json:
+            console.print_json(result)
+            return
+        for title, rows in tables(result).items():
+            console.print_table(title, rows)
+        for warning in result["warnings"]:
+            console.warn(warning)
