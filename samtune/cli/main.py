@@ -11,6 +11,8 @@ import typer
 from samtune import __version__, caches, ranks, signals, streams
 from samtune.cli.data import data_app, datasets_app
 from samtune.cli.eval import evaluate
+from samtune.cli.models import models_app
+from samtune.cli.recipes import recipes_app
 from samtune.cli.results import results_app
 from samtune.cli.run import run
 from samtune.cli.sweep import sweep
@@ -25,6 +27,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(datasets_app, name="datasets")
+app.add_typer(models_app)
+app.add_typer(recipes_app, name="recipes")
 app.add_typer(results_app)
 
 _UsageError: Any = typer.BadParameter.__base__  # of the click that this typer stands on
@@ -43,7 +47,7 @@ app.command()(run)
 app.command()(sweep)
 app.command(name="eval")(evaluate)
 
-for _each in (app, data_app, datasets_app, results_app):
+for _each in (app, data_app, datasets_app, models_app, recipes_app, results_app):
     for _command in _each.registered_commands:  # a paragraph is one line: the width of the terminal breaks it
         _command.help = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.getdoc(_command.callback) or "")
 

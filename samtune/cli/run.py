@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from samtune import config, ranks, signals
+from samtune import config, ranks, shipped, signals
 from samtune.cli.config_flags import Json, with_config_flags
 from samtune.cli.ranks import result_to_print
 from samtune.errors import UsageError
@@ -16,7 +16,7 @@ from samtune.runlog import has_checkpoints
 
 @with_config_flags
 def run(
-    recipe: Annotated[Path | None, typer.Argument(help="TOML file with any of the options below as keys.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="TOML file with any of the options below as keys, or a name of `samtune recipes ls`.")] = None,
     *,
     resume: Annotated[
         bool,
@@ -41,6 +41,7 @@ def run(
     recipe), metrics, checkpoints that load in timm, and the report. A GPU is used if there is one;
     CUDA_VISIBLE_DEVICES chooses.
     """
+    recipe = recipe and shipped.find(recipe)
     with signals.listening() as stop:
         ranks.report_for_work()
         result = _run(recipe, flags, resume, allow_change or [], stop)

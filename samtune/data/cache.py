@@ -229,7 +229,7 @@ def look_at(
     fits = foretold <= limit
     if not fits and not always:
         return Images(split, rule)
-    root, signature = _root(), _signature(split, rows, rule)
+    root, signature = decoded_folder(), _signature(split, rows, rule)
     digests = None
     folder = _folder_of(root, signature)
     if folder is None:
@@ -267,7 +267,8 @@ def _warn_once(text: str) -> None:
     console.warn(text)
 
 
-def _root() -> Path:
+def decoded_folder() -> Path:
+    """The folder of decoded images."""
     given = os.environ.get("SAMTUNE_CACHE")
     if given:
         return Path(given)
