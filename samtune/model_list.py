@@ -132,8 +132,8 @@ def describe(name: str, accuracy: Mapping[str, float]) -> dict[str, Any]:
     """All that is known of one model without its weights.
 
     macs: multiply-accumulates of one image; None where the model cannot run on shapes alone. stages: name, parameters
-    and output (shape without the batch) in the model's order. perturb: tensors and parameters that a filter of that name
-    lets through. Raises ModelError for an unknown name, and what keeps the hub from answering.
+    and output (shape without the batch) in the model's order. perturb: tensors and parameters that a filter of that
+    name lets through. Raises ModelError for an unknown name, and what keeps the hub from answering.
     """
     source = models.look_up(name)
     model = models.outline(source)
@@ -167,9 +167,7 @@ def describe(name: str, accuracy: Mapping[str, float]) -> dict[str, Any]:
 
 def stages(model: nn.Module) -> list[str]:
     """Names of a model's parts that have parameters; a list of blocks that is most of the model is shown in parts."""
-    children = {
-        name: child for name, child in model.named_children() if any(True for _ in child.parameters())
-    }
+    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
     sizes = {name: sum(w.numel() for w in child.parameters()) for name, child in children.items()}
     heads = {head.partition(".")[0] for head in models.head_names(model)}
     body = sum(size for name, size in sizes.items() if name not in heads)

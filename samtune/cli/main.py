@@ -10,6 +10,7 @@ import typer
 
 from samtune import __version__, caches, ranks, signals, streams
 from samtune.cli.data import data_app, datasets_app
+from samtune.cli.doctor import doctor
 from samtune.cli.eval import evaluate
 from samtune.cli.models import models_app
 from samtune.cli.recipes import recipes_app
@@ -46,6 +47,7 @@ def _version(
 app.command()(run)
 app.command()(sweep)
 app.command(name="eval")(evaluate)
+app.command()(doctor)
 
 for _each in (app, data_app, datasets_app, models_app, recipes_app, results_app):
     for _command in _each.registered_commands:  # a paragraph is one line: the width of the terminal breaks it

@@ -31,7 +31,9 @@ def list_recipes(as_json: Json = False) -> None:
         console.print_json(rows)
         return
     console.print_rows("Recipes", [{key: row[key] for key in ("name", "kind", "about")} for row in rows])
-    console.print_lines(["samtune recipes show NAME prints one, samtune run NAME runs it, samtune recipes cp NAME copies"])
+    console.print_lines(
+        ["samtune recipes show NAME prints one, samtune run NAME runs it, samtune recipes cp NAME copies"]
+    )
 
 
 @recipes_app.command()
@@ -84,7 +86,9 @@ def copy(
 
 @recipes_app.command()
 def validate(
-    recipes: Annotated[list[Path], typer.Argument(help="TOML files, or names of `samtune recipes ls`.", metavar="FILE")],
+    recipes: Annotated[
+        list[Path], typer.Argument(help="TOML files, or names of `samtune recipes ls`.", metavar="FILE")
+    ],
     as_json: Json = False,
 ) -> None:
     """Check the keys and values of recipes, [sweep] too, as a run would. Looks at no data set, and loads no model.

@@ -16,7 +16,10 @@ from samtune.runlog import has_checkpoints
 
 @with_config_flags
 def run(
-    recipe: Annotated[Path | None, typer.Argument(help="TOML file with any of the options below as keys, or a name of `samtune recipes ls`.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="TOML file with any of the options below as keys, or a name of `samtune recipes ls`."),
+    ] = None,
     *,
     resume: Annotated[
         bool,

@@ -17,7 +17,11 @@ from samtune.sweep import recipe as sweeps
 @partial(with_config_flags, without=sweeps.OWN.keys() - {"gpus"})
 def sweep(
     recipe: Annotated[
-        Path, typer.Argument(help="TOML file with any of the options below as keys, and a table \\[sweep]; or a name of `samtune recipes ls`.")
+        Path,
+        typer.Argument(
+            help="TOML file with any of the options below as keys, and a table \\[sweep]; or a name of `samtune "
+            "recipes ls`."
+        ),
     ],
     *,
     output: Annotated[
