@@ -152,7 +152,7 @@ def describe(name: str, accuracy: Mapping[str, float]) -> dict[str, Any]:
         "parameters": sum(w.numel() for w in model.parameters()),
         "macs": macs,
         "data_config": config,
-        "classifier": list(models.head_names(model)),
+        "classifier": list(_heads(model)),
         "stages": [
             {
                 "name": stage,
@@ -169,7 +169,7 @@ def stages(model: nn.Module) -> list[str]:
     """Names of a model's parts that have parameters; a list of blocks that is most of the model is shown in parts."""
     children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
     sizes = {name: sum(w.numel() for w in child.parameters()) for name, child in children.items()}
-    heads = {head.partition(".")[0] for head in models.head_names(model)}
+    heads = {head.partition(".")[0] for head in _heads(model)}
     body = sum(size for name, size in sizes.items() if name not in heads)
     found = []
     for name, child in children.items():
@@ -178,6 +178,12 @@ def stages(model: nn.Module) -> list[str]:
         else:
             found.append(name)
     return found
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier's modules; none of a model that gives features."""
+    config: Any = model.pretrained_cfg
+    return models.head_names(model) if config.get("classifier") else ()
 
 
 def _passed_through(model: nn.Module, input_size: Sequence[int]) -> tuple[dict[str, list[int]], int | None]:
@@ -192,12 +198,16 @@ def _passed_through(model: nn.Module, input_size: Sequence[int]) -> tuple[dict[s
         return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in stages(model)]
+    trainable = [w for w in model.parameters() if w.requires_grad]
+    model.requires_grad_(False)  # the counter expects a graph where parameters ask for one
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.empty(1, *input_size, device="meta"))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # code that looks at values
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):  # code that looks at values
         return shapes, None
     finally:
+        for w in trainable:
+            w.requires_grad_(True)
         for hook in hooks:
             hook.remove()
     return shapes, counter.get_total_flops() // 2
@@ -249,7 +259,6 @@ def example(about: Mapping[str, Any]) -> str:
     """How one stage alone is perturbed: the last one before the classifier, as most would."""
     heads = {head.partition(".")[0] for head in about["classifier"]}
     body = [stage["name"] for stage in about["stages"] if stage["name"].partition(".")[0] not in heads]
-    last = max(body, key=lambda name: name.count("."), default="") if body else ""
-    deepest = [name for name in body if name.count(".") == last.count(".")]
-    name = (deepest or [""])[-1].replace(".", r"\.")
+    parts = [name for name in body if "." in name] or body  # of a list of blocks, if there is one
+    name = parts[-1].replace(".", r"\.")
     return rf"--perturb '^{name}\.' perturbs that stage alone: a regular expression is searched for in parameter names"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from samtune import ranks
 from samtune.errors import UsageError
 
 _HERE = Path(__file__).parent
@@ -92,9 +93,10 @@ def find(path: Path) -> Path:
         return path
     recipe = named(path.as_posix())
     if recipe is not None:
-        from samtune import console
+        if ranks.folder() is None:  # else the launcher has said it
+            from samtune import console
 
-        console.note(f"recipe {recipe.name} that comes with samtune: {recipe.path}")
+            console.note(f"recipe {recipe.name} that comes with samtune: {recipe.path}")
         return recipe.path
     if path.exists():
         return path  # a folder: whoever reads it says so

@@ -22,7 +22,7 @@ _Name = Annotated[str, typer.Argument(help="Of `samtune recipes ls`: quick/pets,
 def list_recipes(as_json: Json = False) -> None:
     """List the recipes that come with samtune: run or sweep, model, data set, and what each is for.
 
-    Example: samtune recipes ls
+    Example: samtune recipes ls --json
     """
     from samtune import console
 
