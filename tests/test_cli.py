@@ -62,8 +62,10 @@ def test_every_setting_is_a_flag_with_help():
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "sweep", "eval", "data", "data check", "datasets", "datasets show", "runs", "report", "doctor", "models"]
-    + ["recipes", "recipes ls", "recipes show", "recipes cp", "recipes validate"],
+    [
+        *("run", "sweep", "eval", "data", "data check", "datasets", "datasets show", "runs", "report", "doctor"),
+        *("models", "recipes", "recipes ls", "recipes show", "recipes cp", "recipes validate"),
+    ],
 )
 def test_every_command_has_an_example(command):
     assert f"Example: samtune {command} " in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
