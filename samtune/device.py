@@ -37,13 +37,14 @@ def gpu_numbers(gpus: str) -> list[int]:
         names = ", ".join(f"{i}: {torch.cuda.get_device_name(i)}" for i in range(there))
         raise MachineError(
             f"--gpus {gpus}: there {'is' if there == 1 else 'are'} {there or 'no'} GPU{'s' if there != 1 else ''} here",
-            names or _no_gpu(),
+            names or no_gpu(),
             "ask for what is there; --gpus auto takes the CPU if there is none, --processes N several ranks on it",
         )
     return found
 
 
-def _no_gpu() -> str:
+def no_gpu() -> str:
+    """Why there is no GPU, in words."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return "CUDA_VISIBLE_DEVICES is empty"
     built = torch.version.cuda

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import CacheNotFound, HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
 from samtune import console
@@ -61,6 +61,31 @@ class Repository:
         """Whether weights or tables are there; a part of them, perhaps."""
         files = (path for path in self.folder.glob("snapshots/*/**/*") if path.is_file())
         return any(path.suffix in _CONTENT or is_readable(path.name) for path in files)
+
+
+def cache_folder() -> Path:
+    """Where repositories of the hub are kept here."""
+    return Path(constants.HF_HUB_CACHE)
+
+
+def endpoint() -> str:
+    """The hub's address."""
+    return str(constants.ENDPOINT)
+
+
+def is_offline() -> bool:
+    """Whether the hub shall not be asked."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def cached() -> list[dict[str, Any]]:
+    """What the cache holds: kind (model, dataset, space), id, bytes."""
+    try:
+        found = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    rows = [{"kind": repo.repo_type, "id": repo.repo_id, "bytes": repo.size_on_disk} for repo in found]
+    return sorted(rows, key=lambda row: (row["kind"], row["id"]))
 
 
 def load(repository: Repository, read: Callable[[bool], T]) -> T:

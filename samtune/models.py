@@ -122,7 +122,7 @@ def look_up(name: str, weights: Path | None = None) -> ModelSource:
         given = timm.get_pretrained_cfg(resolved)
         if given is None:
             raise ModelError(
-                f"model {resolved} is no image classifier", mend=f"nearest pretrained: {_nearest(resolved)}"
+                f"model {resolved} is no image classifier", mend=f"nearest pretrained: {nearest(resolved)}"
             )
         config, architecture = given.to_dict(), resolved.partition(".")[0]
     config = {**config, "architecture": architecture}
@@ -163,7 +163,7 @@ def resolve(name: str) -> str:
         raise ModelError(
             f"unknown model {name!r}",
             "timm has no model of that name",
-            f"nearest pretrained: {_nearest(architecture)}; hf-hub:USER/NAME is on the hub, local-dir:FOLDER a folder",
+            f"nearest pretrained: {nearest(architecture)}; hf-hub:USER/NAME is on the hub, local-dir:FOLDER a folder",
         )
     config = timm.get_pretrained_cfg(architecture)
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
@@ -175,12 +175,13 @@ def resolve(name: str) -> str:
     return f"{architecture}.{tag}" if tag else architecture
 
 
-def _nearest(architecture: str) -> str:
+def nearest(architecture: str) -> str:
+    """The pretrained names most like one, in words."""
     names = list(ALIASES) + [full.partition(".")[0] for full in timm.list_pretrained()]
     near = difflib.get_close_matches(architecture, dict.fromkeys(names), n=4, cutoff=0.5)
     return (
         ", ".join(f"{name} ({ALIASES[name]})" if name in ALIASES else name for name in near)
-        or "see timm.list_pretrained()"
+        or "`samtune models PATTERN` finds names by a part of them"
     )
 
 
@@ -218,49 +219,70 @@ def build(
     package = _package_file(resolved)
     pretraining = _pretraining(resolved)
     if weights is not None:
-        origin, pretraining = f"file:{weights}", "not stated (a file)"
+        start, pretraining = f"file:{weights}", "not stated (a file)"
     elif not pretrained:
-        origin, pretraining = "random", "none"
-    elif source.weights is not None:
-        origin, pretraining = f"file:{source.weights.path}", "not stated (a file)"
-    elif package is not None:
-        origin = f"package:{_PACKAGES[resolved]}"
-    elif resolved.startswith("hf-hub:"):
-        origin, pretraining = f"hub:{resolved.partition(':')[2]}", "not stated (a model of the hub)"
-    elif source.config.get("hf_hub_id"):
-        origin = f"hub:{source.config['hf_hub_id']}"
-    elif source.config.get("url"):
-        origin = f"url:{source.config['url']}"
+        start, pretraining = "random", "none"
     else:
+        start = origin(source)
+        if source.weights is not None:
+            pretraining = "not stated (a file)"
+        elif resolved.startswith("hf-hub:"):
+            pretraining = "not stated (a model of the hub)"
+    if not start:
         raise ModelError(
             f"model {resolved} has no pretrained weights",
-            f"nearest pretrained: {_nearest(resolved)}",
+            f"nearest pretrained: {nearest(resolved)}",
             "name one of these, or give --weights PATH, or start at random with --no-pretrained",
         )
 
-    from_network = origin.startswith(("hub:", "url:"))
-    model = _create(resolved, arguments, download=origin if from_network else None)
+    from_network = start.startswith(("hub:", "url:"))
+    model = _create(resolved, arguments, download=start if from_network else None)
     if classes is not None and not _has_classifier(model):
         raise ModelError(
             f"model {resolved} has no classifier",
             "it gives features, and timm builds no head for it",
-            f"nearest pretrained: {_nearest(resolved)}",
+            f"nearest pretrained: {nearest(resolved)}",
         )
     head = () if classes is None else head_names(model)
-    if origin.startswith("file:"):
+    if start.startswith("file:"):
         assert source.weights is not None
         state_dict = read(source.weights.path, model)
-        load(model, state_dict, head=head, origin=origin)
+        load(model, state_dict, head=head, origin=start)
         if classes is not None:
             given = weights or source.weights.path
             console.note(f"{given} {_head_words(model, state_dict)}; a new head of {classes} starts at zero")
     elif package is not None and pretrained:
-        load(model, read_lite(package, model), head=head, origin=origin)
+        load(model, read_lite(package, model), head=head, origin=start)
     if classes is not None:
-        _draw_head(model) if origin == "random" else _zero_head(model)
+        _draw_head(model) if start == "random" else _zero_head(model)
     parameters = sum(p.numel() for p in model.parameters())
     data_config = source.data_config(img_size)
-    return model, ModelInfo(name, resolved, origin, pretraining, parameters, data_config, source.model_args)
+    return model, ModelInfo(name, resolved, start, pretraining, parameters, data_config, source.model_args)
+
+
+def outline(source: ModelSource) -> nn.Module:
+    """The model as timm builds it, on the meta device: names and shapes, without room for weights.
+
+    Raises ModelError where timm cannot build it so.
+    """
+    try:
+        with torch.device("meta"):
+            return _create(source.resolved, {}, download=None).eval()
+    except (RuntimeError, NotImplementedError) as error:  # code that looks at values while it builds
+        raise ModelError(f"model {source.resolved} cannot be outlined", first_line(error)) from None
+
+
+def origin(source: ModelSource) -> str:
+    """Where pretrained weights come from: package:NAME, file:PATH, hub:USER/NAME, url:ADDRESS, or "" for nowhere."""
+    if source.weights is not None:
+        return f"file:{source.weights.path}"
+    if _package_file(source.resolved) is not None:
+        return f"package:{_PACKAGES[source.resolved]}"
+    if source.resolved.startswith("hf-hub:"):
+        return f"hub:{source.resolved.partition(':')[2]}"
+    if source.config.get("hf_hub_id"):
+        return f"hub:{source.config['hf_hub_id']}"
+    return f"url:{source.config['url']}" if source.config.get("url") else ""
 
 
 def _has_classifier(model: nn.Module) -> bool:
@@ -308,9 +330,14 @@ def _package_file(resolved: str) -> Path | None:
 
 
 def _pretraining(resolved: str) -> str:
+    return f"{pretraining_data(resolved)} (tag {resolved.partition('.')[2]})"
+
+
+def pretraining_data(resolved: str) -> str:
+    """The data that a model's weights have seen, by the tag of its name; "not stated" where that does not tell."""
     tag = resolved.partition(".")[2]
     seen = [data for part in tag.split("_") for start, data in _PRETRAINING.items() if part.startswith(start)]
-    return f"{' + '.join(dict.fromkeys(seen)) or 'not stated'} (tag {tag})"
+    return " + ".join(dict.fromkeys(seen)) or "not stated"
 
 
 def _head_words(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> str:

@@ -60,13 +60,17 @@ def test_every_setting_is_a_flag_with_help():
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "sweep", "eval", "data", "data check", "datasets", "datasets show", "runs", "report"]
+    "command",
+    [
+        *("run", "sweep", "eval", "data", "data check", "datasets", "datasets show", "runs", "report", "doctor"),
+        *("models", "recipes", "recipes ls", "recipes show", "recipes cp", "recipes validate"),
+    ],
 )
 def test_every_command_has_an_example(command):
     assert f"Example: samtune {command}" in samtune(*command.split(), "--help", env={"COLUMNS": "200"}).stdout
 
 
-@pytest.mark.parametrize("command", ["run", "sweep", "data check", "runs", "report"])
+@pytest.mark.parametrize("command", ["run", "sweep", "data check", "runs", "report", "doctor", "models", "recipes ls"])
 def test_help_loads_nothing_heavy(command):
     check = (
         f"import sys; from samtune.cli.main import _call; _call({[*command.split(), '--help']});"

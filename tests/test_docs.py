@@ -48,6 +48,12 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.compare.compare", begin)
     monkeypatch.setattr("samtune.runpage.publish", begin)
     monkeypatch.setattr("samtune.sweep.protocol.check", begin)
+    monkeypatch.setattr("samtune.doctor.run_all", begin)
+    for name in ("describe", "rows"):
+        monkeypatch.setattr(f"samtune.model_list.{name}", begin)
+    monkeypatch.setattr("samtune.shipped.Recipe.about", begin)
+    monkeypatch.setattr("samtune.shipped.get", begin)
+    monkeypatch.setattr("samtune.cli.recipes._check", begin)
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.split(">")[0], comments=True)
     with pytest.raises(Parsed):
@@ -66,7 +72,7 @@ def test_no_page_has_a_gap_to_be_filled_in():
 def test_options_in_the_readme_exist():
     known = {flag_name(key) for key in RunConfig.model_fields}
     known |= {flag_name(f"no_{key}") for key, field in RunConfig.model_fields.items() if field.annotation is bool}
-    known |= {"--seeds", "--budget", "--jobs", "--engine", "--address", "--dry-run"}
+    known |= {"--seeds", "--budget", "--jobs", "--engine", "--address", "--dry-run", "--all", "--force"}
     known |= {"--json", "--resume", "--allow-change", "--split", "--ema", "--help"}
     known |= {"--kills", "--repeat", "--repo-type", "--signal", "--without-pip", "--python"}  # of other programs
     known |= {"--to", "--with-preprocessing"}

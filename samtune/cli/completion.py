@@ -39,8 +39,12 @@ def weights(incomplete: str) -> list[str]:
 
 
 def recipes(incomplete: str) -> list[str]:
-    """TOML files, and the folders on the way to them."""
-    return list(_paths(incomplete, (".toml",)))
+    """Recipes that come with samtune, TOML files, and the folders on the way to them."""
+    from samtune import shipped
+
+    return [recipe.name for recipe in shipped.recipes() if recipe.name.startswith(incomplete)] + list(
+        _paths(incomplete, (".toml",))
+    )
 
 
 def runs(incomplete: str) -> list[str]:

@@ -15,7 +15,10 @@ from samtune.cli.help import Json
 def plan(
     recipe: Annotated[
         Path | None,
-        typer.Argument(help="TOML file with any of the options below as keys.", autocompletion=completion.recipes),
+        typer.Argument(
+            help="TOML file with any of the options below as keys, or a name of `samtune recipes ls`.",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     *,
     as_json: Json = False,
@@ -29,8 +32,9 @@ def plan(
     checkpoint are measured on the device that is there; of the images a few are decoded. Nothing is kept: no run
     folder, no decoded images, no weights.
     """
-    from samtune import config
+    from samtune import config, shipped
 
+    recipe = recipe and shipped.find(recipe)
     settings = config.load(recipe, flags)
 
     from samtune.preflight import check_before_slow_work

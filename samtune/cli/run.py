@@ -18,7 +18,10 @@ from samtune.errors import UsageError
 def run(
     recipe: Annotated[
         Path | None,
-        typer.Argument(help="TOML file with any of the options below as keys.", autocompletion=completion.recipes),
+        typer.Argument(
+            help="TOML file with any of the options below as keys, or a name of `samtune recipes ls`.",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     *,
     resume: Annotated[
@@ -53,8 +56,9 @@ def run(
         from samtune.cli import start
 
         raise UsageError("no model and no data set are given", mend=start.shortest_commands())
-    from samtune import api
+    from samtune import api, shipped
 
+    recipe = recipe and shipped.find(recipe)
     with signals.listening() as stop:
         ranks.report_for_work()
         result = api.start(recipe, flags, resume, allow_change or [], stop, sys.argv[1:])

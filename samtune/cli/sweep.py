@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from samtune import signals
+from samtune import shipped, signals
+from samtune.cli import completion
 from samtune.cli.config_flags import with_config_flags
 from samtune.cli.help import Json
 from samtune.errors import UsageError
@@ -18,7 +19,12 @@ from samtune.sweep import recipe as sweeps
 @partial(with_config_flags, without=sweeps.OWN.keys() - {"gpus"})
 def sweep(
     recipe: Annotated[
-        Path, typer.Argument(help="TOML file with any of the options below as keys, and a table \\[sweep].")
+        Path,
+        typer.Argument(
+            help="TOML file with any of the options below as keys, and a table [sweep]; or a name of `samtune recipes "
+            "ls`.",
+            autocompletion=completion.recipes,
+        ),
     ],
     *,
     output: Annotated[
@@ -66,6 +72,7 @@ def sweep(
         raise UsageError(f"--engine {engine}: must be local or ray")
     if address != "auto":
         _check_address(address, engine)
+    recipe = shipped.find(recipe)
     asked = sweeps.load(recipe, flags, budgets=budget, seeds=seeds)
     folder = output or Path("sweeps") / recipe.stem
     ledger.check_usable(folder)

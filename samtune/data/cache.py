@@ -230,7 +230,7 @@ def look_at(
     fits = foretold <= limit
     if not fits and not always:
         return Images(split, rule)
-    root, signature = root or _root(), _signature(split, rows, rule)
+    root, signature = root or decoded_folder(), _signature(split, rows, rule)
     digests = None
     folder = _folder_of(root, signature)
     if folder is None:
@@ -269,7 +269,7 @@ def is_kept(split: Split, rows: Indices, rule: DecodeRule, threads: int, progres
     Files are known by their names, sizes and times; of tables the images are read.
     """
     rows = np.unique(rows)
-    root, signature = _root(), _signature(split, rows, rule)
+    root, signature = decoded_folder(), _signature(split, rows, rule)
     folder = _folder_of(root, signature)
     if folder is None:
         in_tables = split.images.table_bytes * len(rows) / max(1, len(split))
@@ -290,7 +290,8 @@ def _warn_once(text: str) -> None:
     console.warn(text)
 
 
-def _root() -> Path:
+def decoded_folder() -> Path:
+    """The folder of decoded images."""
     given = os.environ.get("SAMTUNE_CACHE")
     if given:
         return Path(given)

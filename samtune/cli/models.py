@@ -1,0 +1,96 @@
+"""The command that looks at models: `samtune models`, and `samtune models show`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from samtune.cli.help import Json
+from samtune.errors import UsageError
+
+
+def list_models(
+    pattern: Annotated[
+        str | None,
+        typer.Argument(
+            help='Part of a name (vit), or a glob ("efficientnet_b*"); by default those that people begin with. '
+            "The word show, and a NAME after it, describes one model.",
+            metavar="[PATTERN|show]",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="After show: a name, as --model takes it.", show_default=False)
+    ] = None,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="All that match, however many, or all there are.")] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="timm's own table results/results-imagenet.csv, for top-1 on ImageNet; pip does not install it.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List pretrained models, or show one: parameters, size, pretraining data, and where the weights are.
+
+    Example: samtune models "efficientnet_b*"
+
+    Example: samtune models show tf_efficientnet_lite0
+
+    The parameters are with the head of the pretrained weights. Weights are in a package, in the cache of the hub, or
+    have to come from the hub. `show` tells licence, normalisation, stages with their output, and what --perturb lets
+    through.
+    """
+    if pattern == "show" and name is None:
+        raise UsageError("models show: no NAME is given", mend="samtune models show tf_efficientnet_lite0")
+    if pattern != "show" and name is not None:
+        raise UsageError(f"models {pattern} {name}: one PATTERN is enough", mend=f"samtune models show {name}")
+    if every and pattern == "show":
+        raise UsageError("models show --all: --all is of a list", mend="leave it out")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # what is in the cache is read from there
+    if name is not None:
+        _show(name, results, as_json)
+    else:
+        _list(pattern, results, every, as_json)
+
+
+def _show(name: str, results: Path | None, as_json: bool) -> None:
+    from samtune import console, model_list
+
+    about = model_list.describe(name, model_list.top1(results))
+    if as_json:
+        console.print_json(about)
+        return
+    console.print_table(about["name"], model_list.words(about))
+    console.print_rows("Stages", model_list.stage_rows(about))
+    console.print_lines([model_list.example(about)])
+
+
+def _list(pattern: str | None, results: Path | None, every: bool, as_json: bool) -> None:
+    from samtune import console, model_list
+
+    accuracy = model_list.top1(results)
+    if pattern is None:
+        names = model_list.every() if every else model_list.first_choices()
+    else:
+        names = model_list.find(pattern)
+    shown = names if every else names[: model_list.MOST]
+    count = len(shown) <= model_list.MOST
+    if count:
+        console.note(f"counting the parameters of {len(shown)} models ...")
+    rows = model_list.rows(shown, accuracy, count=count)
+    if as_json:
+        console.print_json(rows)
+    else:
+        console.print_rows("Pretrained models", model_list.table(rows))
+        console.print_lines(model_list.alias_lines(rows))
+    if not count:
+        console.note(f"parameters are counted in lists of up to {model_list.MOST}")
+    if len(shown) < len(names):
+        console.note(f"{len(names) - len(shown)} more match: narrow the pattern, or --all")
+    if pattern is None and not every:
+        console.note('search with `samtune models PATTERN` ("convnext*", vit); `samtune models show NAME` tells more')
