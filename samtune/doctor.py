@@ -31,6 +31,7 @@ Status = Literal["ok", "warning", "failed", "skipped"]
 EXTRAS = {
     "demo": "a first run without a hub: lite0's real weights and 5,000 real digits",
     "check": "data check finds duplicates that were scaled or compressed again",
+    "onnx": "samtune export --to onnx",
     "track": "--track sends curves to TensorBoard or Weights & Biases",
     "heif": "pictures of telephones (HEIF, AVIF)",
     "jxl": "JPEG XL pictures",
