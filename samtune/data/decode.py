@@ -120,6 +120,25 @@ def decode(encoded: bytes, where: Callable[[], str], rule: DecodeRule = PLAIN) -
         raise DataError(f"{where()} cannot be decoded", first_line(error), "mend or remove the image") from None
 
 
+def from_pillow(image: Image.Image, rule: DecodeRule = PLAIN) -> torch.Tensor:
+    """An image that is in memory already, as `decode` would have it: (3, height, width) uint8.
+
+    A large JPEG may differ by a rounding: there libjpeg itself reduces it. Raises DataError as `decode` does.
+    """
+    try:
+        pixels = image.width * image.height
+        if pixels > rule.max_megapixels * 1e6:
+            raise _TooLarge(f"{image.width} x {image.height} pixels, more than {rule.max_megapixels:g} megapixels")
+        by = rule.reduction(image.width, image.height)
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        own = image.copy()  # reduced at reading, it would not be the caller's any more
+        deep = deep_mode(own)
+        rgb = _to_rgb(b"", own, deep if deep != "RGB;16" else None, rule, by)
+        return torch.from_numpy(np.array(rgb if turn is None else rgb.transpose(turn))).permute(2, 0, 1)
+    except Exception as error:
+        raise DataError("an image in memory cannot be read", first_line(error), "mend or leave out the image") from None
+
+
 class _TooLarge(ValueError):
     """An image of more pixels than the rule allows."""
 
