@@ -212,7 +212,8 @@ def evaluate_checkpoint(
     """Score a run's checkpoint, or a checkpoint folder, on a split: (evaluation, what was scored).
 
     name: "last" or "best" of a run; None takes the one that the run's report scored. ema: score the averaged weights.
-    gpus, processes: as in a run. keep_logits: as in `evaluate`. The same images, arithmetic and batches as in the run: the same numbers.
+    gpus, processes: as in a run. keep_logits: as in `evaluate`.
+    The same images, arithmetic and batches as in the run: the same numbers.
 
     On the run's own data, which `dataset` may have found elsewhere, split "val" is the part that the run validated on,
     "train" the part it trained on, "test" (the default) the part it was scored on, and any other name a whole split. On

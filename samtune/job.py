@@ -414,7 +414,7 @@ def _fill_in(config: RunConfig, target: torch.device, info: ModelInfo, train_ima
         )
     if config.workers is None:
         cores = device.cores() // distributed.local_world_size()
-        workers = min(8, max(1, cores // 2)) if target.type == "cuda" else 1
+        workers = device.loading_workers(target, distributed.local_world_size())
         config = config.derive("workers", workers, f"for {cores} cores and device {target.type}")
     if config.amp_dtype == "auto":
         config = config.derive("amp_dtype", device.best_dtype(target), f"best on device {target.type}")

@@ -277,9 +277,7 @@ def _classified(
 
 
 @contextmanager
-def _loading(
-    predictor: Predictor, workers: int
-) -> Iterator[Callable[[Input], Callable[[], torch.Tensor | DataError]]]:
+def _loading(predictor: Predictor, workers: int) -> Iterator[Callable[[Input], Callable[[], torch.Tensor | DataError]]]:
     """Begins to load a picture; what it returns waits for it."""
     if workers == 0:
         yield lambda one: partial(predictor.load, one)

@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -40,7 +40,9 @@ def format_of(kind: str | None, output: Path | None) -> str:
     chosen = kind or {"ndjson": "jsonl"}.get(ending, ending) or "csv"
     if chosen not in FORMATS:
         raise UsageError(
-            f"--format {chosen}: must be one of {', '.join(FORMATS)}" if kind else f"--output {output}: ends in no format",
+            f"--format {chosen}: must be one of {', '.join(FORMATS)}"
+            if kind
+            else f"--output {output}: ends in no format",
             mend=f"--format is one of {', '.join(FORMATS)}",
         )
     return chosen
@@ -48,7 +50,7 @@ def format_of(kind: str | None, output: Path | None) -> str:
 
 def writer(kind: str, file: BinaryIO, class_names: Sequence[str], *, top: int, every: bool) -> Writer:
     """top: so many classes of each picture, with their probabilities. every: the probabilities of all classes, too."""
-    make = {"csv": _Csv, "jsonl": _JsonLines, "json": _Json, "parquet": _Parquet}[kind]
+    make: Callable[..., Writer] = {"csv": _Csv, "jsonl": _JsonLines, "json": _Json, "parquet": _Parquet}[kind]
     return make(file, class_names, top, every)
 
 
@@ -109,9 +111,7 @@ class _JsonLines(_Rows):
         """Each picture: path, class, probability; top, where more than one is asked for; probabilities, if all are."""
         for path, *values in self.rows(paths, probabilities):
             best = values[: 2 * self.top]
-            ranking = [
-                {"class": name, "probability": _plain(p)} for name, p in zip(best[::2], best[1::2], strict=True)
-            ]
+            ranking = [{"class": name, "probability": _plain(p)} for name, p in zip(best[::2], best[1::2], strict=True)]
             one: dict[str, Any] = {"path": path, **ranking[0]}
             if self.top > 1:
                 one["top"] = ranking
@@ -167,7 +167,9 @@ class _Parquet(_Rows):
     def _flush(self) -> None:
         values: list[Sequence[Any]] = list(zip(*self._waiting, strict=True)) or [()] * len(self.columns)
         columns = [np.array(c, np.float32) if self._schema.types[i] == "float" else c for i, c in enumerate(values)]
-        self._writer.write_table(self._table.from_arrays(list(map(_array, columns, self._schema.types)), schema=self._schema))
+        self._writer.write_table(
+            self._table.from_arrays(list(map(_array, columns, self._schema.types)), schema=self._schema)
+        )
         self._waiting = []
 
 
@@ -288,9 +290,7 @@ class Embeddings:
         shape = (self._rows, self._features)
         if self._path.suffix.lower() == ".npy":
             header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(
-                header, {"descr": "<f4", "fortran_order": False, "shape": shape}
-            )
+            np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
             return header.getvalue()
         entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * self._rows * self._features]}
         text = json.dumps({"__metadata__": about, "embeddings": entry}).encode()

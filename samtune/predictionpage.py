@@ -66,7 +66,9 @@ class Gallery:
             "sections": sections,
             "reading": _reading(predictor),
             "counts": Table(
-                "pictures by predicted class", [Column("class"), Column("pictures", "d"), Column("share (%)", ".1f")], counts
+                "pictures by predicted class",
+                [Column("class"), Column("pictures", "d"), Column("share (%)", ".1f")],
+                counts,
             ),
             "which": f"Shown are {which}: the least certain first, by the probability of the predicted class.",
             "pictures": [self._shown(one, top) for _, _, one, top in shown],

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from samtune import console, device, distributed, predictionfiles, streams
-from samtune.data.inputs import Input, Inputs
-from samtune.errors import DataError, SamtuneError, Stopped
-from samtune.predict import Batch, Predictor, Tta, predict
+from samtune.data.inputs import Inputs
+from samtune.errors import DataError
+from samtune.predict import Predictor, Tta, predict
 from samtune.predictionpage import Gallery
 
 _NAMED = 10  # bad pictures that the error names; a warning names each
@@ -32,7 +32,7 @@ def run(
     workers: int | None,
     gpus: str,
     processes: int | None,
-    on_bad_image: str,
+    on_bad_image: Literal["error", "skip"],
     progress: console.RunProgress,
 ) -> dict[str, Any]:
     """Classify all inputs on all ranks, and write what is asked for on rank 0; returns the summary.
@@ -50,10 +50,12 @@ def run(
         )
     if distributed.rank() == 0 and predictor.temperature is not None:
         console.note(f"temperature {predictor.temperature.temperature:.3g} (--no-temperature leaves it out)")
+    if workers is None:
+        workers = device.loading_workers(target, distributed.local_world_size())
     batches = predict(
         predictor,
         inputs,
-        workers=_workers(target) if workers is None else workers,
+        workers=workers,
         embeddings=embeddings is not None,
         is_enough=lambda: output is None and embeddings is None and html is None and streams.reader_is_gone(),
     )
@@ -112,8 +114,3 @@ def _judge(bad: Sequence[dict[str, str]], on_bad_image: str) -> dict[str, Any]:
             "all others are predicted; mend or remove these, or take it for no error by --on-bad-image skip",
         )
     return {}
-
-
-def _workers(target: torch.device) -> int:
-    """As a run takes them: enough for a GPU; beside a CPU, which computes itself, one."""
-    return default_workers(target)

@@ -9,7 +9,6 @@ from typing import Any, TextIO
 
 from samtune.errors import MachineError
 
-
 _without_reader = False
 
 

@@ -7,13 +7,16 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from samtune.errors import CheckpointError, DataError, MachineError, first_line
 from samtune.stats import expected_calibration_error
+
+if TYPE_CHECKING:
+    from samtune.evaluate import Evaluation
 
 NAME = "temperature.json"
 _MOST = 100.0  # temperatures are looked for between this and its inverse
@@ -116,3 +119,13 @@ def read(weights: Path) -> Temperature | None:
         mend = "fit it again by `samtune eval RUN --temperature`, or leave it out by --no-temperature"
         raise CheckpointError(f"{path} cannot be read", first_line(error), mend) from None
     return found
+
+
+def fit_and_store(scored: "Evaluation", weights: Path) -> dict[str, Any]:
+    """Fit on an evaluation that has its logits, and write the result beside the weights; "file" says where.
+
+    Raises what `fit` and `write` raise.
+    """
+    assert scored.logits is not None
+    fitted = fit(scored.logits, scored.labels, scored.split)
+    return fitted.to_json() | {"file": str(write(weights, fitted))}

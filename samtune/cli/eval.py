@@ -35,6 +35,14 @@ def evaluate(
     ema: Annotated[
         bool, typer.Option("--ema/--no-ema", help="Score the averaged weights of a run with --model-ema.")
     ] = False,
+    temperature: Annotated[
+        bool,
+        typer.Option(
+            "--temperature",
+            help="Fit one temperature on the run's validation images, never on test, and store it beside the weights: "
+            "`samtune predict` then is as sure as it is right.",
+        ),
+    ] = False,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -54,12 +62,19 @@ def evaluate(
 
     Example: samtune eval runs/r1 --dataset other/photos
 
+    Example: samtune eval runs/r1 --temperature
+
     The options of other data tell how to read what --dataset names.
     """
     if checkpoint not in (None, "last", "best"):
         raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
     if flags and dataset is None:
         raise UsageError(f"{config.flag_name(next(iter(flags)))} without --dataset", mend="it is about other data")
+    if temperature and dataset is not None:
+        raise UsageError("--temperature with --dataset", "it is fitted on the run's own validation images")
+    if temperature and split not in (None, "val"):
+        raise UsageError(f"--temperature with --split {split}", "it is fitted on validation, and never on test")
+    split = "val" if temperature else split
     wanted = config.wanted(flags) if flags else None
 
     config.check_devices(gpus, processes)
@@ -80,8 +95,15 @@ def evaluate(
                 ema=ema,
                 gpus=gpus,
                 processes=processes,
+                keep_logits=temperature,
             )
-        return about | scored.summary()
+        result = about | scored.summary()
+        if temperature:
+            from samtune.temperature import fit_and_store
+
+            weights = Path(about["checkpoint"]) / ("ema" if ema else "")
+            result["temperature"] = distributed.from_first(lambda: fit_and_store(scored, weights))
+        return result
 
     def score_on_ranks() -> Mapping[str, Any] | None:
         from samtune import launch
@@ -103,5 +125,17 @@ def evaluate(
     rows = {f"{result['split']} top-1 error": report.score_line(result), "top-5, mean per class": others}
     if result["unknown_classes"]:
         rows["classes left out"] = ", ".join(f"{name} ({n})" for name, n in result["unknown_classes"].items())
+    if temperature:
+        rows |= _temperature_rows(result["temperature"])
     about = ("checkpoint", "step", "ema", "dataset")
     console.print_table("Result", rows | {key: str(result[key]) for key in about})
+
+
+def _temperature_rows(fitted: Mapping[str, Any]) -> dict[str, str]:
+    """What was fitted, for people."""
+    return {
+        "temperature": f"{fitted['temperature']:.4g}, fitted on {fitted['n']} images of {fitted['split']}",
+        "NLL": f"{fitted['nll_before']:.4f} before, {fitted['nll_after']:.4f} after (nats)",
+        "calibration error": f"{100 * fitted['ece_before']:.2f} % before, {100 * fitted['ece_after']:.2f} % after",
+        "stored in": fitted["file"],
+    }

@@ -11,6 +11,7 @@ import typer
 from samtune import __version__, caches, ranks, signals, streams
 from samtune.cli.data import data_app, datasets_app
 from samtune.cli.eval import evaluate
+from samtune.cli.predict import predict
 from samtune.cli.results import results_app
 from samtune.cli.run import run
 from samtune.cli.sweep import sweep
@@ -42,6 +43,7 @@ def _version(
 app.command()(run)
 app.command()(sweep)
 app.command(name="eval")(evaluate)
+app.command()(predict)
 
 for _each in (app, data_app, datasets_app, results_app):
     for _command in _each.registered_commands:  # a paragraph is one line: the width of the terminal breaks it

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -52,7 +52,8 @@ def predict(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
     tta: Annotated[
-        str | None, typer.Option(help="hflip: the mean over a picture and its mirror image.", metavar="hflip")
+        Literal["hflip"] | None,
+        typer.Option(help="hflip: the mean over a picture and its mirror image.", metavar="hflip"),
     ] = None,
     use_temperature: Annotated[
         bool,
@@ -62,13 +63,14 @@ def predict(
         ),
     ] = True,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best")
+        Literal["last", "best"] | None,
+        typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best"),
     ] = None,
     ema: Annotated[
         bool, typer.Option("--ema/--no-ema", help="Take the averaged weights of a run with --model-ema.")
     ] = False,
     on_bad_image: Annotated[
-        str,
+        Literal["error", "skip"],
         typer.Option(
             help="What cannot be decoded is named and left out: then it is an error (exit code 3) after all others "
             "are written, or none.",
@@ -92,12 +94,6 @@ def predict(
     as they come: any number of pictures takes the same memory. A csv has path, class, probability, then class_2,
     probability_2, ... with --top, and p_NAME for each class with --all; jsonl has lists of them.
     """
-    if checkpoint not in (None, "last", "best"):
-        raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
-    if tta not in (None, "hflip"):
-        raise UsageError(f"--tta {tta}: must be hflip")
-    if on_bad_image not in ("error", "skip"):
-        raise UsageError(f"--on-bad-image {on_bad_image}: must be error or skip")
     config.check_devices(gpus, processes)
     ranks.check_processes(processes)
     workers = flags.pop("workers", None)
