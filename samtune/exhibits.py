@@ -139,10 +139,11 @@ def _confusion(counts: Counts, names: Sequence[str]) -> Chart:
     return Chart(charts.heatmap(words, counts, names if labelled else None), caption, table)
 
 
-def calibration(found: Predictions, *, smoothing: float, has_val: bool) -> dict[str, Any]:
+def calibration(found: Predictions, *, classes: int, smoothing: float, has_val: bool) -> dict[str, Any]:
     """Whether the model is as sure as it is right; if not, why, and what mends it.
 
-    smoothing: of the labels in training. has_val: whether there are images to fit a temperature on.
+    classes: how many there are. smoothing: of the labels in training. has_val: whether there are images to fit a
+    temperature on.
     """
     error, bins = expected_calibration_error(found.probability, found.correct)
     confidence, accuracy = 100 * found.probability.mean(), 100 * found.correct.mean()
@@ -156,7 +157,8 @@ def calibration(found: Predictions, *, smoothing: float, has_val: bool) -> dict[
     return {
         "calibration_note": f"Expected calibration error: {100 * error:.2f} % ({len(bins)} bins of equal width, Guo et "
         f"al. 2017). The model gives its predictions a probability of {confidence:.2f} % in the mean, and "
-        f"{accuracy:.2f} % of them are right: it is {surer}." + _mend(error, confidence < accuracy, smoothing, has_val),
+        f"{accuracy:.2f} % of them are right: it is {surer}."
+        + _mend(error, confidence < accuracy, smoothing, has_val, classes),
         "calibration": Chart(
             charts.reliability(words, bins),
             "Accuracy against confidence: on the dotted line a model is as sure as it is right. Below, the images of "
@@ -166,14 +168,14 @@ def calibration(found: Predictions, *, smoothing: float, has_val: bool) -> dict[
     }
 
 
-def _mend(error: float, is_unsure: bool, smoothing: float, has_val: bool) -> str:
+def _mend(error: float, is_unsure: bool, smoothing: float, has_val: bool, classes: int) -> str:
     if error < _CALIBRATED:
         return ""
     why = ""
     if is_unsure and smoothing > 0:
+        most = 100 * (1 - smoothing * (1 - 1 / classes))
         why = (
-            f" Label smoothing ({smoothing:g}) does that: in training a class is never more than "
-            f"{100 * (1 - smoothing):g} % sure, but for its share of the rest."
+            f" Label smoothing ({smoothing:g}) does that: in training the right class is to get {most:.4g} %, not 100."
         )
     if not has_val:
         return f"{why} One temperature would mend most of it, fitted on validation images; this run held none out."

@@ -45,7 +45,7 @@ def content(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         settings, _ = runlog.read_settings(folder)
         about = (
             exhibits.by_class(found, names)
-            | exhibits.calibration(found, smoothing=settings["smoothing"], has_val=settings["val"])
+            | exhibits.calibration(found, classes=len(names), smoothing=settings["smoothing"], has_val=settings["val"])
             | exhibits.mistakes(folder, found, names)
         )
         sections |= {"errors": "Errors by class", "calibration": "Calibration", "mistakes": "Mistakes"}

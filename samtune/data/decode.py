@@ -129,9 +129,9 @@ def from_pillow(image: Image.Image, rule: DecodeRule = PLAIN) -> torch.Tensor:
         pixels = image.width * image.height
         if pixels > rule.max_megapixels * 1e6:
             raise _TooLarge(f"{image.width} x {image.height} pixels, more than {rule.max_megapixels:g} megapixels")
-        by = rule.reduction(image.width, image.height)
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
         own = image.copy()  # reduced at reading, it would not be the caller's any more
+        by = rule.reduction(own.width, own.height)
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))  # when it is loaded: a TIFF is upright then
         deep = deep_mode(own)
         rgb = _to_rgb(b"", own, deep if deep != "RGB;16" else None, rule, by)
         return torch.from_numpy(np.array(rgb if turn is None else rgb.transpose(turn))).permute(2, 0, 1)
@@ -146,7 +146,8 @@ class _TooLarge(ValueError):
 def _decode(encoded: bytes, image: Image.Image, rule: DecodeRule) -> torch.Tensor:
     by, size = rule.reduction(image.width, image.height), rule.reduced(image.width, image.height)
     deep = deep_mode(image)
-    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    # A TIFF is turned by Pillow itself, when it is loaded.
+    turn = None if image.format == "TIFF" else _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     pixels = _plain_jpeg(encoded, image, by)
     if pixels is None or turn is not None or pixels.shape[1::-1] != size:
         small = _to_rgb(encoded, image, deep, rule, by) if pixels is None else Image.fromarray(pixels)

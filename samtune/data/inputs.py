@@ -17,7 +17,7 @@ from samtune.data import columns, image_list
 from samtune.data.columns import Kind, Table
 from samtune.data.formats import installation, is_readable, is_unreadable
 from samtune.data.image_folder import is_passed_over
-from samtune.data.names import natural_key, readable
+from samtune.data.names import readable
 from samtune.data.roles import Wanted
 from samtune.errors import DataError, UsageError, first_line
 
@@ -100,7 +100,7 @@ def find(arguments: Sequence[str], wanted: Wanted, stdin: BinaryIO | None = None
         elif os.path.lexists(argument):
             places.append(_place(argument, wanted, notes))
         else:
-            found = sorted(glob.iglob(argument, recursive=True), key=natural_key) if glob.has_magic(argument) else []
+            found = sorted(glob.iglob(argument, recursive=True)) if glob.has_magic(argument) else []
             if not found:
                 what = "glob {} matches nothing" if glob.has_magic(argument) else "{} is not there"
                 raise DataError(what.format(readable(argument)), f"seen from {readable(os.getcwd())}", f"give {_KINDS}")
@@ -118,7 +118,14 @@ def _place(path: str, wanted: Wanted, notes: list[str]) -> _Place:
         names, said = image_list.read_names(Path(path), wanted)
         notes += said
         return _Files(names)
-    return _Parquet(Path(path), wanted) if ending == ".parquet" else _Files([path])
+    return _table(path, wanted) if ending == ".parquet" else _Files([path])
+
+
+def _table(path: str, wanted: Wanted) -> "_Parquet":
+    """A parquet file whose footer and column are there."""
+    table = _Parquet(Path(path), wanted)
+    table.check()
+    return table
 
 
 def _folder(path: str, wanted: Wanted) -> _Place:
@@ -126,7 +133,7 @@ def _folder(path: str, wanted: Wanted) -> _Place:
     folder = _Folder(path)
     if next(iter(folder), None) is not None:
         return folder
-    tables = [_Parquet(Path(file), wanted) for file in _walk(path, frozenset()) if file.lower().endswith(".parquet")]
+    tables = [_table(file, wanted) for file in _walk(path, frozenset()) if file.lower().endswith(".parquet")]
     if not tables:
         raise DataError(f"folder {readable(path)} holds no pictures", "nor does any folder in it", f"give {_KINDS}")
     return Inputs(tables)
@@ -176,7 +183,7 @@ def _walk(root: str, above: frozenset[str]) -> Iterator[str]:
     above |= {os.path.realpath(root)}
     try:
         with os.scandir(root) as entries:
-            found = sorted(entries, key=lambda entry: natural_key(entry.name))
+            found = sorted(entries, key=lambda entry: entry.name)  # as in a data set
     except OSError as error:
         why = error.strerror or ""
         raise DataError(f"folder {readable(root)} cannot be read", why, "check its permissions") from None
@@ -223,6 +230,10 @@ class _Parquet:
                     row += 1
         except (OSError, ValueError) as error:  # of arrow's family, these are the parents
             raise self._damaged(error) from None
+
+    def check(self) -> None:
+        """Raises DataError for a file that is no table, or without a column of pictures."""
+        _ = self._column
 
     def count(self) -> int:
         """As its footer has it."""
