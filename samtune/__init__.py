@@ -1,8 +1,9 @@
 """samtune: fine-tune pretrained image models with Sharpness-Aware Minimization, and prove what it gained.
 
-report = samtune.run(model="tf_efficientnet_lite0", dataset="flowers102", rho=0.05)   # as `samtune run`
-scores = samtune.evaluate(report["folder"], split="val")                              # as `samtune eval`
-optimizer = samtune.SAM(model, rho=0.05)                                              # in a loop of your own
+report = samtune.run(model="tf_efficientnet_lite0", dataset="flowers102", rho=0.05)  # as `samtune run`
+scores = samtune.evaluate(report["folder"], split="val")                             # as `samtune eval`
+predictions = samtune.Predictor(report["folder"])(["a.jpg", "b.jpg"])                # names and probabilities
+sam = samtune.SAM(model, rho=0.05)                                                   # in a loop of your own
 """
 
 from importlib import import_module
@@ -11,11 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from samtune.api import evaluate, run
     from samtune.gradient import SAM
+    from samtune.predict import Prediction, Predictor
 
-__all__ = ["SAM", "__version__", "evaluate", "run"]
+__all__ = ["SAM", "Prediction", "Predictor", "__version__", "evaluate", "run"]
 __version__ = "0.1.0"
 
-_MODULES = {"SAM": "samtune.gradient", "evaluate": "samtune.api", "run": "samtune.api"}
+_MODULES = {
+    "SAM": "samtune.gradient",
+    "Prediction": "samtune.predict",
+    "Predictor": "samtune.predict",
+    "evaluate": "samtune.api",
+    "run": "samtune.api",
+}
 
 
 def __getattr__(name: str) -> Any:

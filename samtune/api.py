@@ -57,6 +57,7 @@ def evaluate(
     split: str | None = None,
     checkpoint: str | None = None,
     ema: bool = False,
+    temperature: bool = False,
     dataset: str | Path | None = None,
     gpus: str | int = "auto",
     processes: int | None = None,
@@ -69,13 +70,14 @@ def evaluate(
     """
     _prepare()
     options = {"split": split, "checkpoint": checkpoint, "dataset": _plain(dataset), "gpus": str(gpus)}
-    words = ["eval", str(run_or_checkpoint), *(["--ema"] if ema else [])]
+    words = ["eval", str(run_or_checkpoint), *(["--ema"] if ema else []), *(["--temperature"] if temperature else [])]
     words += _flags({**options, "processes": processes, **data_settings})
     with signals.listening() as stop:
         found = score(
             Path(run_or_checkpoint),
             **options,
             ema=ema,
+            temperature=temperature,
             processes=processes,
             data_settings={key: _plain(value) for key, value in data_settings.items()},
             stop=stop,
@@ -163,6 +165,7 @@ def score(
     split: str | None,
     checkpoint: str | None,
     ema: bool,
+    temperature: bool,
     dataset: str | None,
     gpus: str,
     processes: int | None,
@@ -179,6 +182,11 @@ def score(
         raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
     if data_settings and dataset is None:
         raise UsageError(f"{flag_name(next(iter(data_settings)))} without --dataset", mend="it is about other data")
+    if temperature and dataset is not None:
+        raise UsageError("--temperature with --dataset", "it is fitted on the run's own validation images")
+    if temperature and split not in (None, "val"):
+        raise UsageError(f"--temperature with --split {split}", "it is fitted on validation, and never on test")
+    split = "val" if temperature else split
     wanted = config.wanted(data_settings) if data_settings else None
     config.check_devices(gpus, processes)
     ranks.check_processes(processes)
@@ -201,8 +209,15 @@ def score(
             ema=ema,
             gpus=gpus,
             processes=processes,
+            keep_logits=temperature,
         )
-    return about | scored.summary()
+    result = about | scored.summary()
+    if temperature:
+        from samtune.temperature import fit_and_store
+
+        weights = Path(about["checkpoint"]) / ("ema" if ema else "")
+        result["temperature"] = distributed.from_first(lambda: fit_and_store(scored, weights))
+    return result
 
 
 def evaluation_summary(scores: Mapping[str, Any]) -> dict[str, str]:
@@ -211,4 +226,15 @@ def evaluation_summary(scores: Mapping[str, Any]) -> dict[str, str]:
     rows = {f"{scores['split']} top-1 error": report.score_line(scores), "top-5, mean per class": others}
     if scores["unknown_classes"]:
         rows["classes left out"] = ", ".join(f"{name} ({n})" for name, n in scores["unknown_classes"].items())
+    if "temperature" in scores:
+        rows |= _temperature_summary(scores["temperature"])
     return rows | {key: str(scores[key]) for key in ("checkpoint", "step", "ema", "dataset")}
+
+
+def _temperature_summary(fitted: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "temperature": f"{fitted['temperature']:.4g}, fitted on {fitted['n']} images of {fitted['split']}",
+        "NLL": f"{fitted['nll_before']:.4f} before, {fitted['nll_after']:.4f} after (nats)",
+        "calibration error": f"{100 * fitted['ece_before']:.2f} % before, {100 * fitted['ece_after']:.2f} % after",
+        "stored in": fitted["file"],
+    }

@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 
 from samtune.data.decode import DecodeRule
-from samtune.errors import CheckpointError, first_line
+from samtune.errors import CheckpointError, UsageError, first_line
 from samtune.options import RunConfig
 from samtune.runlog import resolve_checkpoint
 
@@ -121,6 +121,18 @@ def find(run: Path, name: str | None = None) -> Path:
         raise CheckpointError(f"run {run} has no checkpoint yet", "it ended before its first validation")
     name = name or run_config(verify(resolve_checkpoint(checkpoints, "last"))).select
     return resolve_checkpoint(checkpoints, name)
+
+
+def locate(path: Path, name: str | None = None) -> Path:
+    """The checkpoint folder that a path means: a run, of which `name` is taken as `find` does, or a checkpoint.
+
+    Raises CheckpointError where there is neither.
+    """
+    if path.is_file():  # last or best on a disk without links
+        path = resolve_checkpoint(path.parent, path.name)
+    if not path.is_dir():
+        raise CheckpointError(f"there is no run or checkpoint {path}", mend="give a folder that `samtune run` made")
+    return find(path, name) if (path / "checkpoints").is_dir() else path
 
 
 def adopt_copies(checkpoints: Path) -> None:
@@ -239,6 +251,13 @@ def run_config(manifest: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate(manifest["config"])
     except (KeyError, ValueError) as error:
         raise CheckpointError("the checkpoint does not say how it was made", first_line(error)) from None
+
+
+def weights(folder: Path, config: RunConfig, *, ema: bool) -> Path:
+    """Where a checkpoint's weights lie. ema: the averaged ones. Raises UsageError if it has none of these."""
+    if ema and not config.model_ema:
+        raise UsageError(f"--ema: {folder} has no averaged weights", mend="train with --model-ema")
+    return folder / "ema" if ema else folder
 
 
 def decode_rule(manifest: Mapping[str, Any]) -> DecodeRule:

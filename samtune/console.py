@@ -197,14 +197,15 @@ class RunProgress:
         """So many of a split's images are scored."""
         self.count(f"scoring {split}", done, total)
 
-    def count(self, what: str, done: int, total: int) -> None:
-        """So many images of a pass over all of them are done."""
+    def count(self, what: str, done: int, total: int | None, images_per_second: float | None = None) -> None:
+        """So many images of a pass over all of them are done; total: None where that is known at the end only."""
+        speed = "" if images_per_second is None else f"  {images_per_second:.0f} images/s"
         if self._bar is None:
-            self._line(f"{what}: {done}/{total} images")
+            self._line(f"{what}: {done}{'' if total is None else f'/{total}'} images{speed}")
             return
         if self._counting is None:
             self._counting = self._bar.add_task(what, total=total, numbers="images")
-        self._bar.update(self._counting, completed=done)
+        self._bar.update(self._counting, completed=done, numbers=f"images{speed}")
         if done == total:
             self._bar.remove_task(self._counting)
             self._counting = None

@@ -173,3 +173,8 @@ def room_for(what: str) -> Iterator[None]:
 def cores() -> int:
     """Processor cores that this process may use, as Slurm or taskset granted them."""
     return len(os.sched_getaffinity(0))
+
+
+def loading_workers(target: torch.device, cores_of_rank: int) -> int:
+    """Threads that load images for a rank: enough for a GPU; beside a CPU, which computes itself, one."""
+    return min(8, max(1, cores_of_rank // 2)) if target.type == "cuda" else 1

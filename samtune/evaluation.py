@@ -23,10 +23,9 @@ from samtune.data.roles import Wanted
 from samtune.data.source import Source, Split
 from samtune.data.splits import Indices, Parts, open_parts
 from samtune.data.transforms import eval_transform, normalize
-from samtune.errors import CheckpointError, DataError, Diverged, UsageError
+from samtune.errors import DataError, Diverged, UsageError
 from samtune.job import look_at_data, look_at_train
 from samtune.options import RunConfig
-from samtune.runlog import resolve_checkpoint
 from samtune.signals import Interrupted
 from samtune.stats import wilson_interval
 
@@ -39,7 +38,7 @@ class Evaluation:
 
     rows: (n,) index into the split. labels, predictions: (n,) int64. probability: (n,) of the predicted class.
     in_top5: (n,) bool. nats: (n,) the cross-entropy of each image, without label smoothing. batch_size: images that
-    passed through the model at once, as many as memory had room for.
+    passed through the model at once, as many as memory had room for. logits: (n, classes), where they were asked for.
     """
 
     split: str
@@ -50,6 +49,7 @@ class Evaluation:
     in_top5: npt.NDArray[np.bool_]
     nats: npt.NDArray[np.float32]
     batch_size: int
+    logits: npt.NDArray[np.float32] | None = None
 
     @property
     def wrong(self) -> int:
@@ -87,6 +87,7 @@ def evaluate(
     progress: Progress,
     batch_size: int | None = None,
     asked_to_end: Callable[[], bool] = bool,
+    keep_logits: bool = False,
 ) -> Evaluation:
     """Score every one of these rows once, the ranks in turns. Puts the model into evaluation mode.
 
@@ -96,7 +97,7 @@ def evaluate(
     config gives workers, memory layout and arithmetic; data_config the size, crop and normalisation of the weights.
     batch_size: images at once, such as the `batch_size` of an evaluation before; None: twice those of training. Where
     memory runs out, on any rank, it is halved and the pass begins again: what is said of an image does not depend on
-    the others. asked_to_end: whether somebody wants this rank to end.
+    the others. asked_to_end: whether somebody wants this rank to end. keep_logits: whether the result has them.
 
     Raises:
         Diverged: NaN or inf.
@@ -124,8 +125,10 @@ def evaluate(
         )
         # label, prediction, its probability, whether among the first 5, nats; of the images of other ranks 0
         found = torch.zeros((5, n), dtype=torch.float64, device=target_device)
+        kept: torch.Tensor | None = None
 
         def score(start: int) -> None:
+            nonlocal kept
             batch, labels = next(batches)
             with autocast():
                 logits = model(to_device(batch, target_device, data_config, config.channels_last))
@@ -134,6 +137,9 @@ def evaluate(
             probability, prediction = logits.softmax(1).max(1)
             in_top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]).any(1)
             nats = F.cross_entropy(logits, target, reduction="none")
+            if keep_logits:
+                kept = torch.zeros((n, logits.shape[1]), device=target_device) if kept is None else kept
+                kept[start : start + at_once] = logits
             for row, values in zip(found, (target, prediction, probability, in_top5, nats), strict=True):
                 row[start : start + at_once] = values
 
@@ -154,6 +160,10 @@ def evaluate(
                 raise failed or MemoryError("memory ran out on another rank")
             if asked:
                 raise Interrupted
+        if keep_logits:
+            classes = max(distributed.from_all(0 if kept is None else kept.shape[1]))
+            kept = torch.zeros((n, classes), device=target_device) if kept is None else kept
+            kept = distributed.sum_over_ranks(kept).cpu()
         label, predicted, of_it, among_5, nats = distributed.sum_over_ranks(found).cpu().numpy()
         return Evaluation(
             split=name,
@@ -164,6 +174,7 @@ def evaluate(
             in_top5=among_5 > 0,
             nats=nats.astype(np.float32),
             batch_size=at_once,
+            logits=None if kept is None else kept.numpy(),
         )
 
     # Twice those of training: without gradients that fits where training does.
@@ -196,11 +207,13 @@ def evaluate_checkpoint(
     ema: bool = False,
     gpus: str = "auto",
     processes: int | None = None,
+    keep_logits: bool = False,
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Score a run's checkpoint, or a checkpoint folder, on a split: (evaluation, what was scored).
 
     name: "last" or "best" of a run; None takes the one that the run's report scored. ema: score the averaged weights.
-    gpus, processes: as in a run. The same images, arithmetic and batches as in the run: the same numbers.
+    gpus, processes: as in a run. keep_logits: as in `evaluate`.
+    The same images, arithmetic and batches as in the run: the same numbers.
 
     On the run's own data, which `dataset` may have found elsewhere, split "val" is the part that the run validated on,
     "train" the part it trained on, "test" (the default) the part it was scored on, and any other name a whole split. On
@@ -213,19 +226,14 @@ def evaluate_checkpoint(
         DataError: the data set is gone, or none of its classes are known.
         UsageError: the data set has no such split.
     """
-    if path.is_file():  # last or best on a disk without links
-        path = resolve_checkpoint(path.parent, path.name)
-    if not path.is_dir():
-        raise CheckpointError(f"there is no run or checkpoint {path}", mend="give a folder that `samtune run` made")
-    folder = checkpoint.find(path, name) if (path / "checkpoints").is_dir() else path
+    folder = checkpoint.locate(path, name)
     manifest = checkpoint.verify(folder)
     config = checkpoint.run_config(manifest)
-    if ema and not config.model_ema:
-        raise UsageError(f"--ema: {folder} has no averaged weights", mend="train with --model-ema")
+    weights = checkpoint.weights(folder, config, ema=ema)
     target = device.pick(gpus, processes)
     distributed.join(target)
     with distributed.first_of_machine():
-        model, data_config = models.load_checkpoint(folder / "ema" if ema else folder)
+        model, data_config = models.load_checkpoint(weights)
         chosen = _choose(config, manifest, split, dataset, wanted)
         for note in chosen.notes:
             console.note(note)
@@ -235,7 +243,7 @@ def evaluate_checkpoint(
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
     rows = without_bad(images, chosen.rows)
-    evaluation = evaluate(model, images, rows, chosen.name, config, data_config, progress)
+    evaluation = evaluate(model, images, rows, chosen.name, config, data_config, progress, keep_logits=keep_logits)
     about = {"checkpoint": str(folder), "step": manifest["step"], "ema": ema, "dataset": chosen.origin}
     return evaluation, about | {"unknown_classes": dict(chosen.split.unknown)}
 

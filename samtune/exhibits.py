@@ -18,6 +18,7 @@ _LABELLED = 40  # classes up to which a confusion matrix has its names, and a ta
 _WORST = 25  # classes that the chart of errors shows
 _PAIRS = 15  # confusions that are listed; ten times as many where the matrix is too large for a table
 _MISTAKES = 12  # pictures
+_CALIBRATED = 0.02  # an expected calibration error below which there is nothing to mend
 
 
 def curves(rows: Sequence[Mapping[str, Any]], per_epoch: int, spans: Sequence[Span]) -> list[Chart]:
@@ -138,8 +139,12 @@ def _confusion(counts: Counts, names: Sequence[str]) -> Chart:
     return Chart(charts.heatmap(words, counts, names if labelled else None), caption, table)
 
 
-def calibration(found: Predictions) -> dict[str, Any]:
-    """Whether the model is as sure as it is right."""
+def calibration(found: Predictions, *, classes: int, smoothing: float, has_val: bool) -> dict[str, Any]:
+    """Whether the model is as sure as it is right; if not, why, and what mends it.
+
+    classes: how many there are. smoothing: of the labels in training. has_val: whether there are images to fit a
+    temperature on.
+    """
     error, bins = expected_calibration_error(found.probability, found.correct)
     confidence, accuracy = 100 * found.probability.mean(), 100 * found.correct.mean()
     surer = "surer than it is right" if confidence > accuracy else "less sure than it is right"
@@ -152,7 +157,8 @@ def calibration(found: Predictions) -> dict[str, Any]:
     return {
         "calibration_note": f"Expected calibration error: {100 * error:.2f} % ({len(bins)} bins of equal width, Guo et "
         f"al. 2017). The model gives its predictions a probability of {confidence:.2f} % in the mean, and "
-        f"{accuracy:.2f} % of them are right: it is {surer}.",
+        f"{accuracy:.2f} % of them are right: it is {surer}."
+        + _mend(error, confidence < accuracy, smoothing, has_val, classes),
         "calibration": Chart(
             charts.reliability(words, bins),
             "Accuracy against confidence: on the dotted line a model is as sure as it is right. Below, the images of "
@@ -160,6 +166,23 @@ def calibration(found: Predictions) -> dict[str, Any]:
             table,
         ),
     }
+
+
+def _mend(error: float, is_unsure: bool, smoothing: float, has_val: bool, classes: int) -> str:
+    if error < _CALIBRATED:
+        return ""
+    why = ""
+    if is_unsure and smoothing > 0:
+        most = 100 * (1 - smoothing * (1 - 1 / classes))
+        why = (
+            f" Label smoothing ({smoothing:g}) does that: in training the right class is to get {most:.4g} %, not 100."
+        )
+    if not has_val:
+        return f"{why} One temperature would mend most of it, fitted on validation images; this run held none out."
+    return (
+        f"{why} `samtune eval RUN --temperature` fits one temperature on validation, which leaves every class as it is "
+        "and mends most of this; `samtune predict` then uses it."
+    )
 
 
 def mistakes(folder: Path, found: Predictions, names: Sequence[str]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from samtune.errors import CheckpointError, DataError, MachineError, ModelError,
 from samtune.onnx_file import quiet
 from samtune.options import RunConfig
 from samtune.preprocessing import WithPreprocessing
-from samtune.runlog import resolve_checkpoint
+from samtune.temperature import read as read_temperature
 
 Format = Literal["timm", "onnx", "torch"]
 TOLERANCE = 1e-4  # of a logit, in float32
@@ -55,16 +55,8 @@ class Original:
     @property
     def temperature(self) -> float | None:
         """What the logits are divided by, where `samtune eval --temperature` has fitted it for these weights."""
-        file = self.weights / "temperature.json"
-        if not file.exists():
-            return None
-        try:
-            temperature = float(json.loads(file.read_text(encoding="utf-8"))["temperature"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"temperature {file} cannot be read", first_line(error), "fit it again") from None
-        if not 0 < temperature < float("inf"):
-            raise CheckpointError(f"temperature {file} is {temperature:g}", "it must be above 0", "fit it again")
-        return temperature
+        fitted = read_temperature(self.weights)
+        return None if fitted is None else fitted.temperature
 
     def default_output(self, to: Format, *, with_preprocessing: bool) -> Path:
         """RUN/export/timm, model.onnx or model.pt2; of other weights, or with preprocessing, under another name."""
@@ -150,19 +142,14 @@ def export(
 
 def find(path: Path, name: str | None, *, ema: bool) -> Original:
     """The checkpoint of a run, or a checkpoint folder itself, with its bytes verified."""
-    if path.is_file():  # last or best on a disk without links
-        path = resolve_checkpoint(path.parent, path.name)
-    if not path.is_dir():
-        raise CheckpointError(f"there is no run or checkpoint {path}", mend="give a folder that `samtune run` made")
     is_run = (path / "checkpoints").is_dir()
-    folder = checkpoint.find(path, name) if is_run else path
+    folder = checkpoint.locate(path, name)
     manifest = checkpoint.verify(folder)
     config = checkpoint.run_config(manifest)
-    if ema and not config.model_ema:
-        raise UsageError(f"--ema: {folder} has no averaged weights", mend="train with --model-ema")
+    weights = checkpoint.weights(folder, config, ema=ema)
     inside = not is_run and path.absolute().parent.name == "checkpoints"
     base = path if is_run else path.absolute().parents[1] if inside else path.absolute().parent
-    return Original(folder, folder / "ema" if ema else folder, base, manifest, config, ema)
+    return Original(folder, weights, base, manifest, config, ema)
 
 
 def check_output(output: Path, to: Format, *, force: bool) -> None:

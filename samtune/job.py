@@ -429,7 +429,7 @@ def _fill_in(
             "weight_decay", float(f"{decay:.3g}"), f"1 / {train_images} training images, at most {_MOST_DECAY:g}"
         )
     if config.workers is None:
-        workers = min(8, max(1, cores // 2)) if target.type == "cuda" else 1
+        workers = device.loading_workers(target, cores)
         config = config.derive("workers", workers, f"for {cores} cores and device {target.type}")
     if config.amp_dtype == "auto":
         config = config.derive("amp_dtype", device.best_dtype(target), f"best on device {target.type}")

@@ -483,3 +483,17 @@ def load_checkpoint(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise CheckpointError(f"checkpoint {folder} cannot be loaded", first_line(error)) from None
     data_config = timm.data.resolve_model_data_config(model)
     return model.eval(), {key: tuple(value) if isinstance(value, list) else value for key, value in data_config.items()}
+
+
+def features_and_logits(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a timm model's classifier is given, and what it gives: (batch, features), (batch, classes).
+
+    These are the two halves of the model's own forward pass. Raises ModelError for a model that is not made of them.
+    """
+    try:
+        maps = model.forward_features(images)  # type: ignore[operator]
+        pooled: torch.Tensor = model.forward_head(maps, pre_logits=True)  # type: ignore[operator]
+        logits: torch.Tensor = model.forward_head(maps)  # type: ignore[operator]
+    except (AttributeError, TypeError) as error:
+        raise ModelError(f"model {type(model).__name__} gives no pooled features", first_line(error)) from None
+    return pooled.flatten(1), logits

@@ -42,7 +42,12 @@ def content(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     sections = {"result": "Result", "curves": "Learning curves", "cost": "Cost"}
     if isinstance(found, Predictions):
         names = _class_names(folder, result)
-        about = exhibits.by_class(found, names) | exhibits.calibration(found) | exhibits.mistakes(folder, found, names)
+        settings, _ = runlog.read_settings(folder)
+        about = (
+            exhibits.by_class(found, names)
+            | exhibits.calibration(found, classes=len(names), smoothing=settings["smoothing"], has_val=settings["val"])
+            | exhibits.mistakes(folder, found, names)
+        )
         sections |= {"errors": "Errors by class", "calibration": "Calibration", "mistakes": "Mistakes"}
     else:
         about = {"predictions_missing": found}

@@ -9,6 +9,13 @@ from typing import Any, TextIO
 
 from samtune.errors import MachineError
 
+_without_reader = False
+
+
+def reader_is_gone() -> bool:
+    """Whether whoever read stdout has had enough: what is written there from now on goes nowhere."""
+    return _without_reader
+
 
 class _Results(io.FileIO):
     """stdout. Whoever read it may have had enough, as `head -1` has; a result that cannot be written is an error."""
@@ -19,6 +26,8 @@ class _Results(io.FileIO):
                 select.select((), (self,), ())
             return written
         except BrokenPipeError:
+            global _without_reader
+            _without_reader = True
             _drop_what_comes(self.fileno())
             return len(data)
         except OSError as error:

@@ -6,7 +6,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from tests.conftest import samtune, write_image_folder
+from tests.conftest import image_bytes, samtune, write_image_folder
 from tests.folders import write_sweep
 
 pytestmark = pytest.mark.browser
@@ -233,3 +233,37 @@ def test_the_numbers_of_other_pages_are_those_of_their_reports(browser, other):
         headline = browser.execute_script("return document.querySelector('.headline').innerText")
         said = headline.replace("\N{MINUS SIGN}", "-").replace("\N{NO-BREAK SPACE}", " ")
         assert said == report["verdict"][0]
+
+
+@pytest.fixture(scope="module")
+def predicted(finished, tmp_path_factory):
+    """A page of predictions: small pictures, large ones, one with a long name, and a file that is none."""
+    folder = tmp_path_factory.mktemp("predicted")
+    write_image_folder(folder / "photos", {"new": 9})
+    (folder / "photos" / ("a_long_name_" * 12 + ".png")).write_bytes(image_bytes(5, (640, 300)))
+    (folder / "photos" / "none.jpg").write_bytes(b"none")
+    arguments = ("--html", folder / "predictions.html", "--output", folder / "p.csv", "--on-bad-image", "skip")
+    done = samtune("predict", finished, folder / "photos", *arguments)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_page_of_predictions_shows_every_picture_on_any_screen(browser, predicted):
+    page = predicted / "predictions.html"
+    for width, scheme in ((1200, "light"), (1200, "dark"), (400, "light"), (400, "dark")):
+        said, events = look(browser, predicted, width=width, scheme=scheme, name=page.name)
+        assert said == []
+        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        found = browser.execute_script(CONTRASTS)
+        assert [(round(contrast, 2), text) for contrast, text in found if contrast < 4.5] == []
+    shown = browser.execute_script("return [...document.querySelectorAll('img')].map(e => [e.naturalWidth, e.alt])")
+    assert len(shown) == 19
+    assert all(natural > 0 and alt for natural, alt in shown)
+    first = browser.execute_script(
+        "return [...document.querySelectorAll('.pictures figcaption')].map(e => e.innerText)"
+    )
+    certain = [float(text.splitlines()[0].split()[-1]) for text in first]
+    assert certain == sorted(certain)
+    assert "none.jpg" in browser.execute_script("return document.querySelector('#bad').parentElement.innerText")

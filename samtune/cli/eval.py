@@ -40,6 +40,14 @@ def evaluate(
     ema: Annotated[
         bool, typer.Option("--ema/--no-ema", help="Score the averaged weights of a run with --model-ema.")
     ] = False,
+    temperature: Annotated[
+        bool,
+        typer.Option(
+            "--temperature",
+            help="Fit one temperature on the run's validation images, never on test, and store it beside the weights: "
+            "`samtune predict` then is as sure as it is right.",
+        ),
+    ] = False,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +67,8 @@ def evaluate(
 
     Example: samtune eval runs/r1 --dataset other/photos
 
+    Example: samtune eval runs/r1 --temperature
+
     The options of other data tell how to read what --dataset names.
     """
     from samtune import api
@@ -74,6 +84,7 @@ def evaluate(
             gpus=gpus,
             processes=processes,
             data_settings=flags,
+            temperature=temperature,
             stop=stop,
             arguments=sys.argv[1:],
         )

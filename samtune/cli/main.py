@@ -37,6 +37,7 @@ class _Samtune(Commands):
             "eval": ("samtune.cli.eval", "evaluate", "score a checkpoint on any split or other data"),
         },
         "Use": {
+            "predict": ("samtune.cli.predict", "predict", "classify pictures: class names and probabilities"),
             "export": ("samtune.cli.export", "export", "a timm folder, ONNX, or a torch program; checked"),
         },
     }

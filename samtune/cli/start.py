@@ -12,9 +12,9 @@ from samtune.data.formats import is_readable
 
 _FIRST = {
     "samtune run": "fine-tune a model, and report its top-1 error",
-    "samtune runs": "what became of each run, and what to do next",
+    "samtune plan": "what such a run will do and cost, before it starts",
     "samtune report": "draw a run's page, or compare runs with paired tests",
-    "samtune eval": "score a checkpoint on other data",
+    "samtune predict": "classify pictures with a model that was trained",
 }
 _SEEN = 2000  # entries of a folder that are looked at: this must not take long
 

@@ -57,17 +57,7 @@ def find(dataset: str, table: Table, wanted: Wanted, *, needs_label: bool = True
     Raises UsageError for a flag that names no column, DataError where a column cannot be told; both list what there is.
     needs_label: whether there has to be one; else label may be "".
     """
-    for flag, key in (
-        ("--image-key", wanted.image_key),
-        ("--label-key", wanted.label_key),
-        ("--split-key", wanted.split_key),
-    ):
-        if key is not None and key not in table.kinds:
-            raise UsageError(
-                f"{flag} {key}: data set {dataset} has no such column", mend=f"its columns: {', '.join(table.kinds)}"
-            )
-    if wanted.image_key is not None and table.kinds[wanted.image_key] in ("classes", "list"):
-        raise DataError(f"column {wanted.image_key} holds no images", mend="name another by --image-key")
+    _check_wanted(dataset, table, wanted)
     search = _Search(table, wanted)
     if search.image is None or (needs_label and search.label is None and not search.one_hot):
         kind, flag = ("image", "--image-key") if search.image is None else ("label", "--label-key")
@@ -82,6 +72,37 @@ def find(dataset: str, table: Table, wanted: Wanted, *, needs_label: bool = True
             mend="choose one by --split-key",
         )
     return Columns(search.image, search.label or "", "".join(search.splits), search.one_hot)
+
+
+def find_image(dataset: str, table: Table, wanted: Wanted) -> str:
+    """The column of images, or of their paths, where labels do not matter: also the only column there is.
+
+    By flags, names and kinds: no value is read. Raises as `find` does.
+    """
+    _check_wanted(dataset, table, wanted)
+    only = next(iter(table.kinds)) if len(table.kinds) == 1 else None
+    found = _Search(table, wanted).image or (only if only in table.of_kind("text") else None)
+    if found is None:
+        raise DataError(
+            f"{dataset} has no column of pictures or paths that can be told",
+            f"its columns: {', '.join(table.kinds)}",
+            "name it by --image-key; a list has a header such as path",
+        )
+    return found
+
+
+def _check_wanted(dataset: str, table: Table, wanted: Wanted) -> None:
+    for flag, key in (
+        ("--image-key", wanted.image_key),
+        ("--label-key", wanted.label_key),
+        ("--split-key", wanted.split_key),
+    ):
+        if key is not None and key not in table.kinds:
+            raise UsageError(
+                f"{flag} {key}: data set {dataset} has no such column", mend=f"its columns: {', '.join(table.kinds)}"
+            )
+    if wanted.image_key is not None and table.kinds[wanted.image_key] in ("classes", "list"):
+        raise DataError(f"column {wanted.image_key} holds no images", mend="name another by --image-key")
 
 
 class _Search:

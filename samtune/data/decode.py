@@ -120,6 +120,25 @@ def decode(encoded: bytes, where: Callable[[], str], rule: DecodeRule = PLAIN) -
         raise DataError(f"{where()} cannot be decoded", first_line(error), "mend or remove the image") from None
 
 
+def from_pillow(image: Image.Image, rule: DecodeRule = PLAIN) -> torch.Tensor:
+    """An image that is in memory already, as `decode` would have it: (3, height, width) uint8.
+
+    A large JPEG may differ by a rounding: there libjpeg itself reduces it. Raises DataError as `decode` does.
+    """
+    try:
+        pixels = image.width * image.height
+        if pixels > rule.max_megapixels * 1e6:
+            raise _TooLarge(f"{image.width} x {image.height} pixels, more than {rule.max_megapixels:g} megapixels")
+        own = image.copy()  # reduced at reading, it would not be the caller's any more
+        by = rule.reduction(own.width, own.height)
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))  # when it is loaded: a TIFF is upright then
+        deep = deep_mode(own)
+        rgb = _to_rgb(b"", own, deep if deep != "RGB;16" else None, rule, by)
+        return torch.from_numpy(np.array(rgb if turn is None else rgb.transpose(turn))).permute(2, 0, 1)
+    except Exception as error:
+        raise DataError("an image in memory cannot be read", first_line(error), "mend or leave out the image") from None
+
+
 class _TooLarge(ValueError):
     """An image of more pixels than the rule allows."""
 
@@ -127,7 +146,8 @@ class _TooLarge(ValueError):
 def _decode(encoded: bytes, image: Image.Image, rule: DecodeRule) -> torch.Tensor:
     by, size = rule.reduction(image.width, image.height), rule.reduced(image.width, image.height)
     deep = deep_mode(image)
-    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    # A TIFF is turned by Pillow itself, when it is loaded.
+    turn = None if image.format == "TIFF" else _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     pixels = _plain_jpeg(encoded, image, by)
     if pixels is None or turn is not None or pixels.shape[1::-1] != size:
         small = _to_rgb(encoded, image, deep, rule, by) if pixels is None else Image.fromarray(pixels)

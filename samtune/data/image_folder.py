@@ -114,6 +114,11 @@ def read_folder(
     return reader.found
 
 
+def is_passed_over(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that systems leave behind."""
+    return name.startswith(".") or name.lower() in _LEFT_BY_SYSTEMS
+
+
 def _read_tree(path: str, key: str, archives: Mapping[str, str], above: frozenset[str]) -> Folder:
     """above: the folders on the way here, to which a link may lead back."""
     folder = Folder(path, key, readable(key))
@@ -126,7 +131,7 @@ def _read_tree(path: str, key: str, archives: Mapping[str, str], above: frozense
             f"folder {readable(path)} cannot be read", error.strerror or "", "check its permissions"
         ) from None
     for entry in entries:
-        if entry.name.startswith(".") or entry.name.lower() in _LEFT_BY_SYSTEMS:
+        if is_passed_over(entry.name):
             continue
         if entry.path in archives:
             stem = entry.name.partition(".")[0]

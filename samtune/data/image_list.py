@@ -64,6 +64,26 @@ def read_list(path: Path, wanted: Wanted) -> ListSplits:
     return ListSplits(splits, [*notes, *split_note(found.split, sizes)])
 
 
+def read_names(path: Path, wanted: Wanted) -> tuple[list[str], list[str]]:
+    """The files of a list of pictures that need no label, and notes: `find_files` looks for them.
+
+    Raises:
+        UsageError: a wanted column is not there.
+        DataError: no column of paths, a row without one, or paths that lead nowhere.
+    """
+    values, lines = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path)
+    column = columns.find_image(str(path), Table.of_lists(values), wanted)
+    if not lines:
+        raise DataError(f"list {path} has no rows", mend="one picture a row, below a header such as path")
+    for line, image in zip(lines, values[column], strict=True):
+        if not isinstance(image, str | int) or image == "":
+            raise DataError(f"line {line} of {path} has no {column}", mend="mend or remove the line")
+    names, root = list(map(str, values[column])), root_of(wanted, path.parent)
+    # Where some are there, the others are missing; where none is, they lie elsewhere.
+    samples = [] if any(os.path.isfile(file_of(root, name, wanted)) for name in names) else [0]
+    return find_files(names, samples, path.parent, wanted, f"list {path}")
+
+
 def split_of_rows(values: Sequence[Any], where: Sequence[str], column: str) -> list[str]:
     """The split of each row. Raises DataError for a row that says none."""
     for place, value in zip(where, values, strict=True):
@@ -91,19 +111,13 @@ def find_files(
     names are looked for among all pictures below, with or without their endings. Backslashes and both Unicode forms of
     a name are understood. Raises DataError for a sample without a file, and for a name that several files have.
     """
-    root = folder
-    if wanted.image_root is not None:
-        root = next((place for place in (Path(wanted.image_root), folder / wanted.image_root) if place.is_dir()), root)
-        if root is folder:
-            raise DataError(f"--image-root {wanted.image_root} is no folder", f"seen from {Path.cwd()} and {folder}")
-    suffix = wanted.image_suffix
-    if suffix and not suffix.startswith(".") and is_readable(f"a.{suffix}"):
-        suffix = f".{suffix}"
-    paths = [_file(root, name + suffix) for name in names]
+    root = root_of(wanted, folder)
+    paths = [file_of(root, name, wanted) for name in names]
     missing = next((i for i in samples if not os.path.isfile(paths[i])), None)
     if missing is None:
         return paths, []
     by_name = _pictures_by_name(root)
+    suffix = _suffix(wanted)
     found = [by_name.get(readable(name.replace("\\", "/") + suffix), []) for name in names]
     if not found[missing]:
         raise DataError(
@@ -122,8 +136,25 @@ def find_files(
     return [files[0] if files else path for files, path in zip(found, paths, strict=True)], [note]
 
 
-def _file(root: Path, name: str) -> str:
-    """The path of a name, in the form in which it is there, if it is."""
+def root_of(wanted: Wanted, folder: Path) -> Path:
+    """Where relative paths are seen from: wanted.image_root, else `folder`. Raises DataError where it is no folder."""
+    if wanted.image_root is None:
+        return folder
+    root = next((place for place in (Path(wanted.image_root), folder / wanted.image_root) if place.is_dir()), None)
+    if root is None:
+        raise DataError(f"--image-root {wanted.image_root} is no folder", f"seen from {Path.cwd()} and {folder}")
+    return root
+
+
+def _suffix(wanted: Wanted) -> str:
+    """What names lack: "jpg" means ".jpg"."""
+    suffix = wanted.image_suffix
+    return f".{suffix}" if suffix and not suffix.startswith(".") and is_readable(f"a.{suffix}") else suffix
+
+
+def file_of(root: Path, name: str, wanted: Wanted) -> str:
+    """The path of a name, with wanted.image_suffix, in the form in which it is there, if it is."""
+    name += _suffix(wanted)
     path = os.path.join(root, name)
     if name.isascii() and "\\" not in name:
         return path

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -9,6 +10,9 @@ from PIL import Image
 from samtune.data.splits import Indices, open_parts
 from samtune.errors import DataError
 from samtune.options import RunConfig
+
+if TYPE_CHECKING:
+    from samtune.data.decode import DecodeRule
 
 _SIDE = 112  # pixels of the longer side, at most
 _LOSSLESS = 64  # up to this side a picture stays as it is: blurred digits are no longer theirs
@@ -24,13 +28,14 @@ def thumbnails(config: RunConfig, split: str, rows: Indices, labels: Indices) ->
     chosen = parts.test if split == "test" else parts.val
     if chosen is None or (len(rows) and rows.max() >= len(chosen)) or (chosen.labels[rows] != labels).any():
         raise DataError(f"data set {config.dataset} is not what it was when the run read it")
-    return [_picture(chosen.image_bytes(row), chosen.where(row)) for row in rows.tolist()]
+    return [picture(chosen.image_bytes(row), chosen.where(row)) for row in rows.tolist()]
 
 
-def _picture(encoded: bytes, where: str) -> str:
-    from samtune.data.decode import decode  # with torch, which takes long to load: a data set may be gone
+def picture(encoded: bytes, where: str, rule: "DecodeRule | None" = None) -> str:
+    """An encoded image as a data URI. rule: how it is decoded, if not plainly. Raises DataError for what is none."""
+    from samtune.data.decode import PLAIN, decode  # with torch, which takes long to load: a data set may be gone
 
-    pixels = decode(encoded, lambda: where).permute(1, 2, 0).numpy()
+    pixels = decode(encoded, lambda: where, rule or PLAIN).permute(1, 2, 0).numpy()
     image = Image.fromarray(np.ascontiguousarray(pixels))
     kind = "PNG" if max(image.size) <= _LOSSLESS else "JPEG"
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)

@@ -1,0 +1,164 @@
+"""`samtune predict`: parse, one call, write rows as they come."""
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from samtune import ranks, signals
+from samtune.cli import completion
+from samtune.cli.config_flags import with_config_flags
+from samtune.cli.help import Json
+from samtune.cli.ranks import result_to_print
+from samtune.errors import UsageError
+from samtune.options import MOST_PROCESSES
+
+
+@partial(with_config_flags, only=("image_key", "image_root", "image_suffix", "workers"))
+def predict(
+    checkpoint_or_run: Annotated[
+        Path,
+        typer.Argument(
+            help="A run folder, or a checkpoint folder inside one.",
+            metavar="CHECKPOINT_OR_RUN",
+            autocompletion=completion.runs,
+        ),
+    ],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Pictures; folders of them, at any depth; quoted globs; lists (.csv, .tsv, .jsonl with a column of "
+            "paths); .parquet files; - for paths on stdin.",
+            metavar="IMAGES...",
+        ),
+    ],
+    *,
+    top: Annotated[int, typer.Option(min=1, help="So many classes of each picture, the most probable first.")] = 1,
+    every: Annotated[bool, typer.Option("--all", help="The probabilities of all classes, too.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the predictions, in place of stdout.")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="By default as --output ends, else csv.",
+            metavar="csv|jsonl|json|parquet",
+            show_default=False,
+        ),
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help="File for the pooled features, a row for each prediction: .safetensors or .npy."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="File for a page of thumbnails, the least certain first, 500 at most.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
+    tta: Annotated[
+        Literal["hflip"] | None,
+        typer.Option(help="hflip: the mean over a picture and its mirror image.", metavar="hflip"),
+    ] = None,
+    use_temperature: Annotated[
+        bool,
+        typer.Option(
+            "--temperature/--no-temperature",
+            help="Use the temperature that `samtune eval --temperature` has stored, if there is one.",
+        ),
+    ] = True,
+    checkpoint: Annotated[
+        Literal["last", "best"] | None,
+        typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best"),
+    ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema/--no-ema", help="Take the averaged weights of a run with --model-ema.")
+    ] = False,
+    on_bad_image: Annotated[
+        Literal["error", "skip"],
+        typer.Option(
+            help="What cannot be decoded is named and left out: then it is an error (exit code 3) after all others "
+            "are written, or none.",
+            metavar="error|skip",
+        ),
+    ] = "error",
+    gpus: Annotated[str, typer.Option(help="auto, all, a number of GPUs, or a list of them, as in a run.")] = "auto",
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=MOST_PROCESSES, help="So many ranks on the CPU, in place of GPUs.")
+    ] = None,
+    as_json: Json = False,
+    flags: dict[str, Any],
+) -> None:
+    """Classify pictures: path, class name, probability, a row each, in their order.
+
+    Example: samtune predict runs/r1 photos --top 3
+
+    Example: find photos -name "*.jpg" | samtune predict runs/r1 - --output predictions.parquet
+
+    Pictures are decoded and computed as `samtune eval` does it; the data set of the run is not needed. Rows are written
+    as they come: any number of pictures takes the same memory. A csv has path, class, probability, then class_2,
+    probability_2, ... with --top, and p_NAME for each class with --all; jsonl has lists of them.
+    """
+    from samtune import config
+
+    config.check_devices(gpus, processes)
+    ranks.check_processes(processes)
+    workers = flags.pop("workers", None)
+    wanted = config.wanted(flags)
+
+    from samtune import predictionfiles
+    from samtune.data import inputs
+
+    kind = predictionfiles.format_of("json" if as_json and output is None and kind is None else kind, output)
+    if as_json and output is None and kind != "json":
+        raise UsageError(f"--json with --format {kind}", "both say what stdout is", "leave one out, or give --output")
+    if kind == "parquet" and output is None and sys.stdout.isatty():
+        raise UsageError("--format parquet to a terminal", mend="give --output FILE, or send stdout elsewhere")
+    files = {"--output": output, "--embeddings": embeddings, "--html": html}
+    predictionfiles.check(files, force=force)
+    found = inputs.find(images, wanted)
+    if ranks.folder() is None:  # else the launcher has said so
+        from samtune import console
+
+        for note in found.notes:
+            console.note(note)
+
+    def classify() -> dict[str, Any]:
+        from samtune import console, distributed, predictionrun
+
+        with console.RunProgress() as progress, distributed.losses_named():
+            return predictionrun.run(
+                checkpoint_or_run,
+                found,
+                name=checkpoint,
+                ema=ema,
+                use_temperature=use_temperature,
+                tta=tta,
+                kind=kind,
+                output=output,
+                top=top,
+                every=every,
+                embeddings=embeddings,
+                html=html,
+                workers=workers,
+                gpus=gpus,
+                processes=processes,
+                on_bad_image=on_bad_image,
+                progress=progress,
+            )
+
+    def classify_on_ranks() -> Mapping[str, Any] | None:
+        from samtune import launch
+
+        return launch.launch(sys.argv[1:], launch.Fleet(launch.ranks_here(gpus, processes)), stop)
+
+    with signals.listening() as stop:
+        ranks.report_for_work()
+        result = classify_on_ranks() if ranks.asked_for(gpus, processes) else classify()
+    result = result_to_print(result)
+    if result is not None and as_json and output is not None:
+        from samtune import console
+
+        console.print_json(result)

@@ -1,0 +1,283 @@
+"""Pictures to be classified: files, folders, globs, lists, parquet files, and paths on stdin. Opens no picture.
+
+They come one after the other, so that a million of them need no more memory than ten; of a list the names are held.
+"""
+
+import glob
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from samtune.data import columns, image_list
+from samtune.data.columns import Kind, Table
+from samtune.data.formats import installation, is_readable, is_unreadable
+from samtune.data.image_folder import is_passed_over
+from samtune.data.names import readable
+from samtune.data.roles import Wanted
+from samtune.errors import DataError, UsageError, first_line
+
+STDIN = "-"
+_ROWS = 16  # of a parquet file that are read at once: their pictures are in memory together
+_KINDS = f"a picture, a folder, a glob, a list ({', '.join(image_list.LISTS)}), a .parquet file, or {STDIN} for stdin"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One picture. path: its file, or its name in a table, as readable text. file: as the system has it; encoded: its
+    bytes, where they come from a table.
+    """
+
+    path: str
+    file: str = ""
+    encoded: bytes | None = None
+
+    def read(self) -> bytes:
+        """The encoded picture. Raises DataError where there is none."""
+        if self.encoded is not None:
+            return self.encoded
+        if is_unreadable(self.file):
+            command = installation(self.file)
+            mend = f"`{command}` reads it" if command else "convert it"
+            raise DataError(f"{self.path} cannot be decoded", "nothing here reads its format", mend)
+        try:
+            return Path(self.file).read_bytes()
+        except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise DataError(f"{self.path} cannot be read", why) from None
+
+
+class _Place(Protocol):
+    """What one argument names."""
+
+    def __iter__(self) -> Iterator[Input]: ...
+
+    def count(self) -> int | None:
+        """How many pictures there are; None if that is known at the end only."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All pictures that were asked for, in order of the arguments. notes: what a user should know of how they are read.
+
+    A second iteration reads folders and tables again; stdin can be read once.
+    """
+
+    places: Sequence[_Place]
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Input]:
+        for place in self.places:
+            yield from place
+
+    def count(self) -> int | None:
+        """How many there are; None where stdin tells."""
+        counts = [place.count() for place in self.places]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def find(arguments: Sequence[str], wanted: Wanted, stdin: BinaryIO | None = None) -> Inputs:
+    """What the arguments name. Folders are read at any depth, but for what begins with a dot.
+
+    wanted: image_key, image_root and image_suffix tell how lists and tables are read. stdin: where "-" reads from.
+
+    Raises:
+        DataError: a path that is not there, a folder without pictures, a glob without a match, a list that has none.
+        UsageError: a column that is not there, or "-" twice.
+    """
+    if arguments.count(STDIN) > 1:
+        raise UsageError(f"{STDIN} is given twice", "stdin can be read once", f"give {STDIN} once")
+    places: list[_Place] = []
+    notes: list[str] = []
+    for argument in arguments:
+        if argument == STDIN:
+            places.append(_Stdin(stdin or sys.stdin.buffer))
+        elif os.path.lexists(argument):
+            places.append(_place(argument, wanted, notes))
+        else:
+            found = sorted(glob.iglob(argument, recursive=True)) if glob.has_magic(argument) else []
+            if not found:
+                what = "glob {} matches nothing" if glob.has_magic(argument) else "{} is not there"
+                raise DataError(what.format(readable(argument)), f"seen from {readable(os.getcwd())}", f"give {_KINDS}")
+            # A folder's other files are passed over by a glob as by the folder itself.
+            chosen = [path for path in found if os.path.isdir(path) or _is_table(path) or _is_picture(path)]
+            places += [_place(path, wanted, notes) for path in chosen or found]
+    return Inputs(places, tuple(dict.fromkeys(notes)))
+
+
+def _place(path: str, wanted: Wanted, notes: list[str]) -> _Place:
+    if os.path.isdir(path):
+        return _folder(path, wanted)
+    ending = os.path.splitext(path)[1].lower()
+    if ending in image_list.LISTS:
+        names, said = image_list.read_names(Path(path), wanted)
+        notes += said
+        return _Files(names)
+    return _table(path, wanted) if ending == ".parquet" else _Files([path])
+
+
+def _table(path: str, wanted: Wanted) -> "_Parquet":
+    """A parquet file whose footer and column are there."""
+    table = _Parquet(Path(path), wanted)
+    table.check()
+    return table
+
+
+def _folder(path: str, wanted: Wanted) -> _Place:
+    """The pictures of a folder; where it holds none, those of its parquet files."""
+    folder = _Folder(path)
+    if next(iter(folder), None) is not None:
+        return folder
+    tables = [_table(file, wanted) for file in _walk(path, frozenset()) if file.lower().endswith(".parquet")]
+    if not tables:
+        raise DataError(f"folder {readable(path)} holds no pictures", "nor does any folder in it", f"give {_KINDS}")
+    return Inputs(tables)
+
+
+def _is_picture(path: str) -> bool:
+    return is_readable(path) or is_unreadable(path)
+
+
+def _is_table(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in (*image_list.LISTS, ".parquet")
+
+
+# -------------------------------------------------------------------------------------------------------------- places
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files that were named one by one."""
+
+    paths: Sequence[str]
+
+    def __iter__(self) -> Iterator[Input]:
+        return (Input(readable(path), path) for path in self.paths)
+
+    def count(self) -> int:
+        """They are here."""
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """The pictures of a folder at any depth, by their endings."""
+
+    root: str
+
+    def __iter__(self) -> Iterator[Input]:
+        return (Input(readable(path), path) for path in _walk(self.root, frozenset()) if _is_picture(path))
+
+    def count(self) -> int:
+        """Counted anew each time: no name is kept."""
+        return sum(1 for _ in self)
+
+
+def _walk(root: str, above: frozenset[str]) -> Iterator[str]:
+    """The files of a folder and below, in order of their names; a link to a folder around it is not followed."""
+    above |= {os.path.realpath(root)}
+    try:
+        with os.scandir(root) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)  # as in a data set
+    except OSError as error:
+        why = error.strerror or ""
+        raise DataError(f"folder {readable(root)} cannot be read", why, "check its permissions") from None
+    there = [entry for entry in found if not is_passed_over(entry.name)]
+    yield from (entry.path for entry in there if not entry.is_dir())
+    for entry in there:
+        if entry.is_dir() and not (entry.is_symlink() and os.path.realpath(entry.path) in above):
+            yield from _walk(entry.path, above)
+
+
+@dataclass(frozen=True)
+class _Stdin:
+    """A path a line, or separated by zero bytes as `find -print0` does."""
+
+    stream: BinaryIO
+
+    def __iter__(self) -> Iterator[Input]:
+        paths = (os.fsdecode(raw) for line in self.stream for raw in line.rstrip(b"\r\n").split(b"\0") if raw)
+        return (Input(readable(path), path) for path in paths)
+
+    def count(self) -> None:
+        """Known when all have come."""
+        return None
+
+
+@dataclass(frozen=True)
+class _Parquet:
+    """A parquet file with a column of pictures or of their paths, which are seen from its folder. Read in small parts.
+
+    A picture without a name of its own is called by its row: test.parquet:17.
+    """
+
+    path: Path
+    wanted: Wanted
+
+    def __iter__(self) -> Iterator[Input]:
+        column = self._column
+        try:
+            parts = self._file.iter_batches(batch_size=_ROWS, columns=[column], use_threads=False)
+            row = 0
+            for part in parts:
+                for cell in part.column(0).to_pylist():
+                    yield self._input(cell, f"{readable(str(self.path))}:{row}")
+                    row += 1
+        except (OSError, ValueError) as error:  # of arrow's family, these are the parents
+            raise self._damaged(error) from None
+
+    def check(self) -> None:
+        """Raises DataError for a file that is no table, or without a column of pictures."""
+        _ = self._column
+
+    def count(self) -> int:
+        """As its footer has it."""
+        return int(self._file.metadata.num_rows)
+
+    @cached_property
+    def _file(self) -> Any:
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.ParquetFile(self.path)
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from None
+
+    @cached_property
+    def _column(self) -> str:
+        schema = self._file.schema_arrow
+        kinds = {field.name: _kind(str(field.type)) for field in schema}
+        return columns.find_image(str(self.path), Table({}, kinds), self.wanted)
+
+    def _input(self, cell: Any, place: str) -> Input:
+        encoded, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if isinstance(encoded, bytes):
+            return Input(readable(name) if name else place, encoded=encoded)
+        name = name if encoded is None else str(encoded)
+        if not name:
+            return Input(place, encoded=b"")
+        file = image_list.file_of(image_list.root_of(self.wanted, self.path.parent), name, self.wanted)
+        return Input(readable(file), file)
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(f"table {readable(str(self.path))} cannot be read", first_line(error))
+
+
+def _kind(arrow_type: str) -> Kind:
+    if arrow_type.startswith("struct<") and "bytes:" in arrow_type:
+        return "images"
+    if "list" in arrow_type:
+        return "list"
+    if "binary" in arrow_type:
+        return "images"
+    return "text" if "string" in arrow_type else "number" if re.match("u?int|float|double", arrow_type) else "other"
+
+
+def inputs_of(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Input]:
+    """Files by their paths."""
+    return (Input(readable(os.fspath(path)), os.fspath(path)) for path in paths)
