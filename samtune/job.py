@@ -163,7 +163,7 @@ def prepare(
     distributed.join(target)
     torch.manual_seed(config.seed)
     with distributed.first_of_machine():
-        read = read_data(config, settled, look or look_at_data)
+        read = read_data(config, settled, look)
         console.note(f"loading model {config.model} ...")
         model, info = models.build(
             config.model,

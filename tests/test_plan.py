@@ -210,6 +210,7 @@ def test_activations_are_four_bytes_for_each_value_that_is_kept(small_job, monke
     assert kept(107, 5) - kept(7, 5) == 4 * 100 * 5  # the ReLU and the layer after it keep the same ones, once
     input_bytes = 4 * 3 * 32 * 32
     assert input_bytes + 4 * 7 <= kept(7, 6) - kept(7, 5) < input_bytes + 4 * 7 + 100  # and what the loss keeps
+    assert kept(7, 5) < 5 * (input_bytes + 4 * 7 + 100) + 1000  # the weights are not counted again
 
 
 def test_statistics_stay_where_activations_are_counted(photos):
@@ -282,3 +283,13 @@ def test_a_signal_ends_a_plan_and_nothing_stays_behind(photos):
     assert "stopped by SIGINT" in done.stderr
     assert done.stdout == ""
     assert left() == before
+
+
+def test_a_run_without_validation_has_its_test_alone(photos):
+    flags = (*SMALL_MODEL, "--batch-size", 8, "--epochs", 1, "--dataset", photos, "--no-val", "--cache-limit", 0)
+    said = json.loads(plan(*flags).stdout)
+    assert (said["length"]["validations"], said["length"]["checkpoints"]) == (0, 1)
+    assert said["dataset"]["val"] == said["time"]["validation"] == said["time"]["decode"] == 0
+    assert said["dataset"]["train"] == 48
+    assert said["dataset"]["decoded"] == "every epoch"
+    assert said["time"]["test"] == pytest.approx(16 / said["evaluation"]["images_per_second"])
