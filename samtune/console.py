@@ -59,7 +59,7 @@ def wrapped(line: str, width: int) -> str:
 
     A word stays in one piece, however long it is, and so does a command in backquotes.
     """
-    label = re.match(r"\s*(?:[\w-]+:\s+|[\w-]+\s{2,})?", line)
+    label = re.match(r"\s*[\w-]+(?::\s+|\s{2,})|\s+", line)
     hang = len(label[0]) if label and len(label[0]) <= _HANG and 2 * len(label[0]) <= width else 2
     lines = [""]
     for word in re.findall(r"\s*(?:[(]?`[^`]*`\S*|\S+)", line):
@@ -211,7 +211,7 @@ def _to_stdout(text: str) -> None:
 
 
 def _text(line: live.Line) -> Text:
-    return Text.assemble(*line, no_wrap=True, overflow="ignore", end="")
+    return Text.assemble(*line, no_wrap=True, overflow="ignore")
 
 
 class _Live:
