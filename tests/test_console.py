@@ -198,7 +198,7 @@ def test_a_bar_is_as_full_as_what_is_done():
 
 def test_names_that_are_too_long_lose_their_beginning():
     line = words_of(live.bar("runs/a/long/way/final-sam-seed0", 1, 20, 24, importance=["bar"]))
-    assert line == "...y/final-sam-seed0 1/20"[-24:] or line.endswith("final-sam-seed0 1/20")
+    assert line == ".../final-sam-seed0 1/20"
     assert len(line) <= 24
     assert live.shorten("short", 10) == "short"
 
