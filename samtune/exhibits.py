@@ -180,7 +180,7 @@ def mistakes(folder: Path, found: Predictions, names: Sequence[str], opened: Ope
     missing = None
     try:
         if rows:
-            # torch and the data set, for the pictures alone
+            # With what opens the data set, for the pictures alone.
             from samtune.data.thumbnails import open_splits, thumbnails
 
             opened = opened or open_splits(config.load(folder / "config.toml"))

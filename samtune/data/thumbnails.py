@@ -6,6 +6,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from samtune.data.decode import decode_pixels
 from samtune.data.source import Split
 from samtune.data.splits import Indices, open_parts
 from samtune.errors import DataError
@@ -32,10 +33,7 @@ def thumbnails(split: Split | None, rows: Indices, labels: Indices) -> list[str]
 
 
 def _picture(encoded: bytes, where: str) -> str:
-    from samtune.data.decode import decode  # with torch, which takes long to load: a data set may be gone
-
-    pixels = decode(encoded, lambda: where).permute(1, 2, 0).numpy()
-    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image = Image.fromarray(np.ascontiguousarray(decode_pixels(encoded, lambda: where)))
     kind = "PNG" if max(image.size) <= _LOSSLESS else "JPEG"
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
