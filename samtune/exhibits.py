@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from samtune.page import Chart, Column, Table, cell
 from samtune.predictions import Counts, Predictions, confused_pairs
 from samtune.stats import expected_calibration_error, wilson_interval
 
+if TYPE_CHECKING:
+    from samtune.data.source import Split
+
+Opened = Mapping[str, "Split | None"]
 SPLITS = {"test": "test", "val": "validation"}  # in words
 _LABELLED = 40  # classes up to which a confusion matrix has its names, and a table of all cells
 _WORST = 25  # classes that the chart of errors shows
@@ -185,8 +189,11 @@ def _mend(error: float, is_unsure: bool, smoothing: float, has_val: bool, classe
     )
 
 
-def mistakes(folder: Path, found: Predictions, names: Sequence[str]) -> dict[str, Any]:
-    """The wrong predictions with the highest probability, with their pictures where the data set is still there."""
+def mistakes(folder: Path, found: Predictions, names: Sequence[str], opened: Opened | None = None) -> dict[str, Any]:
+    """The wrong predictions with the highest probability, with their pictures where the data set is still there.
+
+    opened: its splits by name, else they are opened.
+    """
     chosen = found.confident_mistakes(_MISTAKES)
     rows = [
         (int(found.rows[i]), names[found.labels[i]], names[found.predicted[i]], float(found.probability[i]))
@@ -196,11 +203,11 @@ def mistakes(folder: Path, found: Predictions, names: Sequence[str]) -> dict[str
     missing = None
     try:
         if rows:
-            from samtune.data.thumbnails import thumbnails  # torch and the data set, for the pictures alone
+            # With what opens the data set, for the pictures alone.
+            from samtune.data.thumbnails import open_splits, thumbnails
 
-            pictures = thumbnails(
-                config.load(folder / "config.toml"), found.split, found.rows[chosen], found.labels[chosen]
-            )
+            opened = opened or open_splits(config.load(folder / "config.toml"))
+            pictures = thumbnails(opened.get(found.split), found.rows[chosen], found.labels[chosen])
     except (SamtuneError, OSError) as error:
         missing = f"The pictures cannot be shown: {str(error).splitlines()[0]}."
     return {

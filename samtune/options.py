@@ -368,6 +368,7 @@ class RunConfig(BaseModel):
         '"tensorboard,wandb"; their files are in the run folder',
         "none",
     )
+    html: bool = _option("Run", "draw the page of the run, report.html, when it is done", True)
     output: PathField | None = _option("Run", "run folder; by default a new one under runs/", None)
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -46,7 +46,9 @@ class Chart:
 
 def write(path: Path, template: str, content: Mapping[str, Any]) -> None:
     """Write the page that a template makes of its content. Raises OSError."""
-    path.write_text(render(template, content), encoding="utf-8", errors="replace")  # a file's name may be any bytes
+    part = path.with_name(f".{path.name}.part")  # whoever looks at a page that is written again sees a whole one
+    part.write_text(render(template, content), encoding="utf-8", errors="replace")  # a file's name may be any bytes
+    part.replace(path)
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:

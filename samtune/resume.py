@@ -13,7 +13,7 @@ from samtune.options import RunConfig, flag_name
 from samtune.runlog import has_checkpoints, holds_run, read_settings
 
 FREE = {
-    *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "track", "output"),
+    *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "track", "html", "output"),
     *("gpus", "processes", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts", "grad_checkpointing"),
 }
 """Settings that change no number: they may differ without being asked about."""

@@ -1,15 +1,17 @@
 """Run folder -> report.html: what report.json, metrics.jsonl and predictions.parquet say, drawn."""
 
 import json
+import math
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from samtune import exhibits, page, report, runlog
+from samtune import exhibits, page, report, runlog, runs
 from samtune.charts import Span
 from samtune.errors import CheckpointError
 from samtune.exhibits import SPLITS
@@ -22,8 +24,10 @@ _SCORES = {
 }
 
 
-def publish(folder: Path, output: Path) -> tuple[dict[str, Any], Path]:
+def publish(folder: Path, output: Path, refresh: float | None = None) -> tuple[dict[str, Any], Path]:
     """Write report.json, report.md and report.html of a run folder into another, or the same: (report, the page).
+
+    refresh: seconds after which a browser loads the page again.
 
     Raises MachineError where they cannot be written, and what `report.recollect` raises.
     """
@@ -31,12 +35,43 @@ def publish(folder: Path, output: Path) -> tuple[dict[str, Any], Path]:
     drawn = output / "report.html"
     with runlog.result_folder(output):
         report.write(output, result)
-        page.write(drawn, "run.html", content(folder, result))
+        write(drawn, folder, result, refresh=refresh)
     return result, drawn
 
 
-def content(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """What templates/run.html shows of a run."""
+def write(
+    path: Path,
+    folder: Path,
+    result: Mapping[str, Any],
+    opened: exhibits.Opened | None = None,
+    refresh: float | None = None,
+) -> None:
+    """Write the page of a run folder and its report. opened: its splits by name, where they are at hand.
+
+    refresh: seconds after which a browser loads the page again. Raises OSError.
+    """
+    shown = content(folder, result, opened)
+    page.write(path, "run.html", shown | {"refresh": refresh and math.ceil(refresh)})
+
+
+def follow(folder: Path, output: Path, seconds: float, say: Callable[[str], None]) -> None:
+    """Publish a run again whenever it has measured more, until no process writes it; the page is named once.
+
+    seconds: between two looks, and after which a browser loads the page again. Raises what `publish` raises.
+    """
+    seen, said = None, False
+    while runs.is_running(folder):
+        rows = len(runlog.read_metrics(folder))
+        if rows != seen:
+            _, drawn = publish(folder, output, refresh=seconds)
+            if not said:
+                say(f"page: {drawn}; it is drawn again whenever the run has measured more, until it ends or Ctrl-C")
+            seen, said = rows, True
+        time.sleep(seconds)
+
+
+def content(folder: Path, result: Mapping[str, Any], opened: exhibits.Opened | None = None) -> dict[str, Any]:
+    """What templates/run.html shows of a run. opened: its splits by name, where they are at hand."""
     scored = next((split for split in SPLITS if result[split]), None)
     found = _predictions(folder, result, scored)
     sections = {"result": "Result", "curves": "Learning curves", "cost": "Cost"}
@@ -46,7 +81,7 @@ def content(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         about = (
             exhibits.by_class(found, names)
             | exhibits.calibration(found, classes=len(names), smoothing=settings["smoothing"], has_val=settings["val"])
-            | exhibits.mistakes(folder, found, names)
+            | exhibits.mistakes(folder, found, names, opened)
         )
         sections |= {"errors": "Errors by class", "calibration": "Calibration", "mistakes": "Mistakes"}
     else:

@@ -11,6 +11,8 @@ from samtune import lock
 from samtune.errors import UsageError, first_line
 from samtune.runlog import read_metrics
 
+DROPPABLE = ("updated (UTC)", "progress", "val %")
+"""Columns of `table` that a narrow room does without, the first of them first."""
 _STATES = ("running", "done", "stopped", "failed")
 
 
@@ -29,11 +31,11 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["updated"] or "", row["path"]), reverse=True)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str | float | None]]:
-    """What people see of them first; val and test are top-1 errors."""
+def table(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, str | float | None]]:
+    """What people see of them first; val and test are top-1 errors. Runs are named as seen from the folder."""
     return [
         {
-            "run": row["path"],
+            "run": row["path"] if Path(row["path"]) == folder else str(Path(row["path"]).relative_to(folder)),
             "state": row["state"] + (" (degraded)" if row["degraded"] else ""),
             "progress": _progress(row["step"], row["total_steps"]),
             "val %": row["val_error"],
@@ -55,6 +57,11 @@ def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _progress(step: int | None, total: int | None) -> str | None:
     return f"{step}/{total} ({100 * step // total} %)" if step is not None and total else None
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process is writing this run now."""
+    return bool(_row(folder)["state"] == "running")
 
 
 def read_step(folder: Path) -> tuple[int, int] | None:

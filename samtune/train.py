@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from samtune import checkpoint, console, device, distributed, models, opening, position, report, runlog, signals
+from samtune import checkpoint, console, device, distributed, ending, models, opening, position, report, runlog, signals
 from samtune.data.cache import Images
 from samtune.data.loader import Batch, rows_of_step, train_batches
 from samtune.data.splits import Indices
@@ -74,9 +73,10 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
         with (
             opening.outcome(job, log),
             Trackers(job.config, log) as trackers,
-            console.RunProgress(job.total_steps, place.step) as progress,
+            console.RunProgress(job.total_steps, place.step, runlog.read_metrics(log.folder)) as progress,
             watchdog,
         ):
+            log.followers.append(progress.add)
             this = _Run(job, log, Saver(job, log, newest), stop, progress, watchdog)
             stop.patient = True
             this.saver.link(place)  # a kill may have come before the links
@@ -92,10 +92,12 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
             result = report.collect(log.folder)
             with log.never_fatal("report"):
                 report.write(log.folder, result)
-            page = f"samtune report {shlex.quote(str(log.folder))}"
-            console.note(f"{page} draws the curves, errors by class, calibration and the most confident mistakes")
             trackers.result = result
-            return {"folder": str(log.folder), **result}
+        # The run is done, and what is still to come can be made again.
+        drawn = ending.draw(job, log.folder, result) if config.html else None
+        for line in ending.words(log.folder, result, drawn):
+            log.say(line)
+        return {"folder": str(log.folder), **result}
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -170,7 +172,13 @@ def _step(this: _Run, place: Position, batches: Iterator[Batch], peaks: list[flo
         job.ema.update(job.model, step=step)
     for meter in (place.row, place.epoch):
         meter.add(result, job.batch.total, rho, arrived - asked, time.perf_counter() - arrived)
-    this.progress.train(step, **place.epoch.means())
+    this.progress.train(
+        step,
+        **place.epoch.means(),
+        lr=job.optimizer.param_groups[0]["lr"],
+        rho=rho,
+        memory=lambda: device.peak_memory_bytes(job.device),
+    )
 
 
 def set_rates(job: Job, peaks: list[float], step: int) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from samtune import charts, config, page, report, runpage
 from samtune.charts import Series, Words
 from samtune.cli.results import report_runs
-from samtune.data.thumbnails import thumbnails
+from samtune.data.thumbnails import open_splits, thumbnails
 from samtune.errors import CheckpointError, DataError, UsageError
 from samtune.stats import wilson_interval
 from tests.conftest import image_bytes, samtune, write_image_folder
@@ -304,12 +304,13 @@ def test_a_large_picture_becomes_a_small_one(tmp_path):
         (data / "test" / name / "0.png").write_bytes(image_bytes(0, (400, 200)))
     rows = np.array([1])
     settings = config.load(None, {"model": "resnet10t", "dataset": str(data)})
-    (uri,) = thumbnails(settings, "test", rows, rows)
+    test = open_splits(settings)["test"]
+    (uri,) = thumbnails(test, rows, rows)
     kind, _, encoded = uri.partition(",")
     assert kind == "data:image/jpeg;base64"
     assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == (112, 56)
     with pytest.raises(DataError, match="not what it was"):
-        thumbnails(settings, "test", rows, rows - 1)
+        thumbnails(test, rows, rows - 1)
 
 
 def test_a_chart_says_the_same_twice_and_takes_its_colours_from_the_page():

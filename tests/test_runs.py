@@ -160,7 +160,7 @@ def test_on_a_narrow_terminal_every_value_is_still_there(tmp_path):
     folder = write_run(tmp_path / "a run with a name", "stopped", metrics=MEASURED)
     done = samtune("runs", tmp_path, env={"COLUMNS": "20"})
     assert done.returncode == 0
-    for line in (f"run: {folder}", "state: stopped", "progress: 6/8 (75 %)", "val %: 25.00", "test %: -"):
+    for line in (f"run: {folder.name}", "state: stopped", "progress: 6/8 (75 %)", "val %: 25.00", "test %: -"):
         assert f"{line}\n" in done.stdout
 
 

@@ -305,7 +305,7 @@ def test_the_stages_differ_in_what_they_train_on_and_score(tmp_path, more, valid
     assert tried[0].id == "select-sam-rho0.01-seed4"
     last = plan.finals(None, "sam", {"rho": 0.1}, {})
     assert [run.settings for run in last] == [
-        {"rho": 0.1, "val": validates, "test": True, "select": "last", "seed": seed} for seed in (0, 1)
+        {"rho": 0.1, "val": validates, "test": True, "select": "last", "seed": seed, "html": False} for seed in (0, 1)
     ]
 
 

@@ -62,7 +62,7 @@ def data_check(
         console.print_json(result)
     else:
         console.print_table(f"Data check: {result['dataset']}", check.summary(result))
-        console.print_lines(check.findings(result))
+        console.print_prose(check.findings(result))
     check.refuse_unreadable(result)
 
 
@@ -83,7 +83,7 @@ def list_datasets(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         console.print_json(rows)
     else:
-        console.print_rows("Data sets", rows)
+        console.print_rows("Data sets", rows, droppable=("source", "licence", "validation"))
 
 
 @datasets_app.command(cls=Command)

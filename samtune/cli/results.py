@@ -1,6 +1,7 @@
 """The commands that look at runs: `samtune runs`, `samtune report`."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,14 @@ from samtune.cli import completion
 from samtune.cli.help import Json
 from samtune.errors import UsageError
 
+_LOOK = 2.0  # seconds between two looks of --watch
+
 
 def list_runs(
     folder: Annotated[Path, typer.Argument(help="Folder of run folders, or one of them.")] = Path("runs"),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again every two seconds, until Ctrl-C; on a terminal.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List runs, the newest first: how far each came, its errors, and what to do next.
@@ -24,14 +30,38 @@ def list_runs(
     """
     from samtune import console, runs
 
+    title = f"Runs in {folder}, with top-1 errors"
+    if watch:
+        _check_watchable(as_json)
+        console.watch_rows(title, lambda: _looked_at(folder), seconds=_LOOK, droppable=runs.DROPPABLE)
+        return
     rows = runs.list_runs(folder)
     if as_json:
         console.print_json(rows)
     elif rows:
-        console.print_rows("Runs, with top-1 errors", runs.table(rows))
+        console.print_rows(title, runs.table(rows, folder), droppable=runs.DROPPABLE)
         console.print_lines(runs.todo(rows))
     else:
         console.note(f"there are no runs in {folder}")
+
+
+def _check_watchable(as_json: bool) -> None:
+    from samtune import console
+
+    if as_json:
+        raise UsageError("--watch with --json", "a table that is drawn over is not for programs", "give one of them")
+    if not console.is_watched():
+        raise UsageError(
+            "--watch without a terminal", "the table is drawn over", "leave it out, or do not send stdout elsewhere"
+        )
+
+
+def _looked_at(folder: Path) -> tuple[list[dict[str, str | float | None]], list[str]]:
+    """The table of a folder now, and what is said below it."""
+    from samtune import runs
+
+    rows = runs.list_runs(folder)
+    return runs.table(rows, folder), [*runs.todo(rows)] if rows else [f"there are no runs in {folder}"]
 
 
 def report_runs(
@@ -49,6 +79,12 @@ def report_runs(
             "--output", "-o", help="Folder for the files; the report of one run or sweep goes to its own by default."
         ),
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="Of a run that goes on: draw its page again whenever it has measured more, until it ends."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Draw the page of a run or a sweep, or compare runs: errors with intervals, paired tests, what it cost.
@@ -57,6 +93,8 @@ def report_runs(
 
     Of one run, report.json and report.md are made again from its files, and report.html: curves, errors, calibration,
     mistakes, in one file without network or script. A run that has ended early, or goes on, is shown as far as it came.
+
+    With --watch the page is kept up to date while the run goes on, and a browser that shows it follows.
 
     Several runs must be done. Those that differ in the seed alone are one setting with so many seeds. Two runs are
     tested on the images that both scored (McNemar), settings over the seeds that they share (Student); where that
@@ -67,6 +105,8 @@ def report_runs(
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # pictures are shown if they are here
     sweeps = [folder for folder in runs if (folder / "sweep.toml").is_file()]
+    if watch and (sweeps or len(runs) > 1):
+        raise UsageError("--watch is for one run", mend="give one run folder, or leave --watch out")
     if sweeps and len(runs) > 1:
         raise UsageError(
             f"{sweeps[0]} is a sweep, and not a run that could be compared",
@@ -78,15 +118,18 @@ def report_runs(
 
         report_sweep(runs[0], output or runs[0], as_json)
     elif len(runs) == 1:
-        _report_run(runs[0], output or runs[0], as_json)
+        _report_run(runs[0], output or runs[0], as_json, watch)
     else:
         _compare_runs(runs, output, as_json)
 
 
-def _report_run(run: Path, output: Path, as_json: bool) -> None:
+def _report_run(run: Path, output: Path, as_json: bool, watch: bool) -> None:
     from samtune import console, report, runpage
 
     console.note(f"drawing the page of {run} ...")
+    if watch:
+        with suppress(KeyboardInterrupt):
+            runpage.follow(run, output, _LOOK, console.note)
     result, drawn = runpage.publish(run, output)
     for warning in runpage.state(run):
         console.warn(warning)
@@ -110,6 +153,6 @@ def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:
         console.print_json(comparison)
         return
     for title, rows in compare.tables(comparison).items():
-        console.print_rows(title, rows)
+        console.print_rows(title, rows, droppable=("scored", "time s", "epochs", "passes"))
     for title, said in compare.paragraphs(comparison).items():
-        console.print_lines([title, *(f"  {line}" for line in said)])
+        console.print_prose([title, *(f"  {line}" for line in said)])

@@ -92,7 +92,10 @@ def sweep(
         if engine == "local":
             engines.places_here(asked.base, jobs)
         rows = protocol.counted(runs)
-        console.print_json(rows) if as_json else console.print_rows(f"{len(runs)} runs", rows)
+        if as_json:
+            console.print_json(rows)
+        else:
+            console.print_rows(f"{len(runs)} runs", rows, droppable=("points", "steps"))
         return
     place = protocol.open_engine(engine, address, asked.base, jobs)  # Ray's own handlers come before ours
     with signals.listening() as stop:
@@ -116,8 +119,9 @@ def report_sweep(folder: Path, output: Path, as_json: bool) -> None:
     if as_json:
         console.print_json(result)
     else:
-        console.print_rows(tables.title(result), tables.table(result))
-        console.print_lines([*result["verdict"], f"page: {output / 'report.html'}"])
+        console.print_rows(tables.title(result), tables.table(result), droppable=("seconds", "passes", "n"))
+        console.print_prose(result["verdict"])
+        console.print_lines([f"page: {output / 'report.html'}"])
 
 
 def _check_address(address: str, engine: str) -> None:

@@ -7,16 +7,18 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from samtune.data.formats import register_plugins
 from samtune.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 Range = tuple[float, float]  # values of a deep picture that become 0 and 255
 
@@ -93,8 +95,18 @@ class DecodeRule:
 PLAIN = DecodeRule()
 
 
-def decode(encoded: bytes, where: Callable[[], str], rule: DecodeRule = PLAIN) -> torch.Tensor:
+def decode(encoded: bytes, where: Callable[[], str], rule: DecodeRule = PLAIN) -> "torch.Tensor":
     """Decode an image to a uint8 tensor (3, height, width), a view of pixels that lie as (height, width, 3).
+
+    The pixels are those of `decode_pixels`, which says more.
+    """
+    import torch  # takes long to load, and a page that shows a few pictures does without
+
+    return torch.from_numpy(decode_pixels(encoded, where, rule)).permute(2, 0, 1)
+
+
+def decode_pixels(encoded: bytes, where: Callable[[], str], rule: DecodeRule = PLAIN) -> npt.NDArray[np.uint8]:
+    """Decode an image to RGB pixels (height, width, 3).
 
     Upright as its EXIF tag says, the first frame where there are many; grey and palette images become RGB, deep ones
     are scaled to 8 bits, CMYK is converted, what is transparent is laid over white, and large ones are reduced, as the
@@ -143,7 +155,7 @@ class _TooLarge(ValueError):
     """An image of more pixels than the rule allows."""
 
 
-def _decode(encoded: bytes, image: Image.Image, rule: DecodeRule) -> torch.Tensor:
+def _decode(encoded: bytes, image: Image.Image, rule: DecodeRule) -> npt.NDArray[np.uint8]:
     by, size = rule.reduction(image.width, image.height), rule.reduced(image.width, image.height)
     deep = deep_mode(image)
     # A TIFF is turned by Pillow itself, when it is loaded.
@@ -154,7 +166,7 @@ def _decode(encoded: bytes, image: Image.Image, rule: DecodeRule) -> torch.Tenso
         if small.size != size:
             small = small.reduce(by // (image.width // small.width))
         pixels = np.array(small if turn is None else small.transpose(turn))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return pixels
 
 
 def _plain_jpeg(encoded: bytes, image: Image.Image, by: int) -> npt.NDArray[np.uint8] | None:
@@ -235,6 +247,6 @@ def _to_8_bits(values: npt.NDArray[Any], black_and_white: Range) -> Image.Image:
     return Image.fromarray(levels)
 
 
-def is_constant(pixels: torch.Tensor) -> bool:
+def is_constant(pixels: "torch.Tensor") -> bool:
     """Whether a decoded picture shows one colour only."""
     return bool((pixels == pixels[:, :1, :1]).all())

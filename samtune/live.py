@@ -1,0 +1,172 @@
+"""What a live display of a run shows, as lines of words: a bar, a chart of the run so far, and its numbers.
+
+Nothing here draws on a terminal: each function takes the width and returns lines, as pieces of (text, style).
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Line = list[tuple[str, str]]
+
+_LONGEST_BAR, _SHORTEST_BAR = 24, 8
+_ROWS = 5  # of a chart, each of four dots
+_AXIS = 6  # characters that the numbers of the y axis take
+_NARROWEST = 24  # of a chart, with its axis
+_STYLES = {"train": "cyan", "val": "magenta"}
+_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille character, by column and row
+
+
+def shorten(text: str, room: int) -> str:
+    """The end of a text that is too long: of a path, that is what tells it from others."""
+    return text if len(text) <= room else "..." + text[len(text) - room + 3 :] if room > 3 else text[:room]
+
+
+def duration(seconds: float) -> str:
+    """12:34, or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def bar(
+    what: str,
+    done: int,
+    total: int | None,
+    width: int,
+    *,
+    numbers: Mapping[str, str] | None = None,
+    importance: Sequence[str] = (),
+    ascii_only: bool = False,
+) -> Line:
+    """One line: what goes on, a bar, how many are done, and the numbers in their order, as many as fit.
+
+    total: None where it is not known yet. importance: names of numbers, and "bar", what stays longest first.
+    """
+    count = f"{done}/{total}" if total is not None else "..."
+    what = shorten(what, max(1, width - len(count) - 1))
+    room = width - len(what) - 1 - len(count)
+    kept, length = set(), 0
+    for name in importance:
+        needed = _SHORTEST_BAR + 1 if name == "bar" else 2 + len((numbers or {}).get(name, ""))
+        if needed > room:
+            break
+        room -= needed
+        kept.add(name)
+    if "bar" in kept:
+        length = min(_LONGEST_BAR, _SHORTEST_BAR + room)
+    line: Line = [(what, ""), (" ", "")]
+    if length:
+        filled = round(length * done / total) if total else 0
+        full, empty = ("#", "-") if ascii_only else ("━", "━")
+        line += [(full * filled, "magenta"), (empty * (length - filled), "bright_black"), (" ", "")]
+    line.append((count, "green"))
+    return line + [(f"  {text}", "") for name, text in (numbers or {}).items() if name in kept]
+
+
+@dataclass
+class Curves:
+    """Loss and top-1 error of a run so far, as points (step, value) by split; best: validation's (error, epoch)."""
+
+    loss: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: {"train": [], "val": []})
+    top1_error: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: {"train": [], "val": []})
+    best: tuple[float, int] | None = None
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics; those of other splits are passed over."""
+        split, step = row["split"], row["step"]
+        if split not in self.loss:
+            return
+        for key, curves in (("loss", self.loss), ("top1_error", self.top1_error)):
+            if row.get(key) is not None:
+                curves[split].append((step, row[key]))
+        error = row.get("top1_error")
+        if split == "val" and error is not None and (self.best is None or error < self.best[0]):
+            self.best = (error, row["epoch"])
+
+    @property
+    def points(self) -> int:
+        """How many there are."""
+        return sum(map(len, (*self.loss.values(), *self.top1_error.values())))
+
+
+def chart(curves: Curves, total_steps: int, width: int) -> list[Line]:
+    """Loss and error over the steps of the whole run beside each other; in a narrow room error alone, or nothing."""
+    gap = 2
+    half = (width - gap) // 2
+    if half >= _NARROWEST:
+        left = _panel("loss", curves.loss, total_steps, half)
+        right = _panel("error %", curves.top1_error, total_steps, half)
+        return [[*one, (" " * gap, ""), *other] for one, other in zip(left, right, strict=True)]
+    return _panel("error %", curves.top1_error, total_steps, width) if width >= _NARROWEST else []
+
+
+def numbers(width: int, **values: str) -> Line:
+    """Names and values on one line, as many as fit, the first the most important."""
+    line: Line = []
+    for name, value in values.items():
+        text = f"{'   ' if line else ''}{name} {value}"
+        if sum(len(part) for part, _ in line) + len(text) > width:
+            break
+        line.append((text, ""))
+    return line
+
+
+def _panel(name: str, series: Mapping[str, Sequence[tuple[int, float]]], total_steps: int, width: int) -> list[Line]:
+    """A title with the last values, and a plot: lines that are all as wide as the panel."""
+    finite = {split: [point for point in points if math.isfinite(point[1])] for split, points in series.items()}
+    title: Line = [(name, "bold")]
+    for split, points in finite.items():
+        text = f" {split} {points[-1][1]:.{3 if name == 'loss' else 1}f}" if points else ""
+        if text and sum(len(part) for part, _ in title) + len(text) <= width:
+            title.append((text, _STYLES[split]))
+    title.append((" " * (width - sum(len(part) for part, _ in title)), ""))
+    columns = width - _AXIS - 1
+    values = [value for points in finite.values() for _, value in points]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    dots: dict[str, list[list[int]]] = {}
+    for split, points in finite.items():
+        dots[split] = [[0] * columns for _ in range(_ROWS)]
+        for x, y in _traced(points, total_steps, 2 * columns, low, high):
+            dots[split][y // 4][x // 2] |= _DOTS[x % 2][y % 4]
+    labels = {0: f"{high:.3g}", _ROWS - 1: f"{low:.3g}"} if values else {}
+    return [title] + [
+        [(f"{labels.get(row, ''):>{_AXIS}} ", "bright_black"), *_plotted(dots["train"][row], dots["val"][row])]
+        for row in range(_ROWS)
+    ]
+
+
+def _traced(
+    points: Sequence[tuple[int, float]], total_steps: int, columns: int, low: float, high: float
+) -> list[tuple[int, int]]:
+    """The dots of a line through the means of the points that fall into one column: (x, y), y from the top."""
+    sums: dict[int, tuple[float, int]] = {}
+    for step, value in points:
+        x = min(columns - 1, step * columns // max(1, total_steps))
+        total, n = sums.get(x, (0.0, 0))
+        sums[x] = (total + value, n + 1)
+    bottom = 4 * _ROWS - 1
+    span = (high - low) or 1.0
+    places = [(x, bottom - round(bottom * (total / n - low) / span)) for x, (total, n) in sorted(sums.items())]
+    dots = places[:1]
+    for (x, y), (next_x, next_y) in itertools.pairwise(places):
+        pieces = max(next_x - x, abs(next_y - y))
+        dots += [
+            (x + round((next_x - x) * i / pieces), y + round((next_y - y) * i / pieces)) for i in range(1, pieces + 1)
+        ]
+    return dots
+
+
+def _plotted(train: Sequence[int], val: Sequence[int]) -> Line:
+    """A row of a plot. Where both lines pass one place, it has validation's colour."""
+    line: Line = []
+    for under, over in zip(train, val, strict=True):
+        style = _STYLES["val"] if over else _STYLES["train"] if under else ""
+        text = chr(0x2800 + (under | over)) if under | over else " "
+        if line and line[-1][1] == style:
+            line[-1] = (line[-1][0] + text, style)
+        else:
+            line.append((text, style))
+    return line
