@@ -132,11 +132,13 @@ def decode_pixels(encoded: bytes, where: Callable[[], str], rule: DecodeRule = P
         raise DataError(f"{where()} cannot be decoded", first_line(error), "mend or remove the image") from None
 
 
-def from_pillow(image: Image.Image, rule: DecodeRule = PLAIN) -> torch.Tensor:
+def from_pillow(image: Image.Image, rule: DecodeRule = PLAIN) -> "torch.Tensor":
     """An image that is in memory already, as `decode` would have it: (3, height, width) uint8.
 
     A large JPEG may differ by a rounding: there libjpeg itself reduces it. Raises DataError as `decode` does.
     """
+    import torch
+
     try:
         pixels = image.width * image.height
         if pixels > rule.max_megapixels * 1e6:
