@@ -368,3 +368,16 @@ def test_a_page_reloads_while_its_run_goes_on_and_no_longer(finished, tmp_path):
     assert 'http-equiv="refresh"' not in page.read_text()
     done = samtune("report", folder, folder, "--watch")
     assert (done.returncode, "--watch is for one run" in done.stderr) == (2, True)
+
+
+def test_the_page_of_a_run_is_drawn_without_torch(finished, tmp_path):
+    folder, _, _ = finished
+    code = (
+        "import sys; from pathlib import Path; from samtune import runpage;"
+        "runpage.publish(Path(sys.argv[1]), Path(sys.argv[2])); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+    assert "data:image/png" in (tmp_path / "report.html").read_text()

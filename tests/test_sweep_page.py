@@ -5,7 +5,8 @@ import json
 import pytest
 
 from samtune import compare, comparisonpage
-from samtune.sweep import command, evidence, sweeppage
+from samtune.cli.sweep import report_sweep
+from samtune.sweep import evidence, sweeppage
 from tests.conftest import samtune
 from tests.folders import write_run, write_sweep
 from tests.test_page import (
@@ -100,7 +101,7 @@ def budgets(tmp_path_factory):
 
 def test_people_who_read_the_terminal_alone_are_warned_too(tmp_path, capsys):
     write_sweep(tmp_path, *CASES["failed and diverged"])
-    command.report_sweep(tmp_path, tmp_path, as_json=False)
+    report_sweep(tmp_path, tmp_path, as_json=False)
     result = json.loads((tmp_path / "report.json").read_text())
     assert len(result["warnings"]) > 1
     seen = " ".join(capsys.readouterr().err.split())
