@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from samtune import console
 from samtune.errors import MachineError, UsageError
 from samtune.ranking import Floats, ranked
 
@@ -234,7 +235,11 @@ def opened(path: Path | None) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            yield file
+            try:
+                yield file
+            except BaseException:
+                console.note(f"what was written of {path} until now is in {part}")
+                raise
         os.replace(part, path)
     except OSError as error:
         raise MachineError(f"{path} cannot be written", error.strerror or str(error), "write elsewhere") from None

@@ -418,3 +418,13 @@ def test_the_page_shows_the_least_certain_first(trained, mixed, tmp_path):
     places = [text.index(f'alt="{row["path"]}: {row["class"]}"') for row in rows]
     assert places == sorted(places)
     assert "raw.cr2" in text
+
+
+def test_rows_of_a_stopped_command_are_kept(trained, photos, tmp_path):
+    faults = [{"at": "samtune.predict:Predictor.classify", "call": 2, "do": "SIGINT"}]
+    done = samtune("predict", trained, photos, "--output", tmp_path / "p.csv", faults=faults)
+    assert done.returncode == 130
+    assert f"is in {tmp_path / 'p.csv.part'}" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["p.csv.part"]
+    rows = list(csv.DictReader((tmp_path / "p.csv.part").read_text().splitlines()))
+    assert [row["path"] for row in rows] == files_of(photos)[:16]
