@@ -32,6 +32,7 @@ app.add_typer(models_app)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(results_app)
 
+_INTERRUPTED = 130  # 128 + SIGINT
 _UsageError: Any = typer.BadParameter.__base__  # of the click that this typer stands on
 
 
@@ -75,6 +76,8 @@ def _exit_code() -> int:
     try:
         code = int(app(standalone_mode=False) or 0)
         sys.stdout.flush()
+        if code == _INTERRUPTED:  # typer has turned Ctrl-C into this code, without a word
+            _print_error("stopped by Ctrl-C")
         return code
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -87,7 +90,7 @@ def _exit_code() -> int:
         return _end(error)
     except (KeyboardInterrupt, typer.Abort):
         _print_error("stopped by Ctrl-C")
-        return 130
+        return _INTERRUPTED
 
 
 def _end(error: SamtuneError | Stopped) -> int:
