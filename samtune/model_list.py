@@ -48,21 +48,21 @@ def first_choices() -> list[str]:
 def find(pattern: str) -> list[str]:
     """Aliases and pretrained names that a pattern matches: a glob over the whole name, or a part of it.
 
-    Raises ModelError with the nearest names where there is none.
+    What an alias of the list means is not in it a second time. Raises ModelError with the nearest names for none.
     """
     is_glob = any(sign in pattern for sign in "*?[")
-    matching = f"{pattern}" if is_glob else f"*{pattern}*"
-    names = [*models.ALIASES, *timm.list_pretrained()]
+    matching = pattern if is_glob else f"*{pattern}*"
     found = [
         name
-        for name in names
+        for name in every()
         if fnmatch.fnmatchcase(name, matching) or fnmatch.fnmatchcase(name.partition(".")[0], matching)
     ]
     if not found:
         raise ModelError(
             f"no pretrained model's name matches {pattern!r}", mend=f"nearest: {models.nearest(pattern.strip('*'))}"
         )
-    return found
+    said = {models.ALIASES[name] for name in found if name in models.ALIASES}
+    return [name for name in found if name not in said]
 
 
 def every() -> list[str]:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from samtune.cli import main
 from samtune.options import RunConfig, flag_name
 from tests.conftest import ROOT, samtune, write_image_folder
 
@@ -89,6 +90,16 @@ def test_wrong_arguments_are_refused_before_anything_heavy_is_loaded(tmp_path):
         "heavy = {'torch', 'timm'} & set(sys.modules); sys.exit(str(heavy) if heavy else code)"
     )
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, check=False).returncode == 3
+
+
+def test_ctrl_c_is_answered_in_words(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("samtune.runs.list_runs", interrupted)
+    monkeypatch.setattr(sys, "argv", ["samtune", "runs"])
+    assert main._exit_code() == 130
+    assert capsys.readouterr().err == "error: stopped by Ctrl-C\n"
 
 
 def test_the_version_is_the_packages():

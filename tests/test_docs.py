@@ -40,6 +40,7 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.launch.ranks_here", lambda gpus, processes: 2)
     monkeypatch.setattr("samtune.evaluation.evaluate_checkpoint", begin)
     monkeypatch.setattr("samtune.export.export", begin)
+    monkeypatch.setattr("samtune.data.inputs.find", begin)
     monkeypatch.setattr("samtune.data.source.locate", lambda dataset: None)
     monkeypatch.setattr("samtune.preflight.check_inputs", lambda settings: None)
     monkeypatch.setattr("samtune.data.check.check", begin)
@@ -75,7 +76,8 @@ def test_options_in_the_readme_exist():
     known |= {"--seeds", "--budget", "--jobs", "--engine", "--address", "--dry-run", "--all", "--force"}
     known |= {"--json", "--resume", "--allow-change", "--split", "--ema", "--help"}
     known |= {"--kills", "--repeat", "--repo-type", "--signal", "--without-pip", "--python"}  # of other programs
-    known |= {"--to", "--with-preprocessing"}
+    known |= {"--to", "--with-preprocessing", "--top", "--tta", "--embeddings", "--temperature", "--watch"}
+    known |= {"--help-all", "--install-completion"}
     known |= {"--logdir"}  # of TensorBoard
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
@@ -94,6 +96,16 @@ def test_continuous_integration_runs_every_lane_and_the_readme_names_them():
     for lane in ("fault", "slow", "browser"):
         assert f".venv/bin/python -m pytest -m {lane}" in script
         assert f"`-m {lane}`" in README
+
+
+def test_the_python_example_of_runs_in_the_readme_runs(tmp_path, monkeypatch):
+    write_image_folder(tmp_path / "path/to/photos", {"train": 12, "test": 4})
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(next(block for block in EXAMPLES if "samtune.run(" in block), names)
+    assert names["scores"]["n"] == names["report"]["dataset"]["val"]
+    (prediction,) = names["predictor"](["path/to/photos/test/cat/0.png"])
+    assert prediction.name in ("cat", "dog")
 
 
 def test_the_python_example_in_the_readme_runs_on_a_checkpoint(tmp_path, monkeypatch):

@@ -60,6 +60,26 @@ def test_a_wrong_perturbation_is_noticed(monkeypatch):
     assert next(finding.status for finding in doctor._sam_step()) == "failed"
 
 
+@pytest.mark.parametrize(("visible", "status"), [(None, "failed"), ("", "skipped")])
+def test_a_driver_whose_gpus_torch_does_not_see_is_broken(monkeypatch, visible, status):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_driver", lambda: "570.1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (finding,) = doctor._gpus()
+    assert finding.status == status
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_described_and_computes_sam_exactly():
+    finding = next(doctor._gpus())
+    assert finding.status == "ok"
+    assert finding.details["memory_bytes"] > 1 << 30
+    assert doctor.sam_difference(torch.device("cuda")) < 1e-12
+
+
 def test_ranks_that_do_not_add_are_noticed(monkeypatch):
     monkeypatch.setattr(doctor, "_RANK", "raise SystemExit('no route to host')")
     finding = doctor._sum_over_ranks("gloo", "cpu")

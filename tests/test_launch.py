@@ -48,7 +48,7 @@ def two(photos, tmp_path_factory):
 def test_a_run_on_two_ranks_reports_once_for_both(two):
     folder, done = two
     report = json.loads(done.stdout)
-    assert report == json.loads((folder / "report.json").read_text())
+    assert report == {"folder": str(folder), **json.loads((folder / "report.json").read_text())}
     assert report["world_size"] == len(report["devices"]) == 2
     assert report["optimizer"]["batch"] == {"per_device": 4, "devices": 2, "micro_batches": 1}
     assert report["sam"]["m_images"] == 4

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tempfile
 import tomllib
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_text_has_every_topic_and_stays_apart_from_notes(tmp_path, photos):
     done = samtune("plan", *FLAGS, "--rho", 0, "--sam-start", "0%", "--dataset", photos, env={"COLUMNS": "60"})
     assert done.returncode == 0, done.stderr
     for topic in ("Model", "Data", "Settings", "Memory", "Speed", "Time", "Disk"):
-        assert f"\n{topic} " in f"\n{done.stdout}", topic
+        assert re.search(rf"^{topic}\b", done.stdout, re.M), topic
     assert "measuring steps of the plain optimizer" in done.stderr
     assert "step of SAM" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 60

@@ -144,7 +144,7 @@ def test_the_run_folder_is_whole(finished):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
         *("config.toml", "provenance.json", "status.json", "metrics.jsonl", "log.txt", "checkpoints"),
-        *("report.json", "report.md", "predictions.parquet", ".lock"),
+        *("report.json", "report.md", "report.html", "predictions.parquet", ".lock"),
     }
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, status["total_steps"])

@@ -53,6 +53,7 @@ app = typer.Typer(
 )
 
 _COMPLETE = "_SAMTUNE_COMPLETE"  # set by a shell that asks for completions
+_INTERRUPTED = 130  # 128 + SIGINT
 _UsageError: Any = typer.BadParameter.__base__  # of the click that this typer stands on
 
 
@@ -91,6 +92,8 @@ def _exit_code() -> int:
     try:
         code = int(_call(sys.argv[1:]) or 0)
         sys.stdout.flush()
+        if code == _INTERRUPTED:  # typer has turned Ctrl-C into this code, without a word
+            _print_error("stopped by Ctrl-C")
         return code
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -103,7 +106,7 @@ def _exit_code() -> int:
         return _end(error)
     except (KeyboardInterrupt, typer.Abort):
         _print_error("stopped by Ctrl-C")
-        return 130
+        return _INTERRUPTED
 
 
 def _call(arguments: list[str]) -> Any:

@@ -90,7 +90,7 @@ def validate(
     ],
     as_json: Json = False,
 ) -> None:
-    """Check the keys and values of recipes, [sweep] too, as a run would. Looks at no data set, and loads no model.
+    """Check the keys and values of recipes, as a run or a sweep would. Looks at no data set, and loads no model.
 
     Example: samtune recipes validate mine.toml
 
