@@ -105,7 +105,7 @@ def test_the_python_example_of_runs_in_the_readme_runs(tmp_path, monkeypatch):
     exec(next(block for block in EXAMPLES if "samtune.run(" in block), names)
     assert names["scores"]["n"] == names["report"]["dataset"]["val"]
     (prediction,) = names["predictor"](["path/to/photos/test/cat/0.png"])
-    assert prediction.name in ("cat", "dog")
+    assert prediction.class_name in ("cat", "dog")
 
 
 def test_the_python_example_in_the_readme_runs_on_a_checkpoint(tmp_path, monkeypatch):
