@@ -138,7 +138,7 @@ def fit_and_store(scored: "Evaluation", weights: Path) -> dict[str, Any]:
     if not fitted.is_sure:
         console.warn(
             f"{fitted.n} images of {fitted.split} do not tell temperature {fitted.temperature:.3g} from 1 (likelihood "
-            "ratio, 5 %): on other images it may make probabilities worse; `samtune predict --no-temperature` leaves it "
-            "out"
+            "ratio, 5 %): on other images it may make probabilities worse; `samtune predict --no-temperature` is "
+            "without it"
         )
     return fitted.to_json() | {"file": str(write(weights, fitted))}
