@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from samtune import console
 from samtune.errors import CheckpointError, DataError, MachineError, first_line
 from samtune.stats import expected_calibration_error
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from samtune.evaluation import Evaluation
 
 NAME = "temperature.json"
+_LEAST_RATIO = 3.841  # chi-squared with one degree of freedom exceeds it by chance one time in twenty
 _MOST = 100.0  # temperatures are looked for between this and its inverse
 
 Logits = npt.NDArray[np.float32]  # (n, classes)
@@ -36,6 +38,11 @@ class Temperature:
     nll_after: float
     ece_before: float
     ece_after: float
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether these images tell it from 1, by the likelihood-ratio test at 5 %: few images may mislead."""
+        return 2 * self.n * (self.nll_before - self.nll_after) > _LEAST_RATIO
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as temperature.json has them."""
@@ -128,4 +135,10 @@ def fit_and_store(scored: "Evaluation", weights: Path) -> dict[str, Any]:
     """
     assert scored.logits is not None
     fitted = fit(scored.logits, scored.labels, scored.split)
+    if not fitted.is_sure:
+        console.warn(
+            f"{fitted.n} images of {fitted.split} do not tell temperature {fitted.temperature:.3g} from 1 (likelihood "
+            "ratio, 5 %): on other images it may make probabilities worse; `samtune predict --no-temperature` is "
+            "without it"
+        )
     return fitted.to_json() | {"file": str(write(weights, fitted))}

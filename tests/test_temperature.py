@@ -52,6 +52,13 @@ def test_logits_of_another_scale_have_a_temperature_of_that_scale():
     assert thrice.nll_after == pytest.approx(once.nll_after)
 
 
+def test_few_images_do_not_tell_a_temperature_from_1():
+    """By chance one fit in twenty seems sure where the truth is 1; with many images, every other truth is told."""
+    sure = [temperature.fit(*drawn(1.0, n=100, seed=seed)).is_sure for seed in range(100)]
+    assert 1 <= sum(sure) <= 12
+    assert temperature.fit(*drawn(1.5, n=2000)).is_sure
+
+
 def test_where_all_is_right_there_is_no_temperature():
     with pytest.raises(DataError, match="all its 4 images are classified rightly"):
         temperature.fit(np.eye(4, dtype=np.float32), np.arange(4))
