@@ -107,6 +107,7 @@ def test_a_run_that_is_done_says_so_and_prints_its_result(uninterrupted, photos)
     again = samtune("run", *SETTINGS, "--dataset", photos, "--output", uninterrupted, "--resume", "-j", 1, "--json")
     assert again.returncode == 0
     assert "is done" in again.stderr
-    assert json.loads(again.stdout) == json.loads((uninterrupted / "report.json").read_text())
+    written = json.loads((uninterrupted / "report.json").read_text())
+    assert json.loads(again.stdout) == {"folder": str(uninterrupted), **written}
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
     assert status(uninterrupted)["state"] == "done"
