@@ -90,7 +90,7 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     console = Console(highlight=False, emoji=False)
     widths = _widths(cells, ["name", "value"], set(), console.width)
     if widths is None:
-        print_lines(f"{name}: {value}" for name, value in rows.items())
+        print_lines([title, *(f"{name}: {value}" for name, value in rows.items())])
         return
     table = Table(title=escape(title), show_header=False, title_justify="left")
     table.add_column(style="bold", width=widths["name"])
