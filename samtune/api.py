@@ -46,9 +46,9 @@ def run(
     flags = {key: _plain(value) for key, value in settings.items() if value is not None}
     arguments = _command_line(recipe, resume, allow_change, flags)
     with signals.listening() as stop:
-        found = start(None if recipe is None else Path(recipe), flags, resume, allow_change, stop, arguments)
-    assert found is not None
-    return Report(found, report.summary(found))
+        result = start_or_resume(None if recipe is None else Path(recipe), flags, resume, allow_change, stop, arguments)
+    assert result is not None
+    return Report(result, report.summary(result))
 
 
 def evaluate(
@@ -70,10 +70,12 @@ def evaluate(
     """
     _prepare()
     options = {"split": split, "checkpoint": checkpoint, "dataset": _plain(dataset), "gpus": str(gpus)}
-    words = ["eval", str(run_or_checkpoint), *(["--ema"] if ema else []), *(["--temperature"] if temperature else [])]
-    words += _flags({**options, "processes": processes, **data_settings})
+    arguments = ["eval", str(run_or_checkpoint)]
+    arguments += ["--ema"] if ema else []
+    arguments += ["--temperature"] if temperature else []
+    arguments += _flags({**options, "processes": processes, **data_settings})
     with signals.listening() as stop:
-        found = score(
+        scores = score_checkpoint(
             Path(run_or_checkpoint),
             **options,
             ema=ema,
@@ -81,13 +83,14 @@ def evaluate(
             processes=processes,
             data_settings={key: _plain(value) for key, value in data_settings.items()},
             stop=stop,
-            arguments=words,
+            arguments=arguments,
         )
-    assert found is not None
-    return Report(found, evaluation_summary(found))
+    assert scores is not None
+    return Report(scores, report.evaluation_summary(scores))
 
 
 def _prepare() -> None:
+    """Let the libraries write where it is possible, before they are imported."""
     note = caches.prepare()
     if note is not None:
         console.note(note)
@@ -102,21 +105,24 @@ def _command_line(
     recipe: str | Path | None, resume: bool, allow_change: Sequence[str], settings: Mapping[str, Any]
 ) -> list[str]:
     """The arguments of `samtune` that mean the same, for ranks in processes of their own."""
-    words = ["run", *([str(recipe)] if recipe is not None else []), *(["--resume"] if resume else [])]
-    return words + [f"--allow-change={key}" for key in allow_change] + _flags(settings)
+    arguments = ["run"]
+    arguments += [str(recipe)] if recipe is not None else []
+    arguments += ["--resume"] if resume else []
+    return arguments + [f"--allow-change={key}" for key in allow_change] + _flags(settings)
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
-    words = []
+    """Settings as flags; those that are None are left out."""
+    flags = []
     for key, value in settings.items():
         if isinstance(value, bool):
-            words.append(flag_name(key if value else f"no_{key}"))
+            flags.append(flag_name(key if value else f"no_{key}"))
         elif value is not None:
-            words.append(f"{flag_name(key)}={value}")
-    return words
+            flags.append(f"{flag_name(key)}={value}")
+    return flags
 
 
-def start(
+def start_or_resume(
     recipe: Path | None,
     flags: Mapping[str, Any],
     resume: bool,
@@ -159,7 +165,7 @@ def start(
     return train.run(settings, resumed)
 
 
-def score(
+def score_checkpoint(
     run_or_checkpoint: Path,
     *,
     split: str | None,
@@ -218,23 +224,3 @@ def score(
         weights = Path(about["checkpoint"]) / ("ema" if ema else "")
         result["temperature"] = distributed.from_first(lambda: fit_and_store(scored, weights))
     return result
-
-
-def evaluation_summary(scores: Mapping[str, Any]) -> dict[str, str]:
-    """The rows of an evaluation that people look at."""
-    others = f"{scores['top5_error']:.2f} %, {scores['mean_per_class_error']:.2f} %"
-    rows = {f"{scores['split']} top-1 error": report.score_line(scores), "top-5, mean per class": others}
-    if scores["unknown_classes"]:
-        rows["classes left out"] = ", ".join(f"{name} ({n})" for name, n in scores["unknown_classes"].items())
-    if "temperature" in scores:
-        rows |= _temperature_summary(scores["temperature"])
-    return rows | {key: str(scores[key]) for key in ("checkpoint", "step", "ema", "dataset")}
-
-
-def _temperature_summary(fitted: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "temperature": f"{fitted['temperature']:.4g}, fitted on {fitted['n']} images of {fitted['split']}",
-        "NLL": f"{fitted['nll_before']:.4f} before, {fitted['nll_after']:.4f} after (nats)",
-        "calibration error": f"{100 * fitted['ece_before']:.2f} % before, {100 * fitted['ece_after']:.2f} % after",
-        "stored in": fitted["file"],
-    }

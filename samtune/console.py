@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
@@ -214,7 +215,7 @@ def _text(line: live.Line) -> Text:
     return Text.assemble(*line, no_wrap=True, overflow="ignore")
 
 
-class _Live:
+class _Live(ABC):
     """Lines that are drawn over again on the terminal, below the notes; nothing where there is none. A context."""
 
     def __init__(self) -> None:
@@ -240,8 +241,9 @@ class _Live:
     def _ascii(self) -> bool:
         return not _err.encoding.startswith("utf")
 
+    @abstractmethod
     def _lines(self, width: int) -> list[live.Line]:
-        raise NotImplementedError
+        """What is drawn now, in so many columns."""
 
 
 class RunsProgress(_Live):

@@ -69,8 +69,8 @@ class Batch:
 class Predictor:
     """A checkpoint that classifies pictures. Its data set is not opened.
 
-    checkpoint: a run folder, or a checkpoint folder inside one. name: "last" or "best" of a run; None takes the one
-    that the run's report scored. ema: the averaged weights. use_temperature: whether probabilities follow the
+    checkpoint_or_run: a run folder, or a checkpoint folder inside one. name: "last" or "best" of a run; None takes the
+    one that the run's report scored. ema: the averaged weights. use_temperature: whether probabilities follow the
     temperature that `samtune eval --temperature` has stored, if there is one. tta: "hflip" gives the mean over a
     picture and its mirror image. device: "cpu", "cuda", "cuda:1"; None takes the first GPU, if there is one.
 

@@ -237,3 +237,23 @@ def _markdown(report: Mapping[str, Any]) -> str:
         f"    {report['command']}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def evaluation_summary(scores: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of an evaluation that people look at."""
+    others = f"{scores['top5_error']:.2f} %, {scores['mean_per_class_error']:.2f} %"
+    rows = {f"{scores['split']} top-1 error": score_line(scores), "top-5, mean per class": others}
+    if scores["unknown_classes"]:
+        rows["classes left out"] = ", ".join(f"{name} ({n})" for name, n in scores["unknown_classes"].items())
+    if "temperature" in scores:
+        rows |= _temperature_summary(scores["temperature"])
+    return rows | {key: str(scores[key]) for key in ("checkpoint", "step", "ema", "dataset")}
+
+
+def _temperature_summary(fitted: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "temperature": f"{fitted['temperature']:.4g}, fitted on {fitted['n']} images of {fitted['split']}",
+        "NLL": f"{fitted['nll_before']:.4f} before, {fitted['nll_after']:.4f} after (nats)",
+        "calibration error": f"{100 * fitted['ece_before']:.2f} % before, {100 * fitted['ece_after']:.2f} % after",
+        "stored in": fitted["file"],
+    }

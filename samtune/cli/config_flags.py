@@ -9,15 +9,16 @@ import typer
 
 from samtune.cli import completion
 from samtune.cli.help import Command, HelpAll
-from samtune.options import RunConfig, flag_name
+from samtune.options import MOST_PROCESSES, RunConfig, flag_name
 
 _LONG = 30  # flags beyond which --help shows a part of them
 _SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}
-
-
 _COMPLETE = {"model": completion.models, "dataset": completion.datasets, "weights": completion.weights}
 
-
+Gpus = Annotated[str, typer.Option(help="auto, all, a number of GPUs, or a list of them, as in a run.")]
+Processes = Annotated[
+    int | None, typer.Option(min=1, max=MOST_PROCESSES, help="So many ranks on the CPU, in place of GPUs.")
+]
 DATA_KEYS = (
     *("dataset_config", "image_key", "label_key", "split_key", "image_root", "image_suffix", "class_folders"),
     *("train_split", "val_split", "test_split", "on_unlabelled", "on_bad_image"),

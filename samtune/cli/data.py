@@ -15,11 +15,6 @@ data_app = new_group("Look at a data set before a run does.\n\nExample: samtune 
 datasets_app = new_group()
 
 
-@data_app.callback()
-def _data() -> None:
-    pass
-
-
 @data_app.command(name="check", cls=Command)
 @partial(with_config_flags, only=(*DATA_KEYS, "max_megapixels"))
 def data_check(

@@ -2,29 +2,20 @@
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from samtune import ranks, signals
-from samtune.cli import completion
-from samtune.cli.config_flags import DATA_KEYS, with_config_flags
+from samtune.cli.arguments import CheckpointName, RunOrCheckpoint
+from samtune.cli.config_flags import DATA_KEYS, Gpus, Processes, with_config_flags
 from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
-from samtune.options import MOST_PROCESSES
 
 
 @partial(with_config_flags, only=DATA_KEYS)
 def evaluate(
-    run_or_checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="A run folder, or a checkpoint folder inside one.",
-            metavar="RUN_OR_CHECKPOINT",
-            autocompletion=completion.runs,
-        ),
-    ],
+    run_or_checkpoint: RunOrCheckpoint,
     *,
     split: Annotated[
         str | None,
@@ -34,9 +25,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best")
-    ] = None,
+    checkpoint: CheckpointName = None,
     ema: Annotated[
         bool, typer.Option("--ema/--no-ema", help="Score the averaged weights of a run with --model-ema.")
     ] = False,
@@ -54,10 +43,8 @@ def evaluate(
             help="Name or path of other data, whose classes are matched by name; or of the run's, if they have moved."
         ),
     ] = None,
-    gpus: Annotated[str, typer.Option(help="auto, all, a number of GPUs, or a list of them, as in a run.")] = "auto",
-    processes: Annotated[
-        int | None, typer.Option(min=1, max=MOST_PROCESSES, help="So many ranks on the CPU, in place of GPUs.")
-    ] = None,
+    gpus: Gpus = "auto",
+    processes: Processes = None,
     as_json: Json = False,
     flags: dict[str, Any],
 ) -> None:
@@ -75,7 +62,7 @@ def evaluate(
 
     with signals.listening() as stop:
         ranks.report_for_work()
-        result = api.score(
+        result = api.score_checkpoint(
             run_or_checkpoint,
             split=split,
             checkpoint=checkpoint,
@@ -91,9 +78,9 @@ def evaluate(
     result = result_to_print(result)
     if result is None:
         return
-    from samtune import console
+    from samtune import console, report
 
     if as_json:
         console.print_json(result)
     else:
-        console.print_table("Result", api.evaluation_summary(result))
+        console.print_table("Result", report.evaluation_summary(result))

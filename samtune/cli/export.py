@@ -7,20 +7,13 @@ from typing import Annotated, Literal
 import typer
 
 from samtune import signals
-from samtune.cli import completion
+from samtune.cli.arguments import CheckpointName, RunOrCheckpoint
 from samtune.cli.help import Json
 from samtune.errors import UsageError
 
 
 def export(
-    run_or_checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="A run folder, or a checkpoint folder inside one.",
-            metavar="RUN_OR_CHECKPOINT",
-            autocompletion=completion.runs,
-        ),
-    ],
+    run_or_checkpoint: RunOrCheckpoint,
     *,
     to: Annotated[
         Literal["timm", "onnx", "torch"],
@@ -35,9 +28,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best")
-    ] = None,
+    checkpoint: CheckpointName = None,
     ema: Annotated[
         bool, typer.Option("--ema/--no-ema", help="Export the averaged weights of a run with --model-ema.")
     ] = False,

@@ -121,7 +121,7 @@ class Commands(TyperGroup):
         return None
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The same, for click."""
+        """Import a command, as click asks for it."""
         return self.find(cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -165,7 +165,7 @@ def new_group(about: str | None = None) -> typer.Typer:
 def _command(name: str, found: Any) -> Any:
     """A function or a Typer -> the command of click that stands for it."""
     if isinstance(found, typer.Typer):
-        return typer.main.get_group(found) if found.registered_callback else typer.main.get_command(found)
+        return typer.main.get_group(found)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(name, cls=getattr(found, "command_class", Command), context_settings=SETTINGS)(found)
     return typer.main.get_command(app)

@@ -17,11 +17,7 @@ class _Samtune(Commands):
     topics: ClassVar = {
         "Look": {
             "doctor": ("samtune.cli.doctor", "doctor", "what this machine can do, and what is missing"),
-            "models": (
-                "samtune.cli.models",
-                "list_models",
-                "pretrained models, and where their weights are",
-            ),
+            "models": ("samtune.cli.models", "list_models", "pretrained models, and where their weights are"),
             "datasets": ("samtune.cli.data", "datasets_app", "the data sets that have a name"),
             "data": ("samtune.cli.data", "data_app", "check a data set of your own"),
             "recipes": ("samtune.cli.recipes", "recipes_app", "settings that ship with samtune, to run or to copy"),

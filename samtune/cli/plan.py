@@ -1,25 +1,16 @@
 """`samtune plan`: parse, one call, print."""
 
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from samtune import signals
-from samtune.cli import completion
+from samtune.cli.arguments import Recipe
 from samtune.cli.config_flags import with_config_flags
 from samtune.cli.help import Json
 
 
 @with_config_flags
 def plan(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(
-            help="TOML file with any of the options below as keys, or a name of `samtune recipes ls`.",
-            autocompletion=completion.recipes,
-        ),
-    ] = None,
+    recipe: Recipe = None,
     *,
     as_json: Json = False,
     flags: dict[str, Any],

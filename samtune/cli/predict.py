@@ -10,11 +10,10 @@ import typer
 
 from samtune import ranks, signals
 from samtune.cli import completion
-from samtune.cli.config_flags import with_config_flags
+from samtune.cli.config_flags import Gpus, Processes, with_config_flags
 from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
 from samtune.errors import UsageError
-from samtune.options import MOST_PROCESSES
 
 
 @partial(with_config_flags, only=("image_key", "image_root", "image_suffix", "workers"))
@@ -84,10 +83,8 @@ def predict(
             metavar="error|skip",
         ),
     ] = "error",
-    gpus: Annotated[str, typer.Option(help="auto, all, a number of GPUs, or a list of them, as in a run.")] = "auto",
-    processes: Annotated[
-        int | None, typer.Option(min=1, max=MOST_PROCESSES, help="So many ranks on the CPU, in place of GPUs.")
-    ] = None,
+    gpus: Gpus = "auto",
+    processes: Processes = None,
     as_json: Json = False,
     flags: dict[str, Any],
 ) -> None:

@@ -1,13 +1,12 @@
 """`samtune run`: parse, one call, print."""
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from samtune import ranks, signals
-from samtune.cli import completion
+from samtune.cli.arguments import Recipe
 from samtune.cli.config_flags import with_config_flags
 from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
@@ -16,13 +15,7 @@ from samtune.errors import UsageError
 
 @with_config_flags
 def run(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(
-            help="TOML file with any of the options below as keys, or a name of `samtune recipes ls`.",
-            autocompletion=completion.recipes,
-        ),
-    ] = None,
+    recipe: Recipe = None,
     *,
     resume: Annotated[
         bool,
@@ -61,7 +54,7 @@ def run(
     recipe = recipe and shipped.find(recipe)
     with signals.listening() as stop:
         ranks.report_for_work()
-        result = api.start(recipe, flags, resume, allow_change or [], stop, sys.argv[1:])
+        result = api.start_or_resume(recipe, flags, resume, allow_change or [], stop, sys.argv[1:])
     mine = result_to_print(result)
     if mine is not None:
         from samtune import console, report
