@@ -274,7 +274,10 @@ def _cause(said: Mapping[int, Word], failure: Exception | None, watch: _Watch) -
         if code < 0 and -code != signal.SIGTERM and rank not in watch.killed:
             return _lost(rank, pid, code)
     if stopped:
-        return Stopped(stopped[0].what, max(word.exit_code or 0 for word in stopped))
+        # None ends before rank 0 has saved, so one that says so says it for all. torch's agent sends SIGTERM to those
+        # that are left when the first has ended: they take it for a second signal.
+        first = min(stopped, key=lambda word: (word.exit_code != Stopped.SAVED, word.time))
+        return Stopped(first.what, first.exit_code or 0)
     for rank, (pid, code) in ended.items():
         if code == SamtuneError.exit_code:
             error = WorkerLost(f"rank {rank} (process {pid}) ended with a defect", "its traceback stands above")

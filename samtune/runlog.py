@@ -290,7 +290,7 @@ def amend_status(folder: Path, error: SamtuneError | Stopped) -> None:
     """The launcher knows better what ended a run than rank 0, which was only left alone, or was killed itself."""
     with suppress(OSError, ValueError):
         status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        if status["state"] == "running" or (status["error"] or {}).get("what") == LOST:
+        if status["state"] in ("running", "stopped") or (status["error"] or {}).get("what") == LOST:
             state = "stopped" if isinstance(error, Stopped) else "failed"
             status |= {"state": state, "exit_code": error.exit_code, "error": _in_words(error), "updated": now()}
             _write_whole(folder / "status.json", _json(status), durable=False)

@@ -308,6 +308,14 @@ class Agent(Exception):
             [],
             (75, "stopped by SIGTERM"),
         ),
+        # The agent ends those that are left by SIGTERM, which they take for a second signal.
+        (
+            [Word(0, 10, "", 143, "stopped by a second signal", time=2.0), Word(1, 11, "", 75, "stopped by SIGTERM")],
+            {0: 143, 1: 75},
+            [],
+            (75, "stopped by SIGTERM"),
+        ),
+        ([Word(0, 10, "", 143, "stopped by SIGTERM"), Word(1, 11, "", 143, "stopped")], {0: 143}, [], (143, "stopped")),
         ([Word(0, 10, "", 0), Word(1, 11, "", 0)], {}, [], None),
     ],
 )
