@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samtune import caches, config, console, ranks, report, signals
+from samtune import caches, config, console, ranks, report, shipped, signals
 from samtune.errors import UsageError
 from samtune.options import RunConfig, flag_name
 from samtune.resume import finished_report, settle
@@ -32,9 +32,10 @@ def run(
 ) -> Report:
     """Fine-tune a model and return its report. `samtune.run(model=..., dataset=..., rho=0.05, epochs=3)`
 
-    settings: the keys of a recipe, which are the flags of `samtune run` with underscores: batch_size=32. They take
-    precedence over the recipe. The run folder is that of the command; its path is the report's key "folder". resume:
-    resume the run in `output`; allow_change: settings that may then differ from before.
+    recipe: a file, or the name of a recipe that comes with samtune. settings: the keys of a recipe, which are the flags
+    of `samtune run` with underscores: batch_size=32. They take precedence over the recipe. resume: resume the run in
+    `output`; allow_change: settings that may then differ from before. The run folder is that of the command; its path
+    is the report's key "folder". In a notebook, progress is one line that is drawn over.
 
     Raises the errors of samtune.errors. Ctrl-C, or a notebook's interrupt, ends the run after its step with a
     checkpoint, and raises Stopped.
@@ -118,7 +119,8 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(flag_name(key if value else f"no_{key}"))
         elif value is not None:
-            flags.append(f"{flag_name(key)}={value}")
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+            flags.append(f"{flag_name(key)}={text}")
     return flags
 
 
@@ -132,8 +134,10 @@ def start_or_resume(
 ) -> Mapping[str, Any] | None:
     """Start or resume a run, on as many ranks as it wants: its report, or None where another rank has it.
 
-    flags: settings that take precedence over the recipe's. arguments: the command line that each rank is started with.
+    recipe: a file, or the name of a recipe that comes with samtune. flags: settings that take precedence over it.
+    arguments: the command line that each rank is started with.
     """
+    recipe = recipe and shipped.find(recipe)
     resumed = None
     # A rank goes on with what is there, if it is started again; on what the command may find its launcher has decided.
     if resume or ranks.folder() is not None or ranks.restarts() > 0:

@@ -21,6 +21,8 @@ from samtune import live, ranks
 _PLAIN_INTERVAL = 15.0  # seconds between two progress lines where there is no terminal
 _RUNS_INTERVAL = 60.0  # the same, of a sweep
 _REFRESH = 4  # times a second that what is live is drawn
+_NOTEBOOK_INTERVAL = 0.5  # seconds between two messages to a notebook
+_NOTEBOOK_WIDTH = 110  # characters of its line
 _CHART_HEIGHT = 18  # lines of a terminal that has room for a chart
 _HANG = 12  # characters: a longer label does not indent what is wrapped below it
 
@@ -215,12 +217,46 @@ def _text(line: live.Line) -> Text:
     return Text.assemble(*line, no_wrap=True, overflow="ignore")
 
 
+class _NotebookLine:
+    """A line in the output of a notebook's cell, which is drawn over again."""
+
+    def __init__(self, draw: Callable[[], str]) -> None:
+        self._draw = draw
+        self._shown: Any = None  # IPython's handle of it
+        self._drawn_at = 0.0
+
+    def start(self) -> None:
+        """It is there from its first words on."""
+
+    def refresh(self, *, last: bool = False) -> None:
+        """Draw what it says now, if the last time was not just before."""
+        now = time.monotonic()
+        if not last and now - self._drawn_at < _NOTEBOOK_INTERVAL:
+            return
+        self._drawn_at = now
+        content = {"text/plain": self._draw()}
+        if self._shown is not None:
+            self._shown.update(content, raw=True)
+        elif content["text/plain"]:
+            from IPython.display import display  # a notebook has it
+
+            self._shown = display(content, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """What it says now stays."""
+        self.refresh(last=True)
+
+
 class _Live(ABC):
-    """Lines that are drawn over again on the terminal, below the notes; nothing where there is none. A context."""
+    """Lines that are drawn over again below the notes: on the terminal, and in a notebook the last of them; elsewhere
+    nothing. A context.
+    """
 
     def __init__(self) -> None:
-        self._live: Live | None = None
-        if _err.is_interactive and not _quiet:
+        self._live: Live | _NotebookLine | None = None
+        if _err.is_jupyter and not _quiet:
+            self._live = _NotebookLine(self._last_line_text)
+        elif _err.is_interactive and not _quiet:
             self._live = Live(
                 get_renderable=lambda: Group(*(_text(line) for line in self._lines(_err.width))),
                 console=_err,
@@ -236,6 +272,15 @@ class _Live(ABC):
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
+
+    def _changed(self) -> None:
+        """There is something new to draw; a terminal looks by itself, from a thread."""
+        if isinstance(self._live, _NotebookLine):
+            self._live.refresh()
+
+    def _last_line_text(self) -> str:
+        lines = self._lines(_NOTEBOOK_WIDTH)
+        return "".join(part for part, _ in lines[-1]) if lines else ""
 
     @property
     def _ascii(self) -> bool:
@@ -269,6 +314,7 @@ class RunsProgress(_Live):
             if steps:
                 self._began.setdefault(run, (steps[0], time.monotonic()))
         self._runs = dict(runs)
+        self._changed()
 
     def _lines(self, width: int) -> list[live.Line]:
         return [self._bar(run, steps, width) for run, steps in self._runs.items()]
@@ -341,6 +387,7 @@ class RunProgress(_Live):
         if now - self._last_line >= 1 / _REFRESH:
             self._last_line = now
             self._state = {"rate": f"{lr:.3g}", "rho": f"{rho:.3g}", "memory": f"{memory() / 2**30:.2f} GiB"}
+        self._changed()
 
     def score(self, split: str, done: int, total: int) -> None:
         """So many of a split's images are scored."""
@@ -353,6 +400,7 @@ class RunProgress(_Live):
             self._line(f"{what}: {done}{'' if total is None else f'/{total}'} images{speed}")
         else:
             self._counting = (what, done, total, speed) if done != total else None
+            self._changed()
 
     def _lines(self, width: int) -> list[live.Line]:
         lines = self._charted(width) if self._curves.points and _err.height >= _CHART_HEIGHT and not self._ascii else []

@@ -48,6 +48,36 @@ def test_a_run_on_ranks_gives_the_same_report_from_python(data):
     assert samtune.evaluate("r", processes=2)["wrong"] == report["test"]["wrong"]
 
 
+def test_a_list_of_trackers_reaches_the_ranks(data):
+    samtune.run(dataset=data, output="r", processes=2, track=["tensorboard"], **SMALL | {"batch_size": 4})
+    assert 'track = "tensorboard"' in Path("r/config.toml").read_text()
+
+
+def test_a_recipe_that_comes_with_samtune_is_found_by_its_name(data):
+    with pytest.raises(UsageError, match="nearest: demo"):
+        samtune.run("demoo")
+    report = samtune.run("quick/pets", dataset=data, output="r", **SMALL)
+    assert report["dataset"]["classes"] == 2
+    assert 'model = "test_resnet"' in Path("r/config.toml").read_text()
+
+
+def test_a_notebook_shows_progress_as_one_line_and_the_report_as_a_table(data):
+    """In a kernel of its own, as a notebook has it."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    call = f"samtune.run(dataset={str(data)!r}, output='r', **{SMALL | {'epochs': 3}})"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"import samtune\n{call}")])
+    NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(data.parent)}}).execute()
+    shown = [output["data"] for output in notebook.cells[0].outputs if "data" in output]
+    steps = [each["text/plain"] for each in shown if each["text/plain"].startswith("step ")]
+    assert len(steps) == 1, steps
+    done = json.loads(Path("r/status.json").read_text())["total_steps"]
+    assert f"{done}/{done}" in steps[0]
+    assert "\n" not in steps[0]
+    assert "of 8 wrong" in shown[-1]["text/html"]
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "said"),
     [

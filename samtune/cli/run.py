@@ -49,9 +49,8 @@ def run(
         from samtune.cli import start
 
         raise UsageError("no model and no data set are given", mend=start.shortest_commands())
-    from samtune import api, shipped
+    from samtune import api
 
-    recipe = recipe and shipped.find(recipe)
     with signals.listening() as stop:
         ranks.report_for_work()
         result = api.start_or_resume(recipe, flags, resume, allow_change or [], stop, sys.argv[1:])
