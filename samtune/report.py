@@ -14,10 +14,17 @@ SCHEMA_VERSION = 1
 _SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss")
 
 
-def collapse_warning(epoch: int, loss: float, classes: int) -> str | None:
-    """The warning for an epoch whose mean train loss is no better than a guess, ln(classes); None if it is."""
+_NEAR_CHANCE = 0.9  # of the error of a guess
+
+
+def collapse_warning(epoch: int, loss: float, top1_error: float, classes: int) -> str | None:
+    """The warning for an epoch that is no better than a guess by mean train loss, ln(classes), and by top-1 error.
+
+    A model that is right far more often has only been too sure of what it got wrong, as a new head is at first.
+    """
     chance = math.log(classes)
-    if not loss >= chance:  # nor NaN, where no step was applied
+    # Nor NaN, where no step was applied.
+    if not (loss >= chance and top1_error >= _NEAR_CHANCE * 100 * (1 - 1 / classes)):
         return None
     return (
         f"epoch {epoch}: the train loss is {loss:.2f}, no better than guessing (ln {classes} = {chance:.2f}). "
@@ -82,8 +89,12 @@ def collect(folder: Path) -> dict[str, Any]:
     passes = sum(row["passes"] for row in train) if whole_record else None
     classes = provenance["dataset"]["classes"]
     per_epoch = provenance["steps_per_epoch"]
-    whole = {epoch: loss for epoch, loss in epoch_means(train).items() if epoch * per_epoch <= steps}
-    warnings = [collapse_warning(epoch, loss, classes) for epoch, loss in whole.items()]
+    errors = epoch_means(train, "top1_error")
+    warnings = [
+        collapse_warning(epoch, loss, errors[epoch], classes)
+        for epoch, loss in epoch_means(train).items()
+        if epoch * per_epoch <= steps
+    ]
     return {
         "schema_version": SCHEMA_VERSION,
         "model": provenance["model"],

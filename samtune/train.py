@@ -306,7 +306,10 @@ def _settle(this: _Run, place: Position) -> None:
         line += f", {left:.0f} s left"
         this.log.say(line)
     if step % job.steps_per_epoch == 0:
-        warning = report.collapse_warning(job.epoch(step), place.epoch.means()["loss"], len(job.data.class_names))
+        means = place.epoch.means()
+        warning = report.collapse_warning(
+            job.epoch(step), means["loss"], means["top1_error"], len(job.data.class_names)
+        )
         if warning:
             this.log.warn(warning)
         place.epoch = Meter()

@@ -229,6 +229,14 @@ def test_no_test_leaves_the_test_split_alone(folder_data, tmp_path):
     assert json.loads(done.stdout)["test"] is None
 
 
+@pytest.mark.parametrize(
+    ("loss", "error", "said"), [(1.2, 66.0, True), (1.2, 32.0, False), (1.0, 66.0, False), (math.nan, math.nan, False)]
+)
+def test_an_epoch_is_no_better_than_guessing_by_loss_and_by_error(loss, error, said):
+    """Of three classes: a guess has a loss of 1.10 and an error of 66.7 %."""
+    assert (report.collapse_warning(1, loss, error, 3) is not None) is said
+
+
 def test_a_loss_that_stays_at_chance_is_said_while_it_runs_and_in_the_report(folder_data, tmp_path):
     done = small_run(
         tmp_path / "r", folder_data, "--lr", 1, "--clip-grad", 0, "--opt", "adamw", "--epochs", 1, "--json"
