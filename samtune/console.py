@@ -93,7 +93,7 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     console = Console(highlight=False, emoji=False)
     widths = _widths(cells, ["name", "value"], set(), console.width)
     if widths is None:
-        print_lines([title, *(f"{name}: {value}" for name, value in rows.items())])
+        print_prose([title, *(f"{name}: {value}" for name, value in rows.items())])
         return
     table = Table(title=escape(title), show_header=False, title_justify="left")
     table.add_column(style="bold", width=widths["name"])
@@ -110,11 +110,12 @@ def print_rows(title: str, rows: Sequence[Row], *, droppable: Sequence[str] = ()
     the rest does not fit either, there is a value a line: half a number or half a path is worse than none.
     """
     console = Console(highlight=False, emoji=False)
-    _print(console, *_listed(title, rows, droppable, console.width))
+    _print(console, *_listed(title, rows, droppable, console))
 
 
-def _listed(title: str, rows: Sequence[Row], droppable: Sequence[str], width: int) -> list[RenderableType]:
+def _listed(title: str, rows: Sequence[Row], droppable: Sequence[str], console: Console) -> list[RenderableType]:
     """The table of `print_rows`, and a line below it that names what it has no room for; or lines."""
+    width = console.width
     cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
     numbers = {name for name in rows[0] if not any(isinstance(row[name], str) for row in rows)}
     droppable = [name for name in droppable if name in cells[0]]
@@ -124,10 +125,10 @@ def _listed(title: str, rows: Sequence[Row], droppable: Sequence[str], width: in
         if widths is not None:
             break
     else:
+        lines = (f"{'  ' if i else ''}{name}: {value}" for row in cells for i, (name, value) in enumerate(row.items()))
         return [
-            Text(f"{'  ' if i else ''}{name}: {value}", no_wrap=True, overflow="ignore")
-            for row in cells
-            for i, (name, value) in enumerate(row.items())
+            Text(wrapped(line, width) if console.is_terminal else line, no_wrap=True, overflow="ignore")
+            for line in lines
         ]
     table = Table(title=escape(title), title_justify="left")
     for name in names:
@@ -198,7 +199,7 @@ def watch_rows(
 
     def draw() -> RenderableType:
         rows, lines = look()
-        listed = _listed(title, rows, droppable, console.width) if rows else []
+        listed = _listed(title, rows, droppable, console) if rows else []
         said = [Text(line) for line in lines]
         return Group(*listed, *said, Text(f"{time.strftime('%H:%M:%S')}, again every {seconds:g} s; Ctrl-C ends"))
 

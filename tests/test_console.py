@@ -16,6 +16,7 @@ import pytest
 
 from samtune import console, ending, live
 from tests.conftest import ROOT, SMALL_MODEL, samtune, write_image_folder
+from tests.folders import write_sweep
 from tests.test_runs import write_run
 
 WIDTHS = (60, 80, 100, 120)
@@ -66,8 +67,8 @@ def shown_on(screen, process, until=None):
 def start(*words, terminal, **streams):
     env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
     command = [sys.executable, "-m", "samtune", *map(str, words)]
-    streams = {"stdin": subprocess.DEVNULL, "stdout": terminal, "stderr": terminal} | streams
-    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **streams)
+    streams = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "stdout": terminal, "stderr": terminal} | streams
+    process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
     os.close(terminal)
     return process
 
@@ -95,6 +96,42 @@ def test_the_least_important_columns_go_first_and_it_is_said_which():
     assert "non-commercial" in at_80
     assert "no room here for: source, licence (" in at_60
     assert "flowers102" in at_60
+
+
+@pytest.fixture(scope="module")
+def shown_folders(tmp_path_factory):
+    """A data set, a run and a sweep, by name."""
+    folder = tmp_path_factory.mktemp("shown")
+    data = write_image_folder(folder / "data", {"train": 12, "test": 4})
+    done = samtune("run", *SMALL_MODEL, "--dataset", data, "--epochs", 1, "--output", folder / "run")
+    assert done.returncode == 0, done.stderr
+    write_sweep(folder / "sweep", 'seeds = 2\nbudgets = ["100 passes"]\n[sweep.grid]\nrho=[0.05]\n', lambda run: [1])
+    return folder
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("report", "run"),
+        ("report", "sweep"),
+        ("data", "check", "data"),
+        ("models", "lite"),
+        ("recipes", "ls"),
+        ("eval", "run"),
+    ],
+    ids=" ".join,
+)
+def test_on_a_terminal_no_result_breaks_a_word(words, width, shown_folders, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    wide = samtune(*words, env={"COLUMNS": "1000"}, cwd=shown_folders)
+    screen, terminal = a_terminal(width)
+    process = start(*words, terminal=terminal, stderr=subprocess.DEVNULL, cwd=shown_folders)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown_on(screen, process))
+    assert process.returncode == wide.returncode == 0, shown
+    assert tokens(shown.partition("no room here for")[0]) <= tokens(wide.stdout)
+    for line in shown.splitlines():
+        assert len(line) <= width or len(re.sub("`[^`]*`", "", line).split()) <= 1, line
 
 
 def columns_shown(capsys, rows, droppable, width, monkeypatch):

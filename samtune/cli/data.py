@@ -15,7 +15,7 @@ data_app = new_group("Look at a data set before a run does.\n\nExample: samtune 
 datasets_app = new_group()
 
 
-@data_app.command(name="check", cls=Command)
+@data_app.command(name="check", cls=Command, short_help="find unreadable images, duplicates, leaks and odd labels")
 @partial(with_config_flags, only=(*DATA_KEYS, "max_megapixels"))
 def data_check(
     dataset: Annotated[
@@ -81,7 +81,7 @@ def list_datasets(context: typer.Context, as_json: Json = False) -> None:
         console.print_rows("Data sets", rows, droppable=("source", "licence", "validation"))
 
 
-@datasets_app.command(cls=Command)
+@datasets_app.command(cls=Command, short_help="tell what is known of a data set")
 def show(
     dataset: Annotated[str, typer.Argument(help="A name, a path, or user/name on the hub.", metavar="NAME_OR_PATH")],
     as_json: Json = False,

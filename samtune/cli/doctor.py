@@ -21,7 +21,7 @@ def doctor(as_json: Json = False) -> None:
         console.print_json({"ok": not broken, "checks": [finding.to_json() for finding in findings]})
     else:
         console.print_rows("This machine", [{"check": f.name, "is": f.status, "found": f.value} for f in findings])
-        console.print_lines(f"{f.name}: {f.hint}" for f in findings if f.hint)
+        console.print_prose(f"{f.name}: {f.hint}" for f in findings if f.hint)
     if broken:
         names = ", ".join(finding.name for finding in broken)
         raise MachineError(f"broken: {names}", broken[0].value, broken[0].hint or "see the table")

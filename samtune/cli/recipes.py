@@ -17,7 +17,7 @@ recipes_app = new_group(
 _Name = Annotated[str, typer.Argument(help="Of `samtune recipes ls`: quick/pets, or pets.", show_default=False)]
 
 
-@recipes_app.command(name="ls", cls=Command)
+@recipes_app.command(name="ls", cls=Command, short_help="list the recipes, and what each is for")
 def list_recipes(as_json: Json = False) -> None:
     """List the recipes that come with samtune: run or sweep, model, data set, and what each is for.
 
@@ -30,12 +30,10 @@ def list_recipes(as_json: Json = False) -> None:
         console.print_json(rows)
         return
     console.print_rows("Recipes", [{key: row[key] for key in ("name", "kind", "about")} for row in rows])
-    console.print_lines(
-        ["samtune recipes show NAME prints one, samtune run NAME runs it, samtune recipes cp NAME copies"]
-    )
+    console.print_prose(["`samtune recipes show NAME` prints one, `samtune run NAME` runs it"])
 
 
-@recipes_app.command(cls=Command)
+@recipes_app.command(cls=Command, short_help="print a recipe as it is")
 def show(name: _Name, as_json: Json = False) -> None:
     """Print a recipe as it is: its claim, its settings, what was measured.
 
@@ -50,7 +48,7 @@ def show(name: _Name, as_json: Json = False) -> None:
         console.print_lines(recipe.text.splitlines())
 
 
-@recipes_app.command(name="cp", cls=Command)
+@recipes_app.command(name="cp", cls=Command, short_help="copy a recipe, to change it")
 def copy(
     name: _Name,
     destination: Annotated[
@@ -83,7 +81,7 @@ def copy(
         console.print_lines([str(path)])
 
 
-@recipes_app.command(cls=Command)
+@recipes_app.command(cls=Command, short_help="check keys and values, as a run or a sweep would")
 def validate(
     recipes: Annotated[
         list[Path], typer.Argument(help="TOML files, or names of `samtune recipes ls`.", metavar="FILE")
