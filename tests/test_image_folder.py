@@ -267,6 +267,11 @@ UNCLEAR = {
         "amazon, webcam hold folders of the same names",
         ({"train_split": "amazon", "test_split": "webcam"}, {"train": 4, "test": 4}),
     ),
+    "years of the same classes, below one more folder": (
+        ("2019/all/cat/2", "2019/all/dog/2", "2020/new/cat/2", "2020/new/dog/2"),
+        "2019, 2020 hold folders of the same names, cat, dog",
+        ({"train_split": "2019/all", "test_split": "2020/new"}, {"train": 4, "test": 4}),
+    ),
     "vehicles, one of them a train": (
         ("bus/seq1/2", "bus/seq2/2", "train/seq1/2", "train/seq2/2"),
         "train may be a split or a class: bus, train hold folders of the same names",
@@ -591,6 +596,15 @@ def test_archives_of_all_usual_kinds_are_read(form, tmp_path):
         write(tmp_path / split, "cat/2", "dog/2")
         shutil.make_archive(str(tmp_path / "set" / split), "zip" if split == "test" else form, tmp_path / split)
     assert sizes(read(tmp_path / "set")) == {"train": 4, "test": 4}
+
+
+def test_a_picture_beside_archives_is_a_logo(tmp_path):
+    write(tmp_path, "set/logo.png", "train/cat/2", "train/dog/2", "test/cat/2")
+    for split in ("train", "test"):
+        shutil.make_archive(str(tmp_path / "set" / split), "zip", tmp_path / split)
+    data = read(tmp_path / "set")
+    assert sizes(data) == {"train": 4, "test": 2}
+    assert "1 picture right in" in data.notes[0]
 
 
 def test_archives_that_are_not_read_are_answered_with_the_command_that_unpacks_them(tmp_path):

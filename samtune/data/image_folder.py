@@ -300,15 +300,14 @@ class _Reader:
 
     def _are_alike(self, folders: Sequence[Folder]) -> bool:
         """Whether those with folders in them have two or more, whose names one of them has all: so do splits."""
-        names = [{below.name for below in self._inside(folder, "", ()).children} for folder in folders]
-        names = [found for found in names if found]
+        names = [{below.name for below in _fork(folder)} for folder in folders if folder.children]
         most = max(names, key=len, default=set())
         return len(names) > 1 and all(len(found) > 1 and found <= most for found in names)
 
     def _alike(self, folders: Sequence[Folder]) -> str:
-        inner = {folder.name: self._inside(folder, "", ()).children for folder in folders}
+        inner = {folder.name: _fork(folder) for folder in folders if folder.children}
         below = [child.name for child in max(inner.values(), key=len)]
-        return f"{some([name for name in inner if inner[name]])} hold folders of the same names, {some(below)}"
+        return f"{some(list(inner))} hold folders of the same names, {some(below)}"
 
     def _has_no_classes(self, split: Folder) -> bool:
         """Whether its pictures lie right in it, or in images/."""
@@ -545,6 +544,13 @@ def _roles_of(folders: Sequence[Folder], named: dict[str, str]) -> dict[str, str
         elif role is not None and (not rest or len(partners) > 1):
             roles[key] = role
     return roles
+
+
+def _fork(folder: Folder) -> list[Folder]:
+    """The folders in it, or in the one that it holds alone."""
+    while len(folder.children) == 1 and not folder.pictures and folder.children[0].children:
+        (folder,) = folder.children
+    return folder.children
 
 
 def _others(folder: Folder) -> list[str]:

@@ -239,10 +239,7 @@ def _read_path(
     found = tables.read_path(path, origin, wanted.dataset_config)
     metadata = [] if found else tables.metadata(path)
     if not found and (not metadata or _are_beside_classes(metadata, path, wanted)):
-        in_folders = image_folder.read_folder(path, wanted, classes)
-        if not in_folders.splits and not in_folders.notes:
-            unpacked = {str(archive): str(tables.unpack(archive)) for archive in tables.archives(path)}
-            in_folders = image_folder.read_folder(path, wanted, classes, unpacked) if unpacked else in_folders
+        in_folders = _read_folder(path, wanted, classes)
         if in_folders.splits:
             _refuse_columns(origin, wanted)
             told = "no column of it has the name of a label, and the folders are classes; --label-key names one"
@@ -255,6 +252,23 @@ def _read_path(
         return tables.raw_splits(origin, found, path.parent, wanted, train)
     splits, notes = tables.raw_splits(origin, found, path, wanted, train)
     return splits, [*notes, *_beside_tables(path, splits)]
+
+
+def _read_folder(path: Path, wanted: Wanted, classes: Sequence[str]) -> image_folder.FolderSplits:
+    """The pictures of a folder; those in its archives where no folder has any. A logo may lie beside them."""
+    alone = None
+    try:
+        found = image_folder.read_folder(path, wanted, classes)
+        if found.splits or found.notes:
+            return found
+    except image_folder.NoClassFolders as error:
+        found, alone = image_folder.FolderSplits(), error
+    unpacked = {str(archive): str(tables.unpack(archive)) for archive in tables.archives(path)}
+    if unpacked:
+        return image_folder.read_folder(path, wanted, classes, unpacked)
+    if alone:
+        raise alone
+    return found
 
 
 def _beside_tables(path: Path, splits: Collection[str]) -> list[str]:
