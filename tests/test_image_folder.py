@@ -1,5 +1,7 @@
 """Which folders are splits and which are classes: layouts as people have them, and what cannot be told."""
 
+import errno
+import json
 import os
 import re
 import shutil
@@ -128,7 +130,61 @@ LAYOUTS = {
         ("cat/3", "dog/3", "test1/test1/4"),
         {"train": 6},
         "cat dog",
-        "test1 is left out: 4 pictures without a label",
+        r"test1 is left out: 4 pictures without a label \(--train-split \. makes it a class\)",
+    ),
+    "classes right beside test, which may be one": (
+        ("control/3", "test/3", "placebo/3"),
+        {"train": 6},
+        "control placebo",
+        r"test is left out: 3 pictures without a label \(--train-split \. makes it a class\)",
+    ),
+    "classes first, and a container below": (
+        ("cat/train/images/3", "cat/test/images/1", "dog/train/images/3", "dog/test/images/2"),
+        {"train": 6, "test": 3},
+        "cat dog",
+        "",
+    ),
+    "classes first, and a container between": (
+        ("cat/images/train/3", "cat/images/test/1", "dog/images/train/3"),
+        {"train": 6, "test": 1},
+        "cat dog",
+        "",
+    ),
+    "a second train": (
+        ("train/cat/3", "train/dog/3", "train2/cat/2"),
+        {"train": 6, "train2": 2},
+        "cat dog",
+        "split train2 is not used: 2 rows",
+    ),
+    "a second test, without classes": (
+        ("train/cat/3", "train/dog/3", "test/cat/1", "test_2/3"),
+        {"train": 6, "test": 1},
+        "cat dog",
+        "test_2 is left out: 3 pictures",
+    ),
+    "a second train, without classes": (
+        ("train/cat/3", "train/dog/3", "train_2/3"),
+        {"train": 6},
+        "cat dog",
+        "train_2 is left out: 3 pictures",
+    ),
+    "more of train under another name": (
+        ("train/cat/3", "train/dog/3", "test/cat/1", "train-extra/cat/2", "train-extra/dog/2"),
+        {"train": 6, "test": 1},
+        "cat dog",
+        "folder train-extra is left out: 4 pictures",
+    ),
+    "a class whose name means no label elsewhere": (
+        ("train/-1/2", "train/0/2", "train/1/2", "test/-1/1"),
+        {"train": 6, "test": 1},
+        "0 1 -1",
+        "",
+    ),
+    "classes with folders of other names": (
+        ("cat/day/1", "cat/night/1", "dog/day/2"),
+        {"train": 4},
+        "cat dog",
+        "belong",
     ),
     "a folder that is no split": (
         ("train/cat/3", "train/dog/3", "extra/cat/4"),
@@ -195,6 +251,31 @@ UNCLEAR = {
         ("f1_train/cat/2", "f1_test/cat/2", "f2_train/cat/2", "f2_train/dog/1", "f2_test/cat/2"),
         "f1_test and f2_test may both be test",
         ({"train_split": "f2_train", "test_split": "f2_test"}, {"train": 3, "test": 2}),
+    ),
+    "folds of the same classes": (
+        ("fold1/cat/2", "fold1/dog/2", "fold2/cat/2", "fold2/dog/2", "fold3/cat/2", "fold3/dog/2"),
+        "fold1, fold2, fold3 hold folders of the same names, cat, dog",
+        ({"train_split": "fold1+fold2", "test_split": "fold3"}, {"train": 8, "test": 4}),
+    ),
+    "splits named in another language, one without a class": (
+        ("prueba/cat/2", "prueba/dog/2", "entrenamiento/cat/2", "entrenamiento/dog/2", "entrenamiento/owl/2", "leer/1"),
+        "entrenamiento, prueba hold folders of the same names, cat, dog, owl",
+        ({"train_split": "entrenamiento", "test_split": "prueba"}, {"train": 6, "test": 4}),
+    ),
+    "places of the same classes, with a container": (
+        ("amazon/images/cat/2", "amazon/images/dog/2", "webcam/images/cat/2", "webcam/images/dog/2"),
+        "amazon, webcam hold folders of the same names",
+        ({"train_split": "amazon", "test_split": "webcam"}, {"train": 4, "test": 4}),
+    ),
+    "years of the same classes, below one more folder": (
+        ("2019/all/cat/2", "2019/all/dog/2", "2020/new/cat/2", "2020/new/dog/2"),
+        "2019, 2020 hold folders of the same names, cat, dog",
+        ({"train_split": "2019/all", "test_split": "2020/new"}, {"train": 4, "test": 4}),
+    ),
+    "vehicles, one of them a train": (
+        ("bus/seq1/2", "bus/seq2/2", "train/seq1/2", "train/seq2/2"),
+        "train may be a split or a class: bus, train hold folders of the same names",
+        ({"train_split": "."}, {"train": 8}),
     ),
     "classes in classes, one of them called train": (
         ("road/train/2", "road/bus/2", "air/plane/2"),
@@ -264,6 +345,55 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("folder", [".", "train", "train/dog"])
+def test_a_folder_that_the_system_refuses_is_named(folder, tmp_path, monkeypatch):
+    """Also root sees this."""
+    write(tmp_path, "train/cat/1", "train/dog/1")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.samefile(path, tmp_path / folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"folder .* cannot be read") as error:
+        read(tmp_path)
+    assert error.value.why == "Permission denied"
+
+
+def test_a_path_that_the_system_refuses_is_named(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        read(tmp_path / ("a" * 300))
+
+
+# ------------------------------------------------------------------------------------------------------- beside tables
+
+
+def metadata(root, name, column, prefix=""):
+    """A file that tells something of four pictures: in each class of each of its two values one."""
+    values = {f"{prefix}{kind}/{i}.png": i for kind in ("cat", "dog") for i in range(2)}
+    csv = [f"file_name,{column}", *(f"{path},{value}" for path, value in values.items())]
+    jsonl = [json.dumps({"file_name": path, column: value}) for path, value in values.items()]
+    (root / name).write_text("\n".join(csv if name.endswith("csv") else jsonl))
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+@pytest.mark.parametrize("place", [".", "train"])
+def test_metadata_without_a_label_leaves_the_classes_to_the_folders(name, place, tmp_path):
+    write(tmp_path, "train/cat/2", "train/dog/2")
+    metadata(tmp_path / place, name, "width", "train/" if place == "." else "")
+    data = read(tmp_path)
+    assert data.class_names == ("cat", "dog")
+    assert f"{name} is not read: no column" in data.notes[0]
+
+
+@pytest.mark.parametrize(("column", "flags"), [("label", {}), ("width", {"label_key": "width"})])
+def test_metadata_with_a_label_tells_the_classes(column, flags, tmp_path):
+    metadata(write(tmp_path, "train/cat/2", "train/dog/2") / "train", "metadata.jsonl", column)
+    assert read(tmp_path, **flags).class_names == ("0", "1")
+
+
 # ---------------------------------------------------------------------------------------------------------------- names
 
 
@@ -331,6 +461,62 @@ def test_a_class_that_would_vanish_is_named_with_what_reads_its_pictures(tmp_pat
     assert any("samtune[jxl]" in note for note in data.notes)
 
 
+ABSENT = {
+    "an empty folder": (lambda root: (root / "train/owl").mkdir(), "class owl of train is left out: it is empty"),
+    "a link to nothing": (lambda root: (root / "train/owl").symlink_to("/nowhere"), "train/owl is left out: a link"),
+    "a link to itself": (lambda root: (root / "train/owl").symlink_to("owl"), "train/owl is left out: a link"),
+    "films": (
+        lambda root: ((root / "train/owl").mkdir(), (root / "train/owl/a.mp4").write_bytes(b"\0\0\0 ftyp")),
+        r"class owl of train is left out: no file is a picture by its ending, as .*a\.mp4",
+    ),
+    "a split that is empty": (lambda root: (root / "val").mkdir(), "folder val is left out: it is empty"),
+    "a split that is a link to nothing": (
+        lambda root: (root / "val").symlink_to("/nowhere"),
+        "val is left out: a link",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_class_or_split_without_pictures_is_named(name, tmp_path):
+    make, note = ABSENT[name]
+    make(write(tmp_path, "train/cat/2", "train/dog/2", "test/cat/1"))
+    data = read(tmp_path)
+    assert sizes(data) == {"train": 4, "test": 1}
+    assert len(data.notes) == 1
+    assert re.search(note, data.notes[0])
+
+
+def test_the_error_for_one_class_alone_says_what_became_of_the_other(tmp_path):
+    write(tmp_path, "train/cat/2")
+    (tmp_path / "train" / "owl").mkdir()
+    with pytest.raises(DataError, match="one class alone: cat") as error:
+        read(tmp_path)
+    assert "class owl of train is left out: it is empty" in error.value.why
+
+
+@pytest.mark.parametrize("path", ["train/owl/1", "train/owl/1.npy", "train/owl/x/1.jpg_large", "val/cat/1"])
+def test_pictures_without_such_an_ending_do_not_vanish(path, tmp_path):
+    folder, _, name = path.rpartition("/")
+    write(tmp_path, "train/cat/2", "train/dog/2", f"{folder}/0.png")
+    (tmp_path / folder / "0.png").rename(tmp_path / folder / name)
+    with pytest.raises(DataError, match="pictures, but not by their ending"):
+        read(tmp_path)
+    assert sizes(read(tmp_path, on_bad_image="skip")) == {"train": 4}
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(DataError, match="but not by their ending" if "val" in path else "is not there|cannot be read"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["tga", "JPE", "pbm", "j2k", "dib", "pcx", "sgi", "ppm", "tiff", "webp"])
+def test_what_pillow_reads_is_a_picture(ending, tmp_path):
+    write(tmp_path, "cat/1")
+    (tmp_path / "owl").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "owl" / f"0.{ending}")
+    train = read(tmp_path).splits["train"]
+    assert [decode(train.image_bytes(row), str).shape[0] for row in range(2)] == [3, 3]
+
+
 def test_a_folder_of_nothing_but_such_pictures_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("samtune.data.formats._is_installed", lambda ending: False)
     with pytest.raises(DataError, match=r"none of its 2 pictures \(\.heic\)"):
@@ -365,6 +551,75 @@ def test_an_archive_counts_as_a_folder_in_its_place(tmp_path):
     for split in ("train", "test"):
         shutil.make_archive(str(tmp_path / "two" / split), "gztar", tmp_path / "content" / split)
     assert sizes(read(tmp_path / "two")) == {"train": 4, "test": 1}
+
+
+PACKED = {
+    "a class": (("cat/2", "bird/2"), "dog.zip", "dog.zip"),
+    "a class, which another program unpacks": (("cat/2", "bird/2"), "dog.rar", "dog.rar"),
+    "a class below": (("a/b/cat/2", "a/b/bird/2"), "a/b/dog.tar.xz", "a/b/dog.tar.xz"),
+    "a class of train": (("train/cat/2", "train/bird/2"), "train/dog.tgz", "train/dog.tgz"),
+    "a class of test": (("train/cat/2", "train/bird/2", "test/cat/1"), "test/bird.zip", "test/bird.zip"),
+    "a class beside a container": (("train/images/cat/2", "train/images/bird/2"), "train/dog.zip", "train/dog.zip"),
+    "a class in its folder": (("train/cat/2", "train/bird/2"), "train/dog/all.zip", "train/dog/all.zip"),
+    "a class, before splits": (("cat/train/2", "bird/train/2"), "dog.zip", "dog.zip"),
+    "a split below a class": (("cat/train/2", "bird/train/2"), "cat/test.zip", "cat/test.zip"),
+    "the second class": (("cat/2",), "dog.zip", "dog.zip"),
+    "test": (("train/cat/2", "train/dog/2"), "test.zip", "test.zip"),
+    "test in its folder": (("train/cat/2", "train/dog/2"), "test/test.zip", "test/test.zip"),
+    "test beside a folder of classes": (("photos/cat/2", "photos/dog/2"), "Test_Set.ZIP", "Test_Set.ZIP"),
+    "train": (("test/cat/2", "test/dog/2"), "train.tar.bz2", "train.tar.bz2"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_an_archive_that_may_be_a_class_or_a_split_is_not_dropped(name, tmp_path):
+    paths, archive, said = PACKED[name]
+    write(tmp_path, *paths, archive)  # it is not opened
+    with pytest.raises(DataError, match=f"archive {said} lies beside") as error:
+        read(tmp_path)
+    assert "unpack it" in error.value.mend
+
+
+@pytest.mark.parametrize(
+    "archive", ["data.zip", "archive.zip", "train.zip", "pets.tar.gz", "train/images.zip", "train/cat/x.zip", "docs.7z"]
+)
+def test_an_archive_of_what_is_unpacked_is_named(archive, tmp_path):
+    root = write(tmp_path / "pets", "train/cat/2", "train/dog/2", "test/cat/1", archive)
+    data = read(root)
+    assert sizes(data) == {"train": 4, "test": 1}
+    assert data.notes == (f"archive {archive} not read: beside folders of pictures archives are not unpacked",)
+
+
+@pytest.mark.parametrize("form", ["zip", "gztar", "bztar", "xztar"])
+def test_archives_of_all_usual_kinds_are_read(form, tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / split, "cat/2", "dog/2")
+        shutil.make_archive(str(tmp_path / "set" / split), "zip" if split == "test" else form, tmp_path / split)
+    assert sizes(read(tmp_path / "set")) == {"train": 4, "test": 4}
+
+
+def test_a_picture_beside_archives_is_a_logo(tmp_path):
+    write(tmp_path, "set/logo.png", "train/cat/2", "train/dog/2", "test/cat/2")
+    for split in ("train", "test"):
+        shutil.make_archive(str(tmp_path / "set" / split), "zip", tmp_path / split)
+    data = read(tmp_path / "set")
+    assert sizes(data) == {"train": 4, "test": 2}
+    assert "1 picture right in" in data.notes[0]
+
+
+def test_archives_that_are_not_read_are_answered_with_the_command_that_unpacks_them(tmp_path):
+    for name, command in (("a.zip", "unzip"), ("b.tar.gz", "tar -xf"), ("c.7z", "7z x"), ("d.rar", "unrar x")):
+        write(tmp_path, f"files/{name}")
+        with pytest.raises(DataError, match="is an archive") as error:
+            read(tmp_path / "files" / name)
+        assert command in error.value.mend
+    write(tmp_path, "foreign/pets.7z")
+    with pytest.raises(DataError, match=r"pets\.7z .* cannot be read here"):
+        read(tmp_path / "foreign")
+    for form in ("zip", "gztar"):
+        shutil.make_archive(str(tmp_path / "twice" / "train"), form, write(tmp_path / "content", "cat/1", "dog/1"))
+    with pytest.raises(DataError, match="has the name of another beside it"):
+        read(tmp_path / "twice")
 
 
 def test_rows_lie_in_the_order_of_their_paths(tmp_path):

@@ -123,6 +123,38 @@ def test_a_choice_of_splits_that_cannot_be_meant_is_refused(tmp_path, wanted, sa
         source.open_source(folder, wanted)
 
 
+@pytest.mark.parametrize("ending", ["", "-00000-of-00001"])
+@pytest.mark.parametrize("place", [".", "data"])
+def test_a_table_of_another_name_beside_splits_is_a_split_of_its_own(ending, place, tmp_path):
+    (tmp_path / place).mkdir(exist_ok=True)
+    for split in ("train", "test", "holdout"):
+        table(["a", "b"]).to_parquet(tmp_path / place / f"{split}{ending}.parquet")
+    table(["a", "b"]).remove_columns("image").to_parquet(tmp_path / place / "sizes.parquet")
+    if ending:
+        (tmp_path / place / "sizes.parquet").unlink()
+    data = source.open_source(str(tmp_path))
+    assert sizes(data) == {"train": 2, "test": 2, "holdout": 2}
+    assert data.notes[0].startswith("split holdout is not used: 2 rows")
+    assert sizes(source.open_source(str(tmp_path), Wanted(test_split="holdout"))) == {"train": 2, "test": 2}
+
+
+@pytest.mark.parametrize("place", [".", "data", "assets"])
+def test_a_picture_beside_tables_is_a_logo(place, tmp_path):
+    folder = write(tmp_path, train=table(["a", "b"]), test=table(["b"]))
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "logo.png").write_bytes(image_bytes(0))
+    assert sizes(source.open_source(folder)) == {"train": 2, "test": 1}
+
+
+def test_a_split_that_no_table_is_and_a_folder_or_archive_might_be_is_named(tmp_path):
+    folder = write(tmp_path, train=table(["a", "b"]))
+    write_image_folder(tmp_path, {"test": 1}, classes=("a", "b"))
+    (tmp_path / "val.zip").write_bytes(b"")
+    (tmp_path / "dev").mkdir()
+    notes = source.open_source(folder).notes
+    assert [note.partition(" ")[0] for note in notes] == ["test", "val.zip"]
+
+
 def test_a_test_split_does_not_become_validation_when_another_is_scored():
     with pytest.raises(UsageError, match="test is the test split"):
         roles.assign("d", ["train", "test", "final"], Wanted(val_split="test", test_split="final"), {})

@@ -153,6 +153,11 @@ class _Search:
         return self.image, self.wanted.label_key
 
 
+def has_label(names: Iterable[str]) -> bool:
+    """Whether one of the columns has a usual name of a label."""
+    return _by_name(names, _LABEL_NAMES) is not None
+
+
 def one_hot_labels(table: Table, names: Sequence[str], where: Sequence[str]) -> list[str | None]:
     """The class of each row: the name of the column that has 1; None where none has.
 

@@ -1,11 +1,17 @@
 """Which files are pictures by their endings, and what it takes to read them. Imports nothing heavy."""
 
 import importlib
+import os
+import shlex
 from functools import cache
 from importlib.util import find_spec
 from pathlib import PurePath
 
-_BUILT_IN = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2")
+# Of the formats that Pillow reads those of pictures: no films, documents, icons or tables of numbers.
+_FORMATS = {
+    *("BMP", "DDS", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+    *("XBM", "XPM"),
+}
 # Ending -> (module that teaches Pillow to read it, what installs the module).
 _PLUGINS = {
     **dict.fromkeys((".heic", ".heif", ".hif"), ("pillow_heif", "pip install 'samtune[heif]'")),
@@ -14,12 +20,14 @@ _PLUGINS = {
 }
 # Pictures that nothing here reads.
 _FOREIGN = (".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".psd", ".svg", ".dcm", ".exr")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
+_FOREIGN_ARCHIVES = (".7z", ".rar", ".tar.zst", ".tar.lz4", ".tar.lzma", ".tar.z")  # no package here reads them
 
 
 def is_readable(name: str) -> bool:
     """Whether a file is a picture by its ending, of a format that can be decoded here."""
     ending = _ending(name)
-    return ending in _BUILT_IN or (ending in _PLUGINS and _is_installed(ending))
+    return ending in _built_in() or (ending in _PLUGINS and _is_installed(ending))
 
 
 def is_unreadable(name: str) -> bool:
@@ -33,6 +41,36 @@ def installation(name: str) -> str:
     return _PLUGINS[_ending(name)][1] if _ending(name) in _PLUGINS and is_unreadable(name) else ""
 
 
+def archive_ending(name: str) -> str:
+    """The ending that makes an archive of a file, as .tar.gz; "" where it is none. It need not be readable here."""
+    lower = name.lower()
+    return max((end for end in (*ARCHIVES, *_FOREIGN_ARCHIVES) if lower.endswith(end)), key=len, default="")
+
+
+def unpacking(name: str) -> str:
+    """The command that unpacks an archive into a folder of its name."""
+    ending = archive_ending(name)
+    file, folder = shlex.quote(name), shlex.quote(name[: -len(ending)])
+    if ending.startswith((".tar", ".t")):
+        return f"mkdir {folder} && tar -xf {file} -C {folder}"
+    return {".zip": f"unzip {file} -d {folder}", ".7z": f"7z x {file} -o{folder}"}.get(
+        ending, f"unrar x {file} {folder}/"
+    )
+
+
+def is_picture(path: str) -> bool:
+    """Whether a file is a picture by its first bytes, whatever its ending."""
+    from PIL import Image
+
+    try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            return False
+        with Image.open(path) as image:
+            return image.format in _FORMATS
+    except Exception:  # what is no picture has a family of errors
+        return False
+
+
 @cache
 def register_plugins() -> None:
     """Have Pillow read what the installed plugins can read."""
@@ -44,6 +82,14 @@ def register_plugins() -> None:
 
 def _ending(name: str) -> str:
     return PurePath(name).suffix.lower()
+
+
+@cache
+def _built_in() -> frozenset[str]:
+    """The endings that Pillow knows for these formats."""
+    from PIL import Image
+
+    return frozenset(ending for ending, form in Image.registered_extensions().items() if form in _FORMATS)
 
 
 @cache

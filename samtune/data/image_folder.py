@@ -7,7 +7,8 @@ Opens no picture. Four layouts are understood, also below folders that hold noth
     <class>/...  test/<class>/...                            classes, and beside them a split that has the same ones
     <class>/...                                              classes: all is train
 
-What could be read in two ways is refused, with the tree that was seen.
+What could be read in two ways is refused, with the tree that was seen; so is an archive that may be a class or a split
+of its own. What is left out is named.
 """
 
 import os
@@ -16,7 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from samtune.data.formats import installation, is_readable, is_unreadable
+from samtune.data.formats import (
+    ARCHIVES,
+    archive_ending,
+    installation,
+    is_picture,
+    is_readable,
+    is_unreadable,
+    unpacking,
+)
+from samtune.data.labels import some
 from samtune.data.names import readable
 from samtune.data.roles import ROLES, UNLABELLED, Wanted, parse, role_of
 from samtune.errors import DataError
@@ -27,7 +37,12 @@ _LEFT_BY_SYSTEMS = {
 # Folders that hold the pictures of a split, and are no class; and those in which pictures wait for a label.
 _CONTAINERS = {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "data"}
 _WAITING = {"unknown", "unlabelled", "unlabeled", "nolabel", "none", "all", *_CONTAINERS}
+_PACKED = "archive"  # what an archive of the whole data set is called, if not as its folder or data, images, ...
 _DRAWN = 12  # lines of a tree in an error
+
+
+class NoClassFolders(DataError):
+    """Pictures of train that lie right in it."""
 
 
 @dataclass
@@ -51,15 +66,19 @@ class FolderSplits:
 class Folder:
     """A folder, or an archive. key: its name as the system has it, which flags give; name: the same, readable.
 
-    count: pictures in it and below.
+    place: its path below the data set's folder, readable. archives: names of those that are not unpacked. broken: names
+    of links that lead to nothing. count: pictures in it and below.
     """
 
     path: str
     key: str
     name: str
+    place: str
     folders: list["Folder"] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)  # names of files
     others: list[str] = field(default_factory=list)
+    archives: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
     count: int = 0
 
     @property
@@ -100,13 +119,21 @@ def read_folder(
     place. What begins with a dot is passed over.
 
     Raises DataError where it cannot be told which folders are splits, where a picture of train lies in no class folder,
-    where a class would vanish because its pictures cannot be decoded here, and for a folder that cannot be read.
+    where a class would vanish because its pictures cannot be decoded here or lie in an archive that is not unpacked,
+    and for a folder that cannot be read.
     """
-    tree = _read_tree(str(root), root.name, archives, frozenset())
+    tree = _read_tree(str(root), root.name, "", archives, frozenset())
     if not tree.count:
         unreadable = [name for folder in tree.walk() for name in folder.others if is_unreadable(name)]
         if unreadable:
             raise _undecodable(f"folder {readable(str(root))}", unreadable)
+        foreign = [name for name in _archives(tree) if not name.lower().endswith(ARCHIVES)]
+        if foreign:
+            what = f"archive {readable(foreign[0])} of folder {readable(str(root))} cannot be read here"
+            raise DataError(what, mend=f"unpack it: `{unpacking(os.path.basename(foreign[0]))}`")
+        hidden = [path for path in _others(tree)[:_DRAWN] if is_picture(path)]
+        if hidden:
+            raise _without_ending(f"folder {readable(str(root))}", hidden[0])
         return FolderSplits()
     reader = _Reader(root, tree, wanted, frozenset(map(readable, classes)))
     reader.read()
@@ -119,29 +146,53 @@ def is_passed_over(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LEFT_BY_SYSTEMS
 
 
-def _read_tree(path: str, key: str, archives: Mapping[str, str], above: frozenset[str]) -> Folder:
-    """above: the folders on the way here, to which a link may lead back."""
-    folder = Folder(path, key, readable(key))
-    above |= {os.path.realpath(path)}
+def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What lies in a folder, in order of the names. Raises DataError where it cannot be read."""
     try:
-        with os.scandir(path) as scanned:
-            entries = sorted(scanned, key=lambda entry: entry.name)
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
     except OSError as error:
-        raise DataError(
-            f"folder {readable(path)} cannot be read", error.strerror or "", "check its permissions"
-        ) from None
-    for entry in entries:
+        what = f"folder {readable(os.fspath(folder))} cannot be read"
+        raise DataError(what, error.strerror or "", "check its permissions") from None
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one that can be reached."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or through a folder that may not be read
+        return False
+
+
+def _read_tree(path: str, key: str, place: str, archives: Mapping[str, str], above: frozenset[str]) -> Folder:
+    """above: the folders on the way here, to which a link may lead back."""
+    folder = Folder(path, key, readable(key), place)
+    above |= {os.path.realpath(path)}
+    for entry in entries(path):
         if is_passed_over(entry.name):
             continue
+        below = os.path.join(place, readable(entry.name))
         if entry.path in archives:
-            stem = entry.name.partition(".")[0]
-            folder.folders.append(_read_tree(archives[entry.path], stem, archives, above))
-        elif not entry.is_dir():
-            (folder.pictures if is_readable(entry.name) else folder.others).append(entry.name)
-        elif not entry.is_symlink() or os.path.realpath(entry.path) not in above:
-            folder.folders.append(_read_tree(entry.path, entry.name, archives, above))
+            stem = _stem(entry.name)
+            if any(other.key == stem and other.count for other in folder.folders):
+                raise DataError(f"archive {below} has the name of another beside it", mend="keep one of them")
+            unpacked = os.path.join(place, readable(stem))
+            folder.folders.append(_read_tree(archives[entry.path], stem, unpacked, archives, above))
+        elif is_folder(entry):
+            if not entry.is_symlink() or os.path.realpath(entry.path) not in above:
+                folder.folders.append(_read_tree(entry.path, entry.name, below, archives, above))
+        elif is_readable(entry.name):
+            folder.pictures.append(entry.name)
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            folder.broken.append(entry.name)
+        else:
+            (folder.archives if archive_ending(entry.name) else folder.others).append(entry.name)
     folder.count = len(folder.pictures) + sum(below.count for below in folder.folders)
     return folder
+
+
+def _stem(archive: str) -> str:
+    return archive[: -len(archive_ending(archive))]
 
 
 class _Reader:
@@ -151,6 +202,11 @@ class _Reader:
         self.root, self.tree, self.wanted, self.classes = root, tree, wanted, classes
         self.named = {name: role for role, names in wanted.splits.items() for name in names}
         self.found = FolderSplits()
+        self.taken: set[Folder] = set()  # the splits, also those that are left out with a note
+        self.roles: set[str] = set()  # of these
+        self.holders: set[Folder] = set()  # the folders in which classes lie, and those from their split down to them
+        self.classes_of: set[Folder] = set()  # the first of these alone
+        self.archives: list[str] = []
         self.passed_over: list[str] = []
         self.vanished: list[DataError] = []
 
@@ -163,6 +219,8 @@ class _Reader:
             self._read_chosen(top, chosen)
         else:
             self._read_layout(top)
+        self._look_for_absent(self.tree, [self.tree.name])
+        self._tell_left_out(self.tree)
         if self.vanished and self.wanted.on_bad_image == "error":
             raise self.vanished[0]
         self.found.notes += [error.what for error in self.vanished]
@@ -200,7 +258,6 @@ class _Reader:
                 others = _roles_of(beside, {})
                 splits |= {child.key: child for child in beside if child.key in others}
                 roles |= others
-                self._tell_left_out([child for child in beside if child.key not in others])
         self._add_splits(splits, roles)
 
     def _read_layout(self, top: Folder) -> None:
@@ -214,25 +271,49 @@ class _Reader:
         if not splits:
             self._read_without_splits(top)
         elif "train" in roles.values() or not beside:
+            if len(splits) == 1 and beside and self._are_alike(top.children):
+                (split,) = splits.values()
+                raise self._unclear(f"{split.place} may be a split or a class: {self._alike(top.children)}")
             self._add_splits(splits, roles)
-            self._tell_left_out(beside)
-            self._tell_stray(top)
         else:
             self._read_beside(top, beside, splits, roles)
 
     def _read_without_splits(self, top: Folder) -> None:
-        inner = [child.children for child in top.children]
-        has_train = all(any(parse(split.name)[0] == "train" for split in splits) for splits in inner)
-        if len(inner) > 1 and has_train and all(s.is_split and s.is_flat for splits in inner for s in splits):
-            for folder in top.children:
+        inner = [self._inside(child, "", ()) for child in top.children]
+        has_train = all(any(parse(split.name)[0] == "train" for split in folder.children) for folder in inner)
+        splits = [split for folder in inner for split in folder.children]
+        if len(inner) > 1 and has_train and all(split.is_split and self._has_no_classes(split) for split in splits):
+            self.holders |= {top, *inner}
+            self.taken.update(splits)
+            self.roles |= {str(parse(split.name)[0]) for split in splits}
+            for child, folder in zip(top.children, inner, strict=True):
                 for split in folder.children:
-                    self.found.add(str(parse(split.name)[0]), folder.name, split.paths())
-                self._tell_stray(folder)
+                    self.found.add(str(parse(split.name)[0]), child.name, split.paths())
             return
         hidden = [below for child in top.children for below in child.walk() if below is not child and below.is_split]
         if hidden:
             raise self._unclear(f"{self._relative(hidden[0])} has the name of a split, and lies among other folders")
+        is_told = self.wanted.class_folders == "deepest" or {child.name for child in top.children} <= self.classes
+        if not is_told and self._are_alike(top.children):
+            raise self._unclear(f"{self._alike(top.children)}: they may be splits, and those the classes")
         self._add_splits({"train": top}, {"train": "train"})
+
+    def _are_alike(self, folders: Sequence[Folder]) -> bool:
+        """Whether those with folders in them have two or more, whose names one of them has all: so do splits."""
+        names = [{below.name for below in _fork(folder)} for folder in folders if folder.children]
+        most = max(names, key=len, default=set())
+        return len(names) > 1 and all(len(found) > 1 and found <= most for found in names)
+
+    def _alike(self, folders: Sequence[Folder]) -> str:
+        inner = {folder.name: _fork(folder) for folder in folders if folder.children}
+        below = [child.name for child in max(inner.values(), key=len)]
+        return f"{some(list(inner))} hold folders of the same names, {some(below)}"
+
+    def _has_no_classes(self, split: Folder) -> bool:
+        """Whether its pictures lie right in it, or in images/."""
+        while len(split.children) == 1 and not split.pictures and split.children[0].name.casefold() in _CONTAINERS:
+            split = split.children[0]
+        return split.is_flat
 
     def _read_beside(
         self, top: Folder, beside: Sequence[Folder], splits: dict[str, Folder], roles: dict[str, str]
@@ -264,19 +345,29 @@ class _Reader:
             others = [other for other in names if other != key and names[other] == name]
             if others:
                 raise self._unclear(f"{' and '.join(sorted([key, *others]))} may both be {roles[key]}")
+        self.taken.update(splits.values())
+        self.roles.update(roles.values())
         for key in sorted(splits, key=lambda key: roles[key] != "train"):
             split = self._inside(splits[key], roles[key], known)
+            # Beside train/, train2/ is a split that nobody has asked for.
+            is_spare = key not in self.named and names[key] != roles[key] and roles[key] in names.values()
             folders = [child for child in split.folders if child not in splits.values()]
             with_pictures = [child for child in folders if child.count]
-            if roles[key] == "train":
+            if roles[key] == "train" and not is_spare:
                 self._check_train(split, with_pictures)
                 known |= {child.name for child in with_pictures}
             elif roles[key] == UNLABELLED or self._waits_for_labels(split, known):
                 where = self._relative(splits[key])
-                self.found.notes.append(f"{where} is left out: {_pictures(split.count)} without a label")
+                is_beside = any(splits[key] in other.folders for other in splits.values())
+                self.found.notes.append(
+                    f"{where} is left out: {_pictures(split.count)} without a label"
+                    + (" (--train-split . makes it a class)" if is_beside else "")
+                )
                 continue
             else:
                 self._tell_stray(split)
+            self.classes_of.add(split)
+            self.holders |= {below for below in splits[key].walk() if below is split or split in below.walk()}
             for folder in folders:
                 self._add_class(names[key], split, folder)
 
@@ -302,14 +393,14 @@ class _Reader:
 
     def _check_train(self, split: Folder, classes: Sequence[Folder]) -> None:
         if classes and split.pictures:
-            raise DataError(
+            raise NoClassFolders(
                 f"picture {readable(os.path.join(split.path, split.pictures[0]))} lies in no class folder",
                 "others of the train split do",
                 "move it into its class, or remove it",
             )
         if not classes:
             lists = sorted(path for ending in ("csv", "tsv", "jsonl") for path in self.root.glob(f"*.{ending}"))
-            raise DataError(
+            raise NoClassFolders(
                 f"the pictures of folder {readable(split.path)} lie in no class folders",
                 f"{_pictures(split.count)}, and no folder that tells their class",
                 f"if {lists[0]} lists them with their labels, give it by --dataset"
@@ -318,14 +409,15 @@ class _Reader:
             )
 
     def _add_class(self, key: str, split: Folder, folder: Folder) -> None:
-        others = [os.path.join(below.path, name) for below in folder.walk() for name in below.others]
-        self.passed_over += others
-        unreadable = [path for path in others if is_unreadable(path)]
-        if unreadable and not folder.count:
-            self.vanished.append(_undecodable(f"class {folder.name} of {key}", unreadable))
+        if folder.count:
+            self.passed_over += _others(folder)
+        elif not _archives(folder):
+            self._tell_empty(folder, f"class {folder.name} of {key}")
         if self.wanted.class_folders == "deepest":
             for below in folder.walk():
-                label = readable(os.path.relpath(below.path, split.path))
+                label = os.path.relpath(below.place, split.place or ".")
+                if folder.count and not below.count and not below.folders:
+                    self._tell_empty(below, f"class {label} of {key}")
                 self.found.add(key, label, [os.path.join(below.path, name) for name in below.pictures])
             return
         if folder.children and not any("--class-folders" in note for note in self.found.notes):
@@ -336,10 +428,68 @@ class _Reader:
         if folder.count:
             self.found.add(key, folder.name, folder.paths())
 
+    # ------------------------------------------------------------------------------------------------- what is absent
+
+    def _look_for_absent(self, folder: Folder, around: Sequence[str]) -> None:
+        """Archives, links and folders without pictures: what may be a class or a split is named, or refused.
+
+        An archive may be one if it lies beside classes, or has the name of a split that is not there; unless its name
+        is that of a folder beside or around it, or says nothing, as data.zip: then it is what has been unpacked.
+        around: the names of the folder and of those above.
+        """
+        is_above = any(below in self.holders for below in folder.walk())
+        there = [child.name for child in folder.children]
+        packed = [(name, readable(_stem(name))) for name in folder.archives]  # and what its name stands for
+        for child in folder.folders:
+            if child.count:
+                self._look_for_absent(child, [*around, child.name])
+                continue
+            archives = [os.path.join(child.key, name) for name in _archives(child)]
+            packed += [(name, child.name) for name in archives]
+            is_told = archives or folder in self.classes_of or child.name in there
+            if is_above and not is_told and self._may_be_meant(folder, child.name):
+                self._tell_empty(child, f"folder {child.place}")
+        for name in folder.broken:
+            if is_above and self._may_be_meant(folder, readable(name)):
+                self.found.notes.append(f"{_place(folder, name)} is left out: a link that leads to nothing")
+        for name, stem in packed:
+            place = _place(folder, name)
+            is_copy = stem in there or stem in around or stem == _PACKED or parse(stem) == (None, ())
+            if is_above and not is_copy and self._may_be_meant(folder, stem):
+                raise DataError(
+                    f"archive {place} lies beside folders of pictures, and may be a class or a split of its own",
+                    f"beside it: {some([child.name + '/' for child in folder.children])}; archives are unpacked where "
+                    "there are no such folders",
+                    f"unpack it (`{unpacking(os.path.basename(name))}`), or take it away",
+                )
+            self.archives.append(place)
+
+    def _may_be_meant(self, folder: Folder, name: str) -> bool:
+        """Whether what is called so in a folder may be a class, or a split that is not there."""
+        role, _ = parse(name)
+        return folder in self.holders or (role in ROLES and role not in self.roles)
+
+    def _tell_empty(self, folder: Folder, where: str) -> None:
+        """A folder that might be a class or a split, without a picture that can be read."""
+        others = _others(folder)
+        unreadable = [path for path in others if is_unreadable(path)]
+        hidden = [path for path in others[:_DRAWN] if is_picture(path)]
+        if unreadable:
+            self.passed_over += others
+            self.vanished.append(_undecodable(where, unreadable))
+        elif hidden:
+            self.vanished.append(_without_ending(where, hidden[0]))
+        else:
+            why = f"no file is a picture by its ending, as {readable(others[0])}" if others else "it is empty"
+            self.found.notes.append(f"{where} is left out: {why}")
+
     # -------------------------------------------------------------------------------------------------- what is said
 
     def tell_passed_over(self) -> None:
         """Count the files beside pictures that are none by their ending, or that cannot be decoded here."""
+        if self.archives:
+            found = f"archive{'s' if len(self.archives) > 1 else ''} {some(self.archives)}"
+            self.found.notes.append(f"{found} not read: beside folders of pictures archives are not unpacked")
         if self.passed_over:
             count = (
                 f"{len(self.passed_over)} file{'s' if len(self.passed_over) > 1 else ''} of {readable(str(self.root))}"
@@ -349,12 +499,19 @@ class _Reader:
         commands = {command for path in self.passed_over if (command := installation(path))}
         self.found.notes += [f"`{command}` lets samtune read more of them" for command in sorted(commands)]
 
-    def _tell_left_out(self, folders: Sequence[Folder]) -> None:
-        self.found.notes += [
-            f"folder {self._relative(folder)} is left out: {_pictures(folder.count)}, and its name is that of no split "
+    def _tell_left_out(self, folder: Folder) -> None:
+        """The folders that are in no split."""
+        if folder in self.taken:
+            return
+        if any(below in self.taken for below in folder.walk()):
+            self._tell_stray(folder)
+            for child in folder.children:
+                self._tell_left_out(child)
+            return
+        self.found.notes.append(
+            f"folder {self._relative(folder)} is left out: {_pictures(folder.count)}, of no split "
             "(--train-split, --val-split and --test-split take any folder)"
-            for folder in folders
-        ]
+        )
 
     def _tell_stray(self, folder: Folder) -> None:
         if folder.pictures:
@@ -362,8 +519,7 @@ class _Reader:
             self.found.notes.append(f"{count} right in {self._relative(folder)} left out: in no class folder")
 
     def _relative(self, folder: Folder) -> str:
-        path = os.path.relpath(folder.path, self.root)
-        return readable(folder.path if path == "." else path)
+        return folder.place or readable(folder.path)
 
     def _unclear(self, why: str) -> DataError:
         return DataError(
@@ -390,6 +546,27 @@ def _roles_of(folders: Sequence[Folder], named: dict[str, str]) -> dict[str, str
     return roles
 
 
+def _fork(folder: Folder) -> list[Folder]:
+    """The folders in it, or in the one that it holds alone."""
+    while len(folder.children) == 1 and not folder.pictures and folder.children[0].children:
+        (folder,) = folder.children
+    return folder.children
+
+
+def _others(folder: Folder) -> list[str]:
+    """The files in it and below that are no pictures by their ending."""
+    return [os.path.join(below.path, name) for below in folder.walk() for name in below.others]
+
+
+def _archives(folder: Folder) -> list[str]:
+    """The archives in it and below, as seen from there."""
+    return [*folder.archives, *(os.path.join(c.key, name) for c in folder.folders for name in _archives(c))]
+
+
+def _place(folder: Folder, name: str) -> str:
+    return os.path.join(folder.place, readable(name))
+
+
 def _undecodable(where: str, names: Sequence[str]) -> DataError:
     """Pictures that nothing here reads, and no others."""
     ending = os.path.splitext(names[0])[1].lower()
@@ -398,6 +575,14 @@ def _undecodable(where: str, names: Sequence[str]) -> DataError:
         f"{where}: none of its {_pictures(len(names))} ({ending}) can be decoded here",
         "it would be left out without a word",
         f"{command}convert them, remove the folder, or leave it out by --on-bad-image skip",
+    )
+
+
+def _without_ending(where: str, example: str) -> DataError:
+    return DataError(
+        f"{where}: its files are pictures, but not by their ending, as {readable(example)}",
+        "it would be left out without a word",
+        "give them the ending of their format, as .jpg, or leave it out by --on-bad-image skip",
     )
 
 

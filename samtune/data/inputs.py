@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol
 from samtune.data import columns, image_list
 from samtune.data.columns import Kind, Table
 from samtune.data.formats import installation, is_readable, is_unreadable
-from samtune.data.image_folder import is_passed_over
+from samtune.data.image_folder import entries, is_folder, is_passed_over
 from samtune.data.names import readable
 from samtune.data.roles import Wanted
 from samtune.errors import DataError, UsageError, first_line
@@ -181,16 +181,10 @@ class _Folder:
 def _walk(root: str, above: frozenset[str]) -> Iterator[str]:
     """The files of a folder and below, in order of their names; a link to a folder around it is not followed."""
     above |= {os.path.realpath(root)}
-    try:
-        with os.scandir(root) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)  # as in a data set
-    except OSError as error:
-        why = error.strerror or ""
-        raise DataError(f"folder {readable(root)} cannot be read", why, "check its permissions") from None
-    there = [entry for entry in found if not is_passed_over(entry.name)]
-    yield from (entry.path for entry in there if not entry.is_dir())
+    there = [entry for entry in entries(root) if not is_passed_over(entry.name)]
+    yield from (entry.path for entry in there if not is_folder(entry))
     for entry in there:
-        if entry.is_dir() and not (entry.is_symlink() and os.path.realpath(entry.path) in above):
+        if is_folder(entry) and not (entry.is_symlink() and os.path.realpath(entry.path) in above):
             yield from _walk(entry.path, above)
 
 

@@ -17,16 +17,22 @@ class Labels:
     """The labels of a split as they stand there.
 
     names: the class names, where the data set declares them and values are positions in it; else None.
-    values: (n,) text, numbers or whatever else was found.
+    values: (n,) text, numbers or whatever else was found. are_names: whether each value is a name, also "-1": a folder
+    has no other.
     """
 
     names: tuple[str, ...] | None
     values: Sequence[Any]
+    are_names: bool = False
 
     @property
     def hidden(self) -> bool:
         """Whether none is told, as in the test split of a competition."""
-        return all(map(is_missing, self.values))
+        return all(map(self.lacks, self.values))
+
+    def lacks(self, value: Any) -> bool:
+        """Whether one of the values says nothing."""
+        return not self.are_names and is_missing(value)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ def class_names(train: Sequence[Labels]) -> tuple[str, ...]:
     of the first part.
     """
     declared = [readable(name) for part in train for name in part.names or ()]
-    values = {value for part in train if part.names is None for value in part.values if _is_class(value)}
+    values = {
+        value for part in train if part.names is None for value in part.values if part.are_names or _is_class(value)
+    }
     if declared:
         values = {value for value in values if isinstance(value, str)}  # numbers are positions then
     ordered = sorted({readable(str(value)) for value in values}, key=natural_key)
@@ -74,20 +82,22 @@ def classify(labels: Labels, classes: Sequence[str], declared: Sequence[str] | N
     """
     index = {readable(name): i for i, name in enumerate(classes)}
     names = labels.names if labels.names is not None else declared
-    known = {value: index.get(_name(value, names) or "", -1) for value in set(filter(_is_plain, labels.values))}
+    known = {value: index.get(_name(labels, value, names) or "", -1) for value in set(filter(_is_plain, labels.values))}
     found = np.asarray([known[v] if _is_plain(v) else -1 for v in labels.values], dtype=np.int64)
     rows = np.flatnonzero(found < 0).tolist()
-    missing = sum(is_missing(labels.values[row]) for row in rows)
-    others = [labels.values[row] for row in rows if not is_missing(labels.values[row])]
-    return Classified(found, missing, Counter(_name(value, names) or repr(value) for value in others))
+    missing = sum(labels.lacks(labels.values[row]) for row in rows)
+    others = [labels.values[row] for row in rows if not labels.lacks(labels.values[row])]
+    return Classified(found, missing, Counter(_name(labels, value, names) or repr(value) for value in others))
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, str | int)
 
 
-def _name(value: Any, names: Sequence[str] | None) -> str | None:
+def _name(labels: Labels, value: Any, names: Sequence[str] | None) -> str | None:
     """The name of the class that a label means; None for what is no class."""
+    if labels.are_names:
+        return readable(value)
     if names is not None and isinstance(value, int):
         return readable(names[value]) if 0 <= value < len(names) else None
     return readable(str(value)) if _is_class(value) else None
@@ -98,7 +108,7 @@ def no_class(
 ) -> DataError:
     """The error for the first row whose label is no class. missing_is_wrong: whether one without a label counts."""
     rows = np.flatnonzero(found.indices < 0).tolist()
-    row = next(row for row in rows if missing_is_wrong or not is_missing(labels.values[row]))
+    row = next(row for row in rows if missing_is_wrong or not labels.lacks(labels.values[row]))
     value = labels.values[row]
     if labels.names is not None and isinstance(value, int) and 0 <= value < len(labels.names):
         value = labels.names[value]
@@ -106,7 +116,7 @@ def no_class(
     return DataError(
         f"row {row} of split {split} has the label {value!r}, which is no class",
         f"train has {len(classes)} classes: {some(classes)}",
-        "mend or remove the row; labels count from 0" + (skip if is_missing(value) else ""),
+        "mend or remove the row; labels count from 0" + (skip if labels.lacks(value) else ""),
     )
 
 

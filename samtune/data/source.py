@@ -5,9 +5,10 @@ Images stay encoded bytes here; `samtune.data.decode` turns them into pixels.
 
 import difflib
 import hashlib
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data import image_folder, image_list, labels, roles, tables
+from samtune.data import columns, image_folder, image_list, labels, roles, tables
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.encoded import EncodedImages, FileImages, joined
+from samtune.data.formats import archive_ending, is_readable, unpacking
 from samtune.data.labels import Classified, Labels
 from samtune.data.names import readable
-from samtune.data.roles import ROLES, Wanted
+from samtune.data.roles import ROLES, Wanted, role_of
 from samtune.data.tables import RawSplits
 from samtune.errors import DataError, UsageError
 
@@ -118,8 +120,8 @@ class Source:
 def split_config(dataset: str) -> tuple[str, str | None]:
     """A data set's name or path, and the configuration that is named behind it: user/name:config."""
     head, _, config = dataset.rpartition(":")
-    is_one = head in CATALOG or Path(head).exists() or _is_hub_id(head)
-    return (head, config) if head and is_one and not Path(dataset).exists() else (dataset, None)
+    is_one = head in CATALOG or os.path.exists(head) or _is_hub_id(head)
+    return (head, config) if head and is_one and not os.path.exists(dataset) else (dataset, None)
 
 
 def locate(dataset: str) -> Dataset | Path:
@@ -128,8 +130,17 @@ def locate(dataset: str) -> Dataset | Path:
     if dataset in CATALOG:
         return CATALOG[dataset]
     path = Path(dataset)
+    try:
+        path.exists()
+    except OSError as error:  # in a folder that may not be read, or a name that is too long
+        raise DataError(
+            f"data set {dataset} cannot be read", error.strerror or "", "check the path of --dataset"
+        ) from None
     if path.is_dir() or (path.is_file() and path.suffix.lower() in _FILES):
         return path
+    if path.exists() and archive_ending(path.name):
+        what = f"data set {dataset} is an archive"
+        raise DataError(what, mend=f"unpack it (`{unpacking(dataset)}`), and give the folder by --dataset")
     if path.exists():
         raise DataError(
             f"data set {dataset} is a file, and no list",
@@ -151,7 +162,7 @@ def _is_hub_id(dataset: str) -> bool:
     """user/name; where a folder `user` is here, rather a path that was misspelt."""
     user, _, name = dataset.partition("/")
     plain = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (user, name))
-    return plain and not Path(user).exists() and Path(name).suffix.lower() not in _FILES
+    return plain and not os.path.exists(user) and Path(name).suffix.lower() not in _FILES
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
@@ -198,6 +209,10 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
             if strict:
                 _check_labels(raw[name][1], classified, name, names, wanted.on_unlabelled)
             notes += _left_out(classified, name)
+        if classes is None and role not in ROLES:
+            rows = sum(len(found.indices) for found in found_labels.values())
+            flags = "--train-split, --val-split and --test-split take any"
+            notes.append(f"split {role} is not used: {rows} rows ({flags})")
         images = joined([raw[name][0] for name in of_role])
         indices = np.concatenate([classified.indices for classified in found_labels.values()])
         unknown = sum((Counter(classified.unknown) for classified in found_labels.values()), Counter[str]())
@@ -207,7 +222,8 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
     if classes is None and len(names) < 2:
         raise DataError(
             f"data set {dataset} has one class alone: {', '.join(names)}",
-            mend="a classifier takes two; a folder of pictures needs two class folders in its train split",
+            "; ".join(notes),
+            "a classifier takes two; a folder of pictures needs two class folders in its train split",
         )
     title = f"{row.name}:{config}" if config else row.name
     return Source(title, origin, names, splits, {role: parts[role] for role in splits}, tuple(notes))
@@ -221,18 +237,51 @@ def _read_path(
         listed = image_list.read_list(path, wanted)
         return _of_files(listed.splits), listed.notes
     found = tables.read_path(path, origin, wanted.dataset_config)
-    if not found and not tables.has_metadata(path):
-        in_folders = image_folder.read_folder(path, wanted, classes)
-        if not in_folders.splits and not in_folders.notes:
-            unpacked = {str(archive): str(tables.unpack(archive)) for archive in tables.archives(path)}
-            in_folders = image_folder.read_folder(path, wanted, classes, unpacked) if unpacked else in_folders
+    metadata = [] if found else tables.metadata(path)
+    if not found and (not metadata or _are_beside_classes(metadata, path, wanted)):
+        in_folders = _read_folder(path, wanted, classes)
         if in_folders.splits:
             _refuse_columns(origin, wanted)
-            return _of_files(in_folders.splits), in_folders.notes
+            told = "no column of it has the name of a label, and the folders are classes; --label-key names one"
+            notes = [f"{file.relative_to(path)} is not read: {told}" for file in metadata]
+            return _of_folders(in_folders.splits), [*in_folders.notes, *notes]
         if in_folders.notes:
             raise DataError(f"data set {origin} has no labelled pictures", "; ".join(in_folders.notes))
     found = found or tables.read_by_library(path, origin, wanted.dataset_config)
-    return tables.raw_splits(origin, found, path if path.is_dir() else path.parent, wanted, train)
+    if path.is_file():
+        return tables.raw_splits(origin, found, path.parent, wanted, train)
+    splits, notes = tables.raw_splits(origin, found, path, wanted, train)
+    return splits, [*notes, *_beside_tables(path, splits)]
+
+
+def _read_folder(path: Path, wanted: Wanted, classes: Sequence[str]) -> image_folder.FolderSplits:
+    """The pictures of a folder; those in its archives where no folder has any. A logo may lie beside them."""
+    alone = None
+    try:
+        found = image_folder.read_folder(path, wanted, classes)
+        if found.splits or found.notes:
+            return found
+    except image_folder.NoClassFolders as error:
+        found, alone = image_folder.FolderSplits(), error
+    unpacked = {str(archive): str(tables.unpack(archive)) for archive in tables.archives(path)}
+    if unpacked:
+        return image_folder.read_folder(path, wanted, classes, unpacked)
+    if alone:
+        raise alone
+    return found
+
+
+def _beside_tables(path: Path, splits: Collection[str]) -> list[str]:
+    """Notes on archives and folders in a folder of tables, by whose names they are a split that no table is."""
+    there = {role_of(split) for split in splits}
+    notes = []
+    for entry in image_folder.entries(path):
+        ending = archive_ending(entry.name)
+        role = role_of(readable(entry.name.removesuffix(ending) if ending else entry.name))
+        files = (name for _, _, names in os.walk(entry.path) for name in names)
+        if role in ROLES and role not in there and (ending or any(map(is_readable, files))):
+            notes.append(f"{readable(entry.name)} is not read: the data set has tables for its other splits")
+    return notes
 
 
 def _read_row(
@@ -255,6 +304,17 @@ def _read_row(
     )
 
 
+def _are_beside_classes(metadata: Sequence[Path], path: Path, wanted: Wanted) -> bool:
+    """Whether files that might tell the labels do not, while folders do: then they say more of the pictures."""
+    if wanted.label_key or any(columns.has_label(tables.names_of_columns(file)) for file in metadata):
+        return False
+    try:
+        found = image_folder.read_folder(path, wanted)
+    except image_folder.NoClassFolders:
+        return False
+    return any(len(set(labels)) > 1 for _, labels in found.splits.values())
+
+
 def _refuse_columns(origin: str, wanted: Wanted) -> None:
     """Raise UsageError for a column that was asked for, of a folder that has pictures and no table."""
     for flag, key in (("image", wanted.image_key), ("label", wanted.label_key), ("split", wanted.split_key)):
@@ -268,6 +328,10 @@ def _refuse_columns(origin: str, wanted: Wanted) -> None:
 
 def _of_files(splits: Mapping[str, tuple[Sequence[str], Sequence[object]]]) -> RawSplits:
     return {split: (FileImages(paths), Labels(None, values)) for split, (paths, values) in splits.items()}
+
+
+def _of_folders(splits: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> RawSplits:
+    return {split: (FileImages(paths), Labels(None, names, are_names=True)) for split, (paths, names) in splits.items()}
 
 
 def _name(path: Path) -> str:

@@ -1,8 +1,10 @@
 """Data sets as Arrow tables: parquet files, saved tables, the hub. The only user of the `datasets` library."""
 
+import csv
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 import sys
@@ -20,7 +22,8 @@ from samtune.data import columns, image_list
 from samtune.data.catalog import Dataset
 from samtune.data.columns import Columns, Kind
 from samtune.data.encoded import EncodedImages, FileImages, TableImages
-from samtune.data.formats import is_readable
+from samtune.data.formats import ARCHIVES, is_readable
+from samtune.data.image_folder import entries, is_folder
 from samtune.data.labels import Labels
 from samtune.data.roles import ROLES, Wanted, role_of
 from samtune.errors import DataError, MachineError, UsageError, first_line
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 RawSplits = dict[str, tuple[EncodedImages, Labels]]  # split, as the data set calls it -> images and labels
 _LISTS = ("List", "LargeList", "Sequence")
-_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+_FEW = 20  # pictures that may lie beside the tables of a data set
 _LABEL_FILES = (".cls", ".json", ".txt")  # beside a picture in a WebDataset shard
 
 
@@ -48,7 +51,7 @@ def read_path(path: Path, origin: str, config: str | None) -> "Tables":
     path: a .parquet or .arrow file, a folder that `save_to_disk` wrote, or one of parquet files. origin: for messages.
     Raises DataError or UsageError.
     """
-    is_stored = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    is_stored = any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json"))
     is_declared = _declares_configs(path)
     sets = _parquet_files(path) if path.is_dir() and not (is_stored or is_declared) else {}
     if path.is_dir() and not (sets or is_stored or is_declared):
@@ -82,7 +85,17 @@ def read_by_library(path: Path, origin: str, config: str | None) -> "Tables":
     names = _read(lambda: datasets.get_dataset_config_names(str(path)), origin)
     if config not in names and (config is not None or (len(names) > 1 and "default" not in names)):
         raise _without_config(origin, names, config)
-    return dict(_read(lambda: datasets.load_dataset(str(path), config), origin))
+    tables = dict(_read(lambda: datasets.load_dataset(str(path), config), origin))
+    if not _declares_configs(path):
+        # The library passes over a table that has the name of no split, where others have: here it is a split as well.
+        builder = _read(lambda: datasets.load_dataset_builder(str(path), config), origin)
+        used = {os.path.realpath(file) for files in (builder.config.data_files or {}).values() for file in files}
+        for file in sorted(_below(path, ".parquet")):
+            if os.path.realpath(file) not in used and file.stem not in tables:
+                more = _read(partial(datasets.Dataset.from_parquet, str(file)), origin)
+                if any(set(more.features) == set(table.features) for table in tables.values()):
+                    tables[file.stem] = more
+    return tables
 
 
 def _without_config(origin: str, names: Sequence[str], config: str | None) -> UsageError:
@@ -97,7 +110,12 @@ def _without_config(origin: str, names: Sequence[str], config: str | None) -> Us
 
 def _declares_configs(path: Path) -> bool:
     readme = path / "README.md"
-    return readme.is_file() and bool(re.search("^configs:", readme.read_text("utf-8", "replace"), re.M))
+    if not os.path.isfile(readme):
+        return False
+    try:
+        return bool(re.search("^configs:", readme.read_text("utf-8", "replace"), re.M))
+    except OSError as error:
+        raise DataError(f"{readme} cannot be read", error.strerror or "", "check its permissions") from None
 
 
 def _parquet_files(root: Path) -> dict[Path, dict[str, list[str]]]:
@@ -119,31 +137,41 @@ def _parquet_files(root: Path) -> dict[Path, dict[str, list[str]]]:
 
 
 def _below(root: Path, ending: str) -> Iterator[Path]:
-    """Files with this ending in a folder and below; not in folders of pictures, which may be many."""
-    folders = []
-    with os.scandir(root) as entries:
-        for entry in entries:
-            if is_readable(entry.name):
-                return
-            if entry.name.endswith(ending) and entry.is_file():
-                yield Path(entry.path)
-            elif entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                folders.append(Path(entry.path))
-    for folder in folders:
-        yield from _below(folder, ending)
+    """Files with this ending in a folder and below; not in folders of many pictures. A logo may lie beside tables."""
+    there = entries(root)
+    if sum(is_readable(entry.name) for entry in there) > _FEW:
+        return
+    for entry in there:
+        if entry.name.endswith(ending) and os.path.isfile(entry.path):
+            yield Path(entry.path)
+        elif not entry.name.startswith(".") and not entry.is_symlink() and is_folder(entry):
+            yield from _below(Path(entry.path), ending)
 
 
-def has_metadata(root: Path) -> bool:
-    """Whether a file tells the labels, in the hub's manner, and the folders do not."""
-    return any(
-        path.suffix in (".csv", ".jsonl", ".parquet") for path in (*root.glob("metadata.*"), *root.glob("*/metadata.*"))
-    )
+def metadata(root: Path) -> list[Path]:
+    """The files that tell the labels of pictures in the hub's manner, if they have such a column."""
+    found = sorted((*root.glob("metadata.*"), *root.glob("*/metadata.*")))
+    return [path for path in found if path.suffix in (".csv", ".jsonl", ".parquet")]
+
+
+def names_of_columns(path: Path) -> list[str]:
+    """Of a metadata file; none if it cannot be read, which is said when it is."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return [str(name) for name in pq.read_schema(path).names]
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            line = file.readline()
+        return next(csv.reader([line]), []) if path.suffix == ".csv" else list(json.loads(line))
+    except (OSError, ValueError, TypeError):  # of arrow's family, these are the parents
+        return []
 
 
 def archives(root: Path) -> Iterator[Path]:
     """Archives of pictures below a folder; WebDataset shards, in which a label lies beside each picture, are none."""
     for path in sorted(root.rglob("*")):
-        if path.name.lower().endswith(_ARCHIVES) and path.is_file() and not _is_shard(path):
+        if path.name.lower().endswith(ARCHIVES) and path.is_file() and not _is_shard(path):
             yield path
 
 
