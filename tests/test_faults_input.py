@@ -341,12 +341,12 @@ def test_without_a_test_split_the_run_says_so_and_reports_validation(tmp_path, c
 
 @row(18)
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_class_that_train_lacks_ends_the_run_with_its_row(split, tmp_path, command, folder):
+def test_a_class_that_train_lacks_ends_the_run_with_its_folder(split, tmp_path, command, folder):
     data = write_image_folder(tmp_path / "data", {"train": 8, split: 2})
     (data / split / "zebra").mkdir()
     (data / split / "zebra" / "0.png").write_bytes(image_bytes(5))
     what, why, _ = refusal(command("run", *RANDOM, "--dataset", data, "--output", folder), 3, folder)
-    assert what == f"row 4 of split {split} has the label 'zebra', which is no class"
+    assert what == f"class folder zebra of split {split} is no class of train"
     assert "cat, dog" in why
 
 

@@ -331,6 +331,14 @@ def test_pictures_without_class_folders_are_answered_with_the_list_that_lies_the
     assert str(tmp_path / "labels.csv") in error.value.mend
 
 
+def test_a_class_folder_that_train_writes_otherwise_is_named_with_its_likeness(tmp_path):
+    write(tmp_path, "train/Cat/0.png", "train/Dog/0.png", "test/cat/0.png", "test/Dog/0.png")
+    with pytest.raises(DataError) as raised:
+        source.open_source(str(tmp_path))
+    assert raised.value.what == "class folder cat of split test is no class of train"
+    assert raised.value.why == "train has 2 classes: Cat, Dog; Cat is written otherwise"
+
+
 def test_a_data_set_with_nothing_but_unlabelled_pictures_says_so(tmp_path):
     with pytest.raises(DataError, match="no labelled pictures") as error:
         read(write(tmp_path, "test/3"))

@@ -112,10 +112,19 @@ def no_class(
     value = labels.values[row]
     if labels.names is not None and isinstance(value, int) and 0 <= value < len(labels.names):
         value = labels.names[value]
+    has = f"train has {len(classes)} classes: {some(classes)}"
+    same = next((name for name in classes if str(value).casefold() == name.casefold()), None)
+    has += f"; {same} is written otherwise" if same else ""
+    if labels.are_names:
+        return DataError(
+            f"class folder {readable(value)} of split {split} is no class of train",
+            has,
+            "rename the folder, or take it away",
+        )
     skip = f"; --on-unlabelled skip leaves out the {found.unlabelled} rows without a label"
     return DataError(
         f"row {row} of split {split} has the label {value!r}, which is no class",
-        f"train has {len(classes)} classes: {some(classes)}",
+        has,
         "mend or remove the row; labels count from 0" + (skip if labels.lacks(value) else ""),
     )
 
