@@ -127,12 +127,10 @@ def decode_pixels(encoded: bytes, where: Callable[[], str], rule: DecodeRule = P
         with _one_large:
             return _decode(encoded, image, rule)
     except UnidentifiedImageError:
-        error = tiff.unopened(encoded)
-        why = str(error) if error is not None else "it is no image" if encoded else "it is empty"
-        mend = "mend or remove the image" if error is None else f"remove the image, or {error.mend}"
-        raise DataError(f"{where()} cannot be decoded", why, mend) from None
+        why = str(tiff.unopened(encoded) or "it is no image") if encoded else "it is empty"
+        raise DataError(f"{where()} cannot be decoded", why, "mend or remove the image") from None
     except tiff.Unreadable as error:
-        raise DataError(f"{where()} cannot be decoded", str(error), f"remove the image, or {error.mend}") from None
+        raise DataError(f"{where()} cannot be decoded", str(error), "convert or remove the image") from None
     except _TooLarge as error:
         mend = "remove the image, or allow it by --max-megapixels"
         raise DataError(f"{where()} cannot be decoded", str(error), mend) from None

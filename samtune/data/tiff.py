@@ -19,11 +19,7 @@ _OWN_ORDER = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
 
 
 class Unreadable(ValueError):
-    """A TIFF whose pixels would be wrong. mend: a command that converts it."""
-
-    def __init__(self, what: str, mend: str) -> None:
-        super().__init__(what)
-        self.mend = mend
+    """A TIFF whose pixels would be wrong: what it is, and a command that converts it."""
 
 
 def prepare(image: Image.Image) -> None:
@@ -39,7 +35,7 @@ def prepare(image: Image.Image) -> None:
     in_planes = samples > 1 and _number(tags, _PLANES, 1) == 2
     is_usual = max(bits) <= 8 and _number(tags, _PHOTOMETRIC, 0) in _COLOUR and not _is_odd(tags.get(_EXTRA, ()))
     if (in_planes and not is_usual) or (max(bits) == 8 and _number(tags, _FORMAT, _UNSIGNED) == _SIGNED):
-        raise Unreadable(f"it is {_words(tags)}, which cannot be read rightly", _conversion(tags))
+        raise Unreadable(_words(tags))
     if samples == 1 and _number(tags, _PLANES, 1) == 2 and image.tile:
         tags[_PLANES] = 1  # which is the same for one channel; Pillow takes it for one of several
         image._setup()
@@ -65,7 +61,7 @@ def unopened(encoded: bytes) -> Unreadable | None:
         tags, file = TiffImagePlugin.ImageFileDirectory_v2(head), io.BytesIO(encoded)
         file.seek(tags.next)
         tags.load(file)
-        return Unreadable(f"it is {_words(tags)}, which cannot be read", _conversion(tags)) if _WIDTH in tags else None
+        return Unreadable(_words(tags)) if _WIDTH in tags else None
     except Exception:  # each kind of damage has its own
         return None
 
@@ -93,18 +89,18 @@ def _number(tags: Mapping[int, Any], tag: int, default: int) -> int:
 
 def _words(tags: Mapping[int, Any]) -> str:
     samples, bits = _number(tags, _SAMPLES, 1), _numbers(tags, _BITS, 1)
-    said = f"a TIFF of {samples} channel{'s' * (samples > 1)} of {'/'.join(map(str, dict.fromkeys(bits)))} bits"
+    said = f"it is a TIFF of {samples} channel{'s' * (samples > 1)} of {'/'.join(map(str, dict.fromkeys(bits)))} bits"
     kind = _NUMBERS.get(_number(tags, _FORMAT, _UNSIGNED), "numbers of an unknown kind")
     planes = " in separate planes" if samples > 1 and _number(tags, _PLANES, 1) == 2 else ""
-    order = f", most significant byte {'first' if getattr(tags, 'prefix', b'') == b'MM' else 'last'}"
-    return f"{said} ({kind}{order if max(bits) > 8 else ''}){planes}"
+    order = ", most significant byte first" if max(bits) > 8 and getattr(tags, "prefix", b"") == b"MM" else ""
+    return f"{said} ({kind}{order}){planes}, which cannot be read; this converts it: {_conversion(tags)}"
 
 
 def _conversion(tags: Mapping[int, Any]) -> str:
     """The command after which it can be read, with its values as they are, or scaled to 16 bits for colour."""
     samples, bits, kind = _number(tags, _SAMPLES, 1), max(_numbers(tags, _BITS, 1)), _number(tags, _FORMAT, _UNSIGNED)
     if samples == 1 and _number(tags, _PHOTOMETRIC, 1) == _MIN_IS_WHITE:
-        return "convert it: magick IN.tif -depth 16 OUT.png"
+        return "magick IN.tif -depth 16 OUT.png"
     bands = "" if samples in (1, 3) else "-b 1 " if samples == 2 else "-b 1 -b 2 -b 3 "
     if kind == _UNSIGNED and bits <= 16:
         type_ = "UInt16" if bits > 8 else "Byte"
@@ -112,4 +108,4 @@ def _conversion(tags: Mapping[int, Any]) -> str:
         type_ = "UInt16 -scale MIN MAX 0 65535"
     else:
         type_ = "Float32" if kind != _SIGNED or bits > 32 else "Int32"
-    return f"convert it: gdal_translate {bands}-ot {type_} -co INTERLEAVE=PIXEL IN.tif OUT.tif"
+    return f"gdal_translate {bands}-ot {type_} -co INTERLEAVE=PIXEL IN.tif OUT.tif"
