@@ -114,13 +114,32 @@ def point(checkpoints: Path, name: Name, folder: Path) -> None:
 def find(run: Path, name: str | None = None) -> Path:
     """The checkpoint of a run folder: last, best, or None for the one that the run's report scored.
 
-    Raises CheckpointError for a run without one.
+    By their links; without them, as where a copy has left them out, last is that of the latest step, and best what this
+    one says. Raises CheckpointError for a run without one.
     """
     checkpoints = run / "checkpoints"
-    if not resolve_checkpoint(checkpoints, "last").is_dir():
+    there = steps(checkpoints)
+    last = resolve_checkpoint(checkpoints, "last")
+    if not _is_whole(last) and there:
+        last = there[max(there)]
+    if not last.is_dir():
         raise CheckpointError(f"run {run} has no checkpoint yet", "it ended before its first validation")
-    name = name or run_config(verify(resolve_checkpoint(checkpoints, "last"))).select
-    return resolve_checkpoint(checkpoints, name)
+    name = name or run_config(verify(last)).select
+    found = last if name == "last" else resolve_checkpoint(checkpoints, name)
+    if name == "best" and not _is_whole(found):
+        step = load_state(last).get("position", {}).get("best_step")
+        if step not in there:
+            raise CheckpointError(
+                f"run {run} has no best checkpoint",
+                "it has not validated" if step is None else f"that of step {step} is not there",
+                "take the last one: --checkpoint last",
+            )
+        return there[step]
+    return found
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
 
 
 def locate(path: Path, name: str | None = None) -> Path:
