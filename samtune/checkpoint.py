@@ -90,13 +90,23 @@ def _contents(
     """The files, one after the other, so that only one of them is in memory."""
     for folder, values in (("", weights), ("ema/", ema)):
         if values is not None:
-            contiguous = {key: value.contiguous() for key, value in values.items()}
-            yield f"{folder}model.safetensors", safetensors.torch.save(contiguous)
+            yield f"{folder}model.safetensors", safetensors.torch.save(_apart(values))
             yield f"{folder}config.json", _json(timm_config)
     if state is not None:
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         yield "state.pt", buffer.getvalue()
+
+
+def _apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each in memory of its own, as the format wants it: a model may have one module in two places."""
+    seen: set[int] = set()
+    apart = {}
+    for key, value in weights.items():
+        place = value.untyped_storage().data_ptr()
+        apart[key] = value.clone(memory_format=torch.contiguous_format) if place in seen else value.contiguous()
+        seen.add(place)
+    return apart
 
 
 def point(checkpoints: Path, name: Name, folder: Path) -> None:

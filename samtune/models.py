@@ -15,7 +15,7 @@ from timm.models._hub import load_model_config_from_hf, load_model_config_from_p
 from torch import nn
 
 from samtune import console, hub
-from samtune.errors import CheckpointError, MachineError, ModelError, first_line
+from samtune.errors import CheckpointError, MachineError, ModelError, UsageError, first_line
 from samtune.weights import WeightsFile, load, locate, read, read_lite
 
 # Names that timm has no pretrained weights for -> the weights that users mean by them; for B7 and L2 the paper's.
@@ -260,14 +260,41 @@ def build(
     return model, ModelInfo(name, resolved, start, pretraining, parameters, data_config, source.model_args)
 
 
-def outline(source: ModelSource) -> nn.Module:
+def check_size(name: str, weights: Path | None, img_size: int) -> None:
+    """Raise UsageError where a model cannot take images of this size, by shapes alone: without weights or pixels.
+
+    What fails in the model's own size too tells nothing of the size.
+    """
+    source = look_up(name, weights)
+    own = source.data_config(None)["input_size"][1]
+    why = _refusal(source, img_size) if img_size != own else None
+    if why is not None and _refusal(source, own) is None:
+        raise UsageError(
+            f"--img-size {img_size} does not suit model {source.resolved}",
+            first_line(why),
+            f"give one nearer to its own {own}, or leave --img-size out",
+        )
+
+
+def _refusal(source: ModelSource, img_size: int) -> Exception | None:
+    """What a model says to an image of this size; None where it takes it."""
+    try:
+        model = outline(source, img_size if source.config.get("fixed_input_size") else None)
+        with torch.no_grad():
+            model(torch.empty(1, 3, img_size, img_size, device="meta"))
+    except Exception as error:  # a model's own, of any kind
+        return error
+    return None
+
+
+def outline(source: ModelSource, img_size: int | None = None) -> nn.Module:
     """The model as timm builds it, on the meta device: names and shapes, without room for weights.
 
-    Raises ModelError where timm cannot build it so.
+    img_size: for a model that is built for one size. Raises ModelError where timm cannot build it so.
     """
     try:
         with torch.device("meta"):
-            return _create(source.resolved, {}, download=None).eval()
+            return _create(source.resolved, {"img_size": img_size}, download=None).eval()
     except (RuntimeError, NotImplementedError) as error:  # code that looks at values while it builds
         raise ModelError(f"model {source.resolved} cannot be outlined", first_line(error)) from None
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from samtune import checkpoint, models
 from samtune.errors import CheckpointError
@@ -64,6 +65,17 @@ def test_the_newest_ones_stay_and_what_last_and_best_mean(tmp_path, model_and_in
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-000002", "step-000005", "step-000006"]
     assert checkpoint.verify(tmp_path / "last")["step"] == 6
     assert checkpoint.verify(tmp_path / "best")["step"] == 2
+
+
+def test_weights_that_share_memory_are_saved_each(tmp_path):
+    whole = torch.arange(6.0)
+    folder = checkpoint.save(tmp_path, {"a": whole, "b": whole, "c": whole[:3]}, 1, timm_config={}, about={})
+    loaded = load_file(folder / "model.safetensors")
+    assert {key: value.tolist() for key, value in loaded.items()} == {
+        "a": whole.tolist(),
+        "b": whole.tolist(),
+        "c": [0, 1, 2],
+    }
 
 
 @pytest.mark.parametrize("left", ["links", "nothing", "dangling links", "empty files"])
