@@ -90,13 +90,23 @@ def _contents(
     """The files, one after the other, so that only one of them is in memory."""
     for folder, values in (("", weights), ("ema/", ema)):
         if values is not None:
-            contiguous = {key: value.contiguous() for key, value in values.items()}
-            yield f"{folder}model.safetensors", safetensors.torch.save(contiguous)
+            yield f"{folder}model.safetensors", safetensors.torch.save(_apart(values))
             yield f"{folder}config.json", _json(timm_config)
     if state is not None:
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         yield "state.pt", buffer.getvalue()
+
+
+def _apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each in memory of its own, as the format wants it: a model may have one module in two places."""
+    seen: set[int] = set()
+    apart = {}
+    for key, value in weights.items():
+        place = value.untyped_storage().data_ptr()
+        apart[key] = value.clone(memory_format=torch.contiguous_format) if place in seen else value.contiguous()
+        seen.add(place)
+    return apart
 
 
 def point(checkpoints: Path, name: Name, folder: Path) -> None:
@@ -114,13 +124,32 @@ def point(checkpoints: Path, name: Name, folder: Path) -> None:
 def find(run: Path, name: str | None = None) -> Path:
     """The checkpoint of a run folder: last, best, or None for the one that the run's report scored.
 
-    Raises CheckpointError for a run without one.
+    By their links; without them, as where a copy has left them out, last is that of the latest step, and best what this
+    one says. Raises CheckpointError for a run without one.
     """
     checkpoints = run / "checkpoints"
-    if not resolve_checkpoint(checkpoints, "last").is_dir():
+    there = steps(checkpoints)
+    last = resolve_checkpoint(checkpoints, "last")
+    if not _is_whole(last) and there:
+        last = there[max(there)]
+    if not last.is_dir():
         raise CheckpointError(f"run {run} has no checkpoint yet", "it ended before its first validation")
-    name = name or run_config(verify(resolve_checkpoint(checkpoints, "last"))).select
-    return resolve_checkpoint(checkpoints, name)
+    name = name or run_config(verify(last)).select
+    found = last if name == "last" else resolve_checkpoint(checkpoints, name)
+    if name == "best" and not _is_whole(found):
+        step = load_state(last).get("position", {}).get("best_step")
+        if step not in there:
+            raise CheckpointError(
+                f"run {run} has no best checkpoint",
+                "it has not validated" if step is None else f"that of step {step} is not there",
+                "take the last one: --checkpoint last",
+            )
+        return there[step]
+    return found
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
 
 
 def locate(path: Path, name: str | None = None) -> Path:

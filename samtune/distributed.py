@@ -32,6 +32,7 @@ T = TypeVar("T")
 _FOREVER = timedelta(days=365)  # what takes too long is for the watchdog to tell, which knows what is usual
 _PATIENCE = timedelta(minutes=10)  # for ranks that have not come yet
 _POLL = 0.05  # seconds
+_AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # whether torch's agent, which has started the ranks, has a store
 _WARNED_AFTER = 15.0  # seconds of waiting for ranks that nobody may have started
 _SAID_OF_A_LOSS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -64,6 +65,9 @@ def join(device: torch.device) -> None:
     here = ranks.place()
     if here is None or dist.is_initialized():
         return
+    if os.environ.get(_AGENTS_STORE) != "True":
+        mend = f"; or, if there are no other ranks, run {ranks.alone()}"
+        ranks.check_host("MASTER_ADDR=", os.environ["MASTER_ADDR"], mend)
     meeting = _Meeting(here, device)
     meeting.start()
     warned_at = time.monotonic() + _WARNED_AFTER
@@ -114,7 +118,7 @@ class _Meeting(threading.Thread):
             self.over.set()
 
     def _open(self) -> Any:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if os.environ.get(_AGENTS_STORE) == "True":
             return next(rendezvous("env://", timeout=_PATIENCE))[0]
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         first = self._here.rank == 0

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator, PlainSerializ
 from samtune.schedules import Duration
 
 _LARGEST_NORM = 1e6  # a larger p is as good as inf
+_LEAST_ALPHA = 0.01  # of less, shares are drawn in float32 that lie near a half, and not near 0 and 1
 
 
 def _no_minutes(duration: Duration) -> Duration:
@@ -39,6 +40,12 @@ def _norm_order(p: float | int | str) -> float:
     if isinstance(p, bool) or not (1 <= order <= _LARGEST_NORM or order == math.inf):
         raise ValueError(f'must be a number from 1 on, at most {_LARGEST_NORM:g}, or "inf"')
     return order
+
+
+def _alpha(alpha: float) -> float:
+    if 0 < alpha < _LEAST_ALPHA:
+        raise ValueError(f"must be 0, or at least {_LEAST_ALPHA:g}: of less, torch's beta distribution is not right")
+    return alpha
 
 
 def _samples(m: int | str) -> int | str:
@@ -91,6 +98,7 @@ NormOrder = Annotated[
     BeforeValidator(_norm_order),
     PlainSerializer(lambda p: "inf" if math.isinf(p) else p),
 ]
+Alpha = Annotated[float, AfterValidator(_alpha)]
 Samples = Annotated[int | str, BeforeValidator(_samples)]
 Gpus = Annotated[str, BeforeValidator(gpu_choice)]
 TrackerNames = Annotated[str, BeforeValidator(_trackers)]

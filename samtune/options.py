@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from samtune.errors import MachineError
 from samtune.fields import (
+    Alpha,
     DurationField,
     Endpoint,
     Gpus,
@@ -175,8 +176,8 @@ class RunConfig(BaseModel):
         "Data", "side of an erased square as a share of the image (0.5 for CIFAR-10)", 0.0, ge=0, le=1
     )
     reprob: float = _option("Data", "chance that a random rectangle is erased", 0.0, ge=0, le=1)
-    mixup: float = _option("Data", "alpha of mixup; 0 does not mix", 0.0, ge=0)
-    cutmix: float = _option("Data", "alpha of CutMix; with --mixup too, one of them by chance", 0.0, ge=0)
+    mixup: Alpha = _option("Data", "alpha of mixup, at least 0.01; 0 does not mix", 0.0, ge=0)
+    cutmix: Alpha = _option("Data", "alpha of CutMix, as of --mixup; with both, one of them by chance", 0.0, ge=0)
     on_bad_image: Literal["error", "skip"] = _option(
         "Data", "what to do with images that cannot be decoded: name them and end, or train without them", "error"
     )

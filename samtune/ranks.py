@@ -8,6 +8,7 @@ alone could not carry an error's words, nor tell the cause from what follows fro
 import json
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,10 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from samtune.errors import SamtuneError, Stopped, UsageError, WorkerLost
+from samtune.errors import MachineError, SamtuneError, Stopped, UsageError, WorkerLost, first_line
 
 FOLDER, LAUNCHER = "SAMTUNE_LAUNCH", "SAMTUNE_LAUNCHER"  # where ranks leave their words; the launcher's process
 _LOOK = 0.5  # seconds
+_KNOWN_AFTER = 5.0  # seconds in which the name of a machine that has just started becomes known
+_MOST = 10**9  # ranks
 _PORTS = range(20_000, 30_000)  # one of them for each Slurm job
 
 
@@ -36,22 +39,46 @@ class Place:
 
 @cache
 def place() -> Place | None:
-    """The place of this process; None where it is alone. Slurm's variables are translated into torch.distributed's."""
+    """The place of this process; None where it is alone. Slurm's variables are translated into torch.distributed's.
+
+    Raises UsageError that names a variable which cannot be meant.
+    """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and not _translate(os.environ):
         return None
-    if int(os.environ["WORLD_SIZE"]) == 1 and FOLDER not in os.environ:
+    world_size = _number("WORLD_SIZE", 1, _MOST)
+    if world_size == 1 and FOLDER not in os.environ:
         return None  # as a shell may still say that was once a rank
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return Place(rank, world_size, local_rank, local_world_size, int(os.environ.get("GROUP_RANK", 0)))
+    rank = _number("RANK", 0, world_size - 1)
+    _number("MASTER_PORT", 0, 2**16 - 1)
+    local_world_size = _number("LOCAL_WORLD_SIZE", 1, world_size, default=world_size)
+    local_rank = _number("LOCAL_RANK", 0, local_world_size - 1, default=rank)
+    return Place(rank, world_size, local_rank, local_world_size, _number("GROUP_RANK", 0, _MOST, default=0))
+
+
+def _number(name: str, low: int, high: int, default: int | None = None) -> int:
+    """What a variable of the environment says. Raises UsageError where that is no whole number from low to high."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not re.fullmatch("[0-9]{1,18}", text.strip()) or not low <= int(text) <= high:
+        allowed = f"a whole number from {low} on" if high == _MOST else f"a whole number from {low} to {high}"
+        raise UsageError(
+            f"{name}={text} in the environment" if text is not None else f"the environment has no {name}",
+            f"it tells a rank its place among all, and must be {allowed}",
+            f"set it as a launcher would; or, if there is none, run {alone()}",
+        )
+    return int(text)
 
 
 def _translate(environ: Any) -> bool:
     """Slurm's variables of a job step with several tasks -> torch.distributed's; False where there is no such step."""
     # A batch script itself is no rank: SLURM_PROCID is 0 there, but the number of tasks of a step is not set.
-    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+    if _number("SLURM_STEP_NUM_TASKS", 0, _MOST, default=1) < 2:
         return False
+    for name in ("SLURM_PROCID", "SLURM_LOCALID"):
+        _number(name, 0, _MOST)
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
+        _number(name, 0, 2**32, default=0)
     tasks = re.match("[0-9]+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     environ["RANK"], environ["WORLD_SIZE"] = environ["SLURM_PROCID"], environ["SLURM_STEP_NUM_TASKS"]
     environ["LOCAL_RANK"], environ["GROUP_RANK"] = environ["SLURM_LOCALID"], environ.get("SLURM_NODEID", "0")
@@ -66,6 +93,27 @@ def first_host(nodes: str) -> str:
     """The first host of a list as Slurm writes it: "gpu[03-05,9],cpu1" -> "gpu03"."""
     prefix, number = re.match(r"([^,\[]*)(?:\[(\w+))?", nodes).groups()  # type: ignore[union-attr]
     return f"{prefix}{number or ''}"
+
+
+def check_host(given: str, host: str, mend: str = "") -> None:
+    """Raise MachineError where a host's name means nothing; a new one may take a moment to be known.
+
+    given: the flag or the variable that names it. mend: what else may help.
+    """
+    deadline = time.monotonic() + _KNOWN_AFTER
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise MachineError(
+                    f"{given}{host}: there is no host of that name",
+                    first_line(error),
+                    f"give the name or the address of the first machine, as this one knows it{mend}",
+                ) from None
+            time.sleep(_KNOWN_AFTER / 5)
+        else:
+            return
 
 
 def asked_for(gpus: str, processes: int | None, nnodes: int = 1) -> bool:
@@ -93,13 +141,17 @@ def origin() -> str:
 
 def alone() -> str:
     """What lets the command run as if there were no launcher."""
-    names = ("SLURM_STEP_NUM_TASKS",) if origin().startswith("SLURM") else ("RANK", "WORLD_SIZE")
+    by_slurm = "WORLD_SIZE" not in os.environ or origin().startswith("SLURM")
+    names = ("SLURM_STEP_NUM_TASKS",) if by_slurm else ("RANK", "WORLD_SIZE")
     return f"env {' '.join(f'-u {name}' for name in names)} samtune ..."
 
 
 def is_first() -> bool:
-    """Whether this process speaks and writes for all: rank 0, or the only one."""
-    here = place()
+    """Whether this process speaks and writes for all: rank 0, the only one, or one whose place cannot be meant."""
+    try:
+        here = place()
+    except UsageError:
+        return True
     return here is None or here.rank == 0
 
 

@@ -224,7 +224,8 @@ def _predictions(folder: Path, result: Mapping[str, Any], scored: str | None) ->
 def _class_names(folder: Path, result: Mapping[str, Any]) -> list[str]:
     """As a checkpoint has them; by number where none can be read."""
     classes = result["dataset"]["classes"]
-    for name in (result["selected"], "last", "best"):
+    steps = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    for name in (result["selected"], "last", "best", *steps):
         with suppress(OSError, ValueError, KeyError, TypeError):
             checkpoint = runlog.resolve_checkpoint(folder / "checkpoints", name)
             manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))

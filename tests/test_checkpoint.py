@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from samtune import checkpoint, models
 from samtune.errors import CheckpointError
+from samtune.options import RunConfig
+from samtune.weights import locate
 from tests.conftest import Bomb
 
 NAMES = ("cat", "dog", "owl")
@@ -61,6 +65,44 @@ def test_the_newest_ones_stay_and_what_last_and_best_mean(tmp_path, model_and_in
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-000002", "step-000005", "step-000006"]
     assert checkpoint.verify(tmp_path / "last")["step"] == 6
     assert checkpoint.verify(tmp_path / "best")["step"] == 2
+
+
+def test_weights_that_share_memory_are_saved_each(tmp_path):
+    whole = torch.arange(6.0)
+    folder = checkpoint.save(tmp_path, {"a": whole, "b": whole, "c": whole[:3]}, 1, timm_config={}, about={})
+    loaded = load_file(folder / "model.safetensors")
+    assert {key: value.tolist() for key, value in loaded.items()} == {
+        "a": whole.tolist(),
+        "b": whole.tolist(),
+        "c": [0, 1, 2],
+    }
+
+
+@pytest.mark.parametrize("left", ["links", "nothing", "dangling links", "empty files"])
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_without_links_last_is_the_latest_and_best_is_what_it_says(tmp_path, model_and_info, left, select):
+    checkpoints = tmp_path / "checkpoints"
+    config = RunConfig(model="tf_efficientnet_lite0", dataset="d", select=select).model_dump(mode="json")
+    model, info = model_and_info
+    timm_config = models.timm_config(model, info, NAMES)
+    for step in (2, 4, 10):
+        state, about = {"position": {"best_step": 4}}, {"config": config}
+        checkpoint.save(checkpoints, model.state_dict(), step, timm_config=timm_config, about=about, state=state)
+    for name, step in (("last", 10), ("best", 4)):
+        if left == "links":
+            checkpoint.point(checkpoints, name, checkpoints / f"step-{step:06d}")
+        elif left == "dangling links":
+            (checkpoints / name).symlink_to("/nowhere/step-000002")
+        elif left == "empty files":
+            (checkpoints / name).touch()
+    assert checkpoint.find(tmp_path, "last").resolve().name == "step-000010"
+    assert checkpoint.find(tmp_path, "best").resolve().name == "step-000004"
+    assert checkpoint.find(tmp_path).resolve().name == ("step-000010" if select == "last" else "step-000004")
+    assert locate(tmp_path).path.parent == checkpoint.find(tmp_path)  # as --weights has it
+    if left == "nothing":
+        shutil.rmtree(checkpoints / "step-000004")
+        with pytest.raises(CheckpointError, match="no best checkpoint"):
+            checkpoint.find(tmp_path, "best")
 
 
 def test_a_run_that_went_back_drops_what_was_newer(tmp_path, model_and_info):

@@ -198,6 +198,7 @@ def test_every_number_has_a_least_and_a_largest_value_that_float32_holds():
             ("cache_limit", 1e300),
             ("step_timeout", 1e300),
             ("mixup", 1e300),
+            *((key, value) for key in ("mixup", "cutmix") for value in (1e-300, 1e-45, 1e-30, 0.009)),
             ("img_size", 10**6),
             ("p", 1e300),
             ("m", 10**30),

@@ -13,14 +13,21 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from samtune import caches, checkpoint, config, options, ranks
+from samtune import caches, checkpoint, config, distributed, launch, options, ranks
 from samtune.errors import MachineError, UsageError
 from tests.conftest import ROOT, SMALL_MODEL, samtune
 from tests.fingerprint import fingerprint
 from tests.interruptions import resume, run, status
 
 SMALL = (*SMALL_MODEL, "--epochs", 1, "--batch-size", 8)
+
+
+@pytest.fixture(autouse=True)
+def _place_is_read_again():
+    yield
+    ranks.place.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------- copies of a run
@@ -184,6 +191,84 @@ def test_processes_in_a_rank_of_another_launcher_are_refused(monkeypatch):
     assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     assert (ranks.origin(), ranks.alone()) == ("SLURM_STEP_NUM_TASKS=4", "env -u SLURM_STEP_NUM_TASKS samtune ...")
+
+
+PLACE = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "RANK": "0", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "abc"}, "RANK=abc in the environment"),
+        ({"RANK": ""}, "RANK= in the environment"),
+        ({"RANK": "2"}, "from 0 to 1"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x in the environment"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9 in the environment"),
+        ({"GROUP_RANK": "1.5"}, "GROUP_RANK=1.5 in the environment"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc in the environment"),
+        ({"MASTER_PORT": "65536"}, "from 0 to 65535"),
+    ],
+)
+def test_a_variable_that_cannot_be_meant_is_named(variables, said, monkeypatch):
+    for key, value in (PLACE | variables).items():
+        monkeypatch.setenv(key, value)
+    ranks.place.cache_clear()
+    with pytest.raises(UsageError) as error:
+        ranks.place()
+    assert said in str(error.value)
+    assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
+    assert ranks.is_first()  # it speaks for itself
+
+
+@pytest.mark.parametrize(
+    "variables", [{"SLURM_STEP_NUM_TASKS": "x"}, {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "y"}]
+)
+def test_so_is_one_of_slurm(variables, monkeypatch):
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    ranks.place.cache_clear()
+    with pytest.raises(UsageError, match=r"SLURM_.*=[xy] in the environment") as error:
+        ranks.place()
+    assert "env -u SLURM_STEP_NUM_TASKS samtune" in error.value.mend
+
+
+def test_every_command_says_it_in_words(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "samtune", "runs", tmp_path],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT)} | os.environ | PLACE | {"RANK": "abc"},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: RANK=abc in the environment")
+
+
+@pytest.mark.parametrize("command", ["runs", "--help", "eval r"])
+def test_without_a_working_folder_every_command_says_so(command, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f'rmdir "$PWD" && exec {sys.executable} -m samtune {command}'
+    env = {"PYTHONPATH": str(ROOT)} | os.environ
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, cwd=gone, env=env, check=False)
+    assert done.returncode == 8, done.stderr
+    assert done.stderr.startswith("error: the working folder is not there any more")
+
+
+def test_the_host_where_ranks_meet_must_have_a_name_that_is_known(monkeypatch):
+    monkeypatch.setattr(ranks, "_KNOWN_AFTER", 0.01)
+    for key, value in (PLACE | {"MASTER_ADDR": "no-such-host.invalid"}).items():
+        monkeypatch.setenv(key, value)
+    ranks.place.cache_clear()
+    with pytest.raises(MachineError, match=r"MASTER_ADDR=no-such-host.invalid: there is no host of that name") as error:
+        distributed.join(torch.device("cpu"))
+    assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
+    ranks.place.cache_clear()
+    fleet = launch.Fleet(1, 2, 1, "no-such-host.invalid:29500")
+    with pytest.raises(MachineError, match=r"--rdzv-endpoint no-such-host.invalid: there is no host of that name"):
+        launch.launch([], fleet, None)
 
 
 WAITING = """

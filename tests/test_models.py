@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from samtune import models
 from samtune.data.transforms import eval_transform, normalize
-from samtune.errors import CheckpointError, ModelError
+from samtune.errors import CheckpointError, ModelError, UsageError
 from tests.conftest import Bomb
 
 LITE0 = "tf_efficientnet_lite0"
@@ -172,3 +172,14 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
         models.build(LITE0, classes=3, weights=tmp_path / "bomb.pth")
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "csatv2", "crossvit_9_240"])
+def test_a_size_that_a_model_cannot_take_is_refused_before_anything_is_built(name):
+    with pytest.raises(UsageError, match=rf"--img-size 32 does not suit model {name}"):
+        models.check_size(name, None, 32)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "vit_tiny_patch16_224", "tf_efficientnet_lite0", "coat_tiny"])
+def test_a_size_that_a_model_can_take_is_not(name):
+    models.check_size(name, None, 32)

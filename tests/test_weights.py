@@ -155,6 +155,53 @@ def test_a_model_that_is_not_there_is_named(name, said):
     assert said in str(error.value)
 
 
+SAYS = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 64]}
+
+
+def write_folder(root, donor, config):
+    save_file(donor.state_dict(), root / "model.safetensors")
+    (root / "config.json").write_text(json.dumps(config))
+    return root
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architecture": NAME, "num_classes": 7, "pretrained_cfg": {**SAYS, "classifier": "fc"}},
+        {"architecture": NAME, "num_classes": 7, "pretrained_cfg": SAYS},
+        {"architecture": NAME, "num_classes": 7, **SAYS},
+        {"architecture": f"{NAME}.c3_in1k", "pretrained_cfg": SAYS},
+    ],
+    ids=["whole", "without a classifier", "at one level", "with a tag"],
+)
+def test_what_a_folder_says_holds_and_the_rest_is_as_the_architecture_has_it(config, donor, tmp_path):
+    folder = write_folder(tmp_path, donor, config)
+    for name, file in ((f"local-dir:{folder}", None), (NAME, folder)):
+        model, info = models.build(name, classes=3, weights=file)
+        assert same(body(model), body(donor))
+        assert info.data_config["mean"] == (0.1, 0.2, 0.3)
+        assert models.head_names(model) == ("fc",)
+        assert info.img_size == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"architectures": ["ResNetForImageClassification"], "model_type": "resnet"}, "that of transformers"),
+        ({"architecture": "nosuchnet", "pretrained_cfg": SAYS}, "timm has no architecture 'nosuchnet'"),
+        ({"architecture": 5, "pretrained_cfg": SAYS}, "partition"),
+        ({"architecture": NAME, "pretrained_cfg": [1]}, "has no attribute"),
+        ({"architecture": NAME, "pretrained_cfg": {**SAYS, "input_size": 64}}, "input_size is 64"),
+        ({"architecture": NAME, "mean": [0.5]}, "mean is"),
+        ([1, 2], "TypeError"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused_in_words(config, why, donor, tmp_path):
+    with pytest.raises(CheckpointError, match=r"config.json is not what timm writes") as error:
+        models.build(f"local-dir:{write_folder(tmp_path, donor, config)}", classes=3)
+    assert why in error.value.why
+
+
 def test_models_without_a_classifier_are_refused_by_name():
     without = next(name for name in timm.list_models() if not timm.get_pretrained_cfg(name).classifier)
     with pytest.raises(ModelError, match=f"model {without}.* has no classifier"):

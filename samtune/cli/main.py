@@ -8,7 +8,7 @@ import typer
 
 from samtune import __version__, caches, ranks, signals, streams
 from samtune.cli.help import SETTINGS, Commands
-from samtune.errors import SamtuneError, Stopped
+from samtune.errors import MachineError, SamtuneError, Stopped, first_line
 
 
 class _Samtune(Commands):
@@ -70,6 +70,12 @@ def _samtune(
 def main() -> None:
     """Run the command line and exit with the codes of `samtune.errors`."""
     streams.guard()
+    try:  # before anything asks for these
+        _check_working_folder()
+        ranks.place()
+    except SamtuneError as error:
+        _print_error(str(error))
+        sys.exit(error.exit_code)
     if ranks.folder() is not None:
         over = ranks.over()
         if over is not None:
@@ -82,6 +88,15 @@ def main() -> None:
 
         console.note(note)
     sys.exit(_exit_code())
+
+
+def _check_working_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise MachineError(
+            "the working folder is not there any more", first_line(error), "change to one that is there: cd"
+        ) from None
 
 
 def _exit_code() -> int:

@@ -34,7 +34,7 @@ from samtune.errors import DataError
 
 Progress = Callable[[str, int, int], None]  # what is going on, images done, images in all
 
-_RULE = "3"  # changes with `decode`, so that pixels made by an older rule are not taken for today's
+_RULE = "4"  # changes with `decode`, so that pixels made by an older rule are not taken for today's
 _NAMED = 10  # bad images that an error names
 _SMALL = 4096  # bytes of an image that is decoded so fast that threads would only wait for Python's lock
 _SAMPLED = 256  # images by whose headers the size of all is foretold

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from samtune.data import tiff
 from samtune.data.formats import register_plugins
 from samtune.errors import DataError, first_line
 
@@ -35,7 +36,9 @@ _UPRIGHT = {
 }
 _MOST_SCALED = 8  # libjpeg itself decodes at 1/2, 1/4 and 1/8 of the size, in less time
 _PLAIN_RANGES: Mapping[str, Range] = {"I;16": (0, 65535), "I": (0, 65535), "RGB;16": (0, 65535), "F": (0, 1)}
-_OF_16_BITS = re.compile("RGBA?;16[BLN]")  # how Pillow calls 16 bits of colour in a file, and their order of bytes
+_OF_16_BITS = re.compile("RGB[AaX]?;16[BLN]")  # how Pillow calls 16 bits of colour in a file, and their order of bytes
+_WITH_ALPHA = (2, 4)  # channels, the last of which is alpha
+_GREY_AND_ALPHA = "LA;16B"
 _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 _LARGE = 16_000_000  # pixels of pictures of which a process decodes one at a time
 _one_large = threading.Lock()
@@ -53,7 +56,8 @@ class DecodeRule:
     min_side: pixels that the shorter side of a picture should keep; a larger picture is decoded at 1/2, 1/4, ... of its
     size, as long as it keeps them. None keeps all. max_megapixels: larger pictures are refused. ranges: mode of deep
     pictures ("I;16" and "RGB;16" 16 bits, "I" 32-bit integers, "F" floating-point numbers) -> values that become black
-    and white; others are cut off there. The plain rule is all of 16 bits, and 0 to 1.
+    and white, or white and black where the file says that its lowest are white; others are cut off there. The plain
+    rule is all of 16 bits, and 0 to 1.
     """
 
     min_side: int | None = None
@@ -123,8 +127,10 @@ def decode_pixels(encoded: bytes, where: Callable[[], str], rule: DecodeRule = P
         with _one_large:
             return _decode(encoded, image, rule)
     except UnidentifiedImageError:
-        why = "it is no image" if encoded else "it is empty"
+        why = str(tiff.unopened(encoded) or "it is no image") if encoded else "it is empty"
         raise DataError(f"{where()} cannot be decoded", why, "mend or remove the image") from None
+    except tiff.Unreadable as error:
+        raise DataError(f"{where()} cannot be decoded", str(error), "convert or remove the image") from None
     except _TooLarge as error:
         mend = "remove the image, or allow it by --max-megapixels"
         raise DataError(f"{where()} cannot be decoded", str(error), mend) from None
@@ -143,11 +149,12 @@ def from_pillow(image: Image.Image, rule: DecodeRule = PLAIN) -> "torch.Tensor":
         pixels = image.width * image.height
         if pixels > rule.max_megapixels * 1e6:
             raise _TooLarge(f"{image.width} x {image.height} pixels, more than {rule.max_megapixels:g} megapixels")
+        tiff.prepare(image)
         own = image.copy()  # reduced at reading, it would not be the caller's any more
         by = rule.reduction(own.width, own.height)
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))  # when it is loaded: a TIFF is upright then
         deep = deep_mode(own)
-        rgb = _to_rgb(b"", own, deep if deep != "RGB;16" else None, rule, by)
+        rgb = _to_rgb(b"", own if deep is None else image, deep, rule, by)
         return torch.from_numpy(np.array(rgb if turn is None else rgb.transpose(turn))).permute(2, 0, 1)
     except Exception as error:
         raise DataError("an image in memory cannot be read", first_line(error), "mend or leave out the image") from None
@@ -158,6 +165,7 @@ class _TooLarge(ValueError):
 
 
 def _decode(encoded: bytes, image: Image.Image, rule: DecodeRule) -> npt.NDArray[np.uint8]:
+    tiff.prepare(image)
     by, size = rule.reduction(image.width, image.height), rule.reduced(image.width, image.height)
     deep = deep_mode(image)
     # A TIFF is turned by Pillow itself, when it is loaded.
@@ -192,10 +200,12 @@ def _to_rgb(encoded: bytes, image: Image.Image, deep: str | None, rule: DecodeRu
     """Any other image as RGB, reduced by `by` before it is converted: large ones would take much memory."""
     width = image.width
     if deep is not None:
-        image = _to_8_bits(deep_values(encoded, image, deep), rule.range_of(deep))
+        image = _to_8_bits(deep_values(encoded, image, deep), rule.range_of(deep), tiff.low_is_white(image))
     elif by > 1:
         image.draft(None, rule.reduced(image.width, image.height))  # a grey or CMYK JPEG; does nothing to the others
         image.load()
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.mode in ("P", "1"):  # what cannot be averaged
         image = image.convert("RGBA" if image.has_transparency_data else "RGB" if image.mode == "P" else "L")
     if by > 1:
@@ -212,41 +222,76 @@ def deep_mode(image: Image.Image) -> str | None:
     """The mode of an image of more than 8 bits, before it is loaded; None for others."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return image.mode[:4]
-    return "RGB;16" if any(_OF_16_BITS.fullmatch(_raw_mode(tile)) for tile in getattr(image, "tile", ())) else None
+    raw_modes = [_raw_mode(tile) for tile in getattr(image, "tile", ())]
+    if _GREY_AND_ALPHA in raw_modes:
+        return "I;16"
+    is_deep = any(map(_OF_16_BITS.fullmatch, raw_modes)) or any(map(_is_deep_ppm, getattr(image, "tile", ())))
+    return "RGB;16" if is_deep else None
 
 
 def deep_values(encoded: bytes, image: Image.Image, mode: str) -> npt.NDArray[Any]:
-    """The values of an image of a deep mode, (height, width), of colour (height, width, channels), the fourth alpha."""
-    if mode != "RGB;16":
-        return np.asarray(image)
+    """The values of an image of a deep mode: (height, width), or (height, width, channels), `without_alpha` of them."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        tiff.prepare(image)
+        values = np.asarray(image)
+        return values.view(np.uint32) if mode == "I" and tiff.is_unsigned(image) else values
+    # This one may be loaded already, and does not tell any more how it was stored.
+    upper, lower = Image.open(io.BytesIO(encoded)), Image.open(io.BytesIO(encoded))
+    stored = _raw_mode(upper.tile[0])
+    if _is_deep_ppm(upper.tile[0]):
+        tile: Any = upper.tile[0]
+        scaled = np.frombuffer(encoded, ">u2", upper.width * upper.height * 3, tile[2]) * (65535 / float(tile[3][1]))
+        return np.rint(scaled).astype(np.uint16).reshape(upper.height, upper.width, 3)
+    if stored == _GREY_AND_ALPHA:
+        # Pillow gives the upper byte of both. Taken for four channels of 8 bits, all bytes are there.
+        upper.tile = [_with_raw_mode(tile, "RGBA") for tile in upper.tile]
+        return np.ascontiguousarray(upper).view(">u2").astype(np.uint16)
     # Of 16 bits of colour Pillow gives the upper byte; told the other order of bytes, it gives the lower one.
-    lower = Image.open(io.BytesIO(encoded))
-    lower.tile = [_with_raw_mode(tile, _OTHER_ORDER) for tile in lower.tile]
-    values: npt.NDArray[np.uint16] = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
-    return values
+    mode = stored.replace("a", "A")  # colour times alpha, which Pillow would divide in each byte by itself
+    upper.tile = [_with_raw_mode(tile, mode) for tile in upper.tile]
+    lower.tile = [_with_raw_mode(tile, mode[:-1] + _OTHER_ORDER[mode[-1]]) for tile in lower.tile]
+    values = np.asarray(upper).astype(np.uint16) << 8 | np.asarray(lower)
+    return values if mode == stored else _without_factor(values)
+
+
+def without_alpha(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Grey or colour alone."""
+    return values[..., :-1] if values.ndim == 3 and values.shape[2] in _WITH_ALPHA else values
+
+
+def _without_factor(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    """Colour that was multiplied by alpha, as it was before."""
+    alpha = values[..., -1:].astype(np.float64)
+    colour = np.rint(values[..., :-1] * (65535 / np.maximum(alpha, 1))).clip(0, 65535).astype(np.uint16)
+    return np.concatenate([colour, values[..., -1:]], axis=2)
+
+
+def _is_deep_ppm(tile: Any) -> bool:
+    return bool(tile[0] == "ppm" and tile[3][0] == "RGB" and tile[3][1] > 255)
 
 
 def _raw_mode(tile: Any) -> str:
     return str(tile[3][0] if isinstance(tile[3], tuple) else tile[3])
 
 
-def _with_raw_mode(tile: Any, order: Mapping[str, str]) -> Any:
-    mode = _raw_mode(tile)[:-1] + order[_raw_mode(tile)[-1]]
+def _with_raw_mode(tile: Any, mode: str) -> Any:
     return tile._replace(args=(mode, *tile[3][1:]) if isinstance(tile[3], tuple) else mode)
 
 
-def _to_8_bits(values: npt.NDArray[Any], black_and_white: Range) -> Image.Image:
-    """Values from black to white become 0 to 255, others are cut off; what is no number is black."""
+def _to_8_bits(values: npt.NDArray[Any], black_and_white: Range, inverted: bool) -> Image.Image:
+    """Values from black to white become 0 to 255, inverted 255 to 0, others are cut off; what is no number is black."""
     low, high = black_and_white
     levels = np.empty(values.shape, np.uint8)
-    has_alpha = values.ndim == 3 and values.shape[2] == 4
+    has_alpha = without_alpha(values) is not values
     for start in range(0, len(values), _ROWS):
         part = values[start : start + _ROWS].astype(np.float64)
         scaled = (part - low) * (255 / (high - low)) if high > low else part * 0
+        if inverted:
+            scaled = 255 - scaled
         if has_alpha:
             scaled[..., -1] = part[..., -1] / 257
         levels[start : start + _ROWS] = np.rint(np.nan_to_num(scaled, nan=0).clip(0, 255))
-    return Image.fromarray(levels)
+    return Image.fromarray(levels)  # of two channels, LA; of four, RGBA
 
 
 def is_constant(pixels: "torch.Tensor") -> bool:

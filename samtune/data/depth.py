@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from samtune.data.decode import Range, deep_mode, deep_values
+from samtune.data.decode import Range, deep_mode, deep_values, without_alpha
 from samtune.data.source import Split
 from samtune.data.splits import Indices
 
@@ -63,7 +63,7 @@ def _extremes(split: Split, row: int) -> tuple[str, Range] | None:
         values = deep_values(encoded, Image.open(io.BytesIO(encoded)), mode)
     except Exception:  # told when the images are decoded
         return None
-    colours = values[..., :3] if values.ndim == 3 else values
+    colours = without_alpha(values)
     finite = colours[np.isfinite(colours)]
     return (mode, (float(finite.min()), float(finite.max()))) if finite.size else None
 
