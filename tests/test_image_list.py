@@ -107,6 +107,216 @@ def test_a_column_of_splits_of_other_names_is_taken_where_it_is_named(folder):
     assert (pictures(data), pictures(data, "test")) == ([0, 1], [2, 3])
 
 
+def table_of_splits(folder, kind, column, values):
+    """A list, or a table, of as many pictures as there are values, of classes a and b in turn."""
+    if kind == "csv":
+        rows = [f"photos/{i}.png,{'ab'[i % 2]},{'' if value is None else value}" for i, value in enumerate(values)]
+        return write(folder, f"path,label,{column}", *rows)
+    images = [{"bytes": picture, "path": None} for picture in PICTURES[: len(values)]]
+    table = pa.table({"image": images, "label": ["a", "b", "a", "b", "a", "b"][: len(values)], column: list(values)})
+    pq.write_table(table, folder / "list.parquet")
+    return folder / "list.parquet"
+
+
+# Column, values -> role: pictures; what is said of it
+SPLITS = {
+    "a competition's parts of test": (
+        ("Usage", ["Training", "Training", "PublicTest", "PublicTest", "PrivateTest", "PrivateTest"]),
+        {"train": [0, 1], "validation": [2, 3], "test": [4, 5]},
+        "split PublicTest is used as validation",
+    ),
+    "one part of test": (
+        ("Usage", ["Training", "Training", "Training", "Training", "PublicTest", "PublicTest"]),
+        {"train": [0, 1, 2, 3], "test": [4, 5]},
+        "Training 4, PublicTest 2",
+    ),
+    "without labels": (
+        ("subset", ["train", "train", "test", "test", "unlabeled", "unlabeled"]),
+        {"train": [0, 1], "test": [2, 3]},
+        "2 of 6 rows are in no split and left out (subset: 'unlabeled' 2)",
+    ),
+    "not available": (
+        ("set", ["train", "train", "NA", "test", None, "test"]),
+        {"train": [0, 1], "test": [3, 5]},
+        "2 of 6 rows are in no split and left out",
+    ),
+    "held out": (
+        ("phase", ["train", "train", "val", "val", "holdout", "holdout"]),
+        {"train": [0, 1], "validation": [2, 3], "test": [4, 5]},
+        "split holdout is used as test",
+    ),
+    "held out beside test": (
+        ("split", ["train", "train", "test", "test", "holdout", "holdout"]),
+        {"train": [0, 1], "test": [2, 3], "holdout": [4, 5]},
+        "split holdout (2) is not used",
+    ),
+    "words joined": (
+        ("x", ["TrainSet"] * 4 + ["testSet", "NaN"]),
+        {"train": [0, 1, 2, 3], "test": [4]},
+        "TrainSet 4, testSet 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("name", SPLITS)
+def test_one_unusual_value_does_not_hide_a_column_of_splits(name, kind, folder):
+    (column, values), expected, said = SPLITS[name]
+    data = read(table_of_splits(folder, kind, column, values))
+    assert {role: pictures(data, role) for role in data.splits} == expected
+    assert any(said in note for note in data.notes)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_value_that_may_mean_anything_is_shown_and_never_trained_on(kind, folder):
+    path = table_of_splits(folder, kind, "set", ["train", "train", "test", "test", "gallery", "gallery"])
+    with pytest.raises(DataError, match="'gallery' is the name of none") as error:
+        read(path)
+    assert "train 2, test 2, gallery 2" in error.value.why
+    assert "--split-key set" in error.value.mend
+    assert pictures(read(path, split_key="set")) == [0, 1]
+    assert pictures(read(path, train_split="train+gallery")) == [0, 1, 4, 5]
+
+
+LABELS_THAT_READ_LIKE_SPLITS = {
+    "vehicles": ("path,kind,weather", ["train", "bus", "car"], {"label_key": "kind"}),
+    "vehicles alone": ("path,kind", ["train", "bus", "car"], {}),
+    "both words": ("path,label,labelid", ["train", "test", "val"], {}),
+    "both words, asked for": ("path,word,more", ["train", "test", "val"], {"label_key": "word"}),
+    "both words alone": ("path,target", ["train", "test", "val"], {}),
+}
+
+
+@pytest.mark.parametrize("name", LABELS_THAT_READ_LIKE_SPLITS)
+def test_classes_whose_names_read_like_splits_are_classes(name, folder):
+    header, classes, wanted = LABELS_THAT_READ_LIKE_SPLITS[name]
+    rows = [f"photos/{i}.png,{classes[i % 3]}" + ",0" * (header.count(",") - 1) for i in range(6)]
+    data = read(write(folder, header, *rows), **wanted)
+    assert labels(data) == classes * 2
+
+
+FLAGS = {
+    "is_test": {"train": [0, 1, 2, 3], "test": [4, 5]},
+    "isTest": {"train": [0, 1, 2, 3], "test": [4, 5]},
+    "test": {"train": [0, 1, 2, 3], "test": [4, 5]},
+    "is_val": {"train": [0, 1, 2, 3], "validation": [4, 5]},
+    "is_valid": {"train": [0, 1, 2, 3], "validation": [4, 5]},
+    "is_train": {"train": [4, 5], "test": [0, 1, 2, 3]},
+    "train": {"train": [4, 5], "test": [0, 1, 2, 3]},
+    "is_training_image": {"train": [4, 5], "test": [0, 1, 2, 3]},
+    "used_for_training": {"train": [4, 5], "test": [0, 1, 2, 3]},
+}
+
+
+@pytest.mark.parametrize("values", ["01", (False, True), (None, 1)], ids=["01", "bool", "blank"])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_flag_tells_the_split_of_a_row(name, kind, values, folder):
+    no, yes = values
+    data = read(table_of_splits(folder, kind, name, [no] * 4 + [yes] * 2))
+    assert {role: pictures(data, role) for role in data.splits} == FLAGS[name]
+    assert any(f"column {name} tells the splits" in note for note in data.notes)
+
+
+def test_several_flags_tell_the_splits_together(folder):
+    rows = [f"photos/{i}.png,{'ab'[i % 2]},{int(i < 2)},{int(1 < i < 4)}" for i in range(6)]
+    data = read(write(folder, "path,label,is_train,is_val", *rows))
+    assert {r: pictures(data, r) for r in data.splits} == {"train": [0, 1], "validation": [2, 3], "test": [4, 5]}
+    path = write(folder, "path,label,is_train,is_val", *rows, "photos/0.png,a,1,1")
+    with pytest.raises(DataError, match=r"line 8 of .* is in 2 splits: is_train, is_val"):
+        read(path)
+
+
+def test_a_flag_with_other_values_is_refused_by_name(folder):
+    path = write(folder, "path,label,is_test", "photos/0.png,a,0", "photos/1.png,b,2")
+    with pytest.raises(DataError, match="column is_test speaks of a split, and has the value '2'"):
+        read(path)
+
+
+def test_a_split_asked_for_by_its_value_is_no_flag(folder):
+    rows = [f"photos/{i}.png,{'ab'[i % 2]},{int(i < 4)}" for i in range(6)]
+    path = write(folder, "path,label,is_x_train", *rows)
+    data = read(path, split_key="is_x_train", train_split="1", test_split="0", label_key="label")
+    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2, 3], [4, 5])
+    path = write(folder, "path,label,is_train", *rows)
+    data = read(path, split_key="is_train", train_split="0", test_split="1")
+    assert (pictures(data), pictures(data, "test")) == ([4, 5], [0, 1, 2, 3])
+
+
+def test_pictures_that_are_sound_are_no_validation_split(folder):
+    rows = [f"photos/{i}.png,{'ab'[i % 2]},{int(i != 5)}" for i in range(6)]
+    assert pictures(read(write(folder, "path,label,is_valid", *rows))) == [0, 1, 2, 3, 4, 5]
+
+
+# A column for each class and one more -> the classes; the splits
+ONE_HOT = {
+    "a flag": ("is_test", [0, 0, 0, 0, 1, 1], ["bus", "car"], ["train", "test"]),
+    "a flag by its values": ("train", [1, 1, 1, 1, 0, 0], ["bus", "car"], ["train", "test"]),
+    "a column of splits": ("set", ["train"] * 4 + ["test"] * 2, ["bus", "car"], ["train", "test"]),
+}
+
+
+@pytest.mark.parametrize("name", ONE_HOT)
+def test_a_flag_beside_a_column_for_each_class_is_no_class(name, folder):
+    column, values, classes, splits = ONE_HOT[name]
+    rows = [f"photos/{i}.png,{i % 2},{1 - i % 2},{value}" for i, value in enumerate(values)]
+    data = read(write(folder, f"image,car,bus,{column}", *rows))
+    assert (list(data.class_names), list(data.splits)) == (classes, splits)
+
+
+def test_train_is_a_class_where_each_row_has_one_of_the_columns(folder):
+    rows = [f"photos/{i}.png,{int(i % 3 == 0)},{int(i % 3 == 1)},{int(i % 3 == 2)}" for i in range(6)]
+    assert labels(read(write(folder, "image,bus,car,train", *rows))) == ["bus", "car", "train"] * 2
+
+
+def test_a_column_that_is_there_twice_stops_only_what_uses_it(folder):
+    path = write(folder, "path,label,z,z", "photos/0.png,a,1,2", "photos/1.png,b,1,2")
+    assert labels(read(path)) == ["a", "b"]
+    path = write(folder, "path,label,set,set", "photos/0.png,a,train,test", "photos/1.png,b,train,test")
+    with pytest.raises(DataError, match="several columns set"):
+        read(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- repeats
+
+
+def repeated(folder, kind, *rows):
+    """A list, or a table of paths: the rows' pictures, labels and splits."""
+    names = [(f"photos/{i}.png" if j % 2 else f"./photos/{i}.png", *more) for j, (i, *more) in enumerate(rows)]
+    if kind == "csv":
+        return write(folder, "path,label,split", *map(",".join, names))
+    columns = zip(*names, strict=True)
+    pq.write_table(
+        pa.table(dict(zip(("path", "label", "split"), map(list, columns), strict=True))), folder / "l.parquet"
+    )
+    return folder / "l.parquet"
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_pictures_with_two_labels_are_named(split, kind, folder):
+    path = repeated(folder, kind, (0, "a", "train"), (1, "b", "train"), (0, "b", split), (1, "a", split))
+    with pytest.raises(DataError, match=r"2 pictures of .* several labels: .*0\.png is 'a' and 'b', .*1\.png"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_row_that_is_there_twice_counts_once(kind, folder):
+    path = repeated(folder, kind, (0, "a", "train"), (0, "a", "train"), (1, "b", "train"), (0, "a", "train"))
+    data = read(path)
+    assert (pictures(data), labels(data)) == ([0, 1], ["a", "b"])
+    assert "2 of 4 rows are there twice and count once" in data.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("role", ["validation", "test", "extra"])
+def test_a_picture_in_two_splits_is_told_where_both_are_used(role, kind, folder):
+    notes = read(repeated(folder, kind, (0, "a", "train"), (1, "b", "train"), (1, "b", role))).notes
+    (told,) = [note for note in notes if "better than it should be" in note] or [""]
+    assert told.startswith("" if role == "extra" else f"1 picture of train in {role}, too")
+    assert ("photos/1.png" in told) == (role != "extra")
+
+
 # ---------------------------------------------------------------------------------------------------------------- paths
 
 
@@ -175,6 +385,16 @@ def test_numbers_written_as_floats_are_ordered_as_numbers(folder):
         write(folder, "path,label", *(f"photos/{i}.png,{label}" for i, label in enumerate(("10.0", "9.0", "2."))))
     )
     assert data.class_names == ("2", "9", "10")
+
+
+def test_blanks_around_names_and_values_do_not_count(folder):
+    path = write(folder, "path , label ", "photos/0.png ,cat ", "photos/1.png,cat", "photos/2.png, dog", name="l.CSV")
+    data = read(path)
+    assert (labels(data), pictures(data)) == (["cat", "cat", "dog"], [0, 1, 2])
+    assert data.notes == (
+        "column path: blanks around the values of 1 row are left out, as 'photos/0.png '",
+        "column label: blanks around the values of 1 row are left out, as 'cat '",
+    )
 
 
 def test_a_column_for_each_class_is_one_label_a_picture(folder):

@@ -7,16 +7,18 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from samtune.data import columns
-from samtune.data.columns import Table
+from samtune.data.columns import Columns, Table
 from samtune.data.formats import is_readable
 from samtune.data.names import readable
 from samtune.data.roles import Wanted
+from samtune.data.split_columns import split_of_rows
 from samtune.errors import DataError
 
 LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -25,10 +27,11 @@ _DELIMITERS = (",", ";", "\t", "|")
 
 @dataclass(frozen=True)
 class ListSplits:
-    """What a list holds: split -> paths and labels, row by row; notes for the user."""
+    """What a list holds: split -> paths and labels, row by row; notes for the user; where it was found."""
 
     splits: dict[str, tuple[list[str], list[Any]]]
     notes: list[str]
+    columns: Columns
 
 
 def read_list(path: Path, wanted: Wanted) -> ListSplits:
@@ -41,27 +44,37 @@ def read_list(path: Path, wanted: Wanted) -> ListSplits:
         UsageError: a wanted column is not there.
         DataError: no such columns, a row that cannot be read, or paths that lead nowhere.
     """
-    values, lines = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path)
-    if not lines:
+    read = _read(path)
+    if not read.lines:
         raise DataError(f"list {path} has no rows", mend="one picture a row: path,label or path,label,split")
-    where = [f"line {line} of {path}" for line in lines]
-    table = Table.of_lists(values)
-    found = columns.find(str(path), table, wanted)
-    labels = columns.one_hot_labels(table, found.one_hot, where) if found.one_hot else values[found.label]
+    where = [f"line {line} of {path}" for line in read.lines]
+    found = columns.find(str(path), Table.of_lists(read.values), wanted)
+    used = (found.image, found.label, *found.splits, *found.one_hot)
+    read.check_names(path, used)
+    values, notes = _without_blanks(read.values, used)
+    of_row: list[str | None] = ["train"] * len(where)
+    if found.splits:
+        of_row, more = split_of_rows(f"{path}", found.splits, values, where, wanted)
+        notes += more
+    rows = [row for row, split in enumerate(of_row) if split is not None]
+    where = [where[row] for row in rows]
+    values = {name: [values[name][row] for row in rows] for name in used if name}
+    of_used = [split for split in of_row if split is not None]
+
+    labels = values[found.label] if found.label else None
+    labels = labels or columns.one_hot_labels(Table.of_lists(values), found.one_hot, where)
     labels = _numbers([_plain(label, place) for label, place in zip(labels, where, strict=True)])
     for place, image in zip(where, values[found.image], strict=True):
         if not isinstance(image, str | int) or image == "":
             raise DataError(f"{place} has no {found.image}", mend="mend or remove the line")
-    of_row = split_of_rows(values[found.split], where, found.split) if found.split else ["train"] * len(lines)
-    firsts = [of_row.index(split) for split in dict.fromkeys(of_row)]
-    paths, notes = find_files(list(map(str, values[found.image])), firsts, path.parent, wanted, f"list {path}")
+    firsts = [of_used.index(split) for split in dict.fromkeys(of_used)]
+    paths, more = find_files(list(map(str, values[found.image])), firsts, path.parent, wanted, f"list {path}")
     splits: dict[str, tuple[list[str], list[Any]]] = {}
-    for split, file, label in zip(of_row, paths, labels, strict=True):
+    for split, file, label in zip(of_used, paths, labels, strict=True):
         files, of_split = splits.setdefault(split, ([], []))
         files.append(file)
         of_split.append(label)
-    sizes = {split: len(files) for split, (files, _) in splits.items()}
-    return ListSplits(splits, [*notes, *split_note(found.split, sizes)])
+    return ListSplits(splits, [*notes, *more], found)
 
 
 def read_names(path: Path, wanted: Wanted) -> tuple[list[str], list[str]]:
@@ -71,32 +84,19 @@ def read_names(path: Path, wanted: Wanted) -> tuple[list[str], list[str]]:
         UsageError: a wanted column is not there.
         DataError: no column of paths, a row without one, or paths that lead nowhere.
     """
-    values, lines = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path)
-    column = columns.find_image(str(path), Table.of_lists(values), wanted)
-    if not lines:
+    read = _read(path)
+    column = columns.find_image(str(path), Table.of_lists(read.values), wanted)
+    read.check_names(path, [column])
+    if not read.lines:
         raise DataError(f"list {path} has no rows", mend="one picture a row, below a header such as path")
-    for line, image in zip(lines, values[column], strict=True):
+    values, _ = _without_blanks(read.values, [column])
+    for line, image in zip(read.lines, values[column], strict=True):
         if not isinstance(image, str | int) or image == "":
             raise DataError(f"line {line} of {path} has no {column}", mend="mend or remove the line")
     names, root = list(map(str, values[column])), root_of(wanted, path.parent)
     # Where some are there, the others are missing; where none is, they lie elsewhere.
     samples = [] if any(os.path.isfile(file_of(root, name, wanted)) for name in names) else [0]
     return find_files(names, samples, path.parent, wanted, f"list {path}")
-
-
-def split_of_rows(values: Sequence[Any], where: Sequence[str], column: str) -> list[str]:
-    """The split of each row. Raises DataError for a row that says none."""
-    for place, value in zip(where, values, strict=True):
-        if value in (None, ""):
-            raise DataError(f"{place} has no split", f"column {column} tells it", "fill it in, or remove the row")
-    return [str(value) for value in values]
-
-
-def split_note(column: str, sizes: dict[str, int]) -> list[str]:
-    """What is said of a column of splits that was noticed; nothing where its name says what it is."""
-    if column in ("", "split"):
-        return []
-    return [f"column {column} tells the splits: {', '.join(f'{name} {size}' for name, size in sizes.items())}"]
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -185,8 +185,44 @@ def _pictures_by_name(root: Path) -> dict[str, list[str]]:
 # -------------------------------------------------------------------------------------------------------------- formats
 
 
-def _read_csv(path: Path) -> tuple[dict[str, list[Any]], list[int]]:
-    """Columns by name, and the line of each row. Bytes that are not UTF-8 stay as they are: they may be a path's."""
+@dataclass(frozen=True)
+class _Rows:
+    """Columns by name, and the line of each row. repeated: names that several columns have."""
+
+    values: dict[str, list[Any]]
+    lines: list[int]
+    repeated: Collection[str] = ()
+
+    def check_names(self, path: Path, used: Iterable[str]) -> None:
+        """Raise DataError where it is not clear which column is meant."""
+        for name in used:
+            if name in self.repeated:
+                raise DataError(
+                    f"list {path} has several columns {name}",
+                    "one of them would be used",
+                    "rename or remove the others",
+                )
+
+
+def _read(path: Path) -> _Rows:
+    return _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path)
+
+
+def _without_blanks(values: Mapping[str, list[Any]], used: Iterable[str]) -> tuple[dict[str, list[Any]], list[str]]:
+    """Columns without the blanks around their values, and a note on each where that changes some."""
+    found = dict(values)
+    notes = []
+    for name in filter(None, used):
+        found[name] = [value.strip() if isinstance(value, str) else value for value in values[name]]
+        changed = [old for old, new in zip(values[name], found[name], strict=True) if new != old]
+        if changed:
+            rows = f"{len(changed)} row{'s' if len(changed) > 1 else ''}"
+            notes.append(f"column {name}: blanks around the values of {rows} are left out, as {readable(changed[0])!r}")
+    return found, notes
+
+
+def _read_csv(path: Path) -> _Rows:
+    """A table with a header. Bytes that are not UTF-8 stay as they are: they may be a path's."""
     text = _text(path)
     header = text.lstrip("\r\n").partition("\n")[0]
     delimiter = max(_DELIMITERS, key=header.count) if path.suffix.lower() == ".csv" else "\t"
@@ -209,7 +245,7 @@ def _read_csv(path: Path) -> tuple[dict[str, list[Any]], list[int]]:
                 column.append(cells.get(name))
     except csv.Error as error:
         raise DataError(f"list {path} cannot be read", str(error)) from None
-    return values, lines
+    return _Rows(values, lines, {name for name, count in Counter(names).items() if count > 1})
 
 
 def _text(path: Path) -> str:
@@ -224,14 +260,14 @@ def _text(path: Path) -> str:
         raise DataError(f"list {path} cannot be read", str(error), "save it as UTF-8") from None
 
 
-def _read_jsonl(path: Path) -> tuple[dict[str, list[Any]], list[int]]:
+def _read_jsonl(path: Path) -> _Rows:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     for number, row in _objects(path):
         rows.append(row)
         lines.append(number)
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}, lines
+    return _Rows({name: [row.get(name) for row in rows] for name in names}, lines)
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

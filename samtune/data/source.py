@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data import image_folder, image_list, labels, roles, tables
+from samtune.data import image_folder, image_list, labels, repeats, roles, tables
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.encoded import EncodedImages, FileImages, joined
 from samtune.data.labels import Classified, Labels
@@ -209,6 +209,8 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
             f"data set {dataset} has one class alone: {', '.join(names)}",
             mend="a classifier takes two; a folder of pictures needs two class folders in its train split",
         )
+    notes += [] if row.splits else _roles_told(raw, parts, wanted)
+    notes += repeats.shared(raw, parts) if classes is None else []
     title = f"{row.name}:{config}" if config else row.name
     return Source(title, origin, names, splits, {role: parts[role] for role in splits}, tuple(notes))
 
@@ -219,7 +221,8 @@ def _read_path(
     """The splits of a folder or a list, under the names that they have there; and notes on how they were read."""
     if path.is_file() and path.suffix.lower() in image_list.LISTS:
         listed = image_list.read_list(path, wanted)
-        return _of_files(listed.splits), listed.notes
+        raw, notes = repeats.without_repeats(origin, _of_files(listed.splits))
+        return raw, [*listed.notes, *notes]
     found = tables.read_path(path, origin, wanted.dataset_config)
     if not found and not tables.has_metadata(path):
         in_folders = image_folder.read_folder(path, wanted, classes)
@@ -232,7 +235,9 @@ def _read_path(
         if in_folders.notes:
             raise DataError(f"data set {origin} has no labelled pictures", "; ".join(in_folders.notes))
     found = found or tables.read_by_library(path, origin, wanted.dataset_config)
-    return tables.raw_splits(origin, found, path if path.is_dir() else path.parent, wanted, train)
+    raw, notes = tables.raw_splits(origin, found, path if path.is_dir() else path.parent, wanted, train)
+    raw, more = repeats.without_repeats(origin, raw)
+    return raw, [*notes, *more]
 
 
 def _read_row(
@@ -282,6 +287,19 @@ def _check_labels(raw: Labels, found: Classified, split: str, classes: Sequence[
     missing_is_wrong = on_unlabelled == "error"
     if found.unknown or (missing_is_wrong and found.unlabelled):
         raise labels.no_class(raw, found, split, classes, missing_is_wrong=missing_is_wrong)
+
+
+def _roles_told(raw: RawSplits, parts: Mapping[str, Sequence[str]], wanted: Wanted) -> list[str]:
+    """Of each split whose role neither its name nor a flag makes plain: what becomes of it."""
+    asked = {name for names in wanted.splits.values() for name in names}
+    told = []
+    for role, names in parts.items():
+        for name in (name for name in names if name not in asked):
+            if role not in ROLES:
+                told.append(f"split {readable(name)} ({len(raw[name][0])}) is not used: its name is that of no role")
+            elif role[:3] not in name.casefold():
+                told.append(f"split {readable(name)} is used as {role}")
+    return told
 
 
 def _left_out(found: Classified, split: str) -> list[str]:

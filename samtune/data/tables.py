@@ -23,6 +23,7 @@ from samtune.data.encoded import EncodedImages, FileImages, TableImages
 from samtune.data.formats import is_readable
 from samtune.data.labels import Labels
 from samtune.data.roles import ROLES, Wanted, role_of
+from samtune.data.split_columns import split_of_rows
 from samtune.errors import DataError, MachineError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -288,10 +289,10 @@ def raw_splits(
         images, more = _images(dataset, table, found.image, folder, wanted)
         labels = Labels(None, ()) if hidden else _labels(dataset, table, found)
         notes += more
-        if found.split and len(tables) == 1 and not hidden:
-            divided = _divided(table, found.split, images, labels)
-            sizes = {split: len(of_split) for split, (of_split, _) in divided.items()}
-            return divided, [*notes, *image_list.split_note(found.split, sizes)]
+        if found.splits and len(tables) == 1 and not hidden:
+            where = [f"row {row}" for row in range(len(table))]
+            of_row, more = split_of_rows(dataset, found.splits, _Values(table), where, wanted)
+            return _divided(of_row, images, labels), [*notes, *more]
         splits[name] = images, labels
     return splits, notes
 
@@ -377,12 +378,10 @@ def _labels(dataset: str, table: "ArrowTable", found: Columns) -> Labels:
     return Labels(tuple(feature.names) if hasattr(feature, "names") else None, values)
 
 
-def _divided(table: "ArrowTable", column: str, images: EncodedImages, labels: Labels) -> RawSplits:
-    where = [f"row {row}" for row in range(len(table))]
-    of_row = np.array(image_list.split_of_rows(_Values(table)[column], where, column))
+def _divided(of_row: Sequence[str | None], images: EncodedImages, labels: Labels) -> RawSplits:
     splits: RawSplits = {}
-    for split in dict.fromkeys(of_row.tolist()):
-        rows = np.flatnonzero(of_row == split)
+    for split in dict.fromkeys(split for split in of_row if split is not None):
+        rows = np.array([row for row, of_this in enumerate(of_row) if of_this == split])
         if isinstance(images, TableImages):
             chosen: EncodedImages = TableImages(images.table, images.column, images.folder, rows)
         else:
