@@ -329,6 +329,58 @@ def test_ids_without_folder_and_ending_find_their_pictures(folder):
     assert pictures(read(path, image_root=str(folder / "photos"), image_suffix="png")) == [0, 1, 2, 3]
 
 
+# Paths as another machine wrote them -> where their ends lie below the list's folder
+ELSEWHERE = {
+    "another disk": ("/home/other/data/{c}/{i}.png", "{c}/{i}.png"),
+    "below a folder": ("/home/other/data/{c}/{i}.png", "photos/sorted/{c}/{i}.png"),
+    "Windows": (r"C:\Users\x\data\{c}\{i}.png", "data/{c}/{i}.png"),
+    "beside": ("../other/{c}/{i}.png", "{c}/{i}.png"),
+    "a bucket, without endings": ("s3://bucket/{c}/{i}", "all/{c}/{i}.png"),
+    "two disks": ("/mnt/{i}/{c}/{i}.png", "{c}/{i}.png"),
+    "no folders": ("/home/other/{c}/{i}.png", "all/{i}.png"),
+}
+
+
+@pytest.mark.parametrize("root", [True, False])
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_paths_of_another_machine_are_found_by_their_ends(name, root, tmp_path):
+    there, here = ELSEWHERE[name]
+    for i, picture in enumerate(PICTURES):
+        path = tmp_path / "here" / here.format(c="ab"[i % 2], i=i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+    lists = tmp_path if root else tmp_path / "here"
+    path = write(lists, "path,label", *(f"{there.format(c='ab'[i % 2], i=i)},{'ab'[i % 2]}" for i in range(6)))
+    data = read(path, image_root=str(tmp_path / "here") if root else None)
+    assert pictures(data) == [0, 1, 2, 3, 4, 5]
+    assert data.notes[0].startswith("pictures are found by their names: ")
+    assert data.notes[0].endswith(f"is {tmp_path / 'here' / here.format(c='a', i=0)}")
+
+
+def test_a_picture_that_is_missing_is_not_another_one_of_its_name(tmp_path):
+    """dog/1.png is gone, and cat/1.png is another picture."""
+    for i, name in enumerate(("cat/0.png", "cat/1.png", "dog/2.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(PICTURES[i])
+    data = read(write(tmp_path, "path,label", "/x/cat/0.png,a", "/x/dog/2.png,b", "/x/dog/1.png,b"))
+    with pytest.raises(DataError, match=r"/x/dog/1.png\) cannot be read"):
+        data.splits["train"].image_bytes(2)
+    with pytest.raises(DataError, match="is not there") as error:
+        read(write(tmp_path, "path,label", "/x/dog/1.png,b", "/x/cat/0.png,a", "/x/cat/1.png,a"))
+    assert "--image-root FOLDER" in error.value.mend
+
+
+def test_an_end_that_lies_right_in_the_root_goes_before_those_below(tmp_path):
+    for i, name in enumerate(("cat/0.png", "dog/1.png", "masks/cat/0.png", "masks/dog/1.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(PICTURES[i])
+    rows = ["/x/cat/0.png,a", "/x/dog/1.png,b"]
+    assert pictures(read(write(tmp_path, "path,label", *rows))) == [0, 1]
+    assert pictures(read(write(tmp_path, "path,label", *rows), image_root="masks")) == [2, 3]
+    with pytest.raises(DataError, match="may be any of 2 files"):
+        read(write(tmp_path, "path,label", "0.png,a", "1.png,b"))
+
+
 def test_an_id_with_several_pictures_is_refused_and_a_folder_settles_it(folder):
     (folder / "masks").mkdir()
     (folder / "masks" / "0.png").write_bytes(image_bytes(99))

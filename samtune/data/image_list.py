@@ -108,22 +108,23 @@ def find_files(
     """The files of pictures that a list or table names, and notes.
 
     Relative paths are seen from wanted.image_root, else from `folder`. Where one of the samples has no file there, the
-    names are looked for among all pictures below, with or without their endings. Backslashes and both Unicode forms of
-    a name are understood. Raises DataError for a sample without a file, and for a name that several files have.
+    ends of the paths are looked for among all pictures below, with or without their endings: /their/disk/cat/1.jpg is
+    cat/1.jpg. Backslashes and both Unicode forms of a name are understood. Raises DataError for a sample without a
+    file, and for a name that several files have.
     """
     root = root_of(wanted, folder)
     paths = [file_of(root, name, wanted) for name in names]
-    missing = next((i for i in samples if not os.path.isfile(paths[i])), None)
-    if missing is None:
+    elsewhere = [i for i in samples if not os.path.isfile(paths[i])]
+    if not elsewhere:
         return paths, []
-    by_name = _pictures_by_name(root)
+    missing = elsewhere[0]
     suffix = _suffix(wanted)
-    found = [by_name.get(readable(name.replace("\\", "/") + suffix), []) for name in names]
-    if not found[missing]:
+    found = _by_ends([readable(name.replace("\\", "/") + suffix) for name in names], elsewhere, root)
+    if found is None:
         raise DataError(
             f"picture {readable(paths[missing])} of {dataset} is not there",
             f"nor is there another picture of that name below {readable(str(root))}",
-            "--image-root FOLDER tells where paths are seen from, --image-suffix .jpg what their names lack",
+            "--image-root FOLDER names a folder that holds the pictures, --image-suffix .jpg what their names lack",
         )
     several = next((i for i, files in enumerate(found) if len(files) > 1), None)
     if several is not None:
@@ -132,8 +133,37 @@ def find_files(
             ", ".join(map(readable, found[several][:3])),
             "--image-root FOLDER tells in which folder they lie",
         )
-    note = f"pictures are found by their names: {names[missing]} is {readable(found[missing][0])}"
+    note = f"pictures are found by their names: {readable(names[missing])} is {readable(found[missing][0])}"
     return [files[0] if files else path for files, path in zip(found, paths, strict=True)], [note]
+
+
+def _by_ends(names: Sequence[str], samples: Sequence[int], root: Path) -> list[list[str]] | None:
+    """The files below a folder whose paths end as the names do; None where a sample has none.
+
+    As few leading folders as possible are left out, and as many of each name, none in which names differ: then a file
+    that is missing stays so. Else the longest end that is there counts, if each name has a file of its own.
+    """
+    parts = [tuple(part for part in name.split("/") if part not in ("", ".", "..")) for name in names]
+    files = _pictures_by_end(root)
+
+    def ending_in(end: Sequence[str]) -> list[str]:
+        there = files.get("/".join(end), [])
+        if len(there) < 2:
+            return there
+        whole = [file for file in there if os.path.relpath(file, root).count(os.sep) + 1 == len(end)]  # not below
+        return whole if len(whole) == 1 else there
+
+    for left_out in range(len(os.path.commonprefix([folders for *folders, _ in parts])) + 1):
+        found = [ending_in(name[left_out:]) for name in parts]
+        if all(found[i] for i in samples):
+            return found
+    ends = [[there for start in range(len(name)) if (there := ending_in(name[start:]))][:1] for name in parts]
+    if all(ends):
+        found = [there for (there,) in ends]
+        chosen = [there[0] for there in found if len(there) == 1]
+        if len(chosen) < len(found) or len(set(chosen)) == len(set(parts)):
+            return found
+    return None
 
 
 def root_of(wanted: Wanted, folder: Path) -> Path:
@@ -168,17 +198,18 @@ def file_of(root: Path, name: str, wanted: Wanted) -> str:
     return next(there, path)
 
 
-def _pictures_by_name(root: Path) -> dict[str, list[str]]:
-    """Every picture below a folder by its name and by its path from there, each with and without its ending."""
+def _pictures_by_end(root: Path) -> dict[str, list[str]]:
+    """Every picture below a folder by each end of its path (c.png, b/c.png, a/b/c.png), with and without its ending."""
     found: dict[str, list[str]] = {}
     for place, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        above = readable(os.path.relpath(place, root)).split("/") if place != str(root) else []
         for name in sorted(files):
             if is_readable(name) and not name.startswith("."):
                 path = os.path.join(place, name)
-                for key in dict.fromkeys((readable(name), readable(os.path.relpath(path, root)))):
-                    for form in (key, os.path.splitext(key)[0]):
-                        found.setdefault(form, []).append(path)
+                for form in dict.fromkeys((readable(name), os.path.splitext(readable(name))[0])):
+                    for start in range(len(above) + 1):
+                        found.setdefault("/".join([*above[start:], form]), []).append(path)
     return found
 
 
