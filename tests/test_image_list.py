@@ -176,6 +176,24 @@ def test_a_value_that_may_mean_anything_is_shown_and_never_trained_on(kind, fold
     assert "--split-key set" in error.value.mend
     assert pictures(read(path, split_key="set")) == [0, 1]
     assert pictures(read(path, train_split="train+gallery")) == [0, 1, 4, 5]
+    path = table_of_splits(folder, kind, "subset", ["train", "train", "query", "query", "gallery", "gallery"])
+    with pytest.raises(DataError, match=r"column subset .* 'query' is the name of none"):
+        read(path)
+
+
+def test_a_column_split_of_numbers_is_no_train_split(folder):
+    table = pa.table({"path": [f"photos/{i}.png" for i in range(4)], "label": ["a", "b"] * 2, "split": [0, 0, 1, 1]})
+    pq.write_table(table, folder / "l.parquet")
+    with pytest.raises(DataError, match="no train split"):
+        read(folder / "l.parquet")
+    assert pictures(read(folder / "l.parquet", train_split="0", test_split="1"), "test") == [2, 3]
+
+
+def test_none_and_nan_in_json_hide_no_column_of_splits(folder):
+    values = ["train", "train", "test", "test", None, float("nan")]
+    rows = [json.dumps({"path": f"photos/{i}.png", "label": "ab"[i % 2], "part": s}) for i, s in enumerate(values)]
+    data = read(write(folder, *rows, name="l.jsonl"))
+    assert (pictures(data), pictures(data, "test")) == ([0, 1], [2, 3])
 
 
 LABELS_THAT_READ_LIKE_SPLITS = {
@@ -429,6 +447,76 @@ def test_line_characters_of_unicode_are_no_ends_of_lines_in_json(folder):
     assert labels(read(folder / "list.jsonl")) == ["z", odd]
 
 
+# ----------------------------------------------------------------------------------------- lists beside their pictures
+
+
+@pytest.fixture
+def competition(tmp_path):
+    """Folders train and test with pictures of the same names, and a form for answers."""
+    for i, picture in enumerate(PICTURES):
+        path = tmp_path / ("train" if i < 4 else "test") / f"{i % 4}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture)
+    write(tmp_path, "id,breed", "0,a", "1,a", name="a_sample_submission.csv")
+    return tmp_path
+
+
+TRAIN = ("id,breed", "0,a", "1,b", "2,a", "3,b")
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train_labels.CSV", "TrainSet.csv"])
+def test_a_competitions_folder_is_read_by_its_list_of_train(name, competition):
+    write(competition, *TRAIN, name=name)
+    write(competition, "id", "0", "1", name="test.csv")
+    data = read(competition)
+    assert {role: pictures(data, role) for role in data.splits} == {"train": [0, 1, 2, 3]}
+    assert labels(data) == ["a", "b", "a", "b"]
+    assert f"stand in {name};" in data.notes[0]
+    assert "test.csv is left out: it has no labels" in data.notes
+
+
+@pytest.mark.parametrize("header", ["id,breed", "breed,id", "more,id,breed"])
+def test_a_list_of_test_with_the_labels_of_train_is_its_test_split(header, competition):
+    write(competition, *TRAIN, name="train.csv")
+    rows = [",".join({"id": str(i), "breed": "ba"[i], "more": "z"}[name] for name in header.split(",")) for i in (0, 1)]
+    write(competition, header, *rows, name="test.csv")
+    data = read(competition)
+    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2, 3], [4, 5])
+    assert labels(data, "test") == ["b", "a"]
+
+
+def test_a_list_beside_one_folder_of_pictures_tells_their_labels(folder):
+    write(folder, *TRAIN, name="train.csv")
+    assert labels(read(folder)) == ["a", "b", "a", "b"]
+    (folder / "train.csv").rename(folder / "labels.csv")
+    with pytest.raises(DataError, match="one class alone: photos") as error:
+        read(folder)
+    assert f"{folder / 'labels.csv'} lists them" in error.value.mend
+
+
+def test_the_list_that_has_labels_is_named_and_no_form_for_answers(competition):
+    with pytest.raises(DataError, match="lie in no class folders") as error:
+        read(competition)
+    assert "submission" not in error.value.mend
+    write(competition, "id", "0", name="about.csv")
+    write(competition, *TRAIN, name="labels.csv")
+    with pytest.raises(DataError, match="lie in no class folders") as error:
+        read(competition)
+    assert f"if {competition / 'labels.csv'} lists them" in error.value.mend
+    write(competition, "what,breed,more", "0,a,c", name="train.csv")
+    with pytest.raises(DataError, match=r"train.csv has no image column") as error:
+        read(competition)
+
+
+def test_a_list_beside_class_folders_is_not_read_and_named(tmp_path):
+    for i in range(4):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[i % 2] / f"{i}.png").write_bytes(PICTURES[i])
+    write(tmp_path, *TRAIN, name="train.csv")
+    (note,) = read(tmp_path).notes
+    assert note.startswith(f"list {tmp_path / 'train.csv'} is not read")
+
+
 # --------------------------------------------------------------------------------------------------------------- labels
 
 
@@ -504,6 +592,15 @@ def test_a_single_parquet_file_is_a_data_set_with_its_column_of_splits(folder):
     assert (pictures(data), pictures(data, "validation"), pictures(data, "test")) == ([0, 1, 2, 3], [4], [5])
     assert labels(data, "test") == ["b"]
     assert data.notes == ("column part tells the splits: train 4, val 1, test 1",)
+
+
+@pytest.mark.parametrize("name", ["A.PARQUET", "data/Train.Parquet"])
+def test_endings_of_tables_may_be_capitals(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    table_of([0, 1, 1], ["a", "b"]).to_parquet(tmp_path / name)
+    assert labels(read(tmp_path / name)) == ["a", "b", "b"]
+    if "/" in name:
+        assert labels(read(tmp_path)) == ["a", "b", "b"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

@@ -135,7 +135,7 @@ class _Search:
         """Columns of names of splits; more than one leaves it to the user. The label is none of them."""
         if self.wanted.split_key:
             return [self.wanted.split_key]
-        others = [name for name in self.table.of_kind("text", "classes") if name not in self._keys]
+        others = [name for name in self.table.of_kind("text", "classes", "number") if name not in self._keys]
         by_name = _by_name(others, ("split",))
         return [by_name] if by_name else [name for name in others if name in self._like_splits]
 
@@ -207,7 +207,7 @@ class _Search:
     @cached_property
     def _like_splits(self) -> list[str]:
         texts = [name for name in self.table.of_kind("text", "classes") if name != self.image]
-        return [name for name in texts if tells_splits(self.table.values[name])]
+        return [name for name in texts if tells_splits(name, self.table.values[name])]
 
     @property
     def _keys(self) -> tuple[str | None, ...]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from samtune.data import listed_folder
 from samtune.data.formats import installation, is_readable, is_unreadable
 from samtune.data.names import readable
 from samtune.data.roles import ROLES, UNLABELLED, Wanted, parse, role_of
@@ -308,7 +309,7 @@ class _Reader:
                 "move it into its class, or remove it",
             )
         if not classes:
-            lists = sorted(path for ending in ("csv", "tsv", "jsonl") for path in self.root.glob(f"*.{ending}"))
+            lists = listed_folder.labelled(self.root, self.wanted)
             raise DataError(
                 f"the pictures of folder {readable(split.path)} lie in no class folders",
                 f"{_pictures(split.count)}, and no folder that tells their class",

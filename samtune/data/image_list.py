@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,16 @@ def read_list(path: Path, wanted: Wanted) -> ListSplits:
         files.append(file)
         of_split.append(label)
     return ListSplits(splits, [*notes, *more], found)
+
+
+def find_columns(path: Path, wanted: Wanted) -> Columns:
+    """The columns of pictures, labels and splits of a list. Raises as `read_list` does."""
+    return columns.find(str(path), Table.of_lists(_read(path).values), wanted)
+
+
+def names_of_columns(path: Path) -> list[str]:
+    """What the columns of a list are called. Raises DataError where it cannot be read."""
+    return list(_read(path).values)
 
 
 def read_names(path: Path, wanted: Wanted) -> tuple[list[str], list[str]]:
@@ -153,7 +164,9 @@ def _by_ends(names: Sequence[str], samples: Sequence[int], root: Path) -> list[l
         whole = [file for file in there if os.path.relpath(file, root).count(os.sep) + 1 == len(end)]  # not below
         return whole if len(whole) == 1 else there
 
-    for left_out in range(len(os.path.commonprefix([folders for *folders, _ in parts])) + 1):
+    levels = zip(*(folders for *folders, _ in parts), strict=False)
+    in_common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    for left_out in range(in_common + 1):
         found = [ending_in(name[left_out:]) for name in parts]
         if all(found[i] for i in samples):
             return found
@@ -245,7 +258,7 @@ def _without_blanks(values: Mapping[str, list[Any]], used: Iterable[str]) -> tup
     notes = []
     for name in filter(None, used):
         found[name] = [value.strip() if isinstance(value, str) else value for value in values[name]]
-        changed = [old for old, new in zip(values[name], found[name], strict=True) if new != old]
+        changed = [value for value in values[name] if isinstance(value, str) and value != value.strip()]
         if changed:
             rows = f"{len(changed)} row{'s' if len(changed) > 1 else ''}"
             notes.append(f"column {name}: blanks around the values of {rows} are left out, as {readable(changed[0])!r}")

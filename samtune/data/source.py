@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data import image_folder, image_list, labels, repeats, roles, tables
+from samtune.data import image_folder, image_list, labels, listed_folder, repeats, roles, tables
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.encoded import EncodedImages, FileImages, joined
+from samtune.data.image_folder import FolderSplits
+from samtune.data.image_list import ListSplits
 from samtune.data.labels import Classified, Labels
 from samtune.data.names import readable
 from samtune.data.roles import ROLES, Wanted
@@ -70,7 +72,8 @@ class Split:
 def united(first: Split, second: Split) -> Split:
     """The rows of one split, then those of the other."""
     images = joined([first.images, second.images])
-    return Split(f"{first.name}+{second.name}", images, np.concatenate([first.labels, second.labels]))
+    unknown = Counter(first.unknown) + Counter(second.unknown)
+    return Split(f"{first.name}+{second.name}", images, np.concatenate([first.labels, second.labels]), unknown)
 
 
 @dataclass(frozen=True)
@@ -205,9 +208,11 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
         if strict:
             _check_classes(splits[role], splits["train"], names)
     if classes is None and len(names) < 2:
+        lists = listed_folder.labelled(found) if isinstance(found, Path) and found.is_dir() else []
         raise DataError(
             f"data set {dataset} has one class alone: {', '.join(names)}",
-            mend="a classifier takes two; a folder of pictures needs two class folders in its train split",
+            mend="a classifier takes two; a folder of pictures needs two class folders in its train split"
+            + (f"; if {readable(str(lists[0]))} lists them with their labels, give it by --dataset" if lists else ""),
         )
     notes += [] if row.splits else _roles_told(raw, parts, wanted)
     notes += repeats.shared(raw, parts) if classes is None else []
@@ -225,10 +230,10 @@ def _read_path(
         return raw, [*listed.notes, *notes]
     found = tables.read_path(path, origin, wanted.dataset_config)
     if not found and not tables.has_metadata(path):
-        in_folders = image_folder.read_folder(path, wanted, classes)
-        if not in_folders.splits and not in_folders.notes:
-            unpacked = {str(archive): str(tables.unpack(archive)) for archive in tables.archives(path)}
-            in_folders = image_folder.read_folder(path, wanted, classes, unpacked) if unpacked else in_folders
+        in_folders = _read_folder(path, wanted, classes)
+        if isinstance(in_folders, ListSplits):
+            raw, notes = repeats.without_repeats(origin, _of_files(in_folders.splits))
+            return raw, [*in_folders.notes, *notes]
         if in_folders.splits:
             _refuse_columns(origin, wanted)
             return _of_files(in_folders.splits), in_folders.notes
@@ -238,6 +243,28 @@ def _read_path(
     raw, notes = tables.raw_splits(origin, found, path if path.is_dir() else path.parent, wanted, train)
     raw, more = repeats.without_repeats(origin, raw)
     return raw, [*notes, *more]
+
+
+def _read_folder(path: Path, wanted: Wanted, classes: Sequence[str]) -> FolderSplits | ListSplits:
+    """The pictures of a folder; by the lists in it where its folders tell no two classes."""
+    try:
+        found = image_folder.read_folder(path, wanted, classes)
+        if not found.splits and not found.notes:
+            unpacked = {str(archive): str(tables.unpack(archive)) for archive in tables.archives(path)}
+            found = image_folder.read_folder(path, wanted, classes, unpacked) if unpacked else found
+    except DataError:
+        listed = listed_folder.read_lists(path, wanted)
+        if listed is None:
+            raise
+        return listed
+    names = {name for _, of_split in found.splits.values() for name in of_split}
+    if len(names) < 2 and not (names and names <= set(classes)):
+        return listed_folder.read_lists(path, wanted) or found
+    for beside in listed_folder.labelled(path):
+        found.notes.append(
+            f"list {readable(str(beside))} is not read: folders tell the classes (--dataset takes it, too)"
+        )
+    return found
 
 
 def _read_row(

@@ -11,6 +11,7 @@ from samtune.data.roles import ROLES, UNLABELLED, Wanted, parse, role_of, roles_
 from samtune.errors import DataError
 
 _MOST = 50  # values of a column that may be names of splits; paths and words of a language are more
+_NAMES = {"set", "subset", "partition", "phase", "usage", "stage", "dataset_split", "data_split"}
 _NO_SPLIT = {
     *("", "none", "na", "nan", "null", "unused", "notused", "ignore", "ignored", "exclude", "excluded", "nosplit"),
 }
@@ -20,15 +21,16 @@ _FLAGS |= {"true": True, "t": True, "yes": True, "y": True}
 _WORDS_OF_FLAGS = {"is", "in", "for", "use", "used", "flag"}  # is_training_image, used_for_test
 
 
-def tells_splits(values: Sequence[Any]) -> bool:
-    """Whether these are names of splits: all of them, or one of train beside one of validation or test."""
-    if not all(value is None or isinstance(value, str) for value in values):
-        return False
-    names = {value for value in values if not _says_no_split(value)}
+def tells_splits(column: str, values: Sequence[Any]) -> bool:
+    """Whether these are names of splits: all of them, or one of train beside one of validation or test.
+
+    In a column that is called subset, or the like, one of them is enough.
+    """
+    names = {str(value) for value in values if not _says_no_split(value)}
     if not 0 < len(names) <= _MOST:
         return False
     told = set(roles_beside(names).values()) & set(ROLES)
-    return not _unknown(names) or ("train" in told and len(told) > 1)
+    return not _unknown(names) or bool(told and (("train" in told and len(told) > 1) or _plain(column) in _NAMES))
 
 
 def role_of_flag(name: str, values: Callable[[], Sequence[Any]]) -> str | None:
@@ -42,7 +44,7 @@ def role_of_flag(name: str, values: Callable[[], Sequence[Any]]) -> str | None:
         return None
     found = Counter(_plain(value) for value in values())
     if set(found) == {""} or not set(found) <= set(_FLAGS):
-        if is_sure_flag(name) and set(found) != {""} and not tells_splits(values()):
+        if is_sure_flag(name) and set(found) != {""} and not tells_splits(name, values()):
             odd = next(value for value in found if value not in _FLAGS)
             raise DataError(
                 f"column {name} speaks of a split, and has the value {odd!r}",

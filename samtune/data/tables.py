@@ -57,9 +57,9 @@ def read_path(path: Path, origin: str, config: str | None) -> "Tables":
 
     import datasets
 
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return {"train": _read(lambda: datasets.Dataset.from_parquet(str(path)), origin)}
-    if path.suffix == ".arrow":
+    if path.suffix.lower() == ".arrow":
         return {"train": _read(lambda: datasets.Dataset.from_file(str(path)), origin)}
     if is_stored:
         stored = _read(lambda: datasets.load_from_disk(str(path)), origin)
@@ -126,7 +126,7 @@ def _below(root: Path, ending: str) -> Iterator[Path]:
         for entry in entries:
             if is_readable(entry.name):
                 return
-            if entry.name.endswith(ending) and entry.is_file():
+            if entry.name.lower().endswith(ending) and entry.is_file():
                 yield Path(entry.path)
             elif entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
                 folders.append(Path(entry.path))
@@ -137,7 +137,8 @@ def _below(root: Path, ending: str) -> Iterator[Path]:
 def has_metadata(root: Path) -> bool:
     """Whether a file tells the labels, in the hub's manner, and the folders do not."""
     return any(
-        path.suffix in (".csv", ".jsonl", ".parquet") for path in (*root.glob("metadata.*"), *root.glob("*/metadata.*"))
+        path.suffix.lower() in (".csv", ".jsonl", ".parquet")
+        for path in (*root.glob("metadata.*"), *root.glob("*/metadata.*"))
     )
 
 
