@@ -303,19 +303,22 @@ def _choose_own(config: RunConfig, manifest: Mapping[str, Any], split: str, part
 def _choose_other(
     config: RunConfig, manifest: Mapping[str, Any], split: str | None, data: Source, wanted: Wanted | None
 ) -> _Chosen:
-    notes = data.notes
-    parts = {"val": "validation"}.get(split or "", split) or "test"
-    if split is None and "test" not in data.splits:
+    if not data.splits:
+        raise DataError(f"data set {data.origin} has no labelled pictures", "; ".join(data.notes))
+    role = {"val": "validation"}.get(split or "test", split or "test")
+    others = [other for other in data.splits if other != role]
+    said = ""
+    if split is None and others and role not in data.splits:
         # Nothing says which pictures are meant: each is scored once.
-        name = "all" if len(data.splits) == 1 else "+".join(data.splits)
+        name = "all" if len(others) == 1 else "+".join(others)
         chosen = reduce(source.united, data.splits.values())
-        notes += (f"scored are all splits of {data.name}: {name}",) if len(data.splits) > 1 else ()
-    elif parts in data.splits:
-        name, chosen = split or "test", data.splits[parts]
-        others = [other for other in data.splits if other != parts]
-        notes += (f"scored is split test of {data.name}, not {', '.join(others)}",) if split is None and others else ()
+        said = f"scored: all splits of {data.name}, {name}; --split takes one" if len(others) > 1 else ""
+    elif role in data.splits:
+        name, chosen = split or role, data.splits[role]
+        if split is None and others:
+            said = f"scored: split test of {data.name}; --split takes another: {', '.join(others)}"
     else:
-        raise _no_split(data, parts, [])
+        raise _no_split(data, role, [])
     rows = chosen.labelled
     if len(rows) == 0:
         raise DataError(
@@ -325,7 +328,7 @@ def _choose_other(
         )
     on_bad_image = wanted.on_bad_image if wanted is not None else config.on_bad_image
     look = _looking(config, chosen, rows, checkpoint.decode_rule(manifest))
-    return _Chosen(name, data.origin, chosen, rows, look, on_bad_image, notes)
+    return _Chosen(name, data.origin, chosen, rows, look, on_bad_image, (*data.notes, said) if said else data.notes)
 
 
 def _looking(config: RunConfig, split: Split, rows: Indices, rule: DecodeRule) -> Callable[[], Images]:

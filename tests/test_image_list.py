@@ -145,6 +145,11 @@ SPLITS = {
         {"train": [0, 1], "validation": [2, 3], "test": [4, 5]},
         "split holdout is used as test",
     ),
+    "train with validation": (
+        ("set", ["trainval", "trainval", "trainval", "trainval", "test", "test"]),
+        {"train": [0, 1, 2, 3], "test": [4, 5]},
+        "trainval 4, test 2",
+    ),
     "held out beside test": (
         ("split", ["train", "train", "test", "test", "holdout", "holdout"]),
         {"train": [0, 1], "test": [2, 3], "holdout": [4, 5]},

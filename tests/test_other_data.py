@@ -67,8 +67,16 @@ def test_test_rows_of_a_list_are_scored_alone_and_that_is_said(trained, tmp_path
     scored, _ = score(trained, tmp_path / "list.csv")
     assert (len(scored.rows), scored.split) == (6, "test")
     done = samtune("eval", trained, "--dataset", tmp_path / "list.csv")
-    assert "scored is split test of list, not train" in done.stderr
+    assert "scored: split test of list; --split takes another: train" in done.stderr
     assert "3 of 12 rows are in no split and left out" in done.stderr
+
+
+def test_other_data_without_any_label_is_no_defect(trained, tmp_path):
+    path = next(iter(sorted(write_image_folder(tmp_path / "pictures", {".": 1}, CLASSES).rglob("*.png"))))
+    (tmp_path / "list.csv").write_text(f"path,label,split\n{path},,test")
+    done = samtune("eval", trained, "--dataset", tmp_path / "list.csv")
+    assert (done.returncode, "has no labelled pictures" in done.stderr) == (3, True)
+    assert "its labels are hidden" in done.stderr
 
 
 def test_unknown_classes_of_all_splits_are_counted_together(trained, tmp_path):
@@ -76,7 +84,7 @@ def test_unknown_classes_of_all_splits_are_counted_together(trained, tmp_path):
     scored, about = score(trained, other)
     assert (len(scored.rows), about["unknown_classes"]) == (5, {"zebra": 5})
     done = samtune("eval", trained, "--dataset", other)
-    assert "scored are all splits of other: train+validation" in done.stderr
+    assert "scored: all splits of other, train+validation;" in done.stderr
 
 
 def test_a_split_that_is_asked_for_is_whole(trained, tmp_path):

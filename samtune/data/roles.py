@@ -35,7 +35,7 @@ _COMMON_WORDS = {
     *("set", "data", "dataset", "split", "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos"),
     *("seg", "folder", "dir", "part", "sample", "samples", "private"),
 }
-_HOLDOUT = {"holdout", "heldout"}  # words for a test split, where there is no other
+_STAND_INS = {"holdout": "test", "heldout": "test", "trainval": "train"}  # where no split is called by its role
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def roles_beside(names: Iterable[str]) -> dict[str, str]:
     """Name -> the role that a split plays beside the others, itself where its name tells none.
 
     Of "test" and "test2" the first is meant; the other is a split that nobody has asked for. Where no split says test,
-    one that is held out is; the public part of a test set is what one may choose on, beside a private one.
+    one that is held out is, and where none says train, trainval. The public part of a test set is what one may choose
+    on, beside a private one.
     """
     there = dict.fromkeys(names)
     told = {name: role_of(name) for name in there}
@@ -107,8 +108,9 @@ def roles_beside(names: Iterable[str]) -> dict[str, str]:
         free = [role for role in ("test", "validation") if role not in roles.values()]
         if (role, rest) == ("test", ("public",)) and free:
             roles[name] = free[0]
-        elif role is None and "".join(rest) in _HOLDOUT and "test" in free:
-            roles[name] = "test"
+        stand_in = _STAND_INS.get("".join(rest), "") if role is None else ""
+        if stand_in and stand_in not in roles.values():
+            roles[name] = stand_in
     return roles
 
 

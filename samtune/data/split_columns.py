@@ -26,8 +26,13 @@ def tells_splits(column: str, values: Sequence[Any]) -> bool:
 
     In a column that is called subset, or the like, one of them is enough.
     """
-    names = {str(value) for value in values if not _says_no_split(value)}
-    if not 0 < len(names) <= _MOST:
+    distinct: set[str] = set()
+    for value in values:
+        distinct.add(str(value))
+        if len(distinct) > _MOST:
+            return False
+    names = {value for value in distinct if not _says_no_split(value)}
+    if not names:
         return False
     told = set(roles_beside(names).values()) & set(ROLES)
     return not _unknown(names) or bool(told and (("train" in told and len(told) > 1) or _plain(column) in _NAMES))
@@ -110,7 +115,9 @@ def _by_flags(flags: Mapping[str, str], values: Mapping[str, Sequence[Any]], whe
 
 def _by_names(dataset: str, column: str, values: Sequence[Any], wanted: Wanted) -> list[str | None]:
     asked = {name for names in wanted.splits.values() for name in names}
-    of_row = [None if _says_no_split(value) and str(value) not in asked else str(value) for value in values]
+    texts = [str(value) for value in values]
+    no_split = {text for text in set(texts) if _says_no_split(text) and text not in asked}
+    of_row = [None if text in no_split else text for text in texts]
     names = [name for name in of_row if name is not None]
     unknown = [name for name in _unknown(names) if name not in asked]
     if unknown and wanted.split_key is None and column != "split":
@@ -128,12 +135,8 @@ def _unknown(names: Iterable[str]) -> list[str]:
     return [name for name, role in roles_beside(names).items() if not {role, role_of(name)} & set(ROLES)]
 
 
-def _says_no_split(value: Any) -> bool:
-    if value is None or value != value:
-        return True
-    return isinstance(value, str) and (
-        re.sub("[^a-z0-9]", "", value.casefold()) in _NO_SPLIT or parse(value)[0] == UNLABELLED
-    )
+def _says_no_split(text: str) -> bool:
+    return re.sub("[^a-z0-9]", "", text.casefold()) in _NO_SPLIT or parse(text)[0] == UNLABELLED
 
 
 def _plain(value: Any) -> str:
