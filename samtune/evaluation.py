@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,7 @@ def evaluate_checkpoint(
     On the run's own data, which `dataset` may have found elsewhere, split "val" is the part that the run validated on,
     "train" the part it trained on, "test" (the default) the part it was scored on, and any other name a whole split. On
     other data a split is whole: each picture is scored once whose class the model knows, by the names of the classes.
-    There the default is the test split, or all that there is in a data set of one split. wanted: columns and splits of
+    There the default is the test split, or all splits where there is none. wanted: columns and splits of
     other data.
 
     Raises:
@@ -303,25 +303,32 @@ def _choose_own(config: RunConfig, manifest: Mapping[str, Any], split: str, part
 def _choose_other(
     config: RunConfig, manifest: Mapping[str, Any], split: str | None, data: Source, wanted: Wanted | None
 ) -> _Chosen:
-    names = {"val": "validation"}
-    if split is None:
-        split = "test" if "test" in data.splits else next(iter(data.splits)) if len(data.splits) == 1 else "test"
-        name = "all" if len(data.splits) == 1 and split != "test" else split
+    if not data.splits:
+        raise DataError(f"data set {data.origin} has no labelled pictures", "; ".join(data.notes))
+    role = {"val": "validation"}.get(split or "test", split or "test")
+    others = [other for other in data.splits if other != role]
+    said = ""
+    if split is None and others and role not in data.splits:
+        # Nothing says which pictures are meant: each is scored once.
+        name = "all" if len(others) == 1 else "+".join(others)
+        chosen = reduce(source.united, data.splits.values())
+        said = f"scored: all splits of {data.name}, {name}; --split takes one" if len(others) > 1 else ""
+    elif role in data.splits:
+        name, chosen = split or role, data.splits[role]
+        if split is None and others:
+            said = f"scored: split test of {data.name}; --split takes another: {', '.join(others)}"
     else:
-        name = split
-    chosen = data.splits.get(names.get(split, split))
-    if chosen is None:
-        raise _no_split(data, split, [])
+        raise _no_split(data, role, [])
     rows = chosen.labelled
     if len(rows) == 0:
         raise DataError(
-            f"no picture of split {split} of {data.origin} is of a class that the model knows",
+            f"no picture of split {name} of {data.origin} is of a class that the model knows",
             f"its classes: {some(list(chosen.unknown)) or 'none'}; the model's: {some(manifest['class_names'])}",
             "classes are matched by their names: name the folders or labels as the model does",
         )
     on_bad_image = wanted.on_bad_image if wanted is not None else config.on_bad_image
     look = _looking(config, chosen, rows, checkpoint.decode_rule(manifest))
-    return _Chosen(name, data.origin, chosen, rows, look, on_bad_image, data.notes)
+    return _Chosen(name, data.origin, chosen, rows, look, on_bad_image, (*data.notes, said) if said else data.notes)
 
 
 def _looking(config: RunConfig, split: Split, rows: Indices, rule: DecodeRule) -> Callable[[], Images]:

@@ -91,7 +91,9 @@ class RunConfig(BaseModel):
         "Data", "column that tells the split of each row; by default one whose values are names of splits", None
     )
     image_root: str | None = _option(
-        "Data", "folder from which the paths of a list are seen; by default that of the list", None
+        "Data",
+        "folder from which the paths of a list are seen, or below which their ends lie; by default that of the list",
+        None,
     )
     image_suffix: str = _option("Data", 'what the names in a list lack, as ".jpg"', "")
     class_folders: Literal["first", "deepest"] = _option(

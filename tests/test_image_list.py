@@ -107,6 +107,239 @@ def test_a_column_of_splits_of_other_names_is_taken_where_it_is_named(folder):
     assert (pictures(data), pictures(data, "test")) == ([0, 1], [2, 3])
 
 
+def table_of_splits(folder, kind, column, values):
+    """A list, or a table, of as many pictures as there are values, of classes a and b in turn."""
+    if kind == "csv":
+        rows = [f"photos/{i}.png,{'ab'[i % 2]},{'' if value is None else value}" for i, value in enumerate(values)]
+        return write(folder, f"path,label,{column}", *rows)
+    images = [{"bytes": picture, "path": None} for picture in PICTURES[: len(values)]]
+    table = pa.table({"image": images, "label": ["a", "b", "a", "b", "a", "b"][: len(values)], column: list(values)})
+    pq.write_table(table, folder / "list.parquet")
+    return folder / "list.parquet"
+
+
+# Column, values -> role: pictures; what is said of it
+SPLITS = {
+    "a competition's parts of test": (
+        ("Usage", ["Training", "Training", "PublicTest", "PublicTest", "PrivateTest", "PrivateTest"]),
+        {"train": [0, 1], "validation": [2, 3], "test": [4, 5]},
+        "split PublicTest is used as validation",
+    ),
+    "one part of test": (
+        ("Usage", ["Training", "Training", "Training", "Training", "PublicTest", "PublicTest"]),
+        {"train": [0, 1, 2, 3], "test": [4, 5]},
+        "Training 4, PublicTest 2",
+    ),
+    "without labels": (
+        ("subset", ["train", "train", "test", "test", "unlabeled", "unlabeled"]),
+        {"train": [0, 1], "test": [2, 3]},
+        "2 of 6 rows are in no split and left out (subset: 'unlabeled' 2)",
+    ),
+    "not available": (
+        ("set", ["train", "train", "NA", "test", None, "test"]),
+        {"train": [0, 1], "test": [3, 5]},
+        "2 of 6 rows are in no split and left out",
+    ),
+    "held out": (
+        ("phase", ["train", "train", "val", "val", "holdout", "holdout"]),
+        {"train": [0, 1], "validation": [2, 3], "test": [4, 5]},
+        "split holdout is used as test",
+    ),
+    "train with validation": (
+        ("set", ["trainval", "trainval", "trainval", "trainval", "test", "test"]),
+        {"train": [0, 1, 2, 3], "test": [4, 5]},
+        "trainval 4, test 2",
+    ),
+    "held out beside test": (
+        ("split", ["train", "train", "test", "test", "holdout", "holdout"]),
+        {"train": [0, 1], "test": [2, 3], "holdout": [4, 5]},
+        "split holdout (2) is not used",
+    ),
+    "words joined": (
+        ("x", ["TrainSet"] * 4 + ["testSet", "NaN"]),
+        {"train": [0, 1, 2, 3], "test": [4]},
+        "TrainSet 4, testSet 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("name", SPLITS)
+def test_one_unusual_value_does_not_hide_a_column_of_splits(name, kind, folder):
+    (column, values), expected, said = SPLITS[name]
+    data = read(table_of_splits(folder, kind, column, values))
+    assert {role: pictures(data, role) for role in data.splits} == expected
+    assert any(said in note for note in data.notes)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_value_that_may_mean_anything_is_shown_and_never_trained_on(kind, folder):
+    path = table_of_splits(folder, kind, "set", ["train", "train", "test", "test", "gallery", "gallery"])
+    with pytest.raises(DataError, match="'gallery' is the name of none") as error:
+        read(path)
+    assert "train 2, test 2, gallery 2" in error.value.why
+    assert "--split-key set" in error.value.mend
+    assert pictures(read(path, split_key="set")) == [0, 1]
+    assert pictures(read(path, train_split="train+gallery")) == [0, 1, 4, 5]
+    path = table_of_splits(folder, kind, "subset", ["train", "train", "query", "query", "gallery", "gallery"])
+    with pytest.raises(DataError, match=r"column subset .* 'query' is the name of none"):
+        read(path)
+
+
+def test_a_column_split_of_numbers_is_no_train_split(folder):
+    table = pa.table({"path": [f"photos/{i}.png" for i in range(4)], "label": ["a", "b"] * 2, "split": [0, 0, 1, 1]})
+    pq.write_table(table, folder / "l.parquet")
+    with pytest.raises(DataError, match="no train split"):
+        read(folder / "l.parquet")
+    assert pictures(read(folder / "l.parquet", train_split="0", test_split="1"), "test") == [2, 3]
+
+
+def test_none_and_nan_in_json_hide_no_column_of_splits(folder):
+    values = ["train", "train", "test", "test", None, float("nan")]
+    rows = [json.dumps({"path": f"photos/{i}.png", "label": "ab"[i % 2], "part": s}) for i, s in enumerate(values)]
+    data = read(write(folder, *rows, name="l.jsonl"))
+    assert (pictures(data), pictures(data, "test")) == ([0, 1], [2, 3])
+
+
+LABELS_THAT_READ_LIKE_SPLITS = {
+    "vehicles": ("path,kind,weather", ["train", "bus", "car"], {"label_key": "kind"}),
+    "vehicles alone": ("path,kind", ["train", "bus", "car"], {}),
+    "both words": ("path,label,labelid", ["train", "test", "val"], {}),
+    "both words, asked for": ("path,word,more", ["train", "test", "val"], {"label_key": "word"}),
+    "both words alone": ("path,target", ["train", "test", "val"], {}),
+}
+
+
+@pytest.mark.parametrize("name", LABELS_THAT_READ_LIKE_SPLITS)
+def test_classes_whose_names_read_like_splits_are_classes(name, folder):
+    header, classes, wanted = LABELS_THAT_READ_LIKE_SPLITS[name]
+    rows = [f"photos/{i}.png,{classes[i % 3]}" + ",0" * (header.count(",") - 1) for i in range(6)]
+    data = read(write(folder, header, *rows), **wanted)
+    assert labels(data) == classes * 2
+
+
+FLAGS = {
+    "is_test": {"train": [0, 1, 2, 3], "test": [4, 5]},
+    "isTest": {"train": [0, 1, 2, 3], "test": [4, 5]},
+    "test": {"train": [0, 1, 2, 3], "test": [4, 5]},
+    "is_val": {"train": [0, 1, 2, 3], "validation": [4, 5]},
+    "is_valid": {"train": [0, 1, 2, 3], "validation": [4, 5]},
+    "is_train": {"train": [4, 5], "test": [0, 1, 2, 3]},
+    "train": {"train": [4, 5], "test": [0, 1, 2, 3]},
+    "is_training_image": {"train": [4, 5], "test": [0, 1, 2, 3]},
+    "used_for_training": {"train": [4, 5], "test": [0, 1, 2, 3]},
+}
+
+
+@pytest.mark.parametrize("values", ["01", (False, True), (None, 1)], ids=["01", "bool", "blank"])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_flag_tells_the_split_of_a_row(name, kind, values, folder):
+    no, yes = values
+    data = read(table_of_splits(folder, kind, name, [no] * 4 + [yes] * 2))
+    assert {role: pictures(data, role) for role in data.splits} == FLAGS[name]
+    assert any(f"column {name} tells the splits" in note for note in data.notes)
+
+
+def test_several_flags_tell_the_splits_together(folder):
+    rows = [f"photos/{i}.png,{'ab'[i % 2]},{int(i < 2)},{int(1 < i < 4)}" for i in range(6)]
+    data = read(write(folder, "path,label,is_train,is_val", *rows))
+    assert {r: pictures(data, r) for r in data.splits} == {"train": [0, 1], "validation": [2, 3], "test": [4, 5]}
+    path = write(folder, "path,label,is_train,is_val", *rows, "photos/0.png,a,1,1")
+    with pytest.raises(DataError, match=r"line 8 of .* is in 2 splits: is_train, is_val"):
+        read(path)
+
+
+def test_a_flag_with_other_values_is_refused_by_name(folder):
+    path = write(folder, "path,label,is_test", "photos/0.png,a,0", "photos/1.png,b,2")
+    with pytest.raises(DataError, match="column is_test speaks of a split, and has the value '2'"):
+        read(path)
+
+
+def test_a_split_asked_for_by_its_value_is_no_flag(folder):
+    rows = [f"photos/{i}.png,{'ab'[i % 2]},{int(i < 4)}" for i in range(6)]
+    path = write(folder, "path,label,is_x_train", *rows)
+    data = read(path, split_key="is_x_train", train_split="1", test_split="0", label_key="label")
+    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2, 3], [4, 5])
+    path = write(folder, "path,label,is_train", *rows)
+    data = read(path, split_key="is_train", train_split="0", test_split="1")
+    assert (pictures(data), pictures(data, "test")) == ([4, 5], [0, 1, 2, 3])
+
+
+def test_pictures_that_are_sound_are_no_validation_split(folder):
+    rows = [f"photos/{i}.png,{'ab'[i % 2]},{int(i != 5)}" for i in range(6)]
+    assert pictures(read(write(folder, "path,label,is_valid", *rows))) == [0, 1, 2, 3, 4, 5]
+
+
+# A column for each class and one more -> the classes; the splits
+ONE_HOT = {
+    "a flag": ("is_test", [0, 0, 0, 0, 1, 1], ["bus", "car"], ["train", "test"]),
+    "a flag by its values": ("train", [1, 1, 1, 1, 0, 0], ["bus", "car"], ["train", "test"]),
+    "a column of splits": ("set", ["train"] * 4 + ["test"] * 2, ["bus", "car"], ["train", "test"]),
+}
+
+
+@pytest.mark.parametrize("name", ONE_HOT)
+def test_a_flag_beside_a_column_for_each_class_is_no_class(name, folder):
+    column, values, classes, splits = ONE_HOT[name]
+    rows = [f"photos/{i}.png,{i % 2},{1 - i % 2},{value}" for i, value in enumerate(values)]
+    data = read(write(folder, f"image,car,bus,{column}", *rows))
+    assert (list(data.class_names), list(data.splits)) == (classes, splits)
+
+
+def test_train_is_a_class_where_each_row_has_one_of_the_columns(folder):
+    rows = [f"photos/{i}.png,{int(i % 3 == 0)},{int(i % 3 == 1)},{int(i % 3 == 2)}" for i in range(6)]
+    assert labels(read(write(folder, "image,bus,car,train", *rows))) == ["bus", "car", "train"] * 2
+
+
+def test_a_column_that_is_there_twice_stops_only_what_uses_it(folder):
+    path = write(folder, "path,label,z,z", "photos/0.png,a,1,2", "photos/1.png,b,1,2")
+    assert labels(read(path)) == ["a", "b"]
+    path = write(folder, "path,label,set,set", "photos/0.png,a,train,test", "photos/1.png,b,train,test")
+    with pytest.raises(DataError, match="several columns set"):
+        read(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- repeats
+
+
+def repeated(folder, kind, *rows):
+    """A list, or a table of paths: the rows' pictures, labels and splits."""
+    names = [(f"photos/{i}.png" if j % 2 else f"./photos/{i}.png", *more) for j, (i, *more) in enumerate(rows)]
+    if kind == "csv":
+        return write(folder, "path,label,split", *map(",".join, names))
+    columns = zip(*names, strict=True)
+    pq.write_table(
+        pa.table(dict(zip(("path", "label", "split"), map(list, columns), strict=True))), folder / "l.parquet"
+    )
+    return folder / "l.parquet"
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_pictures_with_two_labels_are_named(split, kind, folder):
+    path = repeated(folder, kind, (0, "a", "train"), (1, "b", "train"), (0, "b", split), (1, "a", split))
+    with pytest.raises(DataError, match=r"2 pictures of .* several labels: .*0\.png is 'a' and 'b', .*1\.png"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_row_that_is_there_twice_counts_once(kind, folder):
+    path = repeated(folder, kind, (0, "a", "train"), (0, "a", "train"), (1, "b", "train"), (0, "a", "train"))
+    data = read(path)
+    assert (pictures(data), labels(data)) == ([0, 1], ["a", "b"])
+    assert "2 of 4 rows are there twice and count once" in data.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("role", ["validation", "test", "extra"])
+def test_a_picture_in_two_splits_is_told_where_both_are_used(role, kind, folder):
+    notes = read(repeated(folder, kind, (0, "a", "train"), (1, "b", "train"), (1, "b", role))).notes
+    (told,) = [note for note in notes if "better than it should be" in note] or [""]
+    assert told.startswith("" if role == "extra" else f"1 picture of train in {role}, too")
+    assert ("photos/1.png" in told) == (role != "extra")
+
+
 # ---------------------------------------------------------------------------------------------------------------- paths
 
 
@@ -117,6 +350,58 @@ def test_ids_without_folder_and_ending_find_their_pictures(folder):
     assert "0 is " in data.notes[0]
     assert read(path, image_root="photos", image_suffix=".png").notes == ()
     assert pictures(read(path, image_root=str(folder / "photos"), image_suffix="png")) == [0, 1, 2, 3]
+
+
+# Paths as another machine wrote them -> where their ends lie below the list's folder
+ELSEWHERE = {
+    "another disk": ("/home/other/data/{c}/{i}.png", "{c}/{i}.png"),
+    "below a folder": ("/home/other/data/{c}/{i}.png", "photos/sorted/{c}/{i}.png"),
+    "Windows": (r"C:\Users\x\data\{c}\{i}.png", "data/{c}/{i}.png"),
+    "beside": ("../other/{c}/{i}.png", "{c}/{i}.png"),
+    "a bucket, without endings": ("s3://bucket/{c}/{i}", "all/{c}/{i}.png"),
+    "two disks": ("/mnt/{i}/{c}/{i}.png", "{c}/{i}.png"),
+    "no folders": ("/home/other/{c}/{i}.png", "all/{i}.png"),
+}
+
+
+@pytest.mark.parametrize("root", [True, False])
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_paths_of_another_machine_are_found_by_their_ends(name, root, tmp_path):
+    there, here = ELSEWHERE[name]
+    for i, picture in enumerate(PICTURES):
+        path = tmp_path / "here" / here.format(c="ab"[i % 2], i=i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+    lists = tmp_path if root else tmp_path / "here"
+    path = write(lists, "path,label", *(f"{there.format(c='ab'[i % 2], i=i)},{'ab'[i % 2]}" for i in range(6)))
+    data = read(path, image_root=str(tmp_path / "here") if root else None)
+    assert pictures(data) == [0, 1, 2, 3, 4, 5]
+    assert data.notes[0].startswith("pictures are found by their names: ")
+    assert data.notes[0].endswith(f"is {tmp_path / 'here' / here.format(c='a', i=0)}")
+
+
+def test_a_picture_that_is_missing_is_not_another_one_of_its_name(tmp_path):
+    """dog/1.png is gone, and cat/1.png is another picture."""
+    for i, name in enumerate(("cat/0.png", "cat/1.png", "dog/2.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(PICTURES[i])
+    data = read(write(tmp_path, "path,label", "/x/cat/0.png,a", "/x/dog/2.png,b", "/x/dog/1.png,b"))
+    with pytest.raises(DataError, match=r"/x/dog/1.png\) cannot be read"):
+        data.splits["train"].image_bytes(2)
+    with pytest.raises(DataError, match="is not there") as error:
+        read(write(tmp_path, "path,label", "/x/dog/1.png,b", "/x/cat/0.png,a", "/x/cat/1.png,a"))
+    assert "--image-root FOLDER" in error.value.mend
+
+
+def test_an_end_that_lies_right_in_the_root_goes_before_those_below(tmp_path):
+    for i, name in enumerate(("cat/0.png", "dog/1.png", "masks/cat/0.png", "masks/dog/1.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(PICTURES[i])
+    rows = ["/x/cat/0.png,a", "/x/dog/1.png,b"]
+    assert pictures(read(write(tmp_path, "path,label", *rows))) == [0, 1]
+    assert pictures(read(write(tmp_path, "path,label", *rows), image_root="masks")) == [2, 3]
+    with pytest.raises(DataError, match="may be any of 2 files"):
+        read(write(tmp_path, "path,label", "0.png,a", "1.png,b"))
 
 
 def test_an_id_with_several_pictures_is_refused_and_a_folder_settles_it(folder):
@@ -167,6 +452,76 @@ def test_line_characters_of_unicode_are_no_ends_of_lines_in_json(folder):
     assert labels(read(folder / "list.jsonl")) == ["z", odd]
 
 
+# ----------------------------------------------------------------------------------------- lists beside their pictures
+
+
+@pytest.fixture
+def competition(tmp_path):
+    """Folders train and test with pictures of the same names, and a form for answers."""
+    for i, picture in enumerate(PICTURES):
+        path = tmp_path / ("train" if i < 4 else "test") / f"{i % 4}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture)
+    write(tmp_path, "id,breed", "0,a", "1,a", name="a_sample_submission.csv")
+    return tmp_path
+
+
+TRAIN = ("id,breed", "0,a", "1,b", "2,a", "3,b")
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train_labels.CSV", "TrainSet.csv"])
+def test_a_competitions_folder_is_read_by_its_list_of_train(name, competition):
+    write(competition, *TRAIN, name=name)
+    write(competition, "id", "0", "1", name="test.csv")
+    data = read(competition)
+    assert {role: pictures(data, role) for role in data.splits} == {"train": [0, 1, 2, 3]}
+    assert labels(data) == ["a", "b", "a", "b"]
+    assert f"stand in {name};" in data.notes[0]
+    assert "test.csv is left out: it has no labels" in data.notes
+
+
+@pytest.mark.parametrize("header", ["id,breed", "breed,id", "more,id,breed"])
+def test_a_list_of_test_with_the_labels_of_train_is_its_test_split(header, competition):
+    write(competition, *TRAIN, name="train.csv")
+    rows = [",".join({"id": str(i), "breed": "ba"[i], "more": "z"}[name] for name in header.split(",")) for i in (0, 1)]
+    write(competition, header, *rows, name="test.csv")
+    data = read(competition)
+    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2, 3], [4, 5])
+    assert labels(data, "test") == ["b", "a"]
+
+
+def test_a_list_beside_one_folder_of_pictures_tells_their_labels(folder):
+    write(folder, *TRAIN, name="train.csv")
+    assert labels(read(folder)) == ["a", "b", "a", "b"]
+    (folder / "train.csv").rename(folder / "labels.csv")
+    with pytest.raises(DataError, match="one class alone: photos") as error:
+        read(folder)
+    assert f"{folder / 'labels.csv'} lists them" in error.value.mend
+
+
+def test_the_list_that_has_labels_is_named_and_no_form_for_answers(competition):
+    with pytest.raises(DataError, match="lie in no class folders") as error:
+        read(competition)
+    assert "submission" not in error.value.mend
+    write(competition, "id", "0", name="about.csv")
+    write(competition, *TRAIN, name="labels.csv")
+    with pytest.raises(DataError, match="lie in no class folders") as error:
+        read(competition)
+    assert f"if {competition / 'labels.csv'} lists them" in error.value.mend
+    write(competition, "what,breed,more", "0,a,c", name="train.csv")
+    with pytest.raises(DataError, match=r"train.csv has no image column") as error:
+        read(competition)
+
+
+def test_a_list_beside_class_folders_is_not_read_and_named(tmp_path):
+    for i in range(4):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[i % 2] / f"{i}.png").write_bytes(PICTURES[i])
+    write(tmp_path, *TRAIN, name="train.csv")
+    (note,) = read(tmp_path).notes
+    assert note.startswith(f"list {tmp_path / 'train.csv'} is not read")
+
+
 # --------------------------------------------------------------------------------------------------------------- labels
 
 
@@ -175,6 +530,16 @@ def test_numbers_written_as_floats_are_ordered_as_numbers(folder):
         write(folder, "path,label", *(f"photos/{i}.png,{label}" for i, label in enumerate(("10.0", "9.0", "2."))))
     )
     assert data.class_names == ("2", "9", "10")
+
+
+def test_blanks_around_names_and_values_do_not_count(folder):
+    path = write(folder, "path , label ", "photos/0.png ,cat ", "photos/1.png,cat", "photos/2.png, dog", name="l.CSV")
+    data = read(path)
+    assert (labels(data), pictures(data)) == (["cat", "cat", "dog"], [0, 1, 2])
+    assert data.notes == (
+        "column path: blanks around the values of 1 row are left out, as 'photos/0.png '",
+        "column label: blanks around the values of 1 row are left out, as 'cat '",
+    )
 
 
 def test_a_column_for_each_class_is_one_label_a_picture(folder):
@@ -232,6 +597,15 @@ def test_a_single_parquet_file_is_a_data_set_with_its_column_of_splits(folder):
     assert (pictures(data), pictures(data, "validation"), pictures(data, "test")) == ([0, 1, 2, 3], [4], [5])
     assert labels(data, "test") == ["b"]
     assert data.notes == ("column part tells the splits: train 4, val 1, test 1",)
+
+
+@pytest.mark.parametrize("name", ["A.PARQUET", "data/Train.Parquet"])
+def test_endings_of_tables_may_be_capitals(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    table_of([0, 1, 1], ["a", "b"]).to_parquet(tmp_path / name)
+    assert labels(read(tmp_path / name)) == ["a", "b", "b"]
+    if "/" in name:
+        assert labels(read(tmp_path)) == ["a", "b", "b"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

@@ -40,6 +40,7 @@ def of_class(scored, name):
 OTHERS = {
     "a test split alone": ({"test": 6}, CLASSES, 18, "test"),
     "no split": ({".": 5}, CLASSES, 15, "all"),
+    "train and validation": ({"train": 4, "val": 2}, CLASSES, 18, "train+validation"),
     "train alone": ({"train": 5}, CLASSES, 15, "all"),
     "fewer classes": ({"train": 3, "test": 6}, ("owl",), 6, "test"),
     "one class, and no split": ({".": 4}, ("dog",), 4, "all"),
@@ -56,6 +57,34 @@ def test_every_picture_is_scored_once_whatever_the_splits(name, trained, tmp_pat
     assert {CLASSES[label] for label in scored.labels} == set(classes)
     assert about["unknown_classes"] == {}
     assert about["dataset"] == str(tmp_path / "other")
+
+
+def test_test_rows_of_a_list_are_scored_alone_and_that_is_said(trained, tmp_path):
+    pictures = sorted(write_image_folder(tmp_path / "pictures", {".": 4}, CLASSES).rglob("*.png"))
+    values = ["train", "test", "unlabeled", "test"]
+    rows = [f"{path},{path.parent.name},{values[i % 4]}" for i, path in enumerate(pictures)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,subset", *rows]))
+    scored, _ = score(trained, tmp_path / "list.csv")
+    assert (len(scored.rows), scored.split) == (6, "test")
+    done = samtune("eval", trained, "--dataset", tmp_path / "list.csv")
+    assert "scored: split test of list; --split takes another: train" in done.stderr
+    assert "3 of 12 rows are in no split and left out" in done.stderr
+
+
+def test_other_data_without_any_label_is_no_defect(trained, tmp_path):
+    path = next(iter(sorted(write_image_folder(tmp_path / "pictures", {".": 1}, CLASSES).rglob("*.png"))))
+    (tmp_path / "list.csv").write_text(f"path,label,split\n{path},,test")
+    done = samtune("eval", trained, "--dataset", tmp_path / "list.csv")
+    assert (done.returncode, "has no labelled pictures" in done.stderr) == (3, True)
+    assert "its labels are hidden" in done.stderr
+
+
+def test_unknown_classes_of_all_splits_are_counted_together(trained, tmp_path):
+    other = write_image_folder(tmp_path / "other", {"train": 2, "val": 3}, ("cat", "zebra"))
+    scored, about = score(trained, other)
+    assert (len(scored.rows), about["unknown_classes"]) == (5, {"zebra": 5})
+    done = samtune("eval", trained, "--dataset", other)
+    assert "scored: all splits of other, train+validation;" in done.stderr
 
 
 def test_a_split_that_is_asked_for_is_whole(trained, tmp_path):

@@ -21,7 +21,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="val, train and test as the run took them, or another split of the data set; always clean labels. By "
-            "default test, or all of other data that has one split.",
+            "default test, or all of other data that has none.",
             show_default=False,
         ),
     ] = None,

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
-from samtune.data.roles import ROLES, Wanted, role_of
+from samtune.data.roles import Wanted
+from samtune.data.split_columns import is_sure_flag, role_of_flag, tells_splits
 from samtune.errors import DataError, UsageError
 
 Kind = Literal["images", "classes", "text", "number", "list", "other"]
@@ -21,16 +22,20 @@ _LABEL_NAMES = (
     *("label", "labels", "class", "classname", "finelabel", "category", "categoryname", "species", "breed", "target"),
     *("targets", "labelname", "cls", "variety", "diagnosis", "dx", "y", "classid", "labelid", "categoryid"),
 )
+_SURE_LABEL_NAMES = 4  # the first ones, which mean nothing else
 _ROW_NUMBERS = ("", "index", "unnamed", "unnamed0", "idx", "rowid")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of one list or table. label is "" where one_hot names a column for each class. split: "" for none."""
+    """The columns of one list or table. label is "" where one_hot names a column for each class.
+
+    splits: the column of names of splits, or the columns of flags such as is_test; none where all is train.
+    """
 
     image: str
     label: str
-    split: str
+    splits: tuple[str, ...] = ()
     one_hot: tuple[str, ...] = ()
 
 
@@ -66,12 +71,13 @@ def find(dataset: str, table: Table, wanted: Wanted, *, needs_label: bool = True
             f"its columns: {', '.join(table.kinds)}",
             f"name it by {flag}; a list has a header such as path,label,split",
         )
-    if len(search.splits) > 1:
+    several = search.names_of_splits or search.repeated_flags
+    if len(several) > 1:
         raise DataError(
-            f"data set {dataset} has {len(search.splits)} columns of splits: {', '.join(search.splits)}",
+            f"data set {dataset} has {len(several)} columns of splits: {', '.join(several)}",
             mend="choose one by --split-key",
         )
-    return Columns(search.image, search.label or "", "".join(search.splits), search.one_hot)
+    return Columns(search.image, search.label or "", tuple(search.splits), search.one_hot)
 
 
 def find_image(dataset: str, table: Table, wanted: Wanted) -> str:
@@ -122,35 +128,90 @@ class _Search:
     @cached_property
     def splits(self) -> list[str]:
         """Columns that say of each row in which split it is."""
+        return self.names_of_splits or list(self.flags)
+
+    @cached_property
+    def names_of_splits(self) -> list[str]:
+        """Columns of names of splits; more than one leaves it to the user. The label is none of them."""
         if self.wanted.split_key:
             return [self.wanted.split_key]
-        others = [name for name in self.table.of_kind("text", "classes") if name not in self._keys]
+        others = [name for name in self.table.of_kind("text", "classes", "number") if name not in self._keys]
         by_name = _by_name(others, ("split",))
-        return [by_name] if by_name else [name for name in others if _tells_splits(self.table.values[name])]
+        return [by_name] if by_name else [name for name in others if name in self._like_splits]
+
+    @cached_property
+    def flags(self) -> dict[str, str]:
+        """Columns of yes and no -> the split of which they speak. Where nothing else is the label, `test` may be it.
+
+        A column `train` is a class where it stands among columns of classes, of which each row has one.
+        """
+        others = [name for name in self.table.of_kind("text", "number") if name not in self._keys]
+        others = [name for name in others if name not in self.names_of_splits]
+        roles = {name: role_of_flag(name, partial(self.table.values.__getitem__, name)) for name in others}
+        flags = {name: role for name, role in roles.items() if role is not None}
+        sure = {name: role for name, role in flags.items() if is_sure_flag(name) or role != "train"}
+        classes = self._one_hot_beside(sure) if self._named_label is None else ()
+        if set(flags) - set(sure) & set(classes) and self._has_one_class_a_row(classes):
+            flags = sure
+        if self._label_beside(flags) is None and not self._one_hot_beside(flags):
+            flags = {name: role for name, role in flags.items() if is_sure_flag(name)}
+        return flags
+
+    @property
+    def repeated_flags(self) -> list[str]:
+        """Flags that speak of a split of which another one speaks."""
+        roles = list(self.flags.values())
+        return [name for name, role in self.flags.items() if roles.count(role) > 1]
 
     @cached_property
     def label(self) -> str | None:
         """By its name; else the only one that declares classes; else the only one that is left."""
-        if self.wanted.label_key:
-            return self.wanted.label_key
-        left = [name for name in self.table.kinds if name not in (self.image, *self.splits)]
-        classes = [name for name in left if self.table.kinds[name] == "classes"]
-        by_name = _by_name([name for name in left if self.table.kinds[name] != "images"], _LABEL_NAMES)
-        left = [name for name in left if _plain(name) not in _ROW_NUMBERS and self.table.kinds[name] != "images"]
-        return by_name or (classes[0] if len(classes) == 1 else left[0] if len(left) == 1 else None)
+        return self._label_beside(self.flags)
 
     @cached_property
     def one_hot(self) -> tuple[str, ...]:
         """A column of 0 and 1 for each class, where nothing else can be the label."""
-        if self.label is not None:
-            return ()
-        left = [name for name in self.table.kinds if name not in (self.image, *self.splits)]
-        left = [name for name in left if _plain(name) not in _ROW_NUMBERS]
+        return self._one_hot_beside(self.flags) if self.label is None else ()
+
+    def _label_beside(self, flags: Iterable[str]) -> str | None:
+        if self._named_label:
+            return self._named_label
+        left = self._left(flags)
+        classes = [name for name in left if self.table.kinds[name] == "classes"]
+        left = [name for name in left if self.table.kinds[name] != "images"]
+        return classes[0] if len(classes) == 1 else left[0] if len(left) == 1 else None
+
+    def _one_hot_beside(self, flags: Iterable[str]) -> tuple[str, ...]:
+        left = self._left(flags)
         return tuple(left) if len(left) > 1 and all(_is_indicator(self.table.values[name]) for name in left) else ()
+
+    def _has_one_class_a_row(self, classes: Sequence[str]) -> bool:
+        rows = zip(*(self.table.values[name] for name in classes), strict=True)
+        return all([_number(value) for value in row].count(1.0) == 1 for row in rows)
+
+    def _left(self, flags: Iterable[str]) -> list[str]:
+        left = [name for name in self.table.kinds if name not in (self.image, *self.names_of_splits, *flags)]
+        return [name for name in left if _plain(name) not in _ROW_NUMBERS]
+
+    @cached_property
+    def _named_label(self) -> str | None:
+        """By its name. What is called label or class is it; of others those that tell no splits come first."""
+        if self.wanted.label_key:
+            return self.wanted.label_key
+        kinds = self.table.kinds
+        taken = (self.image, self.wanted.split_key)
+        there = [name for name in kinds if name not in taken and kinds[name] != "images"]
+        other = [name for name in there if name not in self._like_splits]
+        return _by_name(there, _LABEL_NAMES[:_SURE_LABEL_NAMES]) or _by_name(other or there, _LABEL_NAMES)
+
+    @cached_property
+    def _like_splits(self) -> list[str]:
+        texts = [name for name in self.table.of_kind("text", "classes") if name != self.image]
+        return [name for name in texts if tells_splits(name, self.table.values[name])]
 
     @property
     def _keys(self) -> tuple[str | None, ...]:
-        return self.image, self.wanted.label_key
+        return self.image, self._named_label
 
 
 def has_label(names: Iterable[str]) -> bool:
@@ -183,15 +244,6 @@ def _by_name(there: Iterable[str], names: Sequence[str]) -> str | None:
 
 def _plain(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.casefold())
-
-
-def _tells_splits(values: Sequence[Any]) -> bool:
-    distinct = {value for value in values if value not in (None, "")} if _are_texts(values) else set()
-    return bool(distinct) and all(role_of(value) in ROLES for value in distinct)
-
-
-def _are_texts(values: Sequence[Any]) -> bool:
-    return all(value is None or isinstance(value, str) for value in values)
 
 
 def _is_indicator(values: Sequence[Any]) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from samtune.data import listed_folder
 from samtune.data.formats import (
     ARCHIVES,
     archive_ending,
@@ -399,7 +400,7 @@ class _Reader:
                 "move it into its class, or remove it",
             )
         if not classes:
-            lists = sorted(path for ending in ("csv", "tsv", "jsonl") for path in self.root.glob(f"*.{ending}"))
+            lists = listed_folder.labelled(self.root, self.wanted)
             raise NoClassFolders(
                 f"the pictures of folder {readable(split.path)} lie in no class folders",
                 f"{_pictures(split.count)}, and no folder that tells their class",

@@ -7,16 +7,19 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from samtune.data import columns
-from samtune.data.columns import Table
+from samtune.data.columns import Columns, Table
 from samtune.data.formats import is_readable
 from samtune.data.names import readable
 from samtune.data.roles import Wanted
+from samtune.data.split_columns import split_of_rows
 from samtune.errors import DataError
 
 LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -25,10 +28,11 @@ _DELIMITERS = (",", ";", "\t", "|")
 
 @dataclass(frozen=True)
 class ListSplits:
-    """What a list holds: split -> paths and labels, row by row; notes for the user."""
+    """What a list holds: split -> paths and labels, row by row; notes for the user; where it was found."""
 
     splits: dict[str, tuple[list[str], list[Any]]]
     notes: list[str]
+    columns: Columns
 
 
 def read_list(path: Path, wanted: Wanted) -> ListSplits:
@@ -41,27 +45,47 @@ def read_list(path: Path, wanted: Wanted) -> ListSplits:
         UsageError: a wanted column is not there.
         DataError: no such columns, a row that cannot be read, or paths that lead nowhere.
     """
-    values, lines = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path)
-    if not lines:
+    read = _read(path)
+    if not read.lines:
         raise DataError(f"list {path} has no rows", mend="one picture a row: path,label or path,label,split")
-    where = [f"line {line} of {path}" for line in lines]
-    table = Table.of_lists(values)
-    found = columns.find(str(path), table, wanted)
-    labels = columns.one_hot_labels(table, found.one_hot, where) if found.one_hot else values[found.label]
+    where = [f"line {line} of {path}" for line in read.lines]
+    found = columns.find(str(path), Table.of_lists(read.values), wanted)
+    used = (found.image, found.label, *found.splits, *found.one_hot)
+    read.check_names(path, used)
+    values, notes = _without_blanks(read.values, used)
+    of_row: list[str | None] = ["train"] * len(where)
+    if found.splits:
+        of_row, more = split_of_rows(f"{path}", found.splits, values, where, wanted)
+        notes += more
+    rows = [row for row, split in enumerate(of_row) if split is not None]
+    where = [where[row] for row in rows]
+    values = {name: [values[name][row] for row in rows] for name in used if name}
+    of_used = [split for split in of_row if split is not None]
+
+    labels = values[found.label] if found.label else None
+    labels = labels or columns.one_hot_labels(Table.of_lists(values), found.one_hot, where)
     labels = _numbers([_plain(label, place) for label, place in zip(labels, where, strict=True)])
     for place, image in zip(where, values[found.image], strict=True):
         if not isinstance(image, str | int) or image == "":
             raise DataError(f"{place} has no {found.image}", mend="mend or remove the line")
-    of_row = split_of_rows(values[found.split], where, found.split) if found.split else ["train"] * len(lines)
-    firsts = [of_row.index(split) for split in dict.fromkeys(of_row)]
-    paths, notes = find_files(list(map(str, values[found.image])), firsts, path.parent, wanted, f"list {path}")
+    firsts = [of_used.index(split) for split in dict.fromkeys(of_used)]
+    paths, more = find_files(list(map(str, values[found.image])), firsts, path.parent, wanted, f"list {path}")
     splits: dict[str, tuple[list[str], list[Any]]] = {}
-    for split, file, label in zip(of_row, paths, labels, strict=True):
+    for split, file, label in zip(of_used, paths, labels, strict=True):
         files, of_split = splits.setdefault(split, ([], []))
         files.append(file)
         of_split.append(label)
-    sizes = {split: len(files) for split, (files, _) in splits.items()}
-    return ListSplits(splits, [*notes, *split_note(found.split, sizes)])
+    return ListSplits(splits, [*notes, *more], found)
+
+
+def find_columns(path: Path, wanted: Wanted) -> Columns:
+    """The columns of pictures, labels and splits of a list. Raises as `read_list` does."""
+    return columns.find(str(path), Table.of_lists(_read(path).values), wanted)
+
+
+def names_of_columns(path: Path) -> list[str]:
+    """What the columns of a list are called. Raises DataError where it cannot be read."""
+    return list(_read(path).values)
 
 
 def read_names(path: Path, wanted: Wanted) -> tuple[list[str], list[str]]:
@@ -71,32 +95,19 @@ def read_names(path: Path, wanted: Wanted) -> tuple[list[str], list[str]]:
         UsageError: a wanted column is not there.
         DataError: no column of paths, a row without one, or paths that lead nowhere.
     """
-    values, lines = _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path)
-    column = columns.find_image(str(path), Table.of_lists(values), wanted)
-    if not lines:
+    read = _read(path)
+    column = columns.find_image(str(path), Table.of_lists(read.values), wanted)
+    read.check_names(path, [column])
+    if not read.lines:
         raise DataError(f"list {path} has no rows", mend="one picture a row, below a header such as path")
-    for line, image in zip(lines, values[column], strict=True):
+    values, _ = _without_blanks(read.values, [column])
+    for line, image in zip(read.lines, values[column], strict=True):
         if not isinstance(image, str | int) or image == "":
             raise DataError(f"line {line} of {path} has no {column}", mend="mend or remove the line")
     names, root = list(map(str, values[column])), root_of(wanted, path.parent)
     # Where some are there, the others are missing; where none is, they lie elsewhere.
     samples = [] if any(os.path.isfile(file_of(root, name, wanted)) for name in names) else [0]
     return find_files(names, samples, path.parent, wanted, f"list {path}")
-
-
-def split_of_rows(values: Sequence[Any], where: Sequence[str], column: str) -> list[str]:
-    """The split of each row. Raises DataError for a row that says none."""
-    for place, value in zip(where, values, strict=True):
-        if value in (None, ""):
-            raise DataError(f"{place} has no split", f"column {column} tells it", "fill it in, or remove the row")
-    return [str(value) for value in values]
-
-
-def split_note(column: str, sizes: dict[str, int]) -> list[str]:
-    """What is said of a column of splits that was noticed; nothing where its name says what it is."""
-    if column in ("", "split"):
-        return []
-    return [f"column {column} tells the splits: {', '.join(f'{name} {size}' for name, size in sizes.items())}"]
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -108,22 +119,23 @@ def find_files(
     """The files of pictures that a list or table names, and notes.
 
     Relative paths are seen from wanted.image_root, else from `folder`. Where one of the samples has no file there, the
-    names are looked for among all pictures below, with or without their endings. Backslashes and both Unicode forms of
-    a name are understood. Raises DataError for a sample without a file, and for a name that several files have.
+    ends of the paths are looked for among all pictures below, with or without their endings: /their/disk/cat/1.jpg is
+    cat/1.jpg. Backslashes and both Unicode forms of a name are understood. Raises DataError for a sample without a
+    file, and for a name that several files have.
     """
     root = root_of(wanted, folder)
     paths = [file_of(root, name, wanted) for name in names]
-    missing = next((i for i in samples if not os.path.isfile(paths[i])), None)
-    if missing is None:
+    elsewhere = [i for i in samples if not os.path.isfile(paths[i])]
+    if not elsewhere:
         return paths, []
-    by_name = _pictures_by_name(root)
+    missing = elsewhere[0]
     suffix = _suffix(wanted)
-    found = [by_name.get(readable(name.replace("\\", "/") + suffix), []) for name in names]
-    if not found[missing]:
+    found = _by_ends([readable(name.replace("\\", "/") + suffix) for name in names], elsewhere, root)
+    if found is None:
         raise DataError(
             f"picture {readable(paths[missing])} of {dataset} is not there",
             f"nor is there another picture of that name below {readable(str(root))}",
-            "--image-root FOLDER tells where paths are seen from, --image-suffix .jpg what their names lack",
+            "--image-root FOLDER names a folder that holds the pictures, --image-suffix .jpg what their names lack",
         )
     several = next((i for i, files in enumerate(found) if len(files) > 1), None)
     if several is not None:
@@ -132,8 +144,39 @@ def find_files(
             ", ".join(map(readable, found[several][:3])),
             "--image-root FOLDER tells in which folder they lie",
         )
-    note = f"pictures are found by their names: {names[missing]} is {readable(found[missing][0])}"
+    note = f"pictures are found by their names: {readable(names[missing])} is {readable(found[missing][0])}"
     return [files[0] if files else path for files, path in zip(found, paths, strict=True)], [note]
+
+
+def _by_ends(names: Sequence[str], samples: Sequence[int], root: Path) -> list[list[str]] | None:
+    """The files below a folder whose paths end as the names do; None where a sample has none.
+
+    As few leading folders as possible are left out, and as many of each name, none in which names differ: then a file
+    that is missing stays so. Else the longest end that is there counts, if each name has a file of its own.
+    """
+    parts = [tuple(part for part in name.split("/") if part not in ("", ".", "..")) for name in names]
+    files = _pictures_by_end(root)
+
+    def ending_in(end: Sequence[str]) -> list[str]:
+        there = files.get("/".join(end), [])
+        if len(there) < 2:
+            return there
+        whole = [file for file in there if os.path.relpath(file, root).count(os.sep) + 1 == len(end)]  # not below
+        return whole if len(whole) == 1 else there
+
+    levels = zip(*(folders for *folders, _ in parts), strict=False)
+    in_common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    for left_out in range(in_common + 1):
+        found = [ending_in(name[left_out:]) for name in parts]
+        if all(found[i] for i in samples):
+            return found
+    ends = [[there for start in range(len(name)) if (there := ending_in(name[start:]))][:1] for name in parts]
+    if all(ends):
+        found = [there for (there,) in ends]
+        chosen = [there[0] for there in found if len(there) == 1]
+        if len(chosen) < len(found) or len(set(chosen)) == len(set(parts)):
+            return found
+    return None
 
 
 def root_of(wanted: Wanted, folder: Path) -> Path:
@@ -168,25 +211,62 @@ def file_of(root: Path, name: str, wanted: Wanted) -> str:
     return next(there, path)
 
 
-def _pictures_by_name(root: Path) -> dict[str, list[str]]:
-    """Every picture below a folder by its name and by its path from there, each with and without its ending."""
+def _pictures_by_end(root: Path) -> dict[str, list[str]]:
+    """Every picture below a folder by each end of its path (c.png, b/c.png, a/b/c.png), with and without its ending."""
     found: dict[str, list[str]] = {}
     for place, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        above = readable(os.path.relpath(place, root)).split("/") if place != str(root) else []
         for name in sorted(files):
             if is_readable(name) and not name.startswith("."):
                 path = os.path.join(place, name)
-                for key in dict.fromkeys((readable(name), readable(os.path.relpath(path, root)))):
-                    for form in (key, os.path.splitext(key)[0]):
-                        found.setdefault(form, []).append(path)
+                for form in dict.fromkeys((readable(name), os.path.splitext(readable(name))[0])):
+                    for start in range(len(above) + 1):
+                        found.setdefault("/".join([*above[start:], form]), []).append(path)
     return found
 
 
 # -------------------------------------------------------------------------------------------------------------- formats
 
 
-def _read_csv(path: Path) -> tuple[dict[str, list[Any]], list[int]]:
-    """Columns by name, and the line of each row. Bytes that are not UTF-8 stay as they are: they may be a path's."""
+@dataclass(frozen=True)
+class _Rows:
+    """Columns by name, and the line of each row. repeated: names that several columns have."""
+
+    values: dict[str, list[Any]]
+    lines: list[int]
+    repeated: Collection[str] = ()
+
+    def check_names(self, path: Path, used: Iterable[str]) -> None:
+        """Raise DataError where it is not clear which column is meant."""
+        for name in used:
+            if name in self.repeated:
+                raise DataError(
+                    f"list {path} has several columns {name}",
+                    "one of them would be used",
+                    "rename or remove the others",
+                )
+
+
+def _read(path: Path) -> _Rows:
+    return _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path)
+
+
+def _without_blanks(values: Mapping[str, list[Any]], used: Iterable[str]) -> tuple[dict[str, list[Any]], list[str]]:
+    """Columns without the blanks around their values, and a note on each where that changes some."""
+    found = dict(values)
+    notes = []
+    for name in filter(None, used):
+        found[name] = [value.strip() if isinstance(value, str) else value for value in values[name]]
+        changed = [value for value in values[name] if isinstance(value, str) and value != value.strip()]
+        if changed:
+            rows = f"{len(changed)} row{'s' if len(changed) > 1 else ''}"
+            notes.append(f"column {name}: blanks around the values of {rows} are left out, as {readable(changed[0])!r}")
+    return found, notes
+
+
+def _read_csv(path: Path) -> _Rows:
+    """A table with a header. Bytes that are not UTF-8 stay as they are: they may be a path's."""
     text = _text(path)
     header = text.lstrip("\r\n").partition("\n")[0]
     delimiter = max(_DELIMITERS, key=header.count) if path.suffix.lower() == ".csv" else "\t"
@@ -209,7 +289,7 @@ def _read_csv(path: Path) -> tuple[dict[str, list[Any]], list[int]]:
                 column.append(cells.get(name))
     except csv.Error as error:
         raise DataError(f"list {path} cannot be read", str(error)) from None
-    return values, lines
+    return _Rows(values, lines, {name for name, count in Counter(names).items() if count > 1})
 
 
 def _text(path: Path) -> str:
@@ -224,14 +304,14 @@ def _text(path: Path) -> str:
         raise DataError(f"list {path} cannot be read", str(error), "save it as UTF-8") from None
 
 
-def _read_jsonl(path: Path) -> tuple[dict[str, list[Any]], list[int]]:
+def _read_jsonl(path: Path) -> _Rows:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     for number, row in _objects(path):
         rows.append(row)
         lines.append(number)
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}, lines
+    return _Rows({name: [row.get(name) for row in rows] for name in names}, lines)
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -33,8 +33,9 @@ _WORDS = {
 # Words that say nothing of the role: training_set, seg_train, images_test, val2017.
 _COMMON_WORDS = {
     *("set", "data", "dataset", "split", "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos"),
-    *("seg", "folder", "dir", "part", "sample", "samples"),
+    *("seg", "folder", "dir", "part", "sample", "samples", "private"),
 }
+_STAND_INS = {"holdout": "test", "heldout": "test", "trainval": "train"}  # where no split is called by its role
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def parse(name: str) -> tuple[str | None, tuple[str, ...]]:
     """
     roles = set()
     rest = []
-    for word in re.findall("[^\\W\\d_]+", name.casefold()):
+    words = re.sub("(?<=[a-z])(?=[A-Z])", " ", name)  # TrainSet
+    for word in re.findall("[^\\W\\d_]+", words.casefold()):
         stem = next((word.removesuffix(end) for end in _COMMON_WORDS if word.removesuffix(end) in _WORDS), word)
         if stem in _WORDS:
             roles.add(_WORDS[stem])
@@ -89,6 +91,27 @@ def role_of(split: str) -> str:
     """The role that a split's name stands for: Val, valid_set, val2017 -> validation; others stand for themselves."""
     role, rest = parse(split)
     return role if role in ROLES and not rest else split
+
+
+def roles_beside(names: Iterable[str]) -> dict[str, str]:
+    """Name -> the role that a split plays beside the others, itself where its name tells none.
+
+    Of "test" and "test2" the first is meant; the other is a split that nobody has asked for. Where no split says test,
+    one that is held out is, and where none says train, trainval. The public part of a test set is what one may choose
+    on, beside a private one.
+    """
+    there = dict.fromkeys(names)
+    told = {name: role_of(name) for name in there}
+    roles = {name: name if role != name and role in there else role for name, role in told.items()}
+    for name in there:
+        role, rest = parse(name)
+        free = [role for role in ("test", "validation") if role not in roles.values()]
+        if (role, rest) == ("test", ("public",)) and free:
+            roles[name] = free[0]
+        stand_in = _STAND_INS.get("".join(rest), "") if role is None else ""
+        if stand_in and stand_in not in roles.values():
+            roles[name] = stand_in
+    return roles
 
 
 def assign(
@@ -135,12 +158,8 @@ def _by_default(there: Iterable[str], policy: Mapping[str, str]) -> dict[str, tu
     if policy:
         roles = {role: tuple(name for name in names.split("+") if name in there) for role, names in policy.items()}
         return {role: names for role, names in roles.items() if names}
-    names = list(there)
     found: dict[str, tuple[str, ...]] = {}
-    for name in names:
-        role = role_of(name)
-        # Of "test" and "test2" the first is meant; the other is a split that nobody has asked for.
-        role = name if role != name and role in names else role
+    for name, role in roles_beside(there).items():
         found[role] = (*found.get(role, ()), name)
     return found
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data import columns, image_folder, image_list, labels, roles, tables
+from samtune.data import columns, image_folder, image_list, labels, listed_folder, repeats, roles, tables
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.encoded import EncodedImages, FileImages, joined
 from samtune.data.formats import archive_ending, is_readable, unpacking
+from samtune.data.image_folder import FolderSplits
+from samtune.data.image_list import ListSplits
 from samtune.data.labels import Classified, Labels
 from samtune.data.names import readable
 from samtune.data.roles import ROLES, Wanted, role_of
@@ -72,7 +74,8 @@ class Split:
 def united(first: Split, second: Split) -> Split:
     """The rows of one split, then those of the other."""
     images = joined([first.images, second.images])
-    return Split(f"{first.name}+{second.name}", images, np.concatenate([first.labels, second.labels]))
+    unknown = Counter(first.unknown) + Counter(second.unknown)
+    return Split(f"{first.name}+{second.name}", images, np.concatenate([first.labels, second.labels]), unknown)
 
 
 @dataclass(frozen=True)
@@ -220,11 +223,15 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
         if strict:
             _check_classes(splits[role], splits["train"], names)
     if classes is None and len(names) < 2:
+        lists = listed_folder.labelled(found) if isinstance(found, Path) and found.is_dir() else []
         raise DataError(
             f"data set {dataset} has one class alone: {', '.join(names)}",
             "; ".join(notes),
-            "a classifier takes two; a folder of pictures needs two class folders in its train split",
+            "a classifier takes two; a folder of pictures needs two class folders in its train split"
+            + (f"; if {readable(str(lists[0]))} lists them with their labels, give it by --dataset" if lists else ""),
         )
+    notes += [] if row.splits else _roles_told(raw, parts, wanted)
+    notes += repeats.shared(raw, parts) if classes is None else []
     title = f"{row.name}:{config}" if config else row.name
     return Source(title, origin, names, splits, {role: parts[role] for role in splits}, tuple(notes))
 
@@ -235,11 +242,15 @@ def _read_path(
     """The splits of a folder or a list, under the names that they have there; and notes on how they were read."""
     if path.is_file() and path.suffix.lower() in image_list.LISTS:
         listed = image_list.read_list(path, wanted)
-        return _of_files(listed.splits), listed.notes
+        raw, notes = repeats.without_repeats(origin, _of_files(listed.splits))
+        return raw, [*listed.notes, *notes]
     found = tables.read_path(path, origin, wanted.dataset_config)
     metadata = [] if found else tables.metadata(path)
     if not found and (not metadata or _are_beside_classes(metadata, path, wanted)):
         in_folders = _read_folder(path, wanted, classes)
+        if isinstance(in_folders, ListSplits):
+            raw, notes = repeats.without_repeats(origin, _of_files(in_folders.splits))
+            return raw, [*in_folders.notes, *notes]
         if in_folders.splits:
             _refuse_columns(origin, wanted)
             told = "no column of it has the name of a label, and the folders are classes; --label-key names one"
@@ -248,13 +259,31 @@ def _read_path(
         if in_folders.notes:
             raise DataError(f"data set {origin} has no labelled pictures", "; ".join(in_folders.notes))
     found = found or tables.read_by_library(path, origin, wanted.dataset_config)
-    if path.is_file():
-        return tables.raw_splits(origin, found, path.parent, wanted, train)
-    splits, notes = tables.raw_splits(origin, found, path, wanted, train)
-    return splits, [*notes, *_beside_tables(path, splits)]
+    raw, notes = tables.raw_splits(origin, found, path if path.is_dir() else path.parent, wanted, train)
+    raw, more = repeats.without_repeats(origin, raw)
+    return raw, [*notes, *more, *(_beside_tables(path, raw) if path.is_dir() else [])]
 
 
-def _read_folder(path: Path, wanted: Wanted, classes: Sequence[str]) -> image_folder.FolderSplits:
+def _read_folder(path: Path, wanted: Wanted, classes: Sequence[str]) -> FolderSplits | ListSplits:
+    """The pictures of a folder; by the lists in it where its folders tell no two classes."""
+    try:
+        found = _read_pictures(path, wanted, classes)
+    except DataError:
+        listed = listed_folder.read_lists(path, wanted)
+        if listed is None:
+            raise
+        return listed
+    names = {name for _, of_split in found.splits.values() for name in of_split}
+    if len(names) < 2 and not (names and names <= set(classes)):
+        return listed_folder.read_lists(path, wanted) or found
+    for beside in listed_folder.labelled(path):
+        found.notes.append(
+            f"list {readable(str(beside))} is not read: folders tell the classes (--dataset takes it, too)"
+        )
+    return found
+
+
+def _read_pictures(path: Path, wanted: Wanted, classes: Sequence[str]) -> FolderSplits:
     """The pictures of a folder; those in its archives where no folder has any. A logo may lie beside them."""
     alone = None
     try:
@@ -262,7 +291,7 @@ def _read_folder(path: Path, wanted: Wanted, classes: Sequence[str]) -> image_fo
         if found.splits or found.notes:
             return found
     except image_folder.NoClassFolders as error:
-        found, alone = image_folder.FolderSplits(), error
+        found, alone = FolderSplits(), error
     unpacked = {str(archive): str(tables.unpack(archive)) for archive in tables.archives(path)}
     if unpacked:
         return image_folder.read_folder(path, wanted, classes, unpacked)
@@ -346,6 +375,19 @@ def _check_labels(raw: Labels, found: Classified, split: str, classes: Sequence[
     missing_is_wrong = on_unlabelled == "error"
     if found.unknown or (missing_is_wrong and found.unlabelled):
         raise labels.no_class(raw, found, split, classes, missing_is_wrong=missing_is_wrong)
+
+
+def _roles_told(raw: RawSplits, parts: Mapping[str, Sequence[str]], wanted: Wanted) -> list[str]:
+    """Of each split whose role neither its name nor a flag makes plain: what becomes of it."""
+    asked = {name for names in wanted.splits.values() for name in names}
+    told = []
+    for role, names in parts.items():
+        for name in (name for name in names if name not in asked):
+            if role not in ROLES:
+                told.append(f"split {readable(name)} ({len(raw[name][0])}) is not used: its name is that of no role")
+            elif role[:3] not in name.casefold():
+                told.append(f"split {readable(name)} is used as {role}")
+    return told
 
 
 def _left_out(found: Classified, split: str) -> list[str]:

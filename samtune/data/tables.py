@@ -26,6 +26,7 @@ from samtune.data.formats import ARCHIVES, is_readable
 from samtune.data.image_folder import entries, is_folder
 from samtune.data.labels import Labels
 from samtune.data.roles import ROLES, Wanted, role_of
+from samtune.data.split_columns import split_of_rows
 from samtune.errors import DataError, MachineError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ def read_path(path: Path, origin: str, config: str | None) -> "Tables":
 
     import datasets
 
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return {"train": _read(lambda: datasets.Dataset.from_parquet(str(path)), origin)}
-    if path.suffix == ".arrow":
+    if path.suffix.lower() == ".arrow":
         return {"train": _read(lambda: datasets.Dataset.from_file(str(path)), origin)}
     if is_stored:
         stored = _read(lambda: datasets.load_from_disk(str(path)), origin)
@@ -142,7 +143,7 @@ def _below(root: Path, ending: str) -> Iterator[Path]:
     if sum(is_readable(entry.name) for entry in there) > _FEW:
         return
     for entry in there:
-        if entry.name.endswith(ending) and os.path.isfile(entry.path):
+        if entry.name.lower().endswith(ending) and os.path.isfile(entry.path):
             yield Path(entry.path)
         elif not entry.name.startswith(".") and not entry.is_symlink() and is_folder(entry):
             yield from _below(Path(entry.path), ending)
@@ -151,19 +152,19 @@ def _below(root: Path, ending: str) -> Iterator[Path]:
 def metadata(root: Path) -> list[Path]:
     """The files that tell the labels of pictures in the hub's manner, if they have such a column."""
     found = sorted((*root.glob("metadata.*"), *root.glob("*/metadata.*")))
-    return [path for path in found if path.suffix in (".csv", ".jsonl", ".parquet")]
+    return [path for path in found if path.suffix.lower() in (".csv", ".jsonl", ".parquet")]
 
 
 def names_of_columns(path: Path) -> list[str]:
     """Of a metadata file; none if it cannot be read, which is said when it is."""
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
             return [str(name) for name in pq.read_schema(path).names]
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             line = file.readline()
-        return next(csv.reader([line]), []) if path.suffix == ".csv" else list(json.loads(line))
+        return next(csv.reader([line]), []) if path.suffix.lower() == ".csv" else list(json.loads(line))
     except (OSError, ValueError, TypeError):  # of arrow's family, these are the parents
         return []
 
@@ -316,10 +317,10 @@ def raw_splits(
         images, more = _images(dataset, table, found.image, folder, wanted)
         labels = Labels(None, ()) if hidden else _labels(dataset, table, found)
         notes += more
-        if found.split and len(tables) == 1 and not hidden:
-            divided = _divided(table, found.split, images, labels)
-            sizes = {split: len(of_split) for split, (of_split, _) in divided.items()}
-            return divided, [*notes, *image_list.split_note(found.split, sizes)]
+        if found.splits and len(tables) == 1 and not hidden:
+            where = [f"row {row}" for row in range(len(table))]
+            of_row, more = split_of_rows(dataset, found.splits, _Values(table), where, wanted)
+            return _divided(of_row, images, labels), [*notes, *more]
         splits[name] = images, labels
     return splits, notes
 
@@ -405,12 +406,10 @@ def _labels(dataset: str, table: "ArrowTable", found: Columns) -> Labels:
     return Labels(tuple(feature.names) if hasattr(feature, "names") else None, values)
 
 
-def _divided(table: "ArrowTable", column: str, images: EncodedImages, labels: Labels) -> RawSplits:
-    where = [f"row {row}" for row in range(len(table))]
-    of_row = np.array(image_list.split_of_rows(_Values(table)[column], where, column))
+def _divided(of_row: Sequence[str | None], images: EncodedImages, labels: Labels) -> RawSplits:
     splits: RawSplits = {}
-    for split in dict.fromkeys(of_row.tolist()):
-        rows = np.flatnonzero(of_row == split)
+    for split in dict.fromkeys(split for split in of_row if split is not None):
+        rows = np.array([row for row, of_this in enumerate(of_row) if of_this == split])
         if isinstance(images, TableImages):
             chosen: EncodedImages = TableImages(images.table, images.column, images.folder, rows)
         else:
