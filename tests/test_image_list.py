@@ -153,7 +153,7 @@ SPLITS = {
     "held out beside test": (
         ("split", ["train", "train", "test", "test", "holdout", "holdout"]),
         {"train": [0, 1], "test": [2, 3], "holdout": [4, 5]},
-        "split holdout (2) is not used",
+        "split holdout is not used: 2 rows",
     ),
     "words joined": (
         ("x", ["TrainSet"] * 4 + ["testSet", "NaN"]),
@@ -192,6 +192,17 @@ def test_a_column_split_of_numbers_is_no_train_split(folder):
     with pytest.raises(DataError, match="no train split"):
         read(folder / "l.parquet")
     assert pictures(read(folder / "l.parquet", train_split="0", test_split="1"), "test") == [2, 3]
+
+
+@pytest.mark.parametrize("column", ["partition", "subset"])
+def test_numbers_that_may_be_splits_are_asked_about(column, folder):
+    rows = [f"photos/{i}.png,{'ab'[i % 2]},{number}" for i, number in enumerate([0, 0, 0, 0, 1, 2])]
+    file = write(folder, f"path,label,{column}", *rows)
+    with pytest.raises(DataError, match=f"column {column} of data set .* '0' is the name of none") as raised:
+        read(file)
+    assert "0 4, 1 1, 2 1" in raised.value.why
+    data = read(file, split_key=column, train_split="0", val_split="1", test_split="2")
+    assert (pictures(data), pictures(data, "validation"), pictures(data, "test")) == ([0, 1, 2, 3], [4], [5])
 
 
 def test_none_and_nan_in_json_hide_no_column_of_splits(folder):

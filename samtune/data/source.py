@@ -230,7 +230,7 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
             "a classifier takes two; a folder of pictures needs two class folders in its train split"
             + (f"; if {readable(str(lists[0]))} lists them with their labels, give it by --dataset" if lists else ""),
         )
-    notes += [] if row.splits else _roles_told(raw, parts, wanted)
+    notes += [] if row.splits else _roles_told(parts, wanted)
     notes += repeats.shared(raw, parts) if classes is None else []
     title = f"{row.name}:{config}" if config else row.name
     return Source(title, origin, names, splits, {role: parts[role] for role in splits}, tuple(notes))
@@ -276,10 +276,11 @@ def _read_folder(path: Path, wanted: Wanted, classes: Sequence[str]) -> FolderSp
     names = {name for _, of_split in found.splits.values() for name in of_split}
     if len(names) < 2 and not (names and names <= set(classes)):
         return listed_folder.read_lists(path, wanted) or found
-    for beside in listed_folder.labelled(path):
-        found.notes.append(
-            f"list {readable(str(beside))} is not read: folders tell the classes (--dataset takes it, too)"
-        )
+    found.notes += [
+        f"list {readable(str(beside))} is not read: folders tell the classes (--dataset takes it, too)"
+        for beside in listed_folder.labelled(path)
+        if beside not in tables.metadata(path)  # of which more is said
+    ]
     return found
 
 
@@ -377,17 +378,15 @@ def _check_labels(raw: Labels, found: Classified, split: str, classes: Sequence[
         raise labels.no_class(raw, found, split, classes, missing_is_wrong=missing_is_wrong)
 
 
-def _roles_told(raw: RawSplits, parts: Mapping[str, Sequence[str]], wanted: Wanted) -> list[str]:
-    """Of each split whose role neither its name nor a flag makes plain: what becomes of it."""
+def _roles_told(parts: Mapping[str, Sequence[str]], wanted: Wanted) -> list[str]:
+    """Notes on the splits whose role neither their names nor a flag make plain."""
     asked = {name for names in wanted.splits.values() for name in names}
-    told = []
-    for role, names in parts.items():
-        for name in (name for name in names if name not in asked):
-            if role not in ROLES:
-                told.append(f"split {readable(name)} ({len(raw[name][0])}) is not used: its name is that of no role")
-            elif role[:3] not in name.casefold():
-                told.append(f"split {readable(name)} is used as {role}")
-    return told
+    return [
+        f"split {readable(name)} is used as {role}"
+        for role, names in parts.items()
+        for name in names
+        if role in ROLES and name not in asked and role[:3] not in name.casefold()
+    ]
 
 
 def _left_out(found: Classified, split: str) -> list[str]:

@@ -11,7 +11,9 @@ from samtune.data.roles import ROLES, UNLABELLED, Wanted, parse, role_of, roles_
 from samtune.errors import DataError
 
 _MOST = 50  # values of a column that may be names of splits; paths and words of a language are more
+_MOST_NUMBERS = 5  # of splits that are numbers
 _NAMES = {"set", "subset", "partition", "phase", "usage", "stage", "dataset_split", "data_split"}
+_NUMBERED = {"subset", "partition", "dataset_split", "data_split"}  # of these, numbers are splits that have no name
 _NO_SPLIT = {
     *("", "none", "na", "nan", "null", "unused", "notused", "ignore", "ignored", "exclude", "excluded", "nosplit"),
 }
@@ -24,7 +26,7 @@ _WORDS_OF_FLAGS = {"is", "in", "for", "use", "used", "flag"}  # is_training_imag
 def tells_splits(column: str, values: Sequence[Any]) -> bool:
     """Whether these are names of splits: all of them, or one of train beside one of validation or test.
 
-    In a column that is called subset, or the like, one of them is enough.
+    In a column that is called subset, or the like, one of them is enough; or numbers, which are then asked about.
     """
     distinct: set[str] = set()
     for value in values:
@@ -34,6 +36,12 @@ def tells_splits(column: str, values: Sequence[Any]) -> bool:
     names = {value for value in distinct if not _says_no_split(value)}
     if not names:
         return False
+    if (
+        _plain(column) in _NUMBERED
+        and 1 < len(names) <= _MOST_NUMBERS
+        and all(re.fullmatch(r"\d(\.0)?", n) for n in names)
+    ):
+        return True
     told = set(roles_beside(names).values()) & set(ROLES)
     return not _unknown(names) or bool(told and (("train" in told and len(told) > 1) or _plain(column) in _NAMES))
 
