@@ -164,6 +164,8 @@ def check_output(output: Path, to: Format, *, force: bool) -> None:
     if not force:
         raise UsageError(f"{output} exists", mend="give another --output, or replace it by --force")
     is_folder = output.is_dir()
+    if output.exists() and not (is_folder or output.is_file()):
+        raise UsageError(f"--force: {output} is a device or a pipe", mend="give another --output")
     if is_folder and (to != "timm" or any(file.name not in _TIMM_FILES for file in output.iterdir())):
         raise UsageError(
             f"--force: {output} is a folder" + (" with other files" if to == "timm" else ""),

@@ -213,7 +213,9 @@ def check(files: Mapping[str, Path | None], *, force: bool) -> None:
     for flag, path in given.items():
         if path.is_dir():
             raise UsageError(f"{flag} {path} is a folder", mend="name a file")
-        if path.exists() and not force:
+        if _is_stream(path) and flag != "--output":
+            raise UsageError(f"{flag} {path} is a device or a pipe", mend="name a file")
+        if path.exists() and not (force or _is_stream(path)):
             raise UsageError(f"{flag} {path} is there already", mend="name another file, or write over it by --force")
     if len({path.absolute() for path in given.values()}) < len(given):
         raise UsageError(f"{' and '.join(given)} name one file", mend="give each a file of its own")
@@ -222,9 +224,14 @@ def check(files: Mapping[str, Path | None], *, force: bool) -> None:
         raise UsageError(f"--embeddings {embeddings}: must end in {' or '.join(EMBEDDINGS)}")
 
 
+def _is_stream(path: Path) -> bool:
+    """Whether it is a device or a pipe, as /dev/null, /dev/stdout or a shell's >(command): no file to be replaced."""
+    return path.exists() and (not path.is_file() or (path.is_symlink() and path.absolute().is_relative_to("/dev")))
+
+
 @contextmanager
 def opened(path: Path | None) -> Iterator[BinaryIO]:
-    """stdout, or a file that appears when it is whole; what there is of it before is in PATH.part.
+    """stdout, a device or a pipe; or a file that appears when it is whole, and is in PATH.part until then.
 
     Raises MachineError where it cannot be written.
     """
@@ -233,6 +240,10 @@ def opened(path: Path | None) -> Iterator[BinaryIO]:
         return
     part = path.with_name(f"{path.name}.part")
     try:
+        if _is_stream(path):
+            with path.open("wb") as file:
+                yield file
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             try:

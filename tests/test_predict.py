@@ -410,6 +410,26 @@ def test_several_ranks_write_the_same_rows_in_the_same_order(trained, mixed, tmp
     assert ranks.stderr.count("3 pictures cannot be decoded") == 1
 
 
+def test_a_pipe_or_a_device_is_written_to_and_never_replaced(trained, photos, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # has room for what comes
+    done = samtune("predict", trained, photos, "--output", pipe)
+    assert done.returncode == 0, done.stderr
+    assert os.read(reader, 2**16).decode() == samtune("predict", trained, photos).stdout
+    os.close(reader)
+    assert pipe.is_fifo()
+    null = tmp_path / "null"
+    null.symlink_to(os.devnull)
+    for force in ([], ["--force"]):
+        assert samtune("predict", trained, photos, "--output", null, *force).returncode == 0
+    assert Path(os.devnull).is_char_device()
+    for flag in ("--html", "--embeddings"):
+        refused = samtune("predict", trained, photos, flag, null, "--force")
+        assert (refused.returncode, "is a device or a pipe" in refused.stderr) == (2, True)
+    assert samtune("export", trained, "--to", "onnx", "--output", null, "--force").returncode == 2
+
+
 def test_the_page_shows_the_least_certain_first(trained, mixed, tmp_path):
     page = tmp_path / "p.html"
     done = samtune("predict", trained, mixed, "--on-bad-image", "skip", "--html", page)
