@@ -174,15 +174,12 @@ class SAM:
 
         Raises:
             ValueError: the batch is empty, its tensors disagree on the number of samples, or it has none and is to be
-                divided; a loss that is no scalar.
+                divided; a loss that is no scalar, has no gradient, or has called backward itself.
             TypeError: a loss that is no tensor.
         """
         n = _samples(batch)
-        if n is None and (isinstance(self.m, int) or self.micro_batch is not None or self.ascent_fraction < 1):
-            raise ValueError(
-                "m, micro_batch and ascent_fraction divide the batch, and backward was given none: "
-                "pass the tensors, sam.backward(loss, images, labels), in place of a closure over them"
-            )
+        if isinstance(self.m, int) or self.micro_batch is not None or self.ascent_fraction < 1:
+            _check_divisible(batch, n)
         n = 1 if n is None else n
         loss = _scalar(loss)
         self._owed = self.ascent_steps if self.rho > 0 and self._shares_perturbation and self.shards is None else 0
@@ -192,7 +189,7 @@ class SAM:
         together = self.m if isinstance(self.m, int) else n
         pieces = _split(batch, together) if self.rho > 0 else self._split(batch, self.at_once(n))
         at_w = []
-        with nullcontext() if self.shards is None else self.shards.reset_by_an_error():
+        with nullcontext() if self.shards is None else self.shards.reset_by_an_error(), _second_backward_told():
             for piece in pieces:
                 share = (_samples(piece) or n) / n
                 with nullcontext() if piece is pieces[-1] else self._no_sync():
@@ -395,8 +392,34 @@ def _map(change: Callable[[torch.Tensor], torch.Tensor], content: Any) -> Any:
         return {key: _map(change, value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         changed = [_map(change, value) for value in content]
+        if hasattr(content, "_fields"):  # a named tuple
+            return type(content)(*changed)
         return changed if isinstance(content, list) else tuple(changed)
     return content
+
+
+def _check_divisible(batch: Batch, n: int | None) -> None:
+    """Raise ValueError where the samples of a batch are not all in tensors. n: how many; None: no batch."""
+    if n is None:
+        raise ValueError(
+            "m, micro_batch and ascent_fraction divide the batch, and backward was given none: "
+            "pass the tensors, sam.backward(loss, images, labels), in place of a closure over them"
+        )
+    for values in _lists(batch):
+        if len(values) == n and next(_tensors(values), None) is None:
+            raise ValueError(
+                f"m, micro_batch and ascent_fraction divide the batch, and it holds a list of {n} "
+                f"{type(values[0]).__name__}: give a tensor"
+            )
+
+
+def _lists(content: Any) -> Iterator[Sequence[Any]]:
+    """The lists inside a batch."""
+    for value in content.values() if isinstance(content, Mapping) else content:
+        if isinstance(value, list | tuple):
+            yield value
+        if isinstance(value, list | tuple | Mapping):
+            yield from _lists(value)
 
 
 def _samples(batch: Batch) -> int | None:
@@ -426,9 +449,22 @@ def _scalar(loss: Loss) -> Objective:
             raise TypeError(f"the loss is a {type(value).__name__}: return a scalar tensor, or an output with `.loss`")
         if value.numel() != 1:
             raise ValueError(f"the loss has the shape {tuple(value.shape)}: return its mean over the samples")
+        if not value.requires_grad:
+            raise ValueError("the loss has no gradient: it is detached, or backward is called under torch.no_grad()")
         return value if value.ndim == 0 else value.reshape(())
 
     return scalar
+
+
+@contextmanager
+def _second_backward_told() -> Iterator[None]:
+    """A loss that calls backward itself, as closures for other implementations do, is told so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            raise ValueError("the loss calls backward itself: return it, and sam.backward does the rest") from error
+        raise
 
 
 def _descend(loss: torch.Tensor, at_w: torch.Tensor, share: float) -> None:

@@ -47,7 +47,8 @@ def settle(
     Given settings must be those of the run; what is not given is as it was.
 
     Raises:
-        UsageError: no --output, or a name in allow_change that is no setting or cannot change.
+        UsageError: no --output, no run there and no settings for one, or a name in allow_change that is no setting or
+            cannot change.
         CheckpointError: other settings than before, with a table of them; a damaged config.toml.
     """
     for key in allow_change:
@@ -64,6 +65,12 @@ def settle(
             "write it again: manifest.json of a checkpoint has them as `config`",
         )
     if not holds_run(folder):
+        if recipe is None and not {"model", "dataset"} <= flags.keys():
+            raise UsageError(
+                f"there is no run in {folder}",
+                "without a model and a data set, no new one can begin there either",
+                "`samtune runs` lists those that there are",
+            )
         return config.load(recipe, flags), None
     try:
         stored, origins = read_settings(folder)

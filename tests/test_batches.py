@@ -1,6 +1,6 @@
 """SAM in loops of other people: dictionaries as batches, closures, outputs with a loss."""
 
-from collections import OrderedDict, UserDict
+from collections import OrderedDict, UserDict, namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +22,10 @@ def beside(net, content, labels):
 
 
 # How a batch of images x and labels y is given, and its loss. The gradient is always the same.
+Pair = namedtuple("Pair", ["x", "y"])
+
 FORMS = {
+    "a named tuple": (lambda x, y: (Pair(x, y),), lambda net, b: F.cross_entropy(net(b.x), b.y)),
     "a dictionary": (lambda x, y: ({"x": x, "y": y},), by_keys),
     "a mapping of another kind": (lambda x, y: (UserDict({"x": x, "y": y}),), by_keys),
     "a dictionary in a list": (lambda x, y: ([{"x": x}, y],), lambda net, b: F.cross_entropy(net(b[0]["x"]), b[1])),
@@ -97,6 +100,7 @@ def test_a_closure_cannot_be_divided_and_is_told_what_to_do(options, net, batch)
         (lambda b: b, (torch.ones(2),), ValueError, r"the loss has the shape \(2,\): return its mean"),
         (lambda *b: 0, (torch.ones(2), torch.ones(3)), ValueError, "2 and 3 samples"),
         (lambda *b: 0, ({"x": torch.ones(2), "y": torch.ones(3)},), ValueError, "2 and 3 samples"),
+        (lambda b: b.sum(), (torch.ones(2),), ValueError, "the loss has no gradient: it is detached"),
         (lambda b: 0, (torch.ones(0),), ValueError, "the batch is empty"),
         (lambda b: 0, ({"x": "text"},), ValueError, "holds no tensor"),
     ],
@@ -107,3 +111,22 @@ def test_what_is_no_loss_or_no_batch_is_told_in_words(loss, batch, error, said):
     with pytest.raises(error, match=said):
         sam.backward(loss, *batch)
     assert all(torch.equal(a, b) for a, b in zip(before, sam.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.0])
+def test_a_loss_that_calls_backward_itself_is_told_so(rho, net, batch):
+    def loss(x, y):
+        value = plain(net)(x, y)
+        value.backward()
+        return value
+
+    with pytest.raises(ValueError, match="the loss calls backward itself: return it"):
+        SAM(net, rho=rho).backward(loss, *batch)
+
+
+@pytest.mark.parametrize("options", [{"m": 2}, {"micro_batch": 2}, {"ascent_fraction": 0.5}])
+def test_samples_in_a_list_cannot_be_divided_and_that_is_told(options, net, batch):
+    x, y = batch
+    for content in ((x, y.tolist()), ({"x": x, "names": [str(label) for label in y.tolist()]},)):
+        with pytest.raises(ValueError, match=f"it holds a list of {len(x)} (int|str): give a tensor"):
+            SAM(net, **options).backward(lambda *b: 0, *content)

@@ -114,6 +114,12 @@ def test_odd_terminals_get_plain_text(env):
     assert "mend" in done.stderr
 
 
+def test_resume_where_no_run_is_says_so(tmp_path):
+    done = samtune("run", "--resume", "--output", tmp_path / "misspelt")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: there is no run in {tmp_path / 'misspelt'}")
+
+
 def test_the_modules_of_the_package_import_each_other_without_cycles():
     graph = {}
     for path in (ROOT / "samtune").rglob("*.py"):
