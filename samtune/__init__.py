@@ -26,6 +26,10 @@ _MODULES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
 def __getattr__(name: str) -> Any:
     """The names above on first use: the command line answers --help without torch."""
     if name in _MODULES:

@@ -28,6 +28,7 @@ import safetensors.torch
 import torch
 
 from samtune.data.decode import DecodeRule
+from samtune.data.labels import some
 from samtune.errors import CheckpointError, UsageError, first_line
 from samtune.options import RunConfig
 from samtune.runlog import resolve_checkpoint
@@ -161,7 +162,19 @@ def locate(path: Path, name: str | None = None) -> Path:
         path = resolve_checkpoint(path.parent, path.name)
     if not path.is_dir():
         raise CheckpointError(f"there is no run or checkpoint {path}", mend="give a folder that `samtune run` made")
-    return find(path, name) if (path / "checkpoints").is_dir() else path
+    if path.name == "checkpoints":
+        path = path.parent
+    if (path / "checkpoints").is_dir():
+        return find(path, name)
+    if _is_whole(path):
+        return path
+    runs = sorted(config.parent.name for config in path.glob("*/config.toml"))
+    if runs:
+        raise CheckpointError(f"{path} is a folder of runs", some(runs), "name one of them")
+    if (path / "config.json").is_file():
+        why = "it is what timm loads, without settings and classes of a run"
+        raise CheckpointError(f"{path} is no checkpoint of a run", why, "give the run, or its checkpoint")
+    return path
 
 
 def adopt_copies(checkpoints: Path) -> None:

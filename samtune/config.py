@@ -109,7 +109,7 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
     try:
         config = RunConfig.model_validate({key: value for key, (value, _) in given.items()})
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a typo leaves others missing
         raise _explain(str(first["loc"][0]), first["type"], first["msg"], given) from None
     if config.weights is not None and not config.pretrained:
         raise UsageError("--weights and --no-pretrained contradict each other", mend="give one of them")

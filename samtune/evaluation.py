@@ -26,6 +26,7 @@ from samtune.data.transforms import eval_transform, normalize
 from samtune.errors import DataError, Diverged, UsageError
 from samtune.job import look_at_data, look_at_train
 from samtune.options import RunConfig
+from samtune.runlog import read_provenance
 from samtune.signals import Interrupted
 from samtune.stats import wilson_interval
 
@@ -223,7 +224,7 @@ def evaluate_checkpoint(
 
     Raises:
         CheckpointError: no such run or checkpoint, or a damaged one.
-        DataError: the data set is gone, or none of its classes are known.
+        DataError: the run's data set is gone or is another one now, or none of the classes of other data are known.
         UsageError: the data set has no such split.
     """
     folder = checkpoint.locate(path, name)
@@ -234,7 +235,7 @@ def evaluate_checkpoint(
     distributed.join(target)
     with distributed.first_of_machine():
         model, data_config = models.load_checkpoint(weights)
-        chosen = _choose(config, manifest, split, dataset, wanted)
+        chosen = _choose(folder, config, manifest, split, dataset, wanted)
         for note in chosen.notes:
             console.note(note)
         images = chosen.look()
@@ -262,11 +263,24 @@ class _Chosen:
 
 
 def _choose(
-    config: RunConfig, manifest: Mapping[str, Any], split: str | None, dataset: str | None, wanted: Wanted | None
+    folder: Path,
+    config: RunConfig,
+    manifest: Mapping[str, Any],
+    split: str | None,
+    dataset: str | None,
+    wanted: Wanted | None,
 ) -> _Chosen:
-    """The run's own data, wherever they are now, or others."""
+    """The run's own data, wherever they are now, or others. folder: the checkpoint's."""
     if dataset is None:
-        return _choose_own(config, manifest, split or "test", open_parts(config, classes=manifest["class_names"]))
+        _check_there(config, folder)
+        own = open_parts(config, classes=manifest["class_names"])
+        if manifest.get("dataset", own.data.fingerprint) != own.data.fingerprint:
+            raise DataError(
+                f"data set {config.dataset} is not the one that the run was made with",
+                f"its pictures or labels are others than those of {folder}",
+                f"--dataset PATH says where the run's own is now; --dataset {config.dataset} scores this one as others",
+            )
+        return _choose_own(config, manifest, split or "test", own)
     try:
         parts = open_parts(config, dataset, manifest["class_names"])
     except (DataError, UsageError):
@@ -278,6 +292,20 @@ def _choose(
     ):
         return _choose_own(config, manifest, split or "test", parts)
     return _choose_other(config, manifest, split, source.open_source(dataset, wanted, manifest["class_names"]), wanted)
+
+
+def _check_there(config: RunConfig, folder: Path) -> None:
+    """Raise DataError where the run's data set was a path, and nothing is there any more: it is no name on the hub."""
+    try:
+        origin = str(read_provenance(folder.resolve().parents[1])["dataset"]["source"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # a checkpoint without its run
+    if origin == config.dataset and not Path(origin).exists():
+        raise DataError(
+            f"data set {origin} of the run is not there",
+            f"the path is read from {Path.cwd()}" if not Path(origin).is_absolute() else "",
+            "--dataset PATH says where it is now",
+        )
 
 
 def _choose_own(config: RunConfig, manifest: Mapping[str, Any], split: str, parts: Parts) -> _Chosen:

@@ -61,10 +61,11 @@ def run(settings: RunConfig, stop: StopRequest, arguments: Sequence[str]) -> Map
     arguments: the command line of `samtune` that gave the settings. Raises what `launch` raises; status.json of the run
     says so, too.
     """
+    count = ranks_here(settings.gpus, settings.processes)  # before a folder is made
     settings = settings.with_output()
     assert settings.output is not None
     fleet = Fleet(
-        ranks_here(settings.gpus, settings.processes),
+        count,
         settings.nnodes,
         settings.node_rank,
         settings.rdzv_endpoint if settings.nnodes > 1 else None,

@@ -58,9 +58,7 @@ def find(pattern: str) -> list[str]:
         if fnmatch.fnmatchcase(name, matching) or fnmatch.fnmatchcase(name.partition(".")[0], matching)
     ]
     if not found:
-        raise ModelError(
-            f"no pretrained model's name matches {pattern!r}", mend=f"nearest: {models.nearest(pattern.strip('*'))}"
-        )
+        raise ModelError(f"no pretrained model's name matches {pattern!r}", mend=models.nearest(pattern.strip("*")))
     said = {models.ALIASES[name] for name in found if name in models.ALIASES}
     return [name for name in found if name not in said]
 

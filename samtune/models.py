@@ -127,9 +127,7 @@ def look_up(name: str, weights: Path | None = None) -> ModelSource:
     else:
         given = timm.get_pretrained_cfg(resolved)
         if given is None:
-            raise ModelError(
-                f"model {resolved} is no image classifier", mend=f"nearest pretrained: {nearest(resolved)}"
-            )
+            raise ModelError(f"model {resolved} is no image classifier", mend=nearest(resolved))
         config, architecture = given.to_dict(), resolved.partition(".")[0]
     config = {**config, "architecture": architecture}
     if found is not None and found.config:
@@ -205,7 +203,7 @@ def resolve(name: str) -> str:
         raise ModelError(
             f"unknown model {name!r}",
             "timm has no model of that name",
-            f"nearest pretrained: {nearest(architecture)}; hf-hub:USER/NAME is on the hub, local-dir:FOLDER a folder",
+            f"{nearest(architecture)}; hf-hub:USER/NAME is on the hub, local-dir:FOLDER a folder",
         )
     config = timm.get_pretrained_cfg(architecture)
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
@@ -218,13 +216,12 @@ def resolve(name: str) -> str:
 
 
 def nearest(architecture: str) -> str:
-    """The pretrained names most like one, in words."""
+    """The pretrained names most like one, in words; where all are found, if none is like it."""
     names = list(ALIASES) + [full.partition(".")[0] for full in timm.list_pretrained()]
     near = difflib.get_close_matches(architecture, dict.fromkeys(names), n=4, cutoff=0.5)
-    return (
-        ", ".join(f"{name} ({ALIASES[name]})" if name in ALIASES else name for name in near)
-        or "`samtune models PATTERN` finds names by a part of them"
-    )
+    if not near:
+        return "`samtune models --all` lists all names, `samtune models PART` those with a part"
+    return "nearest pretrained: " + ", ".join(f"{name} ({ALIASES[name]})" if name in ALIASES else name for name in near)
 
 
 def build(
@@ -273,7 +270,7 @@ def build(
     if not start:
         raise ModelError(
             f"model {resolved} has no pretrained weights",
-            f"nearest pretrained: {nearest(resolved)}",
+            nearest(resolved),
             "name one of these, or give --weights PATH, or start at random with --no-pretrained",
         )
 
@@ -283,7 +280,7 @@ def build(
         raise ModelError(
             f"model {resolved} has no classifier",
             "it gives features, and timm builds no head for it",
-            f"nearest pretrained: {nearest(resolved)}",
+            nearest(resolved),
         )
     head = () if classes is None else head_names(model)
     if start.startswith("file:"):

@@ -8,18 +8,20 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from samtune import console
+from samtune.data.formats import is_readable
 from samtune.errors import MachineError, UsageError
 from samtune.ranking import Floats, ranked
 
 FORMATS = ("csv", "jsonl", "json", "parquet")
 EMBEDDINGS = (".safetensors", ".npy")
+_OF_A_RUN = {"predictions.parquet", "report.json", "provenance.json", "status.json", "metrics.jsonl"}
 _ROWS = 8192  # of a parquet file that are written at once, as a group
 
 
@@ -207,10 +209,15 @@ def _plain(value: Any) -> float:
 # --------------------------------------------------------------------------------------------------------------- places
 
 
-def check(files: Mapping[str, Path | None], *, force: bool) -> None:
-    """Whether files can be written there, by their flags. Raises UsageError where one is there, and no force."""
+def check(files: Mapping[str, Path | None], *, force: bool, read: Sequence[Path] = ()) -> None:
+    """Whether files can be written there, by their flags. Raises UsageError where one is there, and no force.
+
+    read: arguments that name what is read. Neither these nor pictures nor a run's own files are ever written over.
+    """
     given = {flag: path for flag, path in files.items() if path is not None}
     for flag, path in given.items():
+        if path.is_file() and (is_readable(path.name) or _is_of_run(path) or any(map(path.samefile, read))):
+            raise UsageError(f"{flag} {path} is a picture, a file of a run, or read here", mend="name another file")
         if path.is_dir():
             raise UsageError(f"{flag} {path} is a folder", mend="name a file")
         if _is_stream(path) and flag != "--output":
@@ -222,6 +229,10 @@ def check(files: Mapping[str, Path | None], *, force: bool) -> None:
     embeddings = given.get("--embeddings")
     if embeddings is not None and embeddings.suffix.lower() not in EMBEDDINGS:
         raise UsageError(f"--embeddings {embeddings}: must end in {' or '.join(EMBEDDINGS)}")
+
+
+def _is_of_run(path: Path) -> bool:
+    return path.name in _OF_A_RUN and (path.parent / "status.json").is_file()
 
 
 def _is_stream(path: Path) -> bool:
@@ -300,7 +311,8 @@ class Embeddings:
         """Nothing came of it."""
         if self._raw is not None:
             self._raw.close()
-        self._raw_path.unlink(missing_ok=True)
+        with suppress(OSError):  # in a folder that nothing can be written to
+            self._raw_path.unlink(missing_ok=True)
 
     def _header(self, about: dict[str, str]) -> bytes:
         shape = (self._rows, self._features)

@@ -102,6 +102,7 @@ def test_settings_of_other_data_need_it(data):
 
 def test_the_package_shows_its_names_and_no_others():
     assert callable(samtune.run)
+    assert {"SAM", "Predictor", "evaluate", "run"} <= set(dir(samtune))
     assert callable(samtune.evaluate)
     with pytest.raises(AttributeError):
         _ = samtune.train_everything

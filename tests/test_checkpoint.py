@@ -119,6 +119,19 @@ def test_a_checkpoint_survives_moving_its_run_folder(tmp_path, model_and_info):
     assert checkpoint.verify(tmp_path / "b" / "last")["step"] == 1
 
 
+def test_what_is_no_checkpoint_says_what_it_is(tmp_path, model_and_info):
+    save(tmp_path / "runs" / "r1" / "checkpoints", model_and_info, 3)
+    (tmp_path / "runs" / "r1" / "config.toml").touch()
+    with pytest.raises(CheckpointError, match="is a folder of runs") as raised:
+        checkpoint.locate(tmp_path / "runs")
+    assert raised.value.why == "r1"
+    folder = checkpoint.locate(tmp_path / "runs" / "r1" / "checkpoints", "last")
+    assert checkpoint.verify(folder)["step"] == 3
+    (folder / "manifest.json").rename(tmp_path / "manifest.json")
+    with pytest.raises(CheckpointError, match="is no checkpoint of a run"):
+        checkpoint.locate(folder)
+
+
 def test_one_flipped_bit_is_seen(tmp_path, model_and_info):
     folder = save(tmp_path, model_and_info, 1)
     flip(folder / "model.safetensors")

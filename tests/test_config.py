@@ -98,6 +98,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
     assert "batch_size" in error.value.mend
 
 
+def test_an_unknown_key_goes_before_what_is_missing_for_it(tmp_path):
+    with pytest.raises(UsageError, match="unknown key modle"):
+        config.load(recipe(tmp_path, 'modle = "resnet10t"\ndataset = "x"\n'))
+
+
 def test_weights_and_no_pretrained_contradict_each_other():
     with pytest.raises(UsageError, match="contradict"):
         config.load(None, NEEDED | {"weights": "w.pth", "pretrained": False})

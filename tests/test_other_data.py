@@ -141,6 +141,26 @@ def test_the_runs_own_data_found_elsewhere_keeps_its_parts(trained, tmp_path):
     assert len(score(trained, own, "train")[0].rows) == 36
 
 
+def test_the_runs_path_with_other_data_in_its_place_is_refused(trained, tmp_path):
+    """A relative path that is read elsewhere, or a folder whose pictures were changed: neither is the run's data."""
+    write_image_folder(tmp_path / "there" / "data", {"train": 8, "test": 3}, CLASSES)
+    (tmp_path / "there").joinpath("elsewhere").mkdir()
+    made = samtune("run", *SMALL, "--dataset", "data", "--output", "r", cwd=tmp_path / "there")
+    assert made.returncode == 0, made.stderr
+    assert samtune("eval", "r", cwd=tmp_path / "there").returncode == 0
+    gone = samtune("eval", "../r", cwd=tmp_path / "there" / "elsewhere")
+    assert gone.returncode == 3
+    assert "data set data of the run is not there" in gone.stderr
+    assert "--dataset PATH says where it is now" in gone.stderr
+    write_image_folder(tmp_path / "there" / "elsewhere" / "data", {"train": 8, "test": 5}, CLASSES)
+    for options in ([], ["--split", "val"], ["--temperature"]):
+        other = samtune("eval", "../r", *options, cwd=tmp_path / "there" / "elsewhere")
+        assert other.returncode == 3
+        assert "data set data is not the one that the run was made with" in other.stderr
+    asked_for = samtune("eval", "../r", "--dataset", "data", "--json", cwd=tmp_path / "there" / "elsewhere")
+    assert json.loads(asked_for.stdout)["n"] == 15
+
+
 def test_how_other_data_is_read_is_said_by_flags(trained, tmp_path):
     pictures = write_image_folder(tmp_path / "pictures", {".": 2}, ("0", "1"))
     files = enumerate(pictures.rglob("*.png"))

@@ -268,6 +268,14 @@ def test_bad_pictures_are_named_and_all_others_are_written(trained, mixed, tmp_p
     assert done.stderr.count("left out: ") == 3
 
 
+def test_a_list_keeps_its_paths_and_a_dash_is_stdout(trained, photos, tmp_path):
+    (tmp_path / "l.csv").write_text("path\nphotos/cat/0.png\n./photos/dog/1.png\n")
+    (tmp_path / "photos").symlink_to(photos)
+    done = samtune("predict", trained, "l.csv", "--output", "-", cwd=tmp_path)
+    assert [row["path"] for row in rows_of(done)] == ["photos/cat/0.png", "./photos/dog/1.png"]
+    assert not (tmp_path / "-").exists()
+
+
 def test_the_library_raises_for_a_bad_picture(predictor, mixed):
     with pytest.raises(DataError, match=r"5\.png cannot be decoded"):
         predictor([mixed / "cat" / "5.png"])
@@ -290,6 +298,15 @@ def test_the_library_raises_for_a_bad_picture(predictor, mixed):
         (["a.png", "--format", "xml"], 2, "--format xml"),
         (["a.png", "--output", "a.txt"], 2, "a.txt: ends in no format"),
         (["a.png", "--output", "a.csv"], 2, "a.csv is there already"),
+        (
+            ["a.png", "--output", "a.png", "--format", "csv", "--force"],
+            2,
+            "a.png is a picture, a file of a run, or read",
+        ),
+        (["full.csv", "--output", "full.csv", "--force"], 2, "full.csv is a picture, a file of a run, or read here"),
+        (["a.png", "--output", "r/report.json", "--force"], 2, "report.json is a picture, a file of a run"),
+        (["r"], 2, "IMAGES r is a run"),
+        (["paths.txt"], 3, "samtune predict RUN - < paths.txt"),
         (["a.png", "--json", "--format", "csv"], 2, "both say what stdout is"),
         (["a.png", "--embeddings", "e.txt"], 2, "must end in .safetensors or .npy"),
         (["a.png", "--html", "empty"], 2, "empty is a folder"),
@@ -303,6 +320,9 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_computed(arguments, 
     (tmp_path / "a.csv").write_text("kept")
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
     (tmp_path / "a.png").write_bytes(image_bytes(1))
+    (tmp_path / "full.csv").write_text("path\na.png\n")
+    (tmp_path / "paths.txt").write_text("a.png\n")
+    (tmp_path / "r").symlink_to(trained)
     done = samtune("predict", trained, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (code, "")
     assert said in " ".join(done.stderr.split())

@@ -1,5 +1,6 @@
 """`samtune predict`: parse, one call, write rows as they come."""
 
+import os
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -14,6 +15,7 @@ from samtune.cli.config_flags import Gpus, Processes, with_config_flags
 from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
 from samtune.errors import UsageError
+from samtune.runlog import holds_run
 
 
 @partial(with_config_flags, only=("image_key", "image_root", "image_suffix", "workers"))
@@ -108,13 +110,17 @@ def predict(
     from samtune import predictionfiles
     from samtune.data import inputs
 
+    output = None if output == Path(inputs.STDIN) else output  # a dash is stdout here
     kind = predictionfiles.format_of("json" if as_json and output is None and kind is None else kind, output)
     if as_json and output is None and kind != "json":
         raise UsageError(f"--json with --format {kind}", "both say what stdout is", "leave one out, or give --output")
     if kind == "parquet" and output is None and sys.stdout.isatty():
         raise UsageError("--format parquet to a terminal", mend="give --output FILE, or send stdout elsewhere")
     files = {"--output": output, "--embeddings": embeddings, "--html": html}
-    predictionfiles.check(files, force=force)
+    predictionfiles.check(files, force=force, read=[Path(image) for image in images if os.path.isfile(image)])
+    for image in images:
+        if holds_run(Path(image)):
+            raise UsageError(f"IMAGES {image} is a run", "one run predicts at a time", "give pictures after the run")
     found = inputs.find(images, wanted)
     if ranks.folder() is None:  # else the launcher has said so
         from samtune import console

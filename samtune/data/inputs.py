@@ -6,6 +6,7 @@ They come one after the other, so that a million of them need no more memory tha
 import glob
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,13 @@ def _place(path: str, wanted: Wanted, notes: list[str]) -> _Place:
     if ending in image_list.LISTS:
         names, said = image_list.read_names(Path(path), wanted)
         notes += said
-        return _Files(names)
+        return _Files([name.removeprefix(f".{os.sep}") for name in names])
+    if ending == ".txt":
+        raise DataError(
+            f"{readable(path)} is no picture",
+            "a file of paths is read on stdin",
+            f"samtune predict RUN - < {shlex.quote(readable(path))}",
+        )
     return _table(path, wanted) if ending == ".parquet" else _Files([path])
 
 
