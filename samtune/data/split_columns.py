@@ -66,9 +66,13 @@ def is_called_split(column: str) -> bool:
 
 def _distinct(values: Sequence[Any], most: int) -> set[str] | None:
     """The values as text, all blanks as one; None where there are more."""
+    texts: set[str] = set()
     found: set[str] = set()
     for value in values:
-        found.add("" if is_blank(value) else str(value).strip())
+        text = str(value)
+        if text not in texts:
+            texts.add(text)
+            found.add("" if _is_blank(text) else text.strip())
         if len(found) > most:
             return None
     return found
@@ -83,7 +87,8 @@ def role_of_flag(name: str, values: Callable[[], Sequence[Any]]) -> str | None:
     role, rest = parse(re.sub("^is", "", name, flags=re.IGNORECASE))
     if role not in ROLES or not set(rest) <= _WORDS_OF_FLAGS:
         return None
-    found = Counter(_plain(value) for value in values() if not is_blank(value))
+    counts = Counter(map(_plain, values()))
+    found = {value: count for value, count in counts.items() if not _is_blank(value)}
     if not found or not set(found) <= set(_FLAGS):
         if is_sure_flag(name) and found and not tells_splits(name, values()):
             odd = next(value for value in found if value not in _FLAGS)
@@ -196,9 +201,9 @@ def _unknown(names: Iterable[str]) -> list[str]:
     return [name for name, role in roles_beside(names).items() if not {role, role_of(name)} & set(ROLES)]
 
 
-def is_blank(value: Any) -> bool:
-    """Whether a value says nothing: None, NaN, "", "NA"."""
-    return re.sub(r"[\W_]", "", _plain(value)) in _BLANK
+def _is_blank(text: str) -> bool:
+    """Whether a value says nothing, as text: None, NaN, "", N/A."""
+    return re.sub(r"[\W_]", "", text.casefold()) in _BLANK
 
 
 def _says_no_split(text: str) -> bool:
