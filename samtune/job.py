@@ -243,7 +243,9 @@ def read_data(config: RunConfig, settled: Settled | None = None, look: Look | No
     console.note(f"reading data set {config.dataset} ...")
     parts = open_parts(config, classes=settled.classes if settled else None)
     rule = settled.rule if settled else decode_rule(config, parts.data)
-    data = replace(parts.data, notes=(*parts.data.notes, *depth.words(rule.ranges)))
+    data = replace(
+        parts.data, notes=(*parts.data.notes, *depth.words(rule.ranges), *depth.beyond(rule, parts.data.splits))
+    )
     for note in data.notes:
         console.note(note)
     test_part = [(parts.test, parts.test_rows)] if parts.test else []

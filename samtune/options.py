@@ -86,7 +86,9 @@ class RunConfig(BaseModel):
     )
     dataset_config: str | None = _option("Data", "configuration of a data set that has several", None)
     image_key: str | None = _option("Data", "column of the images; by default it is found", None)
-    label_key: str | None = _option("Data", "column of the labels; by default it is found", None)
+    label_key: str | None = _option(
+        "Data", "column of the labels, or several that are a class each (cat,dog); by default found", None
+    )
     split_key: str | None = _option(
         "Data", "column that tells the split of each row; by default one whose values are names of splits", None
     )

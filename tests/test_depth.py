@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from samtune import config, job
 from samtune.data import depth, source
 from samtune.data.decode import PLAIN, DecodeRule, decode, decode_pixels
 from samtune.errors import DataError
@@ -205,6 +206,35 @@ def pixels_or_refusal(encoded, rule):
         return decode_pixels(encoded, str, rule), None
     except DataError as error:
         return None, error
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "said"),
+    [
+        ((0, 4000), (0, 65535), "hold 0 to 65535, and 0 is black and 4095 white, as in train: what is outside becomes"),
+        ((0, 65535), (0, 4000), "hold 0 to 4000, and 0 is black and 65535 white, as in train: they are nearly black"),
+        ((0, 255), (0, 4000), "0 is black and 255 white"),
+        ((0, 4000), (100, 3000), None),
+        ((0, 4000), (0, 4100), None),
+    ],
+)
+def test_a_split_whose_values_do_not_fit_the_range_of_train_is_told(train, test, said, tmp_path):
+    write(tmp_path, tiff(ramp(*train, np.uint16)), "tif")
+    for file in (tmp_path / "test").rglob("*.tif"):
+        file.write_bytes(tiff(ramp(*test, np.uint16)))
+    checked = samtune("data", "check", tmp_path, "--json", "--workers", 0)
+    found = [note for note in json.loads(checked.stdout)["oddities"] if "pictures of test" in note]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+def test_a_split_that_does_not_fit_8_bits_of_train_is_told_in_a_run(tmp_path):
+    write(tmp_path, tiff(ramp(0, 255, np.uint8)), "tif")
+    for file in (tmp_path / "test").rglob("*.tif"):
+        file.write_bytes(tiff(ramp(0, 4000, np.uint16)))
+    flags = {"dataset": str(tmp_path), "model": "test_resnet", "pretrained": False, "img_size": 32, "cache_limit": 0.0}
+    notes = job.read_data(config.load(None, flags)).data.notes
+    assert any("16-bit grey pictures of test hold 0 to 4000" in note for note in notes)
 
 
 # (kind of number, photometric interpretation, other channels) that are read rightly, if channels are interleaved.

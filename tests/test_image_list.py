@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import unicodedata
 
 import datasets
@@ -205,6 +206,113 @@ def test_numbers_that_may_be_splits_are_asked_about(column, folder):
     assert (pictures(data), pictures(data, "validation"), pictures(data, "test")) == ([0, 1, 2, 3], [4], [5])
 
 
+# Columns that are called as splits are, whose values say nothing
+UNNAMED = {
+    "partition": [0, 0, 0, 1, 1, 2],
+    "subset": [0.0, 0.0, 0.0, 1.0, 1.0, None],
+    "dataset_split": [0, 0, 0, 1, 1, 2],
+    "data_split": ["A", "A", "A", "A", "B", "B"],
+    "set": ["T", "T", "T", "T", "V", "V"],
+    "setid": [1, 1, 1, 1, 2, 3],
+    "my_split": ["yes", "yes", "no", "no", "no", "no"],
+    "subset-": ["trained", "trained", "tr", "tr", "te", "te"],
+    "image_set": ["A", "A", "A", "", "", ""],
+    "train_test": [0, 0, 0, 0, 1, 1],
+    "trainOrTest": [1, 1, 1, 1, 0, 0],
+    "is_train_or_val": [0, 0, 1, 1, 1, 1],
+    "test set": ["A", "A", "B", "B", "B", "B"],
+    "Usage": ["Public", "Public", "Public", "Private", "Private", "Private"],
+    "set_": ["训练", "训练", "训练", "训练", "测试", "测试"],
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("column", UNNAMED)
+def test_a_column_that_is_called_as_splits_are_is_asked_about(column, kind, folder):
+    path = table_of_splits(folder, kind, column, UNNAMED[column])
+    with pytest.raises(DataError, match=f"column {column} of .* is the name of none") as raised:
+        read(path)
+    command = shlex.split(raised.value.mend.rpartition("if it tells no splits, ")[2].removesuffix(" takes all rows"))
+    assert command[::2] == ["--split-key", "--train-split"]
+    assert pictures(read(path, split_key=command[1], train_split=command[3])) == [0, 1, 2, 3, 4, 5]
+    first = command[3].split("+")[0]
+    assert f"{first} {[str(v) for v in UNNAMED[column]].count(first)}" in raised.value.why
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("set", [1, 2, 3, 4, 5, 6]),
+        ("phase", ["new", "waxing", "full", "waning", "half", "none of them"]),
+        ("subset", ["A"] * 6),
+        ("growth_stage", [1, 1, 2, 2, 3, 3]),
+        ("test_result", ["positive", "negative"] * 3),
+        ("dataset", ["ISIC", "HAM"] * 3),
+        ("site", ["eval"] * 6),
+        ("note", ["test", "", "", "", "", ""]),
+    ],
+)
+def test_a_column_that_tells_no_splits_stops_nothing(column, values, kind, folder):
+    data = read(table_of_splits(folder, kind, column, values))
+    assert pictures(data) == [0, 1, 2, 3, 4, 5]
+    told = f"column {column} is not taken for one of splits, as it names no train (--split-key {column} takes it)"
+    assert data.notes == ((told,) if column in ("site", "note") else ())
+
+
+def test_classes_beside_a_column_that_may_tell_splits_are_found(folder):
+    rows = [f"photos/{i}.png,{i % 2},{1 - i % 2},{int(i > 2)},{i % 3}" for i in range(6)]
+    path = write(folder, "path,cat,dog,subset,stage", *rows)
+    with pytest.raises(DataError, match=r"column subset of .* '0' is the name of none"):
+        read(path)
+    assert labels(read(path, split_key="subset", train_split="0+1")) == ["dog", "cat"] * 3
+
+
+def test_tables_that_are_splits_by_name_are_not_asked_about(tmp_path):
+    tables = {name: table_of([0, 1, 1, 0], ["a", "b"]).add_column("subset", [0, 0, 1, 1]) for name in ("train", "test")}
+    data = read(write_tables(tmp_path, **tables))
+    assert {role: len(split) for role, split in data.splits.items()} == {"train": 4, "test": 4}
+
+
+@pytest.mark.parametrize("column", ["stage", "phase", "set"])
+def test_a_column_that_is_called_as_splits_are_is_the_label_where_no_other_is(column, folder):
+    assert labels(read(write(folder, f"path,{column}", "photos/0.png,I", "photos/1.png,II"))) == ["I", "II"]
+
+
+def test_abbreviations_are_read_in_a_column_that_is_called_as_splits_are(folder):
+    data = read(table_of_splits(folder, "csv", "subset", ["tr", "tr", "tr", "TR", "va", "te"]))
+    assert {role: pictures(data, role) for role in data.splits} == {
+        "train": [0, 1, 2, 3],
+        "validation": [4],
+        "test": [5],
+    }
+    assert data.notes[0] == "column subset: TR is train, tr is train, va is validation, te is test"
+    assert pictures(read(folder / "list.csv", split_key="subset", train_split="va+te")) == [4, 5]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_splits_whose_names_differ_in_case_are_one(kind, folder):
+    path = table_of_splits(folder, kind, "split", ["Train", "train ", "TRAIN", "Test", "test", "test"])
+    data = read(path)
+    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2], [3, 4, 5])
+    assert "column split: Train is train, TRAIN is train, Test is test" in data.notes
+    data = read(path, train_split="train+TRAIN", test_split="Train")
+    assert (pictures(data), pictures(data, "test")) == ([1, 2], [0])
+
+
+def test_a_list_without_train_names_the_column_that_says_so(folder):
+    path = table_of_splits(folder, "csv", "subset", ["test"] * 4 + ["val"] * 2)
+    with pytest.raises(DataError, match="no train split") as raised:
+        read(path)
+    assert "column subset tells the splits: test 4, val 2" in raised.value.why
+
+
+@pytest.mark.parametrize("blank", ["nan", "N/A", "null"])
+def test_a_flag_that_is_blank_in_words_is_no(blank, folder):
+    data = read(table_of_splits(folder, "csv", "is_test", ["no", "no", blank, blank, "yes", "yes"]))
+    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2, 3], [4, 5])
+
+
 def test_none_and_nan_in_json_hide_no_column_of_splits(folder):
     values = ["train", "train", "test", "test", None, float("nan")]
     rows = [json.dumps({"path": f"photos/{i}.png", "label": "ab"[i % 2], "part": s}) for i, s in enumerate(values)]
@@ -296,6 +404,37 @@ def test_a_flag_beside_a_column_for_each_class_is_no_class(name, folder):
     rows = [f"photos/{i}.png,{i % 2},{1 - i % 2},{value}" for i, value in enumerate(values)]
     data = read(write(folder, f"image,car,bus,{column}", *rows))
     assert (list(data.class_names), list(data.splits)) == (classes, splits)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("more", "values"),
+    [("age", [31, 45, 27, 60, 33, 8]), ("patient", list("uvwxyz")), ("fold", [0, 1, 2] * 2), ("source", ["x"] * 6)],
+)
+def test_columns_of_which_each_row_has_one_are_the_classes_beside_others(more, values, kind, folder):
+    rows = {"path": [f"photos/{i}.png" for i in range(6)], "cat": [1, 0] * 3, "dog": [0, 1] * 3, more: values}
+    if kind == "csv":
+        path = write(folder, ",".join(rows), *(",".join(map(str, row)) for row in zip(*rows.values(), strict=True)))
+    else:
+        path = folder / "list.parquet"
+        pq.write_table(pa.table(rows), path)
+    data = read(path)
+    assert labels(data) == ["cat", "dog"] * 3
+    assert data.notes == (f"columns cat, dog are the classes; not used: {more}",)
+    assert any("--label-key cat,dog takes each as a class" in note for note in read(path, label_key="cat").notes)
+
+
+def test_columns_of_classes_are_named_where_they_cannot_be_told(folder):
+    rows = [f"photos/{i}.png,{i % 2},{1 - i % 2},{int(i < 3)},{i}" for i in range(6)]
+    path = write(folder, "path,cat,dog,male,age", *rows)
+    with pytest.raises(DataError, match="no label column") as raised:
+        read(path)
+    assert "--label-key a,b where each class has a column" in raised.value.mend
+    assert labels(read(path, label_key="dog,cat")) == ["dog", "cat"] * 3
+    with pytest.raises(DataError, match=r"column age of .* holds other than 0 and 1"):
+        read(path, label_key="cat,age")
+    with pytest.raises(UsageError, match="--label-key cat,cow"):
+        read(path, label_key="cat,cow")
 
 
 def test_train_is_a_class_where_each_row_has_one_of_the_columns(folder):
@@ -396,11 +535,14 @@ def test_a_picture_that_is_missing_is_not_another_one_of_its_name(tmp_path):
     for i, name in enumerate(("cat/0.png", "cat/1.png", "dog/2.png")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(PICTURES[i])
-    data = read(write(tmp_path, "path,label", "/x/cat/0.png,a", "/x/dog/2.png,b", "/x/dog/1.png,b"))
-    with pytest.raises(DataError, match=r"/x/dog/1.png\) cannot be read"):
-        data.splits["train"].image_bytes(2)
+    for missing in (2, 0):
+        rows = ["/x/cat/0.png,a", "/x/dog/2.png,b"]
+        rows.insert(missing, "/x/dog/1.png,b")
+        data = read(write(tmp_path, "path,label", *rows))
+        with pytest.raises(DataError, match=r"/x/dog/1.png\) cannot be read"):
+            data.splits["train"].image_bytes(missing)
     with pytest.raises(DataError, match="is not there") as error:
-        read(write(tmp_path, "path,label", "/x/dog/1.png,b", "/x/cat/0.png,a", "/x/cat/1.png,a"))
+        read(write(tmp_path, "path,label", "/x/dog/1.png,b", "/x/cat/0.png,a", "/x/dog/0.png,a"))
     assert "--image-root FOLDER" in error.value.mend
 
 
@@ -413,6 +555,38 @@ def test_an_end_that_lies_right_in_the_root_goes_before_those_below(tmp_path):
     assert pictures(read(write(tmp_path, "path,label", *rows), image_root="masks")) == [2, 3]
     with pytest.raises(DataError, match="may be any of 2 files"):
         read(write(tmp_path, "path,label", "0.png,a", "1.png,b"))
+
+
+@pytest.mark.parametrize(("suffix", "name"), [("_left.jpg", "{}_left.jpg"), ("-a.JPG", "{}-a.JPG"), ("jpg", "{}.jpg")])
+def test_a_dot_is_put_before_an_ending_alone(suffix, name, folder):
+    for i in range(2):
+        (folder / name.format(i)).write_bytes(PICTURES[i])
+    path = write(folder, "id,breed", "0,a", "1,b")
+    data = read(path, image_suffix=suffix)
+    assert (pictures(data), data.notes) == ([0, 1], ())
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("name", ["photos/{}.png", "/else/where/photos/{}.png"])
+def test_a_picture_that_is_missing_in_any_row_is_one_picture(name, kind, folder):
+    names = [name.format(i) for i in (9, 0, 1, 2, 3)]
+    pq.write_table(pa.table({"path": names, "label": list("ababa")}), folder / "list.parquet")
+    write(folder, "path,label", *(f"{name},{'ab'[i % 2]}" for i, name in enumerate(names)))
+    split = read(folder / f"list.{kind}").splits["train"]
+    assert [PICTURES.index(split.image_bytes(row)) for row in range(1, 5)] == [0, 1, 2, 3]
+    with pytest.raises(DataError, match=r"photos/9.png\) cannot be read"):
+        split.image_bytes(0)
+
+
+def test_endings_may_differ_in_case_and_a_like_name_is_told(folder):
+    data = read(write(folder, "id_code,diagnosis", "photos/0.PNG,a", "1.Png,b"))
+    assert pictures(data) == [0, 1]
+    (folder / "photos" / "007.png").write_bytes(PICTURES[0])
+    (folder / "photos" / "Heron.png").write_bytes(PICTURES[0])
+    for name, near in (("7", "photos/007.png"), ("heron.png", "photos/Heron.png"), ("herron", "photos/Heron.png")):
+        with pytest.raises(DataError, match=f"{name} of list .* is not there") as raised:
+            read(write(folder, "path,label", f"{name},a"))
+        assert raised.value.why.endswith(f"; the nearest is {near}")
 
 
 def test_an_id_with_several_pictures_is_refused_and_a_folder_settles_it(folder):
@@ -551,6 +725,23 @@ def test_blanks_around_names_and_values_do_not_count(folder):
         "column path: blanks around the values of 1 row are left out, as 'photos/0.png '",
         "column label: blanks around the values of 1 row are left out, as 'cat '",
     )
+
+
+def test_blanks_around_labels_of_a_table_do_not_count(folder):
+    images = [{"bytes": picture, "path": None} for picture in PICTURES[:3]]
+    pq.write_table(pa.table({"image": images, "label": ["cat ", "cat", "dog"]}), folder / "list.parquet")
+    data = read(folder / "list.parquet")
+    assert labels(data) == ["cat", "cat", "dog"]
+    assert data.notes == ("column label: blanks around the values of 1 row are left out, as 'cat '",)
+
+
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;\r"])
+def test_a_first_line_that_tells_the_delimiter_and_blank_rows_are_no_pictures(first, folder):
+    path = write(folder, first, "path;label", "photos/0.png;a,1", ";", "photos/1.png;b", " ; ", ";;")
+    assert labels(read(path)) == ["a,1", "b"]
+    path = write(folder, first, "path;label", "photos/0.png;a", ";b")
+    with pytest.raises(DataError, match="line 4 of"):
+        read(path)
 
 
 def test_a_column_for_each_class_is_one_label_a_picture(folder):

@@ -61,7 +61,12 @@ def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict
         "one_colour": [_place(p, data.class_names) for p in pictures if p.one_colour],
         "near_duplicates": scan.can_see_likeness(),
         "duplicates": sorted(found, key=lambda group: (not group["labels_differ"], not group["across_splits"])),
-        "oddities": [*_oddities(data.class_names, splits), *data.notes, *depth.words(ranges)],
+        "oddities": [
+            *_oddities(data.class_names, splits),
+            *data.notes,
+            *depth.words(ranges),
+            *depth.beyond(rule, data.splits),
+        ],
     }
 
 

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 from samtune.data.roles import Wanted
-from samtune.data.split_columns import is_sure_flag, role_of_flag, tells_splits
+from samtune.data.split_columns import is_sure_flag, may_tell_splits, names_no_train, role_of_flag, tells_splits
 from samtune.errors import DataError, UsageError
 
 Kind = Literal["images", "classes", "text", "number", "list", "other"]
@@ -16,7 +16,7 @@ Kind = Literal["images", "classes", "text", "number", "list", "other"]
 _IMAGE_NAMES = (
     *("path", "image", "img", "file", "filename", "filepath", "imagepath", "imgpath", "imagefile", "imagefilename"),
     *("imagename", "imgname", "imagefilepath", "filepaths", "filenames", "images", "picture", "photo", "jpg", "png"),
-    *("webp", "jpeg", "imageid", "imgid", "pictureid", "photoid", "id"),
+    *("webp", "jpeg", "imageid", "imgid", "pictureid", "photoid", "id", "idcode"),
 )
 _LABEL_NAMES = (
     *("label", "labels", "class", "classname", "finelabel", "category", "categoryname", "species", "breed", "target"),
@@ -30,13 +30,15 @@ _ROW_NUMBERS = ("", "index", "unnamed", "unnamed0", "idx", "rowid")
 class Columns:
     """The columns of one list or table. label is "" where one_hot names a column for each class.
 
-    splits: the column of names of splits, or the columns of flags such as is_test; none where all is train.
+    splits: the column of names of splits, or the columns of flags such as is_test; none where all is train. notes: what
+    is to be said of columns that are not used.
     """
 
     image: str
     label: str
     splits: tuple[str, ...] = ()
     one_hot: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,11 @@ def find(dataset: str, table: Table, wanted: Wanted, *, needs_label: bool = True
     search = _Search(table, wanted)
     if search.image is None or (needs_label and search.label is None and not search.one_hot):
         kind, flag = ("image", "--image-key") if search.image is None else ("label", "--label-key")
+        or_several = "; --label-key a,b where each class has a column" if kind == "label" else ""
         raise DataError(
             f"data set {dataset} has no {kind} column that can be told",
             f"its columns: {', '.join(table.kinds)}",
-            f"name it by {flag}; a list has a header such as path,label,split",
+            f"name it by {flag}{or_several}; a list has a header such as path,label,split",
         )
     several = search.names_of_splits or search.repeated_flags
     if len(several) > 1:
@@ -77,7 +80,7 @@ def find(dataset: str, table: Table, wanted: Wanted, *, needs_label: bool = True
             f"data set {dataset} has {len(several)} columns of splits: {', '.join(several)}",
             mend="choose one by --split-key",
         )
-    return Columns(search.image, search.label or "", tuple(search.splits), search.one_hot)
+    return Columns(search.image, search.label or "", tuple(search.splits), search.one_hot, tuple(search.notes()))
 
 
 def find_image(dataset: str, table: Table, wanted: Wanted) -> str:
@@ -103,12 +106,27 @@ def _check_wanted(dataset: str, table: Table, wanted: Wanted) -> None:
         ("--label-key", wanted.label_key),
         ("--split-key", wanted.split_key),
     ):
-        if key is not None and key not in table.kinds:
+        classes = _classes_wanted(table, wanted) if flag == "--label-key" else ()
+        if key is not None and key not in table.kinds and not classes:
             raise UsageError(
                 f"{flag} {key}: data set {dataset} has no such column", mend=f"its columns: {', '.join(table.kinds)}"
             )
+    for name in set(_classes_wanted(table, wanted)) & set(table.values):
+        if table.kinds[name] not in ("text", "number") or not _is_indicator(table.values[name]):
+            raise DataError(
+                f"column {name} of data set {dataset} holds other than 0 and 1",
+                f"--label-key {wanted.label_key} takes each column as a class",
+                "name columns of 0 and 1 alone, or one column of labels",
+            )
     if wanted.image_key is not None and table.kinds[wanted.image_key] in ("classes", "list"):
         raise DataError(f"column {wanted.image_key} holds no images", mend="name another by --image-key")
+
+
+def _classes_wanted(table: Table, wanted: Wanted) -> tuple[str, ...]:
+    """The columns that --label-key cat,dog names, each of them a class; () where it names one column."""
+    names = tuple((wanted.label_key or "").split(","))
+    is_several = wanted.label_key not in table.kinds and len(names) > 1
+    return names if is_several and set(names) <= set(table.kinds) else ()
 
 
 class _Search:
@@ -116,6 +134,7 @@ class _Search:
 
     def __init__(self, table: Table, wanted: Wanted) -> None:
         self.table, self.wanted = table, wanted
+        self._indicators: dict[str, bool] = {}
 
     @cached_property
     def image(self) -> str | None:
@@ -128,7 +147,7 @@ class _Search:
     @cached_property
     def splits(self) -> list[str]:
         """Columns that say of each row in which split it is."""
-        return self.names_of_splits or list(self.flags)
+        return self.names_of_splits or list(self.flags) or self.unsure[:1]
 
     @cached_property
     def names_of_splits(self) -> list[str]:
@@ -136,6 +155,7 @@ class _Search:
         if self.wanted.split_key:
             return [self.wanted.split_key]
         others = [name for name in self.table.of_kind("text", "classes", "number") if name not in self._keys]
+        others = [name for name in others if name not in self._classes]
         by_name = _by_name(others, ("split",))
         return [by_name] if by_name else [name for name in others if name in self._like_splits]
 
@@ -146,7 +166,7 @@ class _Search:
         A column `train` is a class where it stands among columns of classes, of which each row has one.
         """
         others = [name for name in self.table.of_kind("text", "number") if name not in self._keys]
-        others = [name for name in others if name not in self.names_of_splits]
+        others = [name for name in others if name not in (*self.names_of_splits, *self._classes)]
         roles = {name: role_of_flag(name, partial(self.table.values.__getitem__, name)) for name in others}
         flags = {name: role for name, role in roles.items() if role is not None}
         sure = {name: role for name, role in flags.items() if is_sure_flag(name) or role != "train"}
@@ -156,6 +176,19 @@ class _Search:
         if self._label_beside(flags) is None and not self._one_hot_beside(flags):
             flags = {name: role for name, role in flags.items() if is_sure_flag(name)}
         return flags
+
+    @cached_property
+    def unsure(self) -> list[str]:
+        """Columns whose names speak of splits and whose values do not, where nothing else tells the splits.
+
+        None is the label, or a class.
+        """
+        if self.names_of_splits or self.flags:
+            return []
+        taken = (self.image, self.label, *self._classes, *self._block(self._left([])))
+        others = [name for name in self.table.of_kind("text", "classes", "number") if name not in taken]
+        found = [name for name in others if may_tell_splits(name, partial(self.table.values.__getitem__, name))]
+        return found if self.label or self._one_hot_beside(found) else []
 
     @property
     def repeated_flags(self) -> list[str]:
@@ -171,9 +204,32 @@ class _Search:
     @cached_property
     def one_hot(self) -> tuple[str, ...]:
         """A column of 0 and 1 for each class, where nothing else can be the label."""
-        return self._one_hot_beside(self.flags) if self.label is None else ()
+        return self._one_hot_beside([*self.flags, *self.unsure]) if self.label is None else ()
+
+    def notes(self) -> list[str]:
+        """What is to be said of columns that are not used, and might be."""
+        notes = []
+        used = (self.image, self.label, *self.splits, *self.one_hot)
+        others = [name for name in self.table.kinds if name not in used and _plain(name) not in _ROW_NUMBERS]
+        if self.one_hot and others and not self._classes:
+            notes.append(f"columns {', '.join(self.one_hot)} are the classes; not used: {', '.join(others)}")
+        texts = [name for name in others if self.table.kinds[name] in ("text", "classes")] if not self.splits else []
+        notes += [
+            f"column {name} is not taken for one of splits, as it names no train (--split-key {name} takes it)"
+            for name in texts
+            if names_no_train(name, self.table.values[name])
+        ]
+        block = self._block([self.label, *others]) if self.wanted.label_key and self.label else ()
+        if self.label in block:
+            notes.append(
+                f"column {self.label} is one of several of which each row has one: "
+                f"--label-key {','.join(block)} takes each as a class"
+            )
+        return notes
 
     def _label_beside(self, flags: Iterable[str]) -> str | None:
+        if self._classes:
+            return None
         if self._named_label:
             return self._named_label
         left = self._left(flags)
@@ -182,8 +238,30 @@ class _Search:
         return classes[0] if len(classes) == 1 else left[0] if len(left) == 1 else None
 
     def _one_hot_beside(self, flags: Iterable[str]) -> tuple[str, ...]:
+        """All that is left, if it holds 0 and 1 alone; else the columns of 0 and 1 of which each row has one."""
+        if self._classes:
+            return self._classes
         left = self._left(flags)
-        return tuple(left) if len(left) > 1 and all(_is_indicator(self.table.values[name]) for name in left) else ()
+        block = [name for name in left if self._is_indicator(name)]
+        return tuple(left) if len(left) > 1 and len(block) == len(left) else self._block(block)
+
+    def _block(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the columns that hold 0 and 1 alone, if each row has a 1 in one of them, and not all in the same."""
+        block = tuple(name for name in names if self._is_indicator(name))
+        if len(block) < 2 or not self._has_one_class_a_row(block):
+            return ()
+        return block if sum(any(_number(v) == 1 for v in self.table.values[name]) for name in block) > 1 else ()
+
+    def _is_indicator(self, name: str) -> bool:
+        if name not in self._indicators:
+            kind = self.table.kinds[name]
+            self._indicators[name] = kind in ("text", "number") and _is_indicator(self.table.values[name])
+        return self._indicators[name]
+
+    @cached_property
+    def _classes(self) -> tuple[str, ...]:
+        """The columns of classes that are asked for."""
+        return _classes_wanted(self.table, self.wanted)
 
     def _has_one_class_a_row(self, classes: Sequence[str]) -> bool:
         rows = zip(*(self.table.values[name] for name in classes), strict=True)
@@ -196,6 +274,8 @@ class _Search:
     @cached_property
     def _named_label(self) -> str | None:
         """By its name. What is called label or class is it; of others those that tell no splits come first."""
+        if self._classes:
+            return None
         if self.wanted.label_key:
             return self.wanted.label_key
         kinds = self.table.kinds
@@ -231,7 +311,7 @@ def one_hot_labels(table: Table, names: Sequence[str], where: Sequence[str]) -> 
             raise DataError(
                 f"{place} has {len(classes)} labels: {', '.join(classes)}",
                 "several labels a picture are not supported",
-                "keep one, or name a column with one label by --label-key",
+                "keep one, or name the columns of the classes by --label-key a,b, or a column with one label",
             )
         labels.append(classes[0] if classes else None)
     return labels
@@ -247,13 +327,17 @@ def _plain(name: str) -> str:
 
 
 def _is_indicator(values: Sequence[Any]) -> bool:
-    found = {_number(value) for value in values}
-    return found <= {0.0, 1.0, None} and found != {None}
+    found = set()
+    for value in values:
+        found.add(_number(value))
+        if not found <= {0.0, 1.0, None}:
+            return False
+    return bool(found - {None})
 
 
 def _number(value: Any) -> float | None:
     """None for a blank, NaN for what is no number."""
-    if value in (None, ""):
+    if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
         return float(value)

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from samtune.data.decode import Range, deep_mode, deep_values, without_alpha
+from samtune.data.decode import DecodeRule, Range, deep_mode, deep_values, without_alpha
 from samtune.data.source import Split
 from samtune.data.splits import Indices
 
 _SAMPLED = 256  # images that are looked at, evenly spread
 _HEAD = 32  # bytes of a file that tell a JPEG or a PNG of 8 bits
 _BITS = (8, 10, 12, 14, 16)
+_NAMES = {"I;16": "16-bit grey", "RGB;16": "16-bit colour", "I": "32-bit grey", "F": "floating-point grey"}
 _TOPS = (1.0, 255.0, 65535.0)  # of floating-point numbers from 0 on
 
 
@@ -27,22 +28,45 @@ def value_ranges(split: Split, rows: Indices) -> dict[str, Range]:
     numbers from 0 on: 0 to 1, to 255 or to 65535 in the same way; those between -1 and 1 have that range. Anything
     else: from the least to the largest value. An image that cannot be decoded does not count.
     """
+    return {
+        mode: _usual_range(low, high, mode == "F") for mode, (low, high) in _lowest_and_highest(split, rows).items()
+    }
+
+
+def beyond(rule: DecodeRule, splits: Mapping[str, Split]) -> list[str]:
+    """What is to be said of validation and test pictures whose values do not fit the range of the training images.
+
+    They hold values that are more than a tenth of the range outside of it, or none above an eighth of it.
+    """
+    said = []
+    for role in ("validation", "test"):
+        extremes = _lowest_and_highest(splits[role], splits[role].labelled) if role in splits else {}
+        for mode, (low, high) in sorted(extremes.items()):
+            black, white = rule.range_of(mode)
+            outside = max(high - white, black - low) > (white - black) / 10
+            if outside or (black >= 0 and high < white / 8):
+                becomes = "what is outside becomes black or white" if outside else "they are nearly black"
+                said.append(
+                    f"{_NAMES[mode]} pictures of {role} hold {low:g} to {high:g}, and {black:g} is black and {white:g} "
+                    f"white, as in train: {becomes}; store all splits in one range"
+                )
+    return said
+
+
+def _lowest_and_highest(split: Split, rows: Indices) -> dict[str, Range]:
+    """Mode -> the least and the largest value, of a sample of these rows."""
     found: dict[str, list[Range]] = {}
     for row in rows[np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLED)).round().astype(int)].tolist():
         extremes = _extremes(split, row)
         if extremes is not None:
             found.setdefault(extremes[0], []).append(extremes[1])
-    lowest_and_highest = {
-        mode: (min(low for low, _ in all_), max(high for _, high in all_)) for mode, all_ in found.items()
-    }
-    return {mode: _usual_range(low, high, mode == "F") for mode, (low, high) in lowest_and_highest.items()}
+    return {mode: (min(low for low, _ in all_), max(high for _, high in all_)) for mode, all_ in found.items()}
 
 
 def words(ranges: Mapping[str, Range]) -> list[str]:
     """What a user should know of ranges other than all of 16 bits: one line for each mode."""
-    names = {"I;16": "16-bit grey", "RGB;16": "16-bit colour", "I": "32-bit grey", "F": "floating-point grey"}
     return [
-        f"{names[mode]} pictures: {low:g} is black and {high:g} is white, by the range of the training images"
+        f"{_NAMES[mode]} pictures: {low:g} is black and {high:g} is white, by the range of the training images"
         for mode, (low, high) in sorted(ranges.items())
         if mode == "F" or (low, high) != (0, 65535)
     ]

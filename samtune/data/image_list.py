@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import difflib
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from samtune.errors import DataError
 
 LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
 _DELIMITERS = (",", ";", "\t", "|")
+_LIKE = 10_000  # names of files that are compared with one that is missing
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def read_list(path: Path, wanted: Wanted) -> ListSplits:
     used = (found.image, found.label, *found.splits, *found.one_hot)
     read.check_names(path, used)
     values, notes = _without_blanks(read.values, used)
+    notes = [*found.notes, *notes]
     of_row: list[str | None] = ["train"] * len(where)
     if found.splits:
         of_row, more = split_of_rows(f"{path}", found.splits, values, where, wanted)
@@ -68,8 +71,12 @@ def read_list(path: Path, wanted: Wanted) -> ListSplits:
     for place, image in zip(where, values[found.image], strict=True):
         if not isinstance(image, str | int) or image == "":
             raise DataError(f"{place} has no {found.image}", mend="mend or remove the line")
-    firsts = [of_used.index(split) for split in dict.fromkeys(of_used)]
-    paths, more = find_files(list(map(str, values[found.image])), firsts, path.parent, wanted, f"list {path}")
+    groups: dict[str, list[int]] = {}
+    for row, split in enumerate(of_used):
+        groups.setdefault(split, []).append(row)
+    paths, more = find_files(
+        list(map(str, values[found.image])), list(groups.values()), path.parent, wanted, f"list {path}"
+    )
     splits: dict[str, tuple[list[str], list[Any]]] = {}
     for split, file, label in zip(of_used, paths, labels, strict=True):
         files, of_split = splits.setdefault(split, ([], []))
@@ -104,37 +111,39 @@ def read_names(path: Path, wanted: Wanted) -> tuple[list[str], list[str]]:
     for line, image in zip(read.lines, values[column], strict=True):
         if not isinstance(image, str | int) or image == "":
             raise DataError(f"line {line} of {path} has no {column}", mend="mend or remove the line")
-    names, root = list(map(str, values[column])), root_of(wanted, path.parent)
-    # Where some are there, the others are missing; where none is, they lie elsewhere.
-    samples = [] if any(os.path.isfile(file_of(root, name, wanted)) for name in names) else [0]
-    return find_files(names, samples, path.parent, wanted, f"list {path}")
+    names = list(map(str, values[column]))
+    return find_files(names, [range(len(names))], path.parent, wanted, f"list {path}")
 
 
 # --------------------------------------------------------------------------------------------------------------- files
 
 
 def find_files(
-    names: Sequence[str], samples: Sequence[int], folder: Path, wanted: Wanted, dataset: str
+    names: Sequence[str], groups: Sequence[Sequence[int]], folder: Path, wanted: Wanted, dataset: str
 ) -> tuple[list[str], list[str]]:
     """The files of pictures that a list or table names, and notes.
 
-    Relative paths are seen from wanted.image_root, else from `folder`. Where one of the samples has no file there, the
-    ends of the paths are looked for among all pictures below, with or without their endings: /their/disk/cat/1.jpg is
-    cat/1.jpg. Backslashes and both Unicode forms of a name are understood. Raises DataError for a sample without a
-    file, and for a name that several files have.
+    Relative paths are seen from wanted.image_root, else from `folder`. groups: the rows of each split. Where some of a
+    group have a file there, the others are missing; where none has, the ends of the paths are looked for among all
+    pictures below, with or without their endings: /their/disk/cat/1.jpg is cat/1.jpg. Backslashes and both Unicode
+    forms of a name are understood. Raises DataError for a group that is not found, by its first row or by most of
+    them, and for a name that several files have.
     """
     root = root_of(wanted, folder)
     paths = [file_of(root, name, wanted) for name in names]
-    elsewhere = [i for i in samples if not os.path.isfile(paths[i])]
+    elsewhere = [rows for rows in groups if rows and not any(os.path.isfile(paths[i]) for i in rows)]
     if not elsewhere:
         return paths, []
-    missing = elsewhere[0]
+    missing = elsewhere[0][0]
     suffix = _suffix(wanted)
-    found = _by_ends([readable(name.replace("\\", "/") + suffix) for name in names], elsewhere, root)
+    files = _pictures_by_end(root)
+    found = _by_ends([readable(name.replace("\\", "/") + suffix) for name in names], elsewhere, root, files)
     if found is None:
+        near = _nearest(readable(names[missing].replace("\\", "/") + suffix), files)
         raise DataError(
             f"picture {readable(paths[missing])} of {dataset} is not there",
-            f"nor is there another picture of that name below {readable(str(root))}",
+            f"nor is there another picture of that name below {readable(str(root))}"
+            + (f"; the nearest is {readable(os.path.relpath(near, root))}" if near else ""),
             "--image-root FOLDER names a folder that holds the pictures, --image-suffix .jpg what their names lack",
         )
     several = next((i for i, files in enumerate(found) if len(files) > 1), None)
@@ -144,21 +153,23 @@ def find_files(
             ", ".join(map(readable, found[several][:3])),
             "--image-root FOLDER tells in which folder they lie",
         )
-    note = f"pictures are found by their names: {readable(names[missing])} is {readable(found[missing][0])}"
+    shown = next((i for rows in elsewhere for i in rows if found[i]), missing)
+    note = f"pictures are found by their names: {readable(names[shown])} is {readable(found[shown][0])}"
     return [files[0] if files else path for files, path in zip(found, paths, strict=True)], [note]
 
 
-def _by_ends(names: Sequence[str], samples: Sequence[int], root: Path) -> list[list[str]] | None:
-    """The files below a folder whose paths end as the names do; None where a sample has none.
+def _by_ends(
+    names: Sequence[str], groups: Sequence[Sequence[int]], root: Path, files: Mapping[str, list[str]]
+) -> list[list[str]] | None:
+    """The files below a folder whose paths end as the names do; None where the first and most of a group have none.
 
     As few leading folders as possible are left out, and as many of each name, none in which names differ: then a file
     that is missing stays so. Else the longest end that is there counts, if each name has a file of its own.
     """
     parts = [tuple(part for part in name.split("/") if part not in ("", ".", "..")) for name in names]
-    files = _pictures_by_end(root)
 
     def ending_in(end: Sequence[str]) -> list[str]:
-        there = files.get("/".join(end), [])
+        there = files.get(_small_ending("/".join(end)), [])
         if len(there) < 2:
             return there
         whole = [file for file in there if os.path.relpath(file, root).count(os.sep) + 1 == len(end)]  # not below
@@ -168,7 +179,7 @@ def _by_ends(names: Sequence[str], samples: Sequence[int], root: Path) -> list[l
     in_common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
     for left_out in range(in_common + 1):
         found = [ending_in(name[left_out:]) for name in parts]
-        if all(found[i] for i in samples):
+        if all(found[rows[0]] or 2 * sum(bool(found[i]) for i in rows) > len(rows) for rows in groups):
             return found
     ends = [[there for start in range(len(name)) if (there := ending_in(name[start:]))][:1] for name in parts]
     if all(ends):
@@ -190,9 +201,9 @@ def root_of(wanted: Wanted, folder: Path) -> Path:
 
 
 def _suffix(wanted: Wanted) -> str:
-    """What names lack: "jpg" means ".jpg"."""
+    """What names lack: "jpg" means ".jpg", and "_left.jpg" what it says."""
     suffix = wanted.image_suffix
-    return f".{suffix}" if suffix and not suffix.startswith(".") and is_readable(f"a.{suffix}") else suffix
+    return f".{suffix}" if suffix.isalnum() and is_readable(f"a.{suffix}") else suffix
 
 
 def file_of(root: Path, name: str, wanted: Wanted) -> str:
@@ -222,8 +233,27 @@ def _pictures_by_end(root: Path) -> dict[str, list[str]]:
                 path = os.path.join(place, name)
                 for form in dict.fromkeys((readable(name), os.path.splitext(readable(name))[0])):
                     for start in range(len(above) + 1):
-                        found.setdefault("/".join([*above[start:], form]), []).append(path)
+                        found.setdefault(_small_ending("/".join([*above[start:], form])), []).append(path)
     return found
+
+
+def _small_ending(name: str) -> str:
+    """a.JPG is a.jpg; no other part of a name is changed."""
+    stem, ending = os.path.splitext(name)
+    return stem + ending.lower() if is_readable(name) else name
+
+
+def _nearest(name: str, files: Mapping[str, list[str]]) -> str | None:
+    """A picture whose name is like another: in other case, with other zeros in front (1 and 001.png), or misspelt."""
+
+    def plain(text: str) -> str:
+        return re.sub("0+(?=[0-9])", "", os.path.splitext(os.path.basename(text))[0].casefold())
+
+    there = {plain(file): file for found in reversed(list(files.values())) for file in found}
+    near = (
+        difflib.get_close_matches(plain(name), list(there)[:_LIKE], n=1) if plain(name) not in there else [plain(name)]
+    )
+    return there[near[0]] if near else None
 
 
 # -------------------------------------------------------------------------------------------------------------- formats
@@ -266,17 +296,23 @@ def _without_blanks(values: Mapping[str, list[Any]], used: Iterable[str]) -> tup
 
 
 def _read_csv(path: Path) -> _Rows:
-    """A table with a header. Bytes that are not UTF-8 stay as they are: they may be a path's."""
+    """A table with a header. Bytes that are not UTF-8 stay as they are: they may be a path's.
+
+    A first line `sep=;` tells the delimiter, as for Excel. Rows without a value are none.
+    """
     text = _text(path)
+    told = re.match(r'[\r\n]*"?sep=([^\r\n])"?[,;\t|]*(?=[\r\n])', text, re.IGNORECASE)
+    text = text[: told.start()] + text[told.end() :] if told else text  # its end stays, for the numbers of lines
     header = text.lstrip("\r\n").partition("\n")[0]
     delimiter = max(_DELIMITERS, key=header.count) if path.suffix.lower() == ".csv" else "\t"
+    delimiter = told[1] if told else delimiter
     lines = []
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-        names = [name.strip() for name in next((row for row in reader if row), [])]
+        names = [name.strip() for name in next((row for row in reader if any(map(str.strip, row))), [])]
         values: dict[str, list[Any]] = {name: [] for name in names if name}
         for row in reader:
-            if not row:
+            if not any(map(str.strip, row)):
                 continue
             if any(row[len(names) :]):
                 raise DataError(

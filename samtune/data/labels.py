@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,21 @@ class Classified:
 def is_missing(value: Any) -> bool:
     """Whether a label says nothing: None, blank, -1 (among words, too) or NaN."""
     return value in (None, "", -1, "-1") or value != value
+
+
+def without_blanks(labels: Labels, column: str) -> tuple[Labels, list[str]]:
+    """Labels of a column without the blanks around them, and a note where that changes some; declared ones stay."""
+    if labels.names is not None:
+        return labels, []
+    values = [value.strip() if isinstance(value, str) else value for value in labels.values]
+    changed = [old for old, new in zip(labels.values, values, strict=True) if isinstance(old, str) and old != new]
+    rows = f"{len(changed)} row{'s' if len(changed) > 1 else ''}"
+    said = (
+        f"column {column}: blanks around the values of {rows} are left out, as {readable(changed[0])!r}"
+        if changed
+        else ""
+    )
+    return replace(labels, values=values), [said] if said else []
 
 
 def class_names(train: Sequence[Labels]) -> tuple[str, ...]:

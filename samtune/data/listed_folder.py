@@ -34,7 +34,7 @@ def read_lists(root: Path, wanted: Wanted) -> ListSplits | None:
         if not set(_label_columns(train.columns)) <= set(image_list.names_of_columns(path)):
             notes.append(f"{readable(path.name)} is left out: it has no labels")
             continue
-        more = _read(path, role, root, replace(wanted, label_key=train.columns.label or None))
+        more = _read(path, role, root, replace(wanted, label_key=train.columns.label or wanted.label_key))
         if len(more.splits) > 1:
             raise DataError(
                 f"list {path} tells {len(more.splits)} splits, and so does its name: {', '.join(more.splits)}",

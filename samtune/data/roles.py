@@ -75,6 +75,12 @@ def parse(name: str) -> tuple[str | None, tuple[str, ...]]:
 
     No role where it has no word for one, or words for several.
     """
+    roles, rest = words_of(name)
+    return (roles.pop() if len(roles) == 1 else None), rest
+
+
+def words_of(name: str) -> tuple[set[str], tuple[str, ...]]:
+    """The roles of which a name speaks, and the words beside them: is_train_or_val -> train, validation; is, or."""
     roles = set()
     rest = []
     words = re.sub("(?<=[a-z])(?=[A-Z])", " ", name)  # TrainSet
@@ -84,7 +90,7 @@ def parse(name: str) -> tuple[str | None, tuple[str, ...]]:
             roles.add(_WORDS[stem])
         elif word not in _COMMON_WORDS:
             rest.append(word)
-    return (roles.pop() if len(roles) == 1 else None), tuple(rest)
+    return roles, tuple(rest)
 
 
 def role_of(split: str) -> str:
@@ -120,12 +126,13 @@ def assign(
     wanted: Wanted,
     policy: Mapping[str, str],
     needs_train: bool = True,
+    told: Sequence[str] = (),
 ) -> dict[str, tuple[str, ...]]:
     """Role -> the splits that play it, train first.
 
     there: the splits of the data set. policy: role -> splits joined by "+", as the catalog says; {} goes by names, and
     splits of other names keep them. What is wanted takes precedence, and each split plays one role. A test split is
-    never validation. needs_train: whether there has to be a train split.
+    never validation. needs_train: whether there has to be a train split. told: what was said of the splits, for errors.
 
     Raises:
         UsageError: a wanted split is not there, has two roles, or is test and shall be validation.
@@ -148,7 +155,7 @@ def assign(
     if "train" not in roles and needs_train:
         raise DataError(
             f"data set {dataset} has no train split",
-            f"it has: {', '.join(there)}",
+            "; ".join([f"it has: {', '.join(there)}", *told]),
             "name a split's files or folder train, or choose one by --train-split",
         )
     return {role: roles[role] for role in sorted(roles, key=lambda role: role != "train")}

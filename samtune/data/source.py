@@ -194,7 +194,7 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
         raw, notes = _read_path(found.resolve(), origin, wanted, train, classes or ())
     else:
         raw, notes = _read_row(row, wanted, train, classes or ())
-    parts = roles.assign(dataset, list(raw), wanted, row.splits, needs_train=classes is None)
+    parts = roles.assign(dataset, list(raw), wanted, row.splits, needs_train=classes is None, told=notes)
     trained = [raw[split][1] for split in parts.get("train", ())]
     own_names = labels.class_names(trained)
     declared = own_names if any(part.names is not None for part in trained) else None

@@ -1,49 +1,81 @@
 """Columns that tell in which split each row is: by names of splits, or by flags such as is_test."""
 
 import re
+import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from samtune.data.names import readable
-from samtune.data.roles import ROLES, UNLABELLED, Wanted, parse, role_of, roles_beside
+from samtune.data.roles import ROLES, UNLABELLED, Wanted, parse, role_of, roles_beside, words_of
 from samtune.errors import DataError
 
 _MOST = 50  # values of a column that may be names of splits; paths and words of a language are more
-_MOST_NUMBERS = 5  # of splits that are numbers
-_NAMES = {"set", "subset", "partition", "phase", "usage", "stage", "dataset_split", "data_split"}
-_NUMBERED = {"subset", "partition", "dataset_split", "data_split"}  # of these, numbers are splits that have no name
-_NO_SPLIT = {
-    *("", "none", "na", "nan", "null", "unused", "notused", "ignore", "ignored", "exclude", "excluded", "nosplit"),
-}
+_MOST_UNNAMED = 5  # splits of names that say nothing, as 0, 1 and 2
+_NAMES = {"split", "set", "subset", "partition", "phase", "usage", "stage"}
+_SURE_NAMES = {"split", "subset", "partition"}  # also beside other words: official_split
+_BESIDE_NAMES = {"is", "in", "for", "use", "used", "flag", "or", "and", "id", "name", "data"}
+_SHORT = {"tr": "train", "va": "validation", "te": "test"}  # in a column with such a name
+_BLANK = {"", "none", "na", "nan", "null"}
+_NO_SPLIT = {*_BLANK, "unused", "notused", "ignore", "ignored", "exclude", "excluded", "nosplit"}
 _FLAGS = {"0": False, "0.0": False, "1": True, "1.0": True}
-_FLAGS |= {"": False, "none": False, "false": False, "f": False, "no": False, "n": False}
+_FLAGS |= {"false": False, "f": False, "no": False, "n": False}
 _FLAGS |= {"true": True, "t": True, "yes": True, "y": True}
 _WORDS_OF_FLAGS = {"is", "in", "for", "use", "used", "flag"}  # is_training_image, used_for_test
 
 
 def tells_splits(column: str, values: Sequence[Any]) -> bool:
-    """Whether these are names of splits: all of them, or one of train beside one of validation or test.
+    """Whether these are names of splits: all of them, train or two roles among them; or train beside another role.
 
-    In a column that is called subset, or the like, one of them is enough; or numbers, which are then asked about.
+    In a column that is called subset, or the like, the name of one role is enough.
     """
-    distinct: set[str] = set()
-    for value in values:
-        distinct.add(str(value))
-        if len(distinct) > _MOST:
-            return False
-    names = {value for value in distinct if not _says_no_split(value)}
-    if not names:
-        return False
-    if (
-        _plain(column) in _NUMBERED
-        and 1 < len(names) <= _MOST_NUMBERS
-        and all(re.fullmatch(r"\d(\.0)?", n) for n in names)
-    ):
-        return True
+    distinct = _distinct(values, _MOST)
+    names = {value for value in distinct or () if not _says_no_split(value)}
     told = set(roles_beside(names).values()) & set(ROLES)
-    return not _unknown(names) or bool(told and (("train" in told and len(told) > 1) or _plain(column) in _NAMES))
+    if is_called_split(column):
+        return bool(told)
+    return (len(told) > 1 and ("train" in told or not _unknown(names))) or ("train" in told and not _unknown(names))
+
+
+def names_no_train(column: str, values: Sequence[Any]) -> bool:
+    """Whether a column of any name has the name of a role that is not train's, and no other: a remark, or splits."""
+    names = {value for value in _distinct(values, _MOST) or () if not _says_no_split(value)}
+    told = set(roles_beside(names).values())
+    return not is_called_split(column) and not _unknown(names) and len(told) == 1 and told <= {"validation", "test"}
+
+
+def may_tell_splits(column: str, values: Callable[[], Sequence[Any]]) -> bool:
+    """Whether the name of a column speaks of splits, and its values are few: 2 to 5. They are asked about."""
+    found = (_distinct(values(), _MOST_UNNAMED) if is_called_split(column) else None) or set()
+    return len(found) > 1 and not all(map(_says_no_split, found))
+
+
+def is_called_split(column: str) -> bool:
+    """Whether a name speaks of splits and of nothing else: subset, set_id, train_or_test; or of a split: my_split."""
+    roles, _ = words_of(column)
+    rest = re.findall("[^\\W\\d_]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", column).casefold())
+    rest = [word if word in _NAMES else word.removesuffix("id") or word for word in rest]
+    if _SURE_NAMES & set(rest):
+        return True
+    if "".join(rest).removesuffix("id") == "dataset":  # where a picture is from
+        return False
+    others = {word for word in rest if words_of(word)[1]} - _NAMES - _BESIDE_NAMES
+    return not others and bool(_NAMES & set(rest) or {"train", "test"} & roles)
+
+
+def _distinct(values: Sequence[Any], most: int) -> set[str] | None:
+    """The values as text, all blanks as one; None where there are more."""
+    texts: set[str] = set()
+    found: set[str] = set()
+    for value in values:
+        text = str(value)
+        if text not in texts:
+            texts.add(text)
+            found.add("" if _is_blank(text) else text.strip())
+        if len(found) > most:
+            return None
+    return found
 
 
 def role_of_flag(name: str, values: Callable[[], Sequence[Any]]) -> str | None:
@@ -55,9 +87,10 @@ def role_of_flag(name: str, values: Callable[[], Sequence[Any]]) -> str | None:
     role, rest = parse(re.sub("^is", "", name, flags=re.IGNORECASE))
     if role not in ROLES or not set(rest) <= _WORDS_OF_FLAGS:
         return None
-    found = Counter(_plain(value) for value in values())
-    if set(found) == {""} or not set(found) <= set(_FLAGS):
-        if is_sure_flag(name) and set(found) != {""} and not tells_splits(name, values()):
+    counts = Counter(map(_plain, values()))
+    found = {value: count for value, count in counts.items() if not _is_blank(value)}
+    if not found or not set(found) <= set(_FLAGS):
+        if is_sure_flag(name) and found and not tells_splits(name, values()):
             odd = next(value for value in found if value not in _FLAGS)
             raise DataError(
                 f"column {name} speaks of a split, and has the value {odd!r}",
@@ -84,10 +117,13 @@ def split_of_rows(
     test where train has a flag. Raises DataError for values that cannot be told, and where no row is in a split.
     """
     flags = _flags_among(columns, values, wanted)
-    of_row = _by_flags(flags, values, where) if flags else _by_names(dataset, columns[0], values[columns[0]], wanted)
+    notes: list[str] = []
+    if flags:
+        of_row = _by_flags(flags, values, where)
+    else:
+        of_row, notes = _by_names(dataset, columns[0], values[columns[0]], wanted)
     told = f"column {columns[0]} tells" if len(columns) == 1 else f"columns {', '.join(columns)} tell"
     sizes = Counter(split for split in of_row if split is not None)
-    notes = []
     if tuple(columns) != ("split",):
         notes.append(f"{told} the splits: {', '.join(f'{readable(name)} {size}' for name, size in sizes.items())}")
     left_out = [row for row, split in enumerate(of_row) if split is None]
@@ -112,7 +148,7 @@ def _by_flags(flags: Mapping[str, str], values: Mapping[str, Sequence[Any]], whe
     without = next((role for role in ("train", "test") if role not in flags.values()), None)
     of_row: list[str | None] = []
     for place, row in zip(where, zip(*(values[name] for name in flags), strict=True), strict=True):
-        there = [name for name, value in zip(flags, row, strict=True) if _FLAGS[_plain(value)]]
+        there = [name for name, value in zip(flags, row, strict=True) if _FLAGS.get(_plain(value))]
         if len(there) > 1:
             raise DataError(
                 f"{place} is in {len(there)} splits: {', '.join(there)}", mend="mend the row, or name one --split-key"
@@ -121,21 +157,43 @@ def _by_flags(flags: Mapping[str, str], values: Mapping[str, Sequence[Any]], whe
     return of_row
 
 
-def _by_names(dataset: str, column: str, values: Sequence[Any], wanted: Wanted) -> list[str | None]:
+def _by_names(dataset: str, column: str, values: Sequence[Any], wanted: Wanted) -> tuple[list[str | None], list[str]]:
+    """The split of each row, and notes. Names that differ in case are one split, unless both are asked for."""
     asked = {name for names in wanted.splits.values() for name in names}
-    texts = [str(value) for value in values]
+    texts = ["" if value is None else str(value).strip() for value in values]
     no_split = {text for text in set(texts) if _says_no_split(text) and text not in asked}
     of_row = [None if text in no_split else text for text in texts]
+    one_name, notes = _one_name(column, dict.fromkeys(name for name in of_row if name is not None), asked)
+    of_row = [one_name.get(name, name) if name is not None else None for name in of_row]
     names = [name for name in of_row if name is not None]
     unknown = [name for name in _unknown(names) if name not in asked]
     if unknown and wanted.split_key is None and column != "split":
+        every = shlex.quote("+".join(dict.fromkeys(one_name.get(text, text) for text in texts)))
+        sizes = Counter(texts).most_common(12)
+        key = f"--split-key {shlex.quote(column)}"
         raise DataError(
             f"column {column} of data set {dataset} tells the splits, and {unknown[0]!r} is the name of none",
-            "its values: " + ", ".join(f"{name} {count}" for name, count in Counter(names).most_common(12)),
-            f"--split-key {column} takes each value as a split of its own; --train-split, --val-split and --test-split "
-            "say which are used (train+extra joins two)",
+            "its values: " + ", ".join(f"{name or repr(name)} {count}" for name, count in sizes),
+            f"{key} takes each value as a split of its own; --train-split, --val-split and --test-split say which are "
+            f"used (train+extra joins two); if it tells no splits, {key} --train-split {every} takes all rows",
         )
-    return of_row
+    return of_row, notes
+
+
+def _one_name(column: str, there: Collection[str], asked: set[str]) -> tuple[dict[str, str], list[str]]:
+    """Name -> the name of its split, where that is another one, and notes: Train is train, tr is train beside te."""
+    names: dict[str, str] = {}
+    for text in {name.casefold(): None for name in there}:
+        forms = [name for name in there if name.casefold() == text]
+        wanted = [name for name in forms if name in asked]
+        if len(wanted) < 2:
+            one = (wanted or [name for name in forms if name == text] or forms)[0]
+            names |= {name: one for name in forms if name != one}
+    short = {name: _SHORT[name.casefold()] for name in there if name.casefold() in _SHORT}
+    if is_called_split(column) and not asked & set(there) and all(role_of(n) in ROLES for n in set(there) - set(short)):
+        names |= short
+    said = ", ".join(f"{readable(name)} is {readable(one)}" for name, one in names.items())
+    return names, [f"column {column}: {said}"] if said else []
 
 
 def _unknown(names: Iterable[str]) -> list[str]:
@@ -143,8 +201,13 @@ def _unknown(names: Iterable[str]) -> list[str]:
     return [name for name, role in roles_beside(names).items() if not {role, role_of(name)} & set(ROLES)]
 
 
+def _is_blank(text: str) -> bool:
+    """Whether a value says nothing, as text: None, NaN, "", N/A."""
+    return re.sub(r"[\W_]", "", text.casefold()) in _BLANK
+
+
 def _says_no_split(text: str) -> bool:
-    return re.sub("[^a-z0-9]", "", text.casefold()) in _NO_SPLIT or parse(text)[0] == UNLABELLED
+    return re.sub(r"[\W_]", "", text.casefold()) in _NO_SPLIT or parse(text)[0] == UNLABELLED
 
 
 def _plain(value: Any) -> str:

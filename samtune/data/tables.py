@@ -24,7 +24,7 @@ from samtune.data.columns import Columns, Kind
 from samtune.data.encoded import EncodedImages, FileImages, TableImages
 from samtune.data.formats import ARCHIVES, is_readable
 from samtune.data.image_folder import entries, is_folder
-from samtune.data.labels import Labels
+from samtune.data.labels import Labels, without_blanks
 from samtune.data.roles import ROLES, Wanted, role_of
 from samtune.data.split_columns import split_of_rows
 from samtune.errors import DataError, MachineError, UsageError, first_line
@@ -315,8 +315,8 @@ def raw_splits(
         found = _find_columns(dataset, table, wanted, hidden)
         label = label or found.label
         images, more = _images(dataset, table, found.image, folder, wanted)
-        labels = Labels(None, ()) if hidden else _labels(dataset, table, found)
-        notes += more
+        labels, said = (Labels(None, ()), []) if hidden else without_blanks(_labels(dataset, table, found), found.label)
+        notes += [note for note in (*found.notes, *said, *more) if note not in notes]
         if found.splits and len(tables) == 1 and not hidden:
             where = [f"row {row}" for row in range(len(table))]
             of_row, more = split_of_rows(dataset, found.splits, _Values(table), where, wanted)
@@ -391,7 +391,7 @@ def _images(
                 f"column {column} holds no images", first_line(error), "name the column by --image-key"
             ) from None
         names = [cell["path"] or "" for cell in _column(found.table, column)]
-    paths, notes = image_list.find_files(names, [0] * bool(names), folder, wanted, f"data set {dataset}")
+    paths, notes = image_list.find_files(names, [range(len(names))], folder, wanted, f"data set {dataset}")
     return FileImages(paths), notes
 
 
