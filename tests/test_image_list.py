@@ -501,6 +501,44 @@ def test_a_list_of_test_with_the_labels_of_train_is_its_test_split(header, compe
     assert labels(data, "test") == ["b", "a"]
 
 
+@pytest.mark.parametrize(
+    "name", ["test_predictions", "test_sample", "sample_test", "test_pred", "my_test_output", "test_old"]
+)
+def test_a_list_of_guesses_or_examples_is_no_test_split(name, competition):
+    write(competition, *TRAIN, name="train.csv")
+    write(competition, "id,breed", "0,a", "1,a", name=f"{name}.csv")
+    assert list(read(competition).splits) == ["train"]
+
+
+@pytest.mark.parametrize(
+    "names", ["train test", "train_labels test_labels", "birds_train birds_test", "train_df TestSet"]
+)
+def test_a_list_of_test_is_known_by_its_name(names, competition):
+    for name, lines in zip(names.split(), (TRAIN, ("id,breed", "0,a", "1,b")), strict=True):
+        write(competition, *lines, name=f"{name}.csv")
+    assert list(read(competition).splits) == ["train", "test"]
+
+
+def test_a_list_of_validation_beside_a_column_of_splits_is_not_dropped_without_a_word(competition):
+    write(competition, "id,breed,split", "0,a,train", "1,b,train", "2,a,val", "3,b,val", name="train.csv")
+    write(competition, "id,breed", "0,a", name="val.csv")
+    assert "val.csv is not read: train.csv tells the split validation itself" in read(competition).notes
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "rows"),
+    [("labels.csv", "path,label", "a b"), ("_classes.csv", "filename, cat, dog", "1,0 0,1")],
+)
+def test_lists_in_the_folders_of_splits_are_read(name, header, rows, competition):
+    for split in ("train", "test"):
+        lines = [f"{i}.png,{row}" for i, row in enumerate(rows.split())]
+        write(competition, header, *lines, name=f"{split}/{name}")
+    data = read(competition)
+    assert {role: len(split) for role, split in data.splits.items()} == {"train": 2, "test": 2}
+    assert pictures(data, "test") == [4, 5]
+    assert f"stand in train/{name}, test/{name}" in data.notes[0]
+
+
 def test_a_list_beside_one_folder_of_pictures_tells_their_labels(folder):
     write(folder, *TRAIN, name="train.csv")
     assert labels(read(folder)) == ["a", "b", "a", "b"]

@@ -346,6 +346,15 @@ class _Reader:
             others = [other for other in names if other != key and names[other] == name]
             if others:
                 raise self._unclear(f"{' and '.join(sorted([key, *others]))} may both be {roles[key]}")
+        by_place: dict[str, str] = {}
+        for key, split in splits.items():
+            same = by_place.setdefault(os.path.realpath(split.path), key)
+            if same != key and {roles[key], roles[same]} <= set(ROLES):
+                raise DataError(
+                    f"splits {readable(same)} and {readable(key)} of {readable(str(self.root))} are the same folder",
+                    f"both are {readable(os.path.realpath(split.path))}",
+                    "remove the link: without a split of its own, validation is held out of train",
+                )
         self.taken.update(splits.values())
         self.roles.update(roles.values())
         for key in sorted(splits, key=lambda key: roles[key] != "train"):
@@ -354,6 +363,8 @@ class _Reader:
             is_spare = key not in self.named and names[key] != roles[key] and roles[key] in names.values()
             folders = [child for child in split.folders if child not in splits.values()]
             with_pictures = [child for child in folders if child.count]
+            if key not in self.named and not {child.name for child in with_pictures} <= self.classes:
+                self._check_copies(with_pictures)
             if roles[key] == "train" and not is_spare:
                 self._check_train(split, with_pictures)
                 known |= {child.name for child in with_pictures}
@@ -408,6 +419,16 @@ class _Reader:
                 if lists
                 else "sort them into folders named after their classes, or give a .csv list of path,label by --dataset",
             )
+
+    def _check_copies(self, classes: Sequence[Folder]) -> None:
+        """Raise DataError for a class whose folders have the names of the classes beside it: so has a copy of all."""
+        for folder in classes:
+            beside = {other.name for other in classes if other is not folder}
+            below = [child.name for child in _fork(folder)]
+            if len(below) > 1 and set(below) <= beside:
+                raise self._unclear(
+                    f"{self._relative(folder)} may be a class or a copy of those beside it: it holds {some(below)}, too"
+                )
 
     def _add_class(self, key: str, split: Folder, folder: Folder) -> None:
         if folder.count:

@@ -276,6 +276,9 @@ def _read_folder(path: Path, wanted: Wanted, classes: Sequence[str]) -> FolderSp
     names = {name for _, of_split in found.splits.values() for name in of_split}
     if len(names) < 2 and not (names and names <= set(classes)):
         return listed_folder.read_lists(path, wanted) or found
+    if wanted.train_split is None and not names <= set(classes):
+        train = next((split for split in found.splits if role_of(split) == "train"), ".")
+        listed_folder.check_beside(path, found.splits, "." if train in names or not (path / train).is_dir() else train)
     found.notes += [
         f"list {readable(str(beside))} is not read: folders tell the classes (--dataset takes it, too)"
         for beside in listed_folder.labelled(path)
