@@ -600,6 +600,78 @@ def test_an_archive_of_what_is_unpacked_is_named(archive, tmp_path):
     assert data.notes == (f"archive {archive} not read: beside folders of pictures archives are not unpacked",)
 
 
+def pack(root, archive, *paths):
+    """An archive of these pictures, and of texts where a path has another ending."""
+    content = write(root.parent / "content", *paths)
+    form = "zip" if archive.endswith(".zip") else "gztar"
+    made = shutil.make_archive(str(root.parent / "made"), form, content)
+    shutil.rmtree(content)
+    shutil.move(made, root / archive)
+
+
+@pytest.mark.parametrize(
+    ("archive", "content"),
+    [
+        ("backup-2023.zip", "pets/cat/0.png pets/dog/0.png"),
+        ("annotations.zip", "cat/0.xml dog/0.xml"),
+        ("model.tar.gz", "weights.bin config.json"),
+        ("archive (1).zip", "bird/0.png"),
+        ("cat (2).zip", "0.png"),
+    ],
+)
+def test_an_archive_without_pictures_or_with_those_that_are_there_stops_nothing(archive, content, tmp_path):
+    pack(write(tmp_path / "pets", "cat/2", "dog/2"), archive, *content.split())
+    data = read(tmp_path / "pets")
+    assert sizes(data) == {"train": 4}
+    assert data.notes == (f"archive {archive} not read: beside folders of pictures archives are not unpacked",)
+
+
+@pytest.mark.parametrize(
+    ("archive", "content"), [("bird.zip", "0.png"), ("bird.tar.gz", "bird/0.png"), ("test.zip", "cat/0.png dog/0.png")]
+)
+def test_an_archive_with_pictures_that_are_not_there_stops_the_run(archive, content, tmp_path):
+    pack(write(tmp_path / "pets", "cat/2", "dog/2"), archive, *content.split())
+    with pytest.raises(DataError, match=f"archive {archive} lies beside"):
+        read(tmp_path / "pets")
+
+
+@pytest.mark.parametrize("form", ["zip", "gztar"])
+@pytest.mark.parametrize("damage", ["a page of the web", "cut off", "changed"])
+def test_an_archive_that_cannot_be_unpacked_is_named_each_time(form, damage, tmp_path):
+    content = write(tmp_path / "content", "cat/9", "dog/9")
+    path = shutil.make_archive(str(tmp_path / "set" / "all"), form, content)
+    with open(path, "rb") as file:
+        whole = file.read()
+    middle = len(whole) // 2
+    damaged = whole[:middle] + (b"" if damage == "cut off" else bytes(50) + whole[middle + 50 :])
+    with open(path, "wb") as file:
+        file.write(b"<!DOCTYPE html>" if damage == "a page of the web" else damaged)
+    for _ in range(2):  # nothing half unpacked is left for the second time
+        with pytest.raises(DataError, match=r"archive .*all.* cannot be (opened|unpacked)") as error:
+            read(tmp_path / "set")
+        assert "download it again" in error.value.mend
+
+
+@pytest.mark.parametrize("archives", ["train test", "images"])
+def test_archives_beside_a_list_are_answered_with_the_command_that_unpacks_them(archives, tmp_path):
+    root = tmp_path / "set"
+    root.mkdir()
+    for name in archives.split():
+        pack(root, f"{name}.zip", "a.png", "b.png")
+    table(root, "train.csv", "id,label", "a,x", "b,y")
+    with pytest.raises(DataError, match="is not there") as error:
+        read(root)
+    for name in archives.split():
+        assert f"`unzip {name}.zip -d {name}`" in error.value.mend
+
+
+def test_a_packed_train_beside_a_test_without_labels_is_answered_with_the_command(tmp_path):
+    pack(write(tmp_path / "set", "test/2"), "train.zip", "cat/1", "dog/1")
+    with pytest.raises(DataError, match="has no labelled pictures") as error:
+        read(tmp_path / "set")
+    assert "`unzip train.zip -d train`" in error.value.mend
+
+
 @pytest.mark.parametrize("form", ["zip", "gztar", "bztar", "xztar"])
 def test_archives_of_all_usual_kinds_are_read(form, tmp_path):
     for split in ("train", "test"):

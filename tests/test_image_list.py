@@ -539,6 +539,33 @@ def test_lists_in_the_folders_of_splits_are_read(name, header, rows, competition
     assert f"stand in train/{name}, test/{name}" in data.notes[0]
 
 
+def test_the_list_with_a_column_of_labels_by_name_or_one_for_each_class_is_named(competition):
+    write(competition, "image,age", "0,3", "1,4", name="Metadata.csv")
+    write(competition, "image,mel,nv", "0,1.0,0.0", "1,0.0,1.0", name="GroundTruth.csv")
+    with pytest.raises(DataError, match="lie in no class folders") as error:
+        read(competition)
+    assert f"if {competition / 'GroundTruth.csv'} lists them" in error.value.mend
+
+
+def test_a_table_beside_one_folder_of_pictures_is_named(folder):
+    pq.write_table(pa.table({"path": ["photos/0.png"], "label": ["a"]}), folder / "rows.parquet")
+    with pytest.raises(DataError, match="one class alone: photos") as error:
+        read(folder)
+    assert f"{folder / 'rows.parquet'} lists them" in error.value.mend
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_metadata_file_of_several_splits_names_them_by_folders(ending, competition):
+    rows = [(f"{split}/{i}.png", "ab"[i % 2]) for split, count in (("train", 4), ("test", 2)) for i in range(count)]
+    lines = [json.dumps({"file_name": path, "label": label}) for path, label in rows]
+    if ending == "csv":
+        lines = ["file_name,label", *(",".join(row) for row in rows)]
+    write(competition, *lines, name=f"metadata.{ending}")
+    data = read(competition)
+    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2, 3], [4, 5])
+    assert labels(data, "test") == ["a", "b"]
+
+
 def test_a_list_beside_one_folder_of_pictures_tells_their_labels(folder):
     write(folder, *TRAIN, name="train.csv")
     assert labels(read(folder)) == ["a", "b", "a", "b"]

@@ -12,6 +12,7 @@ of its own. What is left out is named.
 """
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from samtune.data.formats import (
     is_picture,
     is_readable,
     is_unreadable,
+    names_in_archive,
     unpacking,
 )
 from samtune.data.labels import some
@@ -193,7 +195,21 @@ def _read_tree(path: str, key: str, place: str, archives: Mapping[str, str], abo
 
 
 def _stem(archive: str) -> str:
-    return archive[: -len(archive_ending(archive))]
+    """What an archive is called: cat (1).zip, which a second download is, as cat.zip."""
+    return re.sub(r"\s*\(\d+\)$", "", archive[: -len(archive_ending(archive))])
+
+
+def _may_add(folder: Folder, archive: str, stem: str) -> bool:
+    """Whether an archive may hold pictures that are not there: no pictures are no class, and folders like these a copy.
+
+    What cannot be opened may hold anything.
+    """
+    names = names_in_archive(os.path.join(folder.path, archive))
+    if names is None:
+        return True
+    folders = {part for name in names for part in readable(name).split("/")[:-1]}
+    is_copy = parse(stem)[0] not in ROLES and {child.name for child in folder.children} <= folders
+    return any(is_readable(name) or is_unreadable(name) for name in names) and not is_copy
 
 
 class _Reader:
@@ -477,7 +493,7 @@ class _Reader:
         for name, stem in packed:
             place = _place(folder, name)
             is_copy = stem in there or stem in around or stem == _PACKED or parse(stem) == (None, ())
-            if is_above and not is_copy and self._may_be_meant(folder, stem):
+            if is_above and not is_copy and self._may_be_meant(folder, stem) and _may_add(folder, name, stem):
                 raise DataError(
                     f"archive {place} lies beside folders of pictures, and may be a class or a split of its own",
                     f"beside it: {some([child.name + '/' for child in folder.children])}; archives are unpacked where "

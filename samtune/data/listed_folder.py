@@ -69,6 +69,31 @@ def read_lists(root: Path, wanted: Wanted) -> ListSplits | None:
     return ListSplits(splits, [note, *notes], train.columns)
 
 
+def read_metadata(path: Path, wanted: Wanted) -> ListSplits | None:
+    """The splits of a metadata file of several: train/0.png is a row of train, unless a column tells the splits.
+
+    None where its paths begin with no folder of a split, and for a table, which `datasets` reads.
+    """
+    if path.suffix.lower() not in image_list.LISTS:
+        return None
+    try:
+        listed = image_list.read_list(path, wanted)
+    except DataError:
+        return None  # it may name its pictures as only `datasets` understands it
+    if listed.columns.splits:
+        return listed
+    splits: dict[str, tuple[list[str], list[Any]]] = {}
+    for files, labels in listed.splits.values():
+        for file, label in zip(files, labels, strict=True):
+            split = os.path.relpath(file, path.parent).split(os.sep)[0]
+            of_split = splits.setdefault(readable(split), ([], []))
+            of_split[0].append(file)
+            of_split[1].append(label)
+    if not all(role_of(split) in ROLES for split in splits):
+        return None
+    return replace(listed, splits=splits)
+
+
 def labelled(root: Path, wanted: Wanted | None = None) -> list[Path]:
     """The lists of a folder that have columns of pictures and of labels; that of train first, of test last.
 
@@ -108,6 +133,8 @@ def check_beside(root: Path, splits: Mapping[str, tuple[Sequence[str], Sequence[
         }
         labels = [name for name in told if _may_be_labels(name)]
         one_hot = [name for name in told if set(told[name]) <= {"0", "1", "0.0", "1.0"}]
+        if any(row.count("1") + row.count("1.0") != 1 for row in zip(*(told[name] for name in one_hot), strict=True)):
+            one_hot = []  # flags of any kind
         is_same = (
             any(
                 10 * sum(map(str.__eq__, told[name], of_row)) >= 9 * len(of_row)
