@@ -786,6 +786,7 @@ SAME_LABELS = {
     "columns": ("path,cat,dog", "cat/0.png,1,0", "cat/1.png,1,0", "dog/0.png,0,1", "dog/1.png,0,1"),
     "names beside more": ("path,label,class", "cat/0.png,x,cat", "cat/1.png,y,cat", "dog/0.png,x,dog"),
     "no labels": ("path,age,city", "cat/0.png,3,x", "cat/1.png,4,y", "dog/0.png,3,x", "dog/1.png,5,y"),
+    "flags": ("path,flipped,flash", "cat/0.png,1,1", "cat/1.png,0,0", "dog/0.png,1,0", "dog/1.png,0,1"),
     "other pictures": ("path,label", "bird/5.png,x", "bird/6.png,y", "bird/7.png,x"),
 }
 
