@@ -8,6 +8,8 @@ import shutil
 import unicodedata
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, features
@@ -598,6 +600,78 @@ def test_an_archive_of_what_is_unpacked_is_named(archive, tmp_path):
     assert data.notes == (f"archive {archive} not read: beside folders of pictures archives are not unpacked",)
 
 
+def pack(root, archive, *paths):
+    """An archive of these pictures, and of texts where a path has another ending."""
+    content = write(root.parent / "content", *paths)
+    form = "zip" if archive.endswith(".zip") else "gztar"
+    made = shutil.make_archive(str(root.parent / "made"), form, content)
+    shutil.rmtree(content)
+    shutil.move(made, root / archive)
+
+
+@pytest.mark.parametrize(
+    ("archive", "content"),
+    [
+        ("backup-2023.zip", "pets/cat/0.png pets/dog/0.png"),
+        ("annotations.zip", "cat/0.xml dog/0.xml"),
+        ("model.tar.gz", "weights.bin config.json"),
+        ("archive (1).zip", "bird/0.png"),
+        ("cat (2).zip", "0.png"),
+    ],
+)
+def test_an_archive_without_pictures_or_with_those_that_are_there_stops_nothing(archive, content, tmp_path):
+    pack(write(tmp_path / "pets", "cat/2", "dog/2"), archive, *content.split())
+    data = read(tmp_path / "pets")
+    assert sizes(data) == {"train": 4}
+    assert data.notes == (f"archive {archive} not read: beside folders of pictures archives are not unpacked",)
+
+
+@pytest.mark.parametrize(
+    ("archive", "content"), [("bird.zip", "0.png"), ("bird.tar.gz", "bird/0.png"), ("test.zip", "cat/0.png dog/0.png")]
+)
+def test_an_archive_with_pictures_that_are_not_there_stops_the_run(archive, content, tmp_path):
+    pack(write(tmp_path / "pets", "cat/2", "dog/2"), archive, *content.split())
+    with pytest.raises(DataError, match=f"archive {archive} lies beside"):
+        read(tmp_path / "pets")
+
+
+@pytest.mark.parametrize("form", ["zip", "gztar"])
+@pytest.mark.parametrize("damage", ["a page of the web", "cut off", "changed"])
+def test_an_archive_that_cannot_be_unpacked_is_named_each_time(form, damage, tmp_path):
+    content = write(tmp_path / "content", "cat/9", "dog/9")
+    path = shutil.make_archive(str(tmp_path / "set" / "all"), form, content)
+    with open(path, "rb") as file:
+        whole = file.read()
+    middle = len(whole) // 2
+    damaged = whole[:middle] + (b"" if damage == "cut off" else bytes(50) + whole[middle + 50 :])
+    with open(path, "wb") as file:
+        file.write(b"<!DOCTYPE html>" if damage == "a page of the web" else damaged)
+    for _ in range(2):  # nothing half unpacked is left for the second time
+        with pytest.raises(DataError, match=r"archive .*all.* cannot be (opened|unpacked)") as error:
+            read(tmp_path / "set")
+        assert "download it again" in error.value.mend
+
+
+@pytest.mark.parametrize("archives", ["train test", "images"])
+def test_archives_beside_a_list_are_answered_with_the_command_that_unpacks_them(archives, tmp_path):
+    root = tmp_path / "set"
+    root.mkdir()
+    for name in archives.split():
+        pack(root, f"{name}.zip", "a.png", "b.png")
+    table(root, "train.csv", "id,label", "a,x", "b,y")
+    with pytest.raises(DataError, match="is not there") as error:
+        read(root)
+    for name in archives.split():
+        assert f"`unzip {name}.zip -d {name}`" in error.value.mend
+
+
+def test_a_packed_train_beside_a_test_without_labels_is_answered_with_the_command(tmp_path):
+    pack(write(tmp_path / "set", "test/2"), "train.zip", "cat/1", "dog/1")
+    with pytest.raises(DataError, match="has no labelled pictures") as error:
+        read(tmp_path / "set")
+    assert "`unzip train.zip -d train`" in error.value.mend
+
+
 @pytest.mark.parametrize("form", ["zip", "gztar", "bztar", "xztar"])
 def test_archives_of_all_usual_kinds_are_read(form, tmp_path):
     for split in ("train", "test"):
@@ -638,3 +712,126 @@ def test_rows_lie_in_the_order_of_their_paths(tmp_path):
         *("10/0.png", "10/1.png", "9/0.png", "9/1.png", "b/0.png", "b/x/0.png")
     ]
     assert labels == ["10", "10", "9", "9", "b", "b"]
+
+
+# ------------------------------------------------------------------------------------------------- lists beside folders
+
+
+def table(root, name, *lines):
+    """A list: a header and rows; as parquet where its name says so."""
+    if name.endswith(".parquet"):
+        header, *rows = (line.split(",") for line in lines)
+        pq.write_table(pa.table(dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))), root / name)
+    else:
+        (root / name).write_text("".join(line + "\n" for line in lines))
+
+
+# Pictures, list, its lines, what --train-split says where the folders are meant.
+OTHER_LABELS = {
+    "parts of a download": (
+        ("H_part_1/a.jpg", "H_part_1/b.jpg", "H_part_2/c.jpg", "H_part_2/d.jpg"),
+        "H_metadata.csv",
+        ("lesion_id,image_id,dx,age", "1,a,nv,3", "2,b,bkl,4", "3,c,nv,5", "4,d,bkl,5"),
+        ".",
+    ),
+    "parts with a folder in each, and a column of an unusual name": (
+        ("images_1/images/a.png", "images_1/images/b.png", "images_2/images/c.png"),
+        "Data_Entry_2017.csv",
+        ("Image Index,Finding Labels,Patient Age", "a.png,Hernia,3", "b.png,Mass|Hernia,3", "c.png,Mass,4"),
+        ".",
+    ),
+    "a table": (
+        ("part0/a.png", "part0/b.png", "part1/c.png"),
+        "rows.parquet",
+        ("path,label", "part0/a.png,x", "part0/b.png,y", "part1/c.png,x"),
+        ".",
+    ),
+    "numbered folders": (
+        ("images/0/00a.png", "images/0/00b.png", "images/1/11a.png"),
+        "train.csv",
+        ("id,cat,dog", "00a,1,0", "00b,0,1", "11a,1,0"),
+        ".",
+    ),
+    "train and extra": (
+        ("train/a.png", "train/b.png", "extra/c.png", "extra/d.png"),
+        "train.csv",
+        ("id,label", "a,x", "b,y"),
+        ".",
+    ),
+    "splits of folders": (
+        ("train/p1/a.png", "train/p1/b.png", "train/p2/c.png", "test/p1/d.png"),
+        "labels.jsonl",
+        ('{"id": "a", "label": "x"}', '{"id": "b", "label": "y"}', '{"id": "c", "label": "y"}'),
+        "train",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LABELS)
+def test_folders_are_no_classes_where_a_list_tells_other_labels_of_their_pictures(name, tmp_path):
+    paths, listed, lines, train = OTHER_LABELS[name]
+    table(write(tmp_path, *paths), listed, *lines)
+    with pytest.raises(DataError, match=f"list .*{listed} tells other labels than the folders") as error:
+        read(tmp_path)
+    assert f"--dataset {tmp_path / listed}" in error.value.mend
+    assert error.value.mend.endswith(f"take it away, or say --train-split {train}")
+    data = read(tmp_path, train_split=train)
+    assert len(data.class_names) == 2
+    assert sum(sizes(data).values()) == len(paths)
+
+
+SAME_LABELS = {
+    "names": ("path,label", "cat/0.png,cat", "cat/1.png,cat", "dog/0.png,Dog", "dog/1.png,dog"),
+    "numbers": (",path,label", "0,cat/0.png,7", "1,cat/1.png,7", "2,dog/0.png,8", "3,dog/1.png,8"),
+    "columns": ("path,cat,dog", "cat/0.png,1,0", "cat/1.png,1,0", "dog/0.png,0,1", "dog/1.png,0,1"),
+    "names beside more": ("path,label,class", "cat/0.png,x,cat", "cat/1.png,y,cat", "dog/0.png,x,dog"),
+    "no labels": ("path,age,city", "cat/0.png,3,x", "cat/1.png,4,y", "dog/0.png,3,x", "dog/1.png,5,y"),
+    "flags": ("path,flipped,flash", "cat/0.png,1,1", "cat/1.png,0,0", "dog/0.png,1,0", "dog/1.png,0,1"),
+    "other pictures": ("path,label", "bird/5.png,x", "bird/6.png,y", "bird/7.png,x"),
+}
+
+
+@pytest.mark.parametrize("name", SAME_LABELS)
+def test_a_list_that_says_the_same_as_the_folders_or_nothing_of_labels_stops_nothing(name, tmp_path):
+    table(write(tmp_path, "cat/2", "dog/2"), "about.csv", *SAME_LABELS[name])
+    assert read(tmp_path).class_names == ("cat", "dog")
+
+
+def test_lists_of_a_split_are_compared_with_the_pictures_of_that_split(tmp_path):
+    write(tmp_path, "train/cat/a.png", "train/dog/b.png", "test/c.png")
+    table(tmp_path, "test.csv", "id,label", "a,x", "b,x")
+    assert read(tmp_path).class_names == ("cat", "dog")
+
+
+COPIES = {
+    "below the name of the data set": ("yes/2", "no/2", "brain_tumor_dataset/yes/2", "brain_tumor_dataset/no/2"),
+    "of some of the classes": ("cat/2", "dog/2", "owl/2", "augmented/cat/2", "augmented/dog/2"),
+    "one folder deeper": ("cat/2", "dog/2", "more/set/cat/2", "more/set/dog/2"),
+    "in train": ("train/cat/2", "train/dog/2", "train/train/cat/2", "train/train/dog/2"),
+    "beside a split": ("cat/2", "dog/2", "copy/cat/2", "copy/dog/2", "test/cat/2"),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_of_the_classes_among_them_is_no_class(name, tmp_path):
+    with pytest.raises(DataError, match="it cannot be told") as error:
+        read(write(tmp_path, *COPIES[name]))
+    assert "may be a class or a copy of those beside it: it holds" in error.value.why
+    assert f"{COPIES[name][0].split('/')[0]}/  " in error.value.why
+    data = read(tmp_path, train_split="train" if name == "in train" else ".")
+    assert len(data.class_names) >= 3
+
+
+@pytest.mark.parametrize(("link", "to"), [("val", "test"), ("test", "train")])
+def test_two_splits_that_are_one_folder_are_refused(link, to, tmp_path):
+    write(tmp_path, "train/cat/2", "train/dog/2", f"{to}/cat/2", f"{to}/dog/2")
+    (tmp_path / link).symlink_to(tmp_path / to)
+    with pytest.raises(DataError, match=r"splits .* are the same folder"):
+        read(tmp_path)
+
+
+def test_a_class_folder_that_two_splits_share_by_a_link_is_told(tmp_path):
+    write(tmp_path, "train/cat/2", "train/dog/2", "test/dog/3")
+    (tmp_path / "test/cat").symlink_to(tmp_path / "train/cat")
+    (note,) = read(tmp_path).notes
+    assert note.startswith("2 pictures of train in test, too")

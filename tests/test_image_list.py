@@ -675,6 +675,71 @@ def test_a_list_of_test_with_the_labels_of_train_is_its_test_split(header, compe
     assert labels(data, "test") == ["b", "a"]
 
 
+@pytest.mark.parametrize(
+    "name", ["test_predictions", "test_sample", "sample_test", "test_pred", "my_test_output", "test_old"]
+)
+def test_a_list_of_guesses_or_examples_is_no_test_split(name, competition):
+    write(competition, *TRAIN, name="train.csv")
+    write(competition, "id,breed", "0,a", "1,a", name=f"{name}.csv")
+    assert list(read(competition).splits) == ["train"]
+
+
+@pytest.mark.parametrize(
+    "names", ["train test", "train_labels test_labels", "birds_train birds_test", "train_df TestSet"]
+)
+def test_a_list_of_test_is_known_by_its_name(names, competition):
+    for name, lines in zip(names.split(), (TRAIN, ("id,breed", "0,a", "1,b")), strict=True):
+        write(competition, *lines, name=f"{name}.csv")
+    assert list(read(competition).splits) == ["train", "test"]
+
+
+def test_a_list_of_validation_beside_a_column_of_splits_is_not_dropped_without_a_word(competition):
+    write(competition, "id,breed,split", "0,a,train", "1,b,train", "2,a,val", "3,b,val", name="train.csv")
+    write(competition, "id,breed", "0,a", name="val.csv")
+    assert "val.csv is not read: train.csv tells the split validation itself" in read(competition).notes
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "rows"),
+    [("labels.csv", "path,label", "a b"), ("_classes.csv", "filename, cat, dog", "1,0 0,1")],
+)
+def test_lists_in_the_folders_of_splits_are_read(name, header, rows, competition):
+    for split in ("train", "test"):
+        lines = [f"{i}.png,{row}" for i, row in enumerate(rows.split())]
+        write(competition, header, *lines, name=f"{split}/{name}")
+    data = read(competition)
+    assert {role: len(split) for role, split in data.splits.items()} == {"train": 2, "test": 2}
+    assert pictures(data, "test") == [4, 5]
+    assert f"stand in train/{name}, test/{name}" in data.notes[0]
+
+
+def test_the_list_with_a_column_of_labels_by_name_or_one_for_each_class_is_named(competition):
+    write(competition, "image,age", "0,3", "1,4", name="Metadata.csv")
+    write(competition, "image,mel,nv", "0,1.0,0.0", "1,0.0,1.0", name="GroundTruth.csv")
+    with pytest.raises(DataError, match="lie in no class folders") as error:
+        read(competition)
+    assert f"if {competition / 'GroundTruth.csv'} lists them" in error.value.mend
+
+
+def test_a_table_beside_one_folder_of_pictures_is_named(folder):
+    pq.write_table(pa.table({"path": ["photos/0.png"], "label": ["a"]}), folder / "rows.parquet")
+    with pytest.raises(DataError, match="one class alone: photos") as error:
+        read(folder)
+    assert f"{folder / 'rows.parquet'} lists them" in error.value.mend
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_metadata_file_of_several_splits_names_them_by_folders(ending, competition):
+    rows = [(f"{split}/{i}.png", "ab"[i % 2]) for split, count in (("train", 4), ("test", 2)) for i in range(count)]
+    lines = [json.dumps({"file_name": path, "label": label}) for path, label in rows]
+    if ending == "csv":
+        lines = ["file_name,label", *(",".join(row) for row in rows)]
+    write(competition, *lines, name=f"metadata.{ending}")
+    data = read(competition)
+    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2, 3], [4, 5])
+    assert labels(data, "test") == ["a", "b"]
+
+
 def test_a_list_beside_one_folder_of_pictures_tells_their_labels(folder):
     write(folder, *TRAIN, name="train.csv")
     assert labels(read(folder)) == ["a", "b", "a", "b"]

@@ -1,8 +1,12 @@
 """Which files are pictures by their endings, and what it takes to read them. Imports nothing heavy."""
 
 import importlib
+import lzma
 import os
 import shlex
+import tarfile
+import zipfile
+import zlib
 from functools import cache
 from importlib.util import find_spec
 from pathlib import PurePath
@@ -22,6 +26,8 @@ _PLUGINS = {
 _FOREIGN = (".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".psd", ".svg", ".dcm", ".exr")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
 _FOREIGN_ARCHIVES = (".7z", ".rar", ".tar.zst", ".tar.lz4", ".tar.lzma", ".tar.z")  # no package here reads them
+
+_LOOKED_AT = 300  # members of a tar
 
 
 def is_readable(name: str) -> bool:
@@ -56,6 +62,18 @@ def unpacking(name: str) -> str:
     return {".zip": f"unzip {file} -d {folder}", ".7z": f"7z x {file} -o{folder}"}.get(
         ending, f"unrar x {file} {folder}/"
     )
+
+
+def names_in_archive(path: str) -> list[str] | None:
+    """The names in an archive, of a tar the first ones: it has no index. None where it cannot be opened here."""
+    try:
+        if path.lower().endswith(".zip"):
+            with zipfile.ZipFile(path) as zipped:
+                return zipped.namelist()
+        with tarfile.open(path) as tar:
+            return [member.name for member, _ in zip(tar, range(_LOOKED_AT), strict=False)]
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile):
+        return None
 
 
 def is_picture(path: str) -> bool:

@@ -12,6 +12,7 @@ of its own. What is left out is named.
 """
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from samtune.data.formats import (
     is_picture,
     is_readable,
     is_unreadable,
+    names_in_archive,
     unpacking,
 )
 from samtune.data.labels import some
@@ -193,7 +195,21 @@ def _read_tree(path: str, key: str, place: str, archives: Mapping[str, str], abo
 
 
 def _stem(archive: str) -> str:
-    return archive[: -len(archive_ending(archive))]
+    """What an archive is called: cat (1).zip, which a second download is, as cat.zip."""
+    return re.sub(r"\s*\(\d+\)$", "", archive[: -len(archive_ending(archive))])
+
+
+def _may_add(folder: Folder, archive: str, stem: str) -> bool:
+    """Whether an archive may hold pictures that are not there: no pictures are no class, and folders like these a copy.
+
+    What cannot be opened may hold anything.
+    """
+    names = names_in_archive(os.path.join(folder.path, archive))
+    if names is None:
+        return True
+    folders = {part for name in names for part in readable(name).split("/")[:-1]}
+    is_copy = parse(stem)[0] not in ROLES and {child.name for child in folder.children} <= folders
+    return any(is_readable(name) or is_unreadable(name) for name in names) and not is_copy
 
 
 class _Reader:
@@ -346,6 +362,15 @@ class _Reader:
             others = [other for other in names if other != key and names[other] == name]
             if others:
                 raise self._unclear(f"{' and '.join(sorted([key, *others]))} may both be {roles[key]}")
+        by_place: dict[str, str] = {}
+        for key, split in splits.items():
+            same = by_place.setdefault(os.path.realpath(split.path), key)
+            if same != key and {roles[key], roles[same]} <= set(ROLES):
+                raise DataError(
+                    f"splits {readable(same)} and {readable(key)} of {readable(str(self.root))} are the same folder",
+                    f"both are {readable(os.path.realpath(split.path))}",
+                    "remove the link: without a split of its own, validation is held out of train",
+                )
         self.taken.update(splits.values())
         self.roles.update(roles.values())
         for key in sorted(splits, key=lambda key: roles[key] != "train"):
@@ -354,6 +379,8 @@ class _Reader:
             is_spare = key not in self.named and names[key] != roles[key] and roles[key] in names.values()
             folders = [child for child in split.folders if child not in splits.values()]
             with_pictures = [child for child in folders if child.count]
+            if key not in self.named and not {child.name for child in with_pictures} <= self.classes:
+                self._check_copies(with_pictures)
             if roles[key] == "train" and not is_spare:
                 self._check_train(split, with_pictures)
                 known |= {child.name for child in with_pictures}
@@ -409,6 +436,16 @@ class _Reader:
                 else "sort them into folders named after their classes, or give a .csv list of path,label by --dataset",
             )
 
+    def _check_copies(self, classes: Sequence[Folder]) -> None:
+        """Raise DataError for a class whose folders have the names of the classes beside it: so has a copy of all."""
+        for folder in classes:
+            beside = {other.name for other in classes if other is not folder}
+            below = [child.name for child in _fork(folder)]
+            if len(below) > 1 and set(below) <= beside:
+                raise self._unclear(
+                    f"{self._relative(folder)} may be a class or a copy of those beside it: it holds {some(below)}, too"
+                )
+
     def _add_class(self, key: str, split: Folder, folder: Folder) -> None:
         if folder.count:
             self.passed_over += _others(folder)
@@ -456,7 +493,7 @@ class _Reader:
         for name, stem in packed:
             place = _place(folder, name)
             is_copy = stem in there or stem in around or stem == _PACKED or parse(stem) == (None, ())
-            if is_above and not is_copy and self._may_be_meant(folder, stem):
+            if is_above and not is_copy and self._may_be_meant(folder, stem) and _may_add(folder, name, stem):
                 raise DataError(
                     f"archive {place} lies beside folders of pictures, and may be a class or a split of its own",
                     f"beside it: {some([child.name + '/' for child in folder.children])}; archives are unpacked where "

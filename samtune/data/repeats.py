@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from samtune.data.encoded import FileImages
@@ -53,12 +54,17 @@ def without_repeats(dataset: str, raw: RawSplits) -> tuple[RawSplits, list[str]]
 
 
 def shared(raw: RawSplits, parts: Mapping[str, Sequence[str]]) -> list[str]:
-    """A note on pictures that two roles share, as of what is trained on and scored. Duplicates are left to `check`."""
+    """A note on pictures that two roles share, as of what is trained on and scored. Duplicates are left to `check`.
+
+    A folder is the same under each of its names, as where test/cat is a link to train/cat.
+    """
     role_of: dict[str, str] = {}
+    real = cache(os.path.realpath)  # of folders, which are few
     notes = []
     for role in (role for role in ROLES if role in parts):
         for images in (raw[name][0] for name in parts[role]):
-            files = [_plain(path) for path in images.paths] if isinstance(images, FileImages) else []
+            paths = images.paths if isinstance(images, FileImages) else []
+            files = [os.path.join(real(os.path.dirname(path)), os.path.basename(path)) for path in paths]
             again = [file for file in files if role_of.setdefault(file, role) != role]
             if again:
                 notes.append(

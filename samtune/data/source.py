@@ -257,7 +257,13 @@ def _read_path(
             notes = [f"{file.relative_to(path)} is not read: {told}" for file in metadata]
             return _of_folders(in_folders.splits), [*in_folders.notes, *notes]
         if in_folders.notes:
-            raise DataError(f"data set {origin} has no labelled pictures", "; ".join(in_folders.notes))
+            what = f"data set {origin} has no labelled pictures"
+            raise DataError(what, "; ".join(in_folders.notes), _unpacking(path))
+    if not found and metadata == [entry for entry in metadata if entry.parent == path] and len(metadata) == 1:
+        of_splits = listed_folder.read_metadata(metadata[0], wanted)
+        if of_splits is not None:
+            raw, notes = repeats.without_repeats(origin, _of_files(of_splits.splits))
+            return raw, [*of_splits.notes, *notes]
     found = found or tables.read_by_library(path, origin, wanted.dataset_config)
     raw, notes = tables.raw_splits(origin, found, path if path.is_dir() else path.parent, wanted, train)
     raw, more = repeats.without_repeats(origin, raw)
@@ -269,13 +275,16 @@ def _read_folder(path: Path, wanted: Wanted, classes: Sequence[str]) -> FolderSp
     try:
         found = _read_pictures(path, wanted, classes)
     except DataError:
-        listed = listed_folder.read_lists(path, wanted)
+        listed = _read_lists(path, wanted)
         if listed is None:
             raise
         return listed
     names = {name for _, of_split in found.splits.values() for name in of_split}
     if len(names) < 2 and not (names and names <= set(classes)):
-        return listed_folder.read_lists(path, wanted) or found
+        return _read_lists(path, wanted) or found
+    if wanted.train_split is None and not names <= set(classes):
+        train = next((split for split in found.splits if role_of(split) == "train"), ".")
+        listed_folder.check_beside(path, found.splits, "." if train in names or not (path / train).is_dir() else train)
     found.notes += [
         f"list {readable(str(beside))} is not read: folders tell the classes (--dataset takes it, too)"
         for beside in listed_folder.labelled(path)
@@ -299,6 +308,22 @@ def _read_pictures(path: Path, wanted: Wanted, classes: Sequence[str]) -> Folder
     if alone:
         raise alone
     return found
+
+
+def _read_lists(path: Path, wanted: Wanted) -> ListSplits | None:
+    """By the lists in a folder, whose pictures may still be packed."""
+    try:
+        return listed_folder.read_lists(path, wanted)
+    except DataError as error:
+        packed = _unpacking(path)
+        raise DataError(error.what, error.why, f"{packed}; or: {error.mend}") if packed else error from None
+
+
+def _unpacking(path: Path) -> str:
+    """What unpacks the archives right in a folder, in words; "" where there are none."""
+    packed = [entry.name for entry in image_folder.entries(path) if archive_ending(entry.name) and entry.is_file()]
+    commands = labels.some([f"`{unpacking(name)}`" for name in packed])
+    return f"unpack the pictures, in {readable(str(path))}: {commands}" if packed else ""
 
 
 def _beside_tables(path: Path, splits: Collection[str]) -> list[str]:

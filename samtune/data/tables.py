@@ -9,7 +9,9 @@ import os
 import re
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,9 +24,10 @@ from samtune.data import columns, image_list
 from samtune.data.catalog import Dataset
 from samtune.data.columns import Columns, Kind
 from samtune.data.encoded import EncodedImages, FileImages, TableImages
-from samtune.data.formats import ARCHIVES, is_readable
+from samtune.data.formats import ARCHIVES, is_readable, names_in_archive, unpacking
 from samtune.data.image_folder import entries, is_folder
 from samtune.data.labels import Labels, without_blanks
+from samtune.data.names import readable
 from samtune.data.roles import ROLES, Wanted, role_of
 from samtune.data.split_columns import split_of_rows
 from samtune.errors import DataError, MachineError, UsageError, first_line
@@ -189,14 +192,49 @@ def _is_shard(path: Path) -> bool:
 
 
 def unpack(path: Path) -> Path:
-    """The content of an archive, in the cache of the `datasets` library; unpacked once."""
+    """The content of an archive, in the cache of the `datasets` library; unpacked once, and there as a whole or not."""
     import datasets
 
     found = path.stat()
     name = hashlib.sha256(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:16]
-    place = Path(datasets.config.HF_DATASETS_CACHE) / "samtune-archives" / name
-    manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(cache_dir=str(place)))
-    return Path(_read(lambda: manager.extract(str(path)), str(path)))
+    place = Path(datasets.config.HF_DATASETS_CACHE) / "samtune-unpacked" / name
+    if place.is_dir():
+        return place
+    if names_in_archive(str(path)) is None:
+        what = f"archive {readable(str(path))} cannot be opened"
+        raise DataError(what, f"it is cut off, or no archive: {_start(path)}", "download it again, or take it away")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, ignore_cleanup_errors=True) as unfinished:
+        manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(cache_dir=unfinished))
+        try:
+            _check_sums(path)
+            folder = Path(manager.extract(str(path)))
+        except Exception as error:  # each format has a family of errors
+            _refuse_full_disk(error)
+            raise DataError(
+                f"archive {readable(str(path))} cannot be unpacked",
+                first_line(error),
+                f"download it again; or, where it has a password, unpack it: `{unpacking(path.name)}`",
+            ) from None
+        with suppress(OSError):  # another process was first
+            folder.rename(place)
+    return place
+
+
+def _check_sums(path: Path) -> None:
+    """Read a compressed tar to its end, where its sum is: `tarfile` takes a damaged member for the end, unseen."""
+    if not path.name.lower().endswith((".zip", ".tar")):
+        with tarfile.open(path) as tar:
+            while tar.fileobj is not None and tar.fileobj.read(2**20):
+                pass
+
+
+def _start(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return f"it begins with {file.read(16)!r}"
+    except OSError as error:
+        return error.strerror or ""
 
 
 def _read(load: Callable[[], Any], origin: str) -> Any:
@@ -207,13 +245,17 @@ def _read(load: Callable[[], Any], origin: str) -> Any:
     try:
         return load()
     except Exception as error:  # cache and formats have a family of errors each
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise MachineError("the disk of the data cache is full", str(error), "make room, or set HF_HOME") from None
+        _refuse_full_disk(error)
         raise DataError(
             f"data set {origin} cannot be read",
             first_line(error),
             "a folder holds train/<class>/*.jpg, or parquet files as data/train-*.parquet",
         ) from None
+
+
+def _refuse_full_disk(error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        raise MachineError("the disk of the data cache is full", str(error), "make room, or set HF_HOME") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- the hub
