@@ -47,7 +47,7 @@ def read_list(path: Path, wanted: Wanted) -> ListSplits:
         UsageError: a wanted column is not there.
         DataError: no such columns, a row that cannot be read, or paths that lead nowhere.
     """
-    read = _read(path)
+    read = read_table(path)
     if not read.lines:
         raise DataError(f"list {path} has no rows", mend="one picture a row: path,label or path,label,split")
     where = [f"line {line} of {path}" for line in read.lines]
@@ -87,12 +87,12 @@ def read_list(path: Path, wanted: Wanted) -> ListSplits:
 
 def find_columns(path: Path, wanted: Wanted) -> Columns:
     """The columns of pictures, labels and splits of a list. Raises as `read_list` does."""
-    return columns.find(str(path), Table.of_lists(_read(path).values), wanted)
+    return columns.find(str(path), Table.of_lists(read_table(path).values), wanted)
 
 
 def names_of_columns(path: Path) -> list[str]:
     """What the columns of a list are called. Raises DataError where it cannot be read."""
-    return list(_read(path).values)
+    return list(read_table(path).values)
 
 
 def read_names(path: Path, wanted: Wanted) -> tuple[list[str], list[str]]:
@@ -102,7 +102,7 @@ def read_names(path: Path, wanted: Wanted) -> tuple[list[str], list[str]]:
         UsageError: a wanted column is not there.
         DataError: no column of paths, a row without one, or paths that lead nowhere.
     """
-    read = _read(path)
+    read = read_table(path)
     column = columns.find_image(str(path), Table.of_lists(read.values), wanted)
     read.check_names(path, [column])
     if not read.lines:
@@ -278,7 +278,7 @@ class _Rows:
                 )
 
 
-def _read(path: Path) -> _Rows:
+def read_table(path: Path) -> _Rows:
     return _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path)
 
 

@@ -192,7 +192,7 @@ def _read_columns(path: Path) -> dict[str, list[Any]]:
     """The columns of a list, those of pictures left out; {} where it cannot be read, which is said when it is."""
     try:
         if path.suffix.lower() != ".parquet":
-            return dict(image_list._read(path).values)
+            return dict(image_list.read_table(path).values)
         import pyarrow.parquet as pq
 
         plain = [field.name for field in pq.read_schema(path) if "binary" not in str(field.type)]
