@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from samtune.api import evaluate, run
-    from samtune.gradient import SAM
-    from samtune.predict import Prediction, Predictor
+    from samtune.predict.predictor import Prediction, Predictor
+    from samtune.sam.gradient import SAM
 
 __all__ = ["SAM", "Prediction", "Predictor", "__version__", "evaluate", "run"]
 __version__ = "0.1.0"
 
 _MODULES = {
-    "SAM": "samtune.gradient",
-    "Prediction": "samtune.predict",
-    "Predictor": "samtune.predict",
+    "SAM": "samtune.sam.gradient",
+    "Prediction": "samtune.predict.predictor",
+    "Predictor": "samtune.predict.predictor",
     "evaluate": "samtune.api",
     "run": "samtune.api",
 }

@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samtune import caches, config, console, ranks, report, shipped, signals
+from samtune import console
+from samtune.config import cache_folders, loading, shipped_recipes
+from samtune.config.run_config import RunConfig, flag_name
+from samtune.distributed import environment, signals
 from samtune.errors import UsageError
-from samtune.options import RunConfig, flag_name
-from samtune.resume import finished_report, settle
-from samtune.runlog import has_checkpoints
+from samtune.report import run_report
+from samtune.runs.resume import finished_report, settle
+from samtune.runs.run_log import has_checkpoints
 
 
 class Report(dict[str, Any]):
@@ -43,13 +46,13 @@ def run(
     _prepare()
     unknown = next((key for key in settings if key not in RunConfig.model_fields), None)
     if unknown is not None:
-        raise config.unknown_key(unknown, "the call of samtune.run")
+        raise loading.unknown_key(unknown, "the call of samtune.run")
     flags = {key: _plain(value) for key, value in settings.items() if value is not None}
     arguments = _command_line(recipe, resume, allow_change, flags)
     with signals.listening() as stop:
         result = start_or_resume(None if recipe is None else Path(recipe), flags, resume, allow_change, stop, arguments)
     assert result is not None
-    return Report(result, report.summary(result))
+    return Report(result, run_report.summary(result))
 
 
 def evaluate(
@@ -87,12 +90,12 @@ def evaluate(
             arguments=arguments,
         )
     assert scores is not None
-    return Report(scores, report.evaluation_summary(scores))
+    return Report(scores, run_report.evaluation_summary(scores))
 
 
 def _prepare() -> None:
     """Let the libraries write where it is possible, before they are imported."""
-    note = caches.prepare()
+    note = cache_folders.prepare()
     if note is not None:
         console.note(note)
 
@@ -137,36 +140,36 @@ def start_or_resume(
     recipe: a file, or the name of a recipe that comes with samtune. flags: settings that take precedence over it.
     arguments: the command line that each rank is started with.
     """
-    recipe = recipe and shipped.find(recipe)
+    recipe = recipe and shipped_recipes.find(recipe)
     resumed = None
     # A rank goes on with what is there, if it is started again; on what the command may find its launcher has decided.
-    if resume or ranks.folder() is not None or ranks.restarts() > 0:
+    if resume or environment.folder() is not None or environment.restarts() > 0:
         settings, resumed = settle(recipe, flags, allow_change)
         if resumed is None and resume:
             console.note(f"{settings.output} holds no run yet: a new one begins")
     elif allow_change:
         raise UsageError("--allow-change without --resume", mend="it says what may differ from the run that goes on")
     else:
-        settings = config.load(recipe, flags)
+        settings = loading.load(recipe, flags)
     if resumed is not None:
         stop.saved = has_checkpoints(resumed.folder)
         result = finished_report(resumed.folder) if not resumed.changed else None
         if result is not None:
             console.note(f"run {resumed.folder} is done already; this is its result")
             return {"folder": str(resumed.folder), **result}
-    ranks.check_processes(settings.processes)
-    if ranks.is_first():
-        from samtune.preflight import check_before_slow_work
+    environment.check_processes(settings.processes)
+    if environment.is_first():
+        from samtune.train.preflight import check_before_slow_work
 
         check_before_slow_work(settings, resumed)
-    if ranks.asked_for(settings.gpus, settings.processes, settings.nnodes):
-        from samtune import launch
+    if environment.asked_for(settings.gpus, settings.processes, settings.nnodes):
+        from samtune.distributed import launch
 
         return launch.run(settings, stop, arguments)
 
-    from samtune import train
+    from samtune.train import loop
 
-    return train.run(settings, resumed)
+    return loop.run(settings, resumed)
 
 
 def score_checkpoint(
@@ -197,18 +200,18 @@ def score_checkpoint(
     if temperature and split not in (None, "val"):
         raise UsageError(f"--temperature with --split {split}", "it is fitted on validation, and never on test")
     split = "val" if temperature else split
-    wanted = config.wanted(data_settings) if data_settings else None
-    config.check_devices(gpus, processes)
-    ranks.check_processes(processes)
-    if ranks.asked_for(gpus, processes):
-        from samtune import launch
+    wanted = loading.wanted(data_settings) if data_settings else None
+    loading.check_devices(gpus, processes)
+    environment.check_processes(processes)
+    if environment.asked_for(gpus, processes):
+        from samtune.distributed import launch
 
         return launch.launch(arguments, launch.Fleet(launch.ranks_here(gpus, processes)), stop)
 
-    from samtune import distributed
-    from samtune.evaluation import evaluate_checkpoint
+    from samtune.distributed import collectives
+    from samtune.train.evaluation import evaluate_checkpoint
 
-    with console.RunProgress() as progress, distributed.losses_named():
+    with console.RunProgress() as progress, collectives.losses_named():
         scored, about = evaluate_checkpoint(
             run_or_checkpoint,
             name=checkpoint,
@@ -223,8 +226,8 @@ def score_checkpoint(
         )
     result = about | scored.summary()
     if temperature:
-        from samtune.temperature import fit_and_store
+        from samtune.predict.temperature import fit_and_store
 
         weights = Path(about["checkpoint"]) / ("ema" if ema else "")
-        result["temperature"] = distributed.from_first(lambda: fit_and_store(scored, weights))
+        result["temperature"] = collectives.from_first(lambda: fit_and_store(scored, weights))
     return result

@@ -1,6 +1,6 @@
 """The command line in a process in which something breaks at a chosen place.
 
-    python -m tests.broken '[{"at": "samtune.sam:Perturbation.add_", "call": 3, "do": "SIGKILL"}]' run --model ...
+    python -m tests.broken '[{"at": "samtune.sam.perturbation:Perturbation.add_", "call": 3, "do": "SIGKILL"}]' run --model ...
 
 Each fault: at: module:name of a function. call: at which of its calls, from 1. do: a signal to the process itself, or,
 as "parent SIGTERM", to its parent; "hang", or "pause" until a signal comes; "oom"; "ENOSPC" and the like, raised in the
@@ -84,10 +84,10 @@ def break_here(faults: list[dict[str, Any]]) -> None:
 
 def prepare(faults: str) -> None:
     """Break this process, and those that it starts."""
-    from samtune import launch
-    from samtune.sweep import engines
+    from samtune.distributed import launch
+    from samtune.sweep import executors
 
-    launch.COMMAND = engines.COMMAND = (sys.executable, "-m", "tests.broken", faults)
+    launch.COMMAND = executors.COMMAND = (sys.executable, "-m", "tests.broken", faults)
     break_here(json.loads(faults))
 
 

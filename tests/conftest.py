@@ -178,7 +178,9 @@ def stopped(tmp_path_factory, photos) -> Path:
     from tests.interruptions import run
 
     folder = tmp_path_factory.mktemp("runs") / "stopped"
-    done = run(photos, folder, faults=[{"at": "samtune.sam:Perturbation.add_", "call": 7, "do": "SIGTERM"}])
+    done = run(
+        photos, folder, faults=[{"at": "samtune.sam.perturbation:Perturbation.add_", "call": 7, "do": "SIGTERM"}]
+    )
     assert done.returncode == 75, done.stderr
     return folder
 

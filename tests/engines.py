@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from samtune import SAM
-from samtune.step import Step
+from samtune.sam.step import Step
 
 
 def make_step(

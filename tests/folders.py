@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from samtune import config, report
-from samtune.stats import wilson_interval
+from samtune.config import loading
+from samtune.report import run_report
+from samtune.report.stats import wilson_interval
 from samtune.sweep import arms, ledger, protocol
 from samtune.sweep.ledger import Run
 from samtune.sweep.plan import Plan
-from samtune.sweep.recipe import load as load_recipe
+from samtune.sweep.spec import load as load_recipe
 
 STEPS_PER_EPOCH = 5
 _COLUMNS = ("step", "epoch", "split", "loss", "top1_error", "lr", "rho", "sam", "grad_norm", "images_per_second")
@@ -47,7 +48,7 @@ def write_run(
     """
     (folder / "checkpoints" / "last").mkdir(parents=True)
     steps = epochs * STEPS_PER_EPOCH
-    settings = config.load(None, {"model": "resnet10t", "dataset": dataset, "seed": seed, "model_ema": ema} | flags)
+    settings = loading.load(None, {"model": "resnet10t", "dataset": dataset, "seed": seed, "model_ema": ema} | flags)
     (folder / "config.toml").write_text(settings.to_toml(), encoding="utf-8")
     _write_json(folder / "checkpoints" / "last" / "manifest.json", {"class_names": list(classes), "step": steps})
     state = {"state": "done", "exit_code": 0, "step": steps, "total_steps": steps, "degraded": False, "error": None}
@@ -134,7 +135,7 @@ def _write_run_of(folder: Path, run: Run, wrong: Collection[int] | int | None, i
         ledger.note_end(folder, run.id, wrong)
         return
     write_run(there, wrong=wrong, passes=run.passes / made["epochs"], **made)
-    report.write(there, report.collect(there))
+    run_report.write(there, run_report.collect(there))
 
 
 def write_predictions(path: Path, split: str, labels: Any, predicted: Any, probability: Any) -> None:

@@ -35,7 +35,7 @@ class Ranks:
         self.world = world
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["samtune.evaluation", "samtune.shard"])  # loaded once for all
+        context.set_forkserver_preload(["samtune.train.evaluation", "samtune.distributed.fsdp"])  # loaded once for all
         self._pool = ProcessPoolExecutor(
             world,
             context,

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from samtune import config
-from samtune.batch import Batch
+from samtune.config import loading
 from samtune.errors import UsageError
+from samtune.train.batch_plan import Batch
 
 BOTH = {"batch_size": 32, "global_batch_size": 256}
 
 
 def plan(devices, images=10_000, **flags):
-    return Batch.of(config.load(None, {"model": "resnet10t", "dataset": "x", **flags}), devices, images)
+    return Batch.of(loading.load(None, {"model": "resnet10t", "dataset": "x", **flags}), devices, images)
 
 
 @pytest.mark.parametrize(

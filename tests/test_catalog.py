@@ -8,10 +8,10 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
-from samtune import config
+from samtune.config import loading
 from samtune.data import describe, source
 from samtune.data.catalog import CATALOG
-from samtune.data.roles import Wanted
+from samtune.data.split_roles import Wanted
 from samtune.errors import DataError, ModelError, UsageError
 from tests.conftest import image_bytes, samtune, write_image_folder
 from tests.hub import COMMIT
@@ -66,7 +66,7 @@ def test_a_row_is_whole_and_its_defaults_are_settings(row):
     assert len(row.citation) > len("not stated")
     assert row.counts.keys() <= {"train", "validation", "test"}
     assert not row.splits or set(row.counts) <= set(row.splits)
-    settings = config.load(None, {"model": "m", "dataset": row.name})
+    settings = loading.load(None, {"model": "m", "dataset": row.name})
     assert all(getattr(settings, key) == value for key, value in row.defaults.items())
 
 
@@ -85,8 +85,8 @@ def test_what_publications_score_is_the_test_split_whatever_the_hub_calls_it():
 
 def test_digits_and_clothes_are_not_mirrored():
     for name in ("mnist5k", "svhn", "svhn_extra", "fashion_mnist"):
-        assert config.load(None, {"model": "m", "dataset": name}).hflip == 0
-    assert config.load(None, {"model": "m", "dataset": "flowers102"}).hflip == 0.5
+        assert loading.load(None, {"model": "m", "dataset": name}).hflip == 0
+    assert loading.load(None, {"model": "m", "dataset": "flowers102"}).hflip == 0.5
 
 
 def test_the_mean_per_class_convention_is_named_where_it_is_the_custom():

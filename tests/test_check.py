@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samtune import config
-from samtune.data import check, duplicates, scan
+from samtune.config import loading
+from samtune.data.check import check, duplicates, scan
 from tests.conftest import image_bytes, samtune, write_image_folder
 
 needs_imagehash = pytest.mark.skipif(not scan.can_see_likeness(), reason="imagehash is not installed (extra: check)")
 
 
 def look(folder, workers=0):
-    settings = config.load(None, {"model": "", "dataset": str(folder)})
+    settings = loading.load(None, {"model": "", "dataset": str(folder)})
     return check.check(settings, workers=workers, progress=lambda *_: None)
 
 

@@ -9,10 +9,11 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from samtune import checkpoint, models
+from samtune.config.run_config import RunConfig
 from samtune.errors import CheckpointError
-from samtune.options import RunConfig
-from samtune.weights import locate
+from samtune.models import pretrained
+from samtune.models.weights import locate
+from samtune.runs import checkpoint
 from tests.conftest import Bomb
 
 NAMES = ("cat", "dog", "owl")
@@ -20,13 +21,13 @@ NAMES = ("cat", "dog", "owl")
 
 @pytest.fixture(scope="module")
 def model_and_info():
-    return models.build("tf_efficientnet_lite0", classes=3, pretrained=False, img_size=64)
+    return pretrained.build("tf_efficientnet_lite0", classes=3, pretrained=False, img_size=64)
 
 
 def save(root, model_and_info, step):
     model, info = model_and_info
     return checkpoint.save(
-        root, model.state_dict(), step, timm_config=models.timm_config(model, info, NAMES), about={"note": "x"}
+        root, model.state_dict(), step, timm_config=pretrained.timm_config(model, info, NAMES), about={"note": "x"}
     )
 
 
@@ -37,18 +38,18 @@ def test_timm_loads_a_checkpoint_with_the_same_logits_and_the_same_preprocessing
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded(images), model.eval()(images))
-    assert models.load_checkpoint(folder)[1] == info.data_config
+    assert pretrained.load_checkpoint(folder)[1] == info.data_config
     assert list(timm.data.resolve_model_data_config(loaded)["input_size"]) == [3, 64, 64]
     assert loaded.pretrained_cfg["label_names"] == list(NAMES)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
 def test_other_architectures_load_too(tmp_path, name):
-    model, info = models.build(name, classes=3, pretrained=False, img_size=96)
+    model, info = pretrained.build(name, classes=3, pretrained=False, img_size=96)
     folder = checkpoint.save(
-        tmp_path, model.state_dict(), 1, timm_config=models.timm_config(model, info, NAMES), about={}
+        tmp_path, model.state_dict(), 1, timm_config=pretrained.timm_config(model, info, NAMES), about={}
     )
-    loaded, data_config = models.load_checkpoint(folder)
+    loaded, data_config = pretrained.load_checkpoint(folder)
     images = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
         assert torch.equal(loaded(images), model.eval()(images))
@@ -84,7 +85,7 @@ def test_without_links_last_is_the_latest_and_best_is_what_it_says(tmp_path, mod
     checkpoints = tmp_path / "checkpoints"
     config = RunConfig(model="tf_efficientnet_lite0", dataset="d", select=select).model_dump(mode="json")
     model, info = model_and_info
-    timm_config = models.timm_config(model, info, NAMES)
+    timm_config = pretrained.timm_config(model, info, NAMES)
     for step in (2, 4, 10):
         state, about = {"position": {"best_step": 4}}, {"config": config}
         checkpoint.save(checkpoints, model.state_dict(), step, timm_config=timm_config, about=about, state=state)
@@ -190,10 +191,10 @@ def test_the_manifest_lists_every_other_file_with_its_size(tmp_path, model_and_i
 
 def test_the_averaged_model_lies_beside_it_and_loads_in_timm(tmp_path, model_and_info):
     model, info = model_and_info
-    averaged = models.average(model, 0.9).module
+    averaged = pretrained.average(model, 0.9).module
     with torch.no_grad():
         averaged.classifier.bias.add_(torch.arange(3.0))
-    config = models.timm_config(model, info, NAMES)
+    config = pretrained.timm_config(model, info, NAMES)
     folder = checkpoint.save(tmp_path, model.state_dict(), 1, timm_config=config, about={}, ema=averaged.state_dict())
     loaded = timm.create_model(f"local-dir:{folder / 'ema'}", pretrained=True).eval()
     images = torch.randn(2, 3, 64, 64)
@@ -220,9 +221,9 @@ def test_a_checkpoint_is_hardly_larger_than_weights_optimizer_and_average(tmp_pa
     for w in model.parameters():
         w.grad = torch.zeros_like(w)
     optimizer.step()
-    config = models.timm_config(model, info, NAMES)
+    config = pretrained.timm_config(model, info, NAMES)
     state = {"optimizer": optimizer.state_dict()["state"]}
-    averaged = models.average(model, 0.9).module
+    averaged = pretrained.average(model, 0.9).module
     folder = checkpoint.save(
         tmp_path, model.state_dict(), 1, timm_config=config, about={}, ema=averaged.state_dict(), state=state
     )

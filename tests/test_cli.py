@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from samtune.cli import main
-from samtune.options import RunConfig, flag_name
+from samtune.config.run_config import RunConfig, flag_name
 from tests.conftest import ROOT, samtune, write_image_folder
 
 LITE0 = "tf_efficientnet_lite0"
@@ -96,7 +96,7 @@ def test_ctrl_c_is_answered_in_words(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("samtune.runs.list_runs", interrupted)
+    monkeypatch.setattr("samtune.runs.listing.list_runs", interrupted)
     monkeypatch.setattr(sys, "argv", ["samtune", "runs"])
     assert main._exit_code() == 130
     assert capsys.readouterr().err == "error: stopped by Ctrl-C\n"
@@ -132,10 +132,10 @@ def test_the_modules_of_the_package_import_each_other_without_cycles():
     inside = {name: {other for other in others if other in graph} for name, others in graph.items()}
     order = list(graphlib.TopologicalSorter(inside).static_order())  # raises CycleError
     assert (
-        order.index("samtune.sam")
-        < order.index("samtune.gradient")
-        < order.index("samtune.step")
-        < order.index("samtune.train")
+        order.index("samtune.sam.perturbation")
+        < order.index("samtune.sam.gradient")
+        < order.index("samtune.sam.step")
+        < order.index("samtune.train.loop")
     )
     for name, others in inside.items():
         if not name.startswith(("samtune.cli.", "samtune.__main__")):

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from samtune import compare, config, stats
+from samtune.config import loading
 from samtune.errors import CheckpointError, UsageError
+from samtune.report import compare, stats
 from tests.conftest import samtune
 
 N = 40  # images
@@ -18,7 +19,7 @@ def write_run(folder, wrong=(), *, seed=0, split="test", n=N, passes=100, second
     """A run that is done and has these images of `split` wrong; settings: those that are not the default."""
     folder.mkdir(parents=True)
     flags = {"model": "m", "dataset": dataset, "seed": seed, "output": str(folder)} | settings
-    (folder / "config.toml").write_text(config.load(None, flags).to_toml())
+    (folder / "config.toml").write_text(loading.load(None, flags).to_toml())
     (folder / "status.json").write_text('{"state": "done"}')
     labels = np.arange(n) % 3
     predictions = np.where(np.isin(np.arange(n), list(wrong)), labels + 1, labels)

@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
-from samtune import config
+from samtune.config import loading
+from samtune.config.run_config import RunConfig
 from samtune.errors import UsageError
-from samtune.options import RunConfig
 from tests.conftest import samtune, write_image_folder
 
 NEEDED = {"model": "tf_efficientnet_lite0", "dataset": "cifar10"}
@@ -24,7 +24,7 @@ def recipe(tmp_path, text):
 
 def test_a_flag_goes_before_the_recipe_and_the_recipe_before_the_default(tmp_path):
     path = recipe(tmp_path, 'model = "a"\ndataset = "cifar10"\nrho = 0.1\nseed = 3\n')
-    got = config.load(path, {"rho": 0.2})
+    got = loading.load(path, {"rho": 0.2})
     assert (got.rho, got.seed, got.momentum) == (0.2, 3, 0.9)
     assert got.origins["rho"] == "flag"
     assert got.origins["seed"] == f"recipe {path}"
@@ -32,22 +32,22 @@ def test_a_flag_goes_before_the_recipe_and_the_recipe_before_the_default(tmp_pat
 
 
 def test_a_data_set_brings_defaults_that_flags_override():
-    assert config.load(None, NEEDED | {"dataset": "mnist5k"}).hflip == 0
-    assert config.load(None, NEEDED | {"dataset": "mnist5k"}).origins["hflip"] == "data set mnist5k"
-    assert config.load(None, NEEDED | {"dataset": "mnist5k", "hflip": 0.5}).hflip == 0.5
+    assert loading.load(None, NEEDED | {"dataset": "mnist5k"}).hflip == 0
+    assert loading.load(None, NEEDED | {"dataset": "mnist5k"}).origins["hflip"] == "data set mnist5k"
+    assert loading.load(None, NEEDED | {"dataset": "mnist5k", "hflip": 0.5}).hflip == 0.5
 
 
 def test_the_resolved_config_is_a_recipe_that_gives_the_same_config(tmp_path):
     given = {"rho": 0.1, "epochs": "50 steps", "p": float("inf"), "m": 4}
-    first = config.load(None, NEEDED | given).derive("lr", 0.01, "a reason")
-    again = config.load(recipe(tmp_path, first.to_toml()))
+    first = loading.load(None, NEEDED | given).derive("lr", 0.01, "a reason")
+    again = loading.load(recipe(tmp_path, first.to_toml()))
     assert again.model_dump() == first.model_dump()
     assert "# derived: a reason" in first.to_toml()
 
 
 def test_a_recipe_may_carry_its_claim(tmp_path):
     path = recipe(tmp_path, 'model = "a"\ndataset = "cifar10"\n[expected]\ntop1_error = 3.0\n')
-    assert config.load(path).model == "a"
+    assert loading.load(path).model == "a"
 
 
 @pytest.mark.parametrize(
@@ -81,72 +81,72 @@ def test_a_recipe_may_carry_its_claim(tmp_path):
 )
 def test_a_value_that_cannot_be_meant_is_refused_by_name_with_the_rule(tmp_path, key, value, said):
     with pytest.raises(UsageError, match=said) as by_flag:
-        config.load(None, NEEDED | {key: value})
-    assert config.flag_name(key) in by_flag.value.what
+        loading.load(None, NEEDED | {key: value})
+    assert loading.flag_name(key) in by_flag.value.what
     if value == value:  # TOML has nan too, but not by this name
         text = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
         path = recipe(tmp_path, f'model = "a"\ndataset = "b"\n{key} = {text}\n')
         with pytest.raises(UsageError, match=said) as by_recipe:
-            config.load(path)
+            loading.load(path)
         assert key in by_recipe.value.what
         assert str(path) in by_recipe.value.what
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(UsageError, match="unknown key bath_size") as error:
-        config.load(recipe(tmp_path, 'model = "a"\ndataset = "b"\nbath_size = 3\n'))
+        loading.load(recipe(tmp_path, 'model = "a"\ndataset = "b"\nbath_size = 3\n'))
     assert "batch_size" in error.value.mend
 
 
 def test_an_unknown_key_goes_before_what_is_missing_for_it(tmp_path):
     with pytest.raises(UsageError, match="unknown key modle"):
-        config.load(recipe(tmp_path, 'modle = "resnet10t"\ndataset = "x"\n'))
+        loading.load(recipe(tmp_path, 'modle = "resnet10t"\ndataset = "x"\n'))
 
 
 def test_weights_and_no_pretrained_contradict_each_other():
     with pytest.raises(UsageError, match="contradict"):
-        config.load(None, NEEDED | {"weights": "w.pth", "pretrained": False})
+        loading.load(None, NEEDED | {"weights": "w.pth", "pretrained": False})
 
 
 def test_a_missing_model_or_data_set_is_named():
     with pytest.raises(UsageError, match="no dataset"):
-        config.load(None, {"model": "a"})
+        loading.load(None, {"model": "a"})
 
 
 @pytest.mark.parametrize("text", ["rho = ", "\x00"])
 def test_a_recipe_that_is_not_toml_is_refused(tmp_path, text):
     with pytest.raises(UsageError, match="not TOML"):
-        config.load(recipe(tmp_path, text))
+        loading.load(recipe(tmp_path, text))
 
 
 def test_defaults_pass_their_own_rules():
     defaults = {
         k: f.default for k, f in RunConfig.model_fields.items() if not f.is_required() and f.default is not None
     }
-    assert config.load(None, NEEDED | defaults).model_dump() == config.load(None, NEEDED).model_dump()
+    assert loading.load(None, NEEDED | defaults).model_dump() == loading.load(None, NEEDED).model_dump()
 
 
 def test_the_saved_config_is_plain_toml():
-    saved = tomllib.loads(config.load(None, NEEDED).to_toml())
+    saved = tomllib.loads(loading.load(None, NEEDED).to_toml())
     assert saved["epochs"] == "10 epochs"
     assert "lr" not in saved
 
 
 def test_a_perturbation_cannot_be_shared_by_more_images_than_a_batch_has():
     with pytest.raises(UsageError, match="--m 17 is more than --batch-size 16"):
-        config.load(None, NEEDED | {"m": 17})
+        loading.load(None, NEEDED | {"m": 17})
 
 
 @pytest.mark.parametrize(("given", "read"), [("inf", math.inf), (math.inf, math.inf), ("1.5", 1.5), (4, 4.0)])
 def test_the_norm_is_a_number_or_inf(tmp_path, given, read):
-    assert config.load(None, NEEDED | {"p": given}).p == read
+    assert loading.load(None, NEEDED | {"p": given}).p == read
     written = given if isinstance(given, int) else f'"{given}"'
     path = recipe(tmp_path, f'model = "a"\ndataset = "cifar10"\np = {written}\n')
-    assert config.load(path).p == read
+    assert loading.load(path).p == read
 
 
 def test_the_samples_of_a_perturbation_are_a_word_or_a_number():
-    assert [config.load(None, NEEDED | {"m": m}).m for m in ("device", "global", "8", 8)] == ["device", "global", 8, 8]
+    assert [loading.load(None, NEEDED | {"m": m}).m for m in ("device", "global", "8", 8)] == ["device", "global", 8, 8]
 
 
 def numeric_fields():
@@ -218,7 +218,7 @@ def test_every_number_has_a_least_and_a_largest_value_that_float32_holds():
 )
 def test_numbers_beyond_their_arithmetic_are_refused_by_name(key, value):
     with pytest.raises(UsageError) as error:
-        config.load(None, {"model": "m", "dataset": "d", key: value})
+        loading.load(None, {"model": "m", "dataset": "d", key: value})
     assert error.value.what.startswith(f"--{key.replace('_', '-')} ")
     assert len(error.value.what) < 600
 
@@ -244,5 +244,5 @@ def test_names_that_no_report_could_hold_are_refused_with_a_way_out(key):
     name = os.fsdecode(b"caf\xe9")
     given = {"model": "m", "dataset": "d"} | {key: Path(name) if key in ("output", "weights") else name}
     with pytest.raises(UsageError, match=f"--{key} café is no valid UTF-8") as error:
-        config.load(None, given)
+        loading.load(None, given)
     assert "ln -s" in error.value.mend

@@ -14,7 +14,9 @@ from fcntl import ioctl
 
 import pytest
 
-from samtune import console, ending, live
+from samtune import console
+from samtune.console import live
+from samtune.train import ending
 from tests.conftest import ROOT, SMALL_MODEL, samtune, write_image_folder
 from tests.folders import write_sweep
 from tests.test_runs import write_run
@@ -364,7 +366,7 @@ def test_what_a_number_means_without_a_test_split():
 
 def test_a_page_that_cannot_be_drawn_does_not_fail_a_run(finished, tmp_path, monkeypatch, capsys):
     folder, _, _ = finished
-    monkeypatch.setattr("samtune.page.render", lambda *_: 1 / 0)
+    monkeypatch.setattr("samtune.report.html.render", lambda *_: 1 / 0)
 
     class Part:
         split = None
@@ -379,26 +381,26 @@ def test_a_page_that_cannot_be_drawn_does_not_fail_a_run(finished, tmp_path, mon
 
 
 def test_report_follows_a_run_until_it_ends(finished, tmp_path, monkeypatch):
-    from samtune import runpage
+    from samtune.report import run_page
 
     folder, _, _ = finished
     looks, said = iter([True, True, True, False]), []
     rows = iter([1, 1, 2])
-    monkeypatch.setattr("samtune.runs.is_running", lambda _: next(looks))
+    monkeypatch.setattr("samtune.runs.listing.is_running", lambda _: next(looks))
     drawn = []
-    monkeypatch.setattr(runpage.runlog, "read_metrics", lambda _: [None] * next(rows))
-    monkeypatch.setattr(runpage.time, "sleep", lambda _: None)
-    monkeypatch.setattr(runpage, "publish", lambda *_, refresh: (drawn.append(refresh), tmp_path / "report.html"))
-    runpage.follow(folder, tmp_path, 2.0, said.append)
+    monkeypatch.setattr(run_page.runlog, "read_metrics", lambda _: [None] * next(rows))
+    monkeypatch.setattr(run_page.time, "sleep", lambda _: None)
+    monkeypatch.setattr(run_page, "publish", lambda *_, refresh: (drawn.append(refresh), tmp_path / "report.html"))
+    run_page.follow(folder, tmp_path, 2.0, said.append)
     assert drawn == [2.0, 2.0]  # not again while nothing was measured
     assert len(said) == 1
 
 
 def test_a_page_reloads_while_its_run_goes_on_and_no_longer(finished, tmp_path):
-    from samtune import runpage
+    from samtune.report import run_page
 
     folder, _, _ = finished
-    _, page = runpage.publish(folder, tmp_path, refresh=2.0)
+    _, page = run_page.publish(folder, tmp_path, refresh=2.0)
     assert '<meta http-equiv="refresh" content="2">' in page.read_text()
     done = samtune("report", folder, "--output", tmp_path, "--watch")  # it has ended
     assert done.returncode == 0

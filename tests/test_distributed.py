@@ -9,14 +9,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from samtune import SAM, config, distributed, models
-from samtune import ranks as samtune_ranks
+from samtune import SAM
+from samtune.config import loading
 from samtune.data.decode import DecodeRule
 from samtune.data.splits import open_parts
+from samtune.distributed import collectives
+from samtune.distributed import environment as samtune_ranks
 from samtune.errors import DataError
-from samtune.evaluation import evaluate
-from samtune.job import look_at_data
-from samtune.models import train_mode
+from samtune.models import pretrained
+from samtune.models.pretrained import train_mode
+from samtune.train.evaluation import evaluate
+from samtune.train.setup import look_at_data
 from tests.conftest import SmallNet, image_bytes, write_image_folder
 from tests.engines import cross_entropy_of, gradient, make_step, sgd, state
 from tests.matrix import row
@@ -264,11 +267,11 @@ def test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbati
 
 def said_together():
     rank = dist.get_rank()
-    flags = distributed.any_rank(rank == 1, False, True)
-    word = distributed.from_first(lambda: {"rank": rank})
+    flags = collectives.any_rank(rank == 1, False, True)
+    word = collectives.from_first(lambda: {"rank": rank})
     with pytest.raises(DataError, match="of rank 0"):
-        distributed.from_first(fail_on_first)
-    return flags, word, distributed.from_all(rank)
+        collectives.from_first(fail_on_first)
+    return flags, word, collectives.from_all(rank)
 
 
 def fail_on_first():
@@ -316,7 +319,7 @@ def without_memory(bad_rank, where, m, again):
     rank = dist.get_rank()
     torch.manual_seed(0)
     model = Wide().double()
-    ddp = distributed.data_parallel(model, torch.device("cpu"))
+    ddp = collectives.data_parallel(model, torch.device("cpu"))
     step = make_step(ddp, sgd(ddp), rho=RHO, m=m)
     generator = torch.Generator().manual_seed(rank)
     calls = []
@@ -362,7 +365,7 @@ def statistics_after(steps):
     torch.manual_seed(0)
     model = SmallNet(drop=0.0).double()
     model.train()
-    ddp = distributed.data_parallel(model, torch.device("cpu"))
+    ddp = collectives.data_parallel(model, torch.device("cpu"))
     step = make_step(ddp, sgd(ddp), rho=RHO)
     for i in range(steps):
         images, labels = shards(dist.get_world_size(), i)[rank]
@@ -390,7 +393,7 @@ def without_images():
     """One image for all ranks: the others have it too, and it counts nothing there."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = make_model()
-    ddp = distributed.data_parallel(model, torch.device("cpu"))
+    ddp = collectives.data_parallel(model, torch.device("cpu"))
     step = make_step(ddp, sgd(ddp), rho=RHO)
     images, labels = joined_batch(world)
     said = step(images[:1], labels[:1], weight=world if rank == 0 else 0)
@@ -410,14 +413,14 @@ def test_a_rank_without_images_counts_nothing(ranks):
 def sent_by(rho, m):
     """What distributed.traffic counts for one step, and what the wrapper's reductions are."""
     model = Wide().double()
-    ddp = distributed.data_parallel(model, torch.device("cpu"))
+    ddp = collectives.data_parallel(model, torch.device("cpu"))
     step = make_step(ddp, sgd(ddp), rho=rho, m=m)
     images, labels = torch.randn(2, 400, dtype=torch.float64), torch.arange(2)
     step(images, labels)
-    calls, sent = distributed.traffic.calls, distributed.traffic.bytes
+    calls, sent = collectives.traffic.calls, collectives.traffic.bytes
     step(images, labels)
     weights = sum(8 * w.numel() for w in model.parameters())
-    return distributed.traffic.calls - calls, distributed.traffic.bytes - sent, weights
+    return collectives.traffic.calls - calls, collectives.traffic.bytes - sent, weights
 
 
 def test_a_step_of_sam_sends_what_a_step_of_sgd_sends_and_a_global_one_the_gradient_twice(ranks):
@@ -432,11 +435,11 @@ def test_a_step_of_sam_sends_what_a_step_of_sgd_sends_and_a_global_one_the_gradi
 
 
 def scored_here(folder):
-    settings = config.load(None, {"model": "test_resnet", "dataset": str(folder), "batch_size": 2, "workers": 0})
+    settings = loading.load(None, {"model": "test_resnet", "dataset": str(folder), "batch_size": 2, "workers": 0})
     parts = open_parts(settings)
     (images,) = look_at_data(settings, [(parts.test, parts.test_rows)], DecodeRule())
     torch.manual_seed(0)
-    model, info = models.build("test_resnet", classes=2, pretrained=False, img_size=32)
+    model, info = pretrained.build("test_resnet", classes=2, pretrained=False, img_size=32)
     torch.nn.init.normal_(model.fc.weight)
     found = evaluate(model, images, parts.test_rows, "test", settings, info.data_config, lambda *_: None)
     return found.summary(), found.nats.tolist(), found.predictions.tolist()
@@ -455,7 +458,7 @@ def test_an_evaluation_is_the_same_to_the_last_bit_for_any_number_of_ranks(ranks
 
 def short_of_memory(folder, bad_rank):
     calls = []
-    plain = models.nn.Module.__call__
+    plain = pretrained.nn.Module.__call__
 
     def counted(self, *arguments, **options):
         if type(self).__name__ == "ResNet":
@@ -464,11 +467,11 @@ def short_of_memory(folder, bad_rank):
                 raise MemoryError("simulated")
         return plain(self, *arguments, **options)
 
-    models.nn.Module.__call__ = counted
+    pretrained.nn.Module.__call__ = counted
     try:
         return scored_here(folder), max(calls[-2:])
     finally:
-        models.nn.Module.__call__ = plain
+        pretrained.nn.Module.__call__ = plain
 
 
 @row(11)
@@ -487,7 +490,7 @@ def in_turn(path):
     samtune_ranks.place = lambda: samtune_ranks.Place(rank, world, rank, world, 0)
     try:
         for _ in range(3):
-            with distributed.first_of_machine(), path.open("a") as file:
+            with collectives.first_of_machine(), path.open("a") as file:
                 file.write(f"{rank}\n")
             dist.barrier()
     finally:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from samtune.cli.main import app
-from samtune.options import RunConfig, flag_name
+from samtune.config.run_config import RunConfig, flag_name
 from tests.conftest import ROOT, SmallNet, samtune, write_image_folder
 
 README = (ROOT / "README.md").read_text()
@@ -33,27 +33,27 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     def begin(*_, **__):
         raise Parsed
 
-    monkeypatch.setattr("samtune.preflight.check_before_slow_work", lambda settings, resumed: None)
-    monkeypatch.setattr("samtune.train.run", begin)
-    monkeypatch.setattr("samtune.plan.plan", begin)
-    monkeypatch.setattr("samtune.launch.run", begin)
-    monkeypatch.setattr("samtune.launch.launch", begin)
-    monkeypatch.setattr("samtune.evaluation.evaluate_checkpoint", begin)
-    monkeypatch.setattr("samtune.export.export", begin)
+    monkeypatch.setattr("samtune.train.preflight.check_before_slow_work", lambda settings, resumed: None)
+    monkeypatch.setattr("samtune.train.loop.run", begin)
+    monkeypatch.setattr("samtune.plan.plan.plan", begin)
+    monkeypatch.setattr("samtune.distributed.launch.run", begin)
+    monkeypatch.setattr("samtune.distributed.launch.launch", begin)
+    monkeypatch.setattr("samtune.train.evaluation.evaluate_checkpoint", begin)
+    monkeypatch.setattr("samtune.export.export.export", begin)
     monkeypatch.setattr("samtune.data.inputs.find", begin)
     monkeypatch.setattr("samtune.data.source.locate", lambda dataset: None)
-    monkeypatch.setattr("samtune.preflight.check_inputs", lambda settings: None)
-    monkeypatch.setattr("samtune.data.check.check", begin)
+    monkeypatch.setattr("samtune.train.preflight.check_inputs", lambda settings: None)
+    monkeypatch.setattr("samtune.data.check.check.check", begin)
     monkeypatch.setattr("samtune.data.describe.describe", begin)
-    monkeypatch.setattr("samtune.runs.list_runs", begin)
-    monkeypatch.setattr("samtune.compare.compare", begin)
-    monkeypatch.setattr("samtune.runpage.publish", begin)
+    monkeypatch.setattr("samtune.runs.listing.list_runs", begin)
+    monkeypatch.setattr("samtune.report.compare.compare", begin)
+    monkeypatch.setattr("samtune.report.run_page.publish", begin)
     monkeypatch.setattr("samtune.sweep.protocol.check", begin)
-    monkeypatch.setattr("samtune.doctor.run_all", begin)
+    monkeypatch.setattr("samtune.doctor.checks.run_all", begin)
     for name in ("describe", "rows"):
-        monkeypatch.setattr(f"samtune.model_list.{name}", begin)
-    monkeypatch.setattr("samtune.shipped.Recipe.about", begin)
-    monkeypatch.setattr("samtune.shipped.get", begin)
+        monkeypatch.setattr(f"samtune.models.listing.{name}", begin)
+    monkeypatch.setattr("samtune.config.shipped_recipes.Recipe.about", begin)
+    monkeypatch.setattr("samtune.config.shipped_recipes.get", begin)
     monkeypatch.setattr("samtune.cli.recipes._check", begin)
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.split(">")[0], comments=True)

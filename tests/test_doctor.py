@@ -9,8 +9,9 @@ import tomllib
 import pytest
 import torch
 
-from samtune import doctor, hub
-from samtune.sam import Perturbation
+from samtune import hub
+from samtune.doctor import checks
+from samtune.sam.perturbation import Perturbation
 from tests.conftest import ROOT, samtune
 
 
@@ -39,9 +40,9 @@ def test_what_is_broken_is_named_and_ends_with_8(monkeypatch, capsys):
         raise OSError("no such library")
 
     def fine():
-        yield doctor.Finding("disks", "ok", "room enough")
+        yield checks.Finding("disks", "ok", "room enough")
 
-    monkeypatch.setattr(doctor, "CHECKS", {"GPU": broken, "disks": fine})
+    monkeypatch.setattr(checks, "CHECKS", {"GPU": broken, "disks": fine})
     with pytest.raises(MachineError, match="broken: GPU") as caught:
         command(as_json=True)
     assert caught.value.exit_code == 8
@@ -52,78 +53,78 @@ def test_what_is_broken_is_named_and_ends_with_8(monkeypatch, capsys):
 
 
 def test_a_wrong_perturbation_is_noticed(monkeypatch):
-    right = doctor.sam_difference(torch.device("cpu"))
+    right = checks.sam_difference(torch.device("cpu"))
     add = Perturbation.add_
     monkeypatch.setattr(Perturbation, "add_", lambda self, grads, rho: add(self, grads, 1.001 * rho))
-    wrong = doctor.sam_difference(torch.device("cpu"))
+    wrong = checks.sam_difference(torch.device("cpu"))
     assert right < 1e-14 < 1e-6 < wrong
-    assert next(finding.status for finding in doctor._sam_step()) == "failed"
+    assert next(finding.status for finding in checks._sam_step()) == "failed"
 
 
 @pytest.mark.parametrize(("visible", "status"), [(None, "failed"), ("", "skipped")])
 def test_a_driver_whose_gpus_torch_does_not_see_is_broken(monkeypatch, visible, status):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "_driver", lambda: "570.1")
+    monkeypatch.setattr(checks, "_driver", lambda: "570.1")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    (finding,) = doctor._gpus()
+    (finding,) = checks._gpus()
     assert finding.status == status
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_described_and_computes_sam_exactly():
-    finding = next(doctor._gpus())
+    finding = next(checks._gpus())
     assert finding.status == "ok"
     assert finding.details["memory_bytes"] > 1 << 30
-    assert doctor.sam_difference(torch.device("cuda")) < 1e-12
+    assert checks.sam_difference(torch.device("cuda")) < 1e-12
 
 
 def test_ranks_that_do_not_add_are_noticed(monkeypatch):
-    monkeypatch.setattr(doctor, "_RANK", "raise SystemExit('no route to host')")
-    finding = doctor._sum_over_ranks("gloo", "cpu")
+    monkeypatch.setattr(checks, "_RANK", "raise SystemExit('no route to host')")
+    finding = checks._sum_over_ranks("gloo", "cpu")
     assert finding.status == "failed"
     assert "no route to host" in finding.value
 
 
 def test_ranks_that_say_nothing_are_given_up_and_ended(monkeypatch):
     started = []
-    popen = doctor.subprocess.Popen
-    monkeypatch.setattr(doctor.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
-    monkeypatch.setattr(doctor, "_RANK", "import signal; signal.pause()")
-    monkeypatch.setattr(doctor, "_PATIENCE_RANKS", 0.2)
-    assert doctor._sum_over_ranks("gloo", "cpu").status == "failed"
+    popen = checks.subprocess.Popen
+    monkeypatch.setattr(checks.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    monkeypatch.setattr(checks, "_RANK", "import signal; signal.pause()")
+    monkeypatch.setattr(checks, "_PATIENCE_RANKS", 0.2)
+    assert checks._sum_over_ranks("gloo", "cpu").status == "failed"
     assert all(process.returncode is not None for process in started)
 
 
 @pytest.mark.parametrize(("free", "status"), [(100 << 30, "ok"), (1 << 30, "warning"), (1 << 20, "failed")])
 def test_a_disk_is_judged_by_its_room(tmp_path, monkeypatch, free, status):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
-    finding = doctor._disk("cache", tmp_path / "not" / "yet", "set CACHE")
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    finding = checks._disk("cache", tmp_path / "not" / "yet", "set CACHE")
     assert finding.status == status
     assert ("set CACHE" in finding.hint) == (status != "ok")
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor.caches, "is_writable", lambda folder: False)  # root may write everywhere
-    finding = doctor._disk("cache", tmp_path, "set CACHE")
+    monkeypatch.setattr(checks.caches, "is_writable", lambda folder: False)  # root may write everywhere
+    finding = checks._disk("cache", tmp_path, "set CACHE")
     assert (finding.status, finding.hint) == ("warning", "set CACHE")
 
 
 def test_little_shared_memory_has_a_way_out(monkeypatch):
     usage = type("Usage", (), {"free": 64 << 20, "total": 64 << 20})  # docker's
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
-    (finding,) = doctor._shared_memory()
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
+    (finding,) = checks._shared_memory()
     assert finding.status == "warning"
     assert "--shm-size" in finding.hint
 
 
 def test_a_hub_that_answers_refuses_or_keeps_silent(monkeypatch):
-    monkeypatch.setattr(doctor, "_PATIENCE_HUB", 0.3)
+    monkeypatch.setattr(checks, "_PATIENCE_HUB", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        assert doctor._trouble_with(address)  # connected, and no answer
+        assert checks._trouble_with(address)  # connected, and no answer
 
         def answer():
             for status in ("200 OK", "404 Not Found", "503 Service Unavailable"):
@@ -132,15 +133,15 @@ def test_a_hub_that_answers_refuses_or_keeps_silent(monkeypatch):
                     connection.recv(4096)
                     connection.sendall(f"HTTP/1.0 {status}\r\nContent-Length: 0\r\n\r\n".encode())
 
-        monkeypatch.setattr(doctor, "_PATIENCE_HUB", 5.0)
+        monkeypatch.setattr(checks, "_PATIENCE_HUB", 5.0)
         server.accept()[0].close()  # the one that waited
         thread = threading.Thread(target=answer)
         thread.start()
-        assert doctor._trouble_with(address) == ""
-        assert doctor._trouble_with(address) == ""
-        assert "503" in doctor._trouble_with(address)
+        assert checks._trouble_with(address) == ""
+        assert checks._trouble_with(address) == ""
+        assert "503" in checks._trouble_with(address)
         thread.join()
-    assert "cannot be reached" in doctor._trouble_with(address)
+    assert "cannot be reached" in checks._trouble_with(address)
 
 
 def test_what_the_cache_holds_is_listed_with_sizes(tmp_path, monkeypatch):
@@ -153,7 +154,7 @@ def test_what_the_cache_holds_is_listed_with_sizes(tmp_path, monkeypatch):
     scan = hub.scan_cache_dir
     monkeypatch.setattr(hub, "scan_cache_dir", lambda: scan(tmp_path))
     assert hub.cached() == [{"kind": "model", "id": "timm/tiny", "bytes": 1000}]
-    held = next(finding for finding in doctor._hub() if finding.name == "hub's cache holds")
+    held = next(finding for finding in checks._hub() if finding.name == "hub's cache holds")
     assert "1 models" in held.value
     assert "timm/tiny" in held.value
 
@@ -162,16 +163,16 @@ def test_a_package_that_is_missing_or_old_is_broken_and_an_extra_is_not(monkeypa
     from packaging.requirements import Requirement
 
     wanted = [(None, Requirement("torch>=999")), (None, Requirement("timm>=1")), ("ray", Requirement("nowhere>=1"))]
-    monkeypatch.setattr(doctor, "_requirements", lambda: iter(wanted))
-    _, packages = doctor._versions()
+    monkeypatch.setattr(checks, "_requirements", lambda: iter(wanted))
+    _, packages = checks._versions()
     assert packages.status == "failed"
     assert "torch>=999" in packages.value
     assert "timm" not in packages.value
-    (extra,) = doctor._extras()
+    (extra,) = checks._extras()
     assert (extra.status, extra.hint) == ("skipped", "pip install 'samtune[ray]'")
-    assert doctor.EXTRAS["ray"] in extra.value
+    assert checks.EXTRAS["ray"] in extra.value
 
 
 def test_every_extra_says_what_it_adds():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert doctor.EXTRAS.keys() == extras.keys()
+    assert checks.EXTRAS.keys() == extras.keys()

@@ -10,14 +10,14 @@ import sys
 import pytest
 import torch
 
-from samtune.runlog import RunLog, read_metrics
+from samtune.runs.run_log import RunLog, read_metrics
 from tests.conftest import Bomb, samtune
 from tests.fingerprint import fingerprint
 from tests.interruptions import resume, run, status, step_of
 from tests.matrix import row
 from tests.test_checkpoint import flip
 
-WRITE, FILES = "samtune.checkpoint:_write", 6
+WRITE, FILES = "samtune.runs.checkpoint:_write", 6
 
 
 def newest(run_folder):
@@ -231,7 +231,7 @@ def test_a_folder_that_another_process_uses_is_refused_with_8_and_the_pid(how, b
 
 @row(8)
 def test_what_breaks_in_a_validation_does_not_cost_the_steps_before_it(photos, uninterrupted, tmp_path):
-    fault = {"at": "samtune.train:evaluate", "call": 3, "do": "EIO"}
+    fault = {"at": "samtune.train.loop:evaluate", "call": 3, "do": "EIO"}
     ended = run(photos, tmp_path / "r", "--save-every", "1000 steps", faults=[fault])
     assert ended.returncode == 8, ended.stderr
     assert "Input/output error" in ended.stderr
@@ -243,7 +243,7 @@ def test_what_breaks_in_a_validation_does_not_cost_the_steps_before_it(photos, u
 @row(9)
 def test_a_run_that_was_killed_does_not_keep_its_folder(photos, tmp_path):
     """Even while a process that loaded its data is still there."""
-    fault = {"at": "samtune.sam:Perturbation.add_", "call": 7, "do": "SIGKILL"}
+    fault = {"at": "samtune.sam.perturbation:Perturbation.add_", "call": 7, "do": "SIGKILL"}
     died = run(photos, tmp_path / "r", "--aa", "rand", "--workers", "1", faults=[fault])
     assert died.returncode == -signal.SIGKILL
     assert resume(tmp_path / "r").returncode == 0

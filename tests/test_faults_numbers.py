@@ -5,14 +5,14 @@ import signal
 
 import pytest
 
-from samtune.runlog import read_metrics
+from samtune.runs.run_log import read_metrics
 from tests.fingerprint import fingerprint
 from tests.interruptions import resume, run, status, step_of
 from tests.matrix import row
 
 PASSES = {
-    "pass_1": {"at": "samtune.train:to_device", "do": "nan"},
-    "pass_2": {"at": "samtune.sam:Perturbation.add_", "do": "wreck", "when": "after"},
+    "pass_1": {"at": "samtune.train.loop:to_device", "do": "nan"},
+    "pass_2": {"at": "samtune.sam.perturbation:Perturbation.add_", "do": "wreck", "when": "after"},
 }
 
 
@@ -87,11 +87,13 @@ def test_a_float16_loss_scale_may_find_its_place(photos, tmp_path):
 def test_out_of_memory_halves_what_is_computed_at_once_and_the_run_that_goes_on_does_the_same(
     where, call, photos, tmp_path
 ):
-    fault = {"at": "samtune.job:cross_entropy", "call": call, "do": "oom"}
+    fault = {"at": "samtune.train.setup:cross_entropy", "call": call, "do": "oom"}
     done = run(photos, tmp_path / "a", faults=[fault])
     assert done.returncode == 0, done.stderr
     assert "step 7: no memory for 8 images at once; from now on 4, with the same update" in done.stderr
-    died = run(photos, tmp_path / "b", faults=[fault, {"at": "samtune.train:evaluate", "call": 4, "do": "SIGKILL"}])
+    died = run(
+        photos, tmp_path / "b", faults=[fault, {"at": "samtune.train.loop:evaluate", "call": 4, "do": "SIGKILL"}]
+    )
     assert died.returncode == -signal.SIGKILL
     assert resume(tmp_path / "b").returncode == 0
     assert fingerprint(tmp_path / "b") == fingerprint(tmp_path / "a")
@@ -99,7 +101,7 @@ def test_out_of_memory_halves_what_is_computed_at_once_and_the_run_that_goes_on_
 
 @row(11)
 def test_out_of_memory_with_one_image_ends_the_run_with_6(photos, tmp_path):
-    fault = {"at": "samtune.job:cross_entropy", "call": 13, "do": "oom", "again": True}
+    fault = {"at": "samtune.train.setup:cross_entropy", "call": 13, "do": "oom", "again": True}
     ended = run(photos, tmp_path / "r", faults=[fault])
     assert ended.returncode == 6
     assert "no memory" in ended.stderr
@@ -109,7 +111,7 @@ def test_out_of_memory_with_one_image_ends_the_run_with_6(photos, tmp_path):
 
 @row(11)
 def test_out_of_memory_in_an_evaluation_halves_its_batch_and_scores_the_same(photos, uninterrupted, tmp_path):
-    fault = {"at": "samtune.evaluation:to_device", "call": 6, "do": "oom"}  # after the five steps of an epoch
+    fault = {"at": "samtune.train.evaluation:to_device", "call": 6, "do": "oom"}  # after the five steps of an epoch
     done = run(photos, tmp_path / "r", faults=[fault])
     assert done.returncode == 0, done.stderr
     assert fingerprint(tmp_path / "r")["weights"] == fingerprint(uninterrupted)["weights"]

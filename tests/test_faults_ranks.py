@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from samtune import runlog
 from samtune.errors import WorkerLost
+from samtune.runs import run_log
 from tests.conftest import ROOT, samtune
 from tests.fingerprint import fingerprint
 from tests.interruptions import SETTINGS, resume, run, status, step_of
 from tests.matrix import row
 
 TWO = ("--processes", "2", "--batch-size", "4")
-PERTURBED = {"at": "samtune.sam:Perturbation.add_", "when": "after", "call": 8}
+PERTURBED = {"at": "samtune.sam.perturbation:Perturbation.add_", "when": "after", "call": 8}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_signal_to_any_rank_or_to_the_launcher_saves_and_ends_all(rank, do, ph
 @pytest.mark.parametrize("evaluation", [3, 7])
 def test_a_signal_to_one_rank_ends_an_evaluation_on_all(evaluation, photos, whole, tmp_path):
     """A validation, and the test."""
-    fault = {"at": "samtune.train:evaluate", "call": evaluation, "do": "SIGTERM", "rank": 1}
+    fault = {"at": "samtune.train.loop:evaluate", "call": evaluation, "do": "SIGTERM", "rank": 1}
     ended = run(photos, tmp_path / "r", *TWO, "--save-every", "1000 steps", faults=[fault])
     assert ended.returncode == 75, ended.stderr
     goes_on_to_the_end_of(tmp_path / "r", whole)
@@ -167,8 +167,8 @@ def test_where_a_rank_is_killed_all_end_and_the_cause_is_named(rank, photos, who
 
 @row(12)
 def test_a_run_whose_end_is_written_is_not_said_to_run_by_a_step_that_was_under_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(runlog, "_HEARTBEAT", 0.0)
-    log = runlog.RunLog.create(tmp_path / "r", "", {}, total_steps=9)
+    monkeypatch.setattr(run_log, "_HEARTBEAT", 0.0)
+    log = run_log.RunLog.create(tmp_path / "r", "", {}, total_steps=9)
     log.beat(3)
     log.status("failed", 9, WorkerLost("the launcher is gone"))  # from the thread that watches it
     log.beat(4)
@@ -201,8 +201,10 @@ def test_ranks_that_begin_again_come_to_the_same_end(rank, photos, whole, tmp_pa
 
 @row(12)
 def test_what_a_restart_would_not_mend_is_not_tried_again(photos, tmp_path):
-    bad = {"at": "samtune.losses:cross_entropy", "call": 15, "do": "nan", "rank": 1}
-    done = run(photos, tmp_path / "r", *TWO, "--max-restarts", "3", faults=[bad | {"at": "samtune.job:cross_entropy"}])
+    bad = {"at": "samtune.sam.losses:cross_entropy", "call": 15, "do": "nan", "rank": 1}
+    done = run(
+        photos, tmp_path / "r", *TWO, "--max-restarts", "3", faults=[bad | {"at": "samtune.train.setup:cross_entropy"}]
+    )
     assert done.returncode == 7, done.stderr
     assert "resume  " not in done.stderr
     assert done.stderr.count("error:") == 1
@@ -257,7 +259,7 @@ def test_a_rank_that_does_not_answer_is_named(rank, do, photos, whole, tmp_path)
 @pytest.mark.parametrize("call", [15, 16])
 def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(call, photos, tmp_path):
     """In pass 1 and in pass 2 of a step; the first call of all arranges the reductions."""
-    fault = {"at": "samtune.job:cross_entropy", "call": call, "do": "nan", "rank": 1}
+    fault = {"at": "samtune.train.setup:cross_entropy", "call": call, "do": "nan", "rank": 1}
     done = run(photos, tmp_path / "r", *TWO, "--on-nan", "skip", "--json", faults=[fault])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["skipped_steps"] == 1
@@ -265,7 +267,12 @@ def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(call, phot
 
 @row(11)
 @pytest.mark.parametrize(
-    "at", ["samtune.sam:Perturbation.add_", "samtune.gradient:_descend", "samtune.job:cross_entropy"]
+    "at",
+    [
+        "samtune.sam.perturbation:Perturbation.add_",
+        "samtune.sam.gradient:_descend",
+        "samtune.train.setup:cross_entropy",
+    ],
 )
 def test_memory_that_runs_out_on_one_rank_halves_the_images_of_all(at, photos, tmp_path):
     fault = {"at": at, "call": 8, "do": "oom", "rank": 1}
@@ -277,7 +284,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_images_of_all(at, photos, t
 
 @row(11)
 def test_memory_that_does_not_suffice_for_one_image_ends_all(photos, tmp_path):
-    fault = {"at": "samtune.sam:Perturbation.add_", "call": 8, "do": "oom", "rank": 1, "again": True}
+    fault = {"at": "samtune.sam.perturbation:Perturbation.add_", "call": 8, "do": "oom", "rank": 1, "again": True}
     done = run(photos, tmp_path / "r", *TWO, faults=[fault])
     assert done.returncode == 6, done.stderr
     assert done.stderr.count("error:") == 1
@@ -338,14 +345,16 @@ def test_a_second_ctrl_c_ends_ranks_that_are_well(photos, tmp_path):
 
 @row(12)
 def test_a_rank_that_is_lost_while_the_others_prepare_begins_again_too(photos, whole, tmp_path):
-    fault = {"at": "samtune.models:build", "call": 1, "do": "SIGKILL", "rank": 0}
+    fault = {"at": "samtune.models.pretrained:build", "call": 1, "do": "SIGKILL", "rank": 0}
     done = run(photos, tmp_path / "r", *TWO, "--max-restarts", "1", faults=[fault])
     assert done.returncode == 0, done.stderr
     assert fingerprint(tmp_path / "r") == fingerprint(whole)
 
 
 @row(12)
-@pytest.mark.parametrize("at", ["samtune.ranks:end_with_the_launcher", "samtune.models:build"])
+@pytest.mark.parametrize(
+    "at", ["samtune.distributed.environment:end_with_the_launcher", "samtune.models.pretrained:build"]
+)
 def test_where_the_launcher_is_killed_while_ranks_begin_none_is_left(at, photos, tmp_path):
     fault = {"at": at, "call": 1, "do": "parent SIGKILL", "rank": 0}
     command = ["run", *SETTINGS, "--dataset", photos, "--output", tmp_path / "r", *TWO, "--epochs", "10000"]

@@ -13,16 +13,16 @@ from tests.fingerprint import fingerprint
 from tests.interruptions import SETTINGS, resume, run, status, step_of
 from tests.matrix import row
 
-PERTURBED = {"at": "samtune.sam:Perturbation.add_", "when": "after"}
+PERTURBED = {"at": "samtune.sam.perturbation:Perturbation.add_", "when": "after"}
 KILLED = {
     "while_weights_are_perturbed": PERTURBED | {"call": 8},
     "in_the_middle_of_an_update": {"at": "torch.optim.sgd:sgd", "call": 4 * 6 + 2},
     "before_the_first_checkpoint": PERTURBED | {"call": 1},
-    "in_validation": {"at": "samtune.train:evaluate", "call": 3},
-    "in_validation_of_averaged_weights": {"at": "samtune.train:evaluate", "call": 4},
-    "in_the_test": {"at": "samtune.train:evaluate", "call": 7},
-    "before_the_report": {"at": "samtune.report:collect", "call": 1},
-    "before_the_settings_are_written": {"at": "samtune.runlog:_write_whole", "call": 2},
+    "in_validation": {"at": "samtune.train.loop:evaluate", "call": 3},
+    "in_validation_of_averaged_weights": {"at": "samtune.train.loop:evaluate", "call": 4},
+    "in_the_test": {"at": "samtune.train.loop:evaluate", "call": 7},
+    "before_the_report": {"at": "samtune.report.run_report:collect", "call": 1},
+    "before_the_settings_are_written": {"at": "samtune.runs.run_log:_write_whole", "call": 2},
 }
 
 
@@ -52,22 +52,22 @@ KINDS = {
 def test_runs_of_all_kinds_go_on_to_the_same_end(kind, photos, tmp_path):
     steps = ["--epochs", "15 steps", "--eval-every", "5 steps"]
     assert run(photos, tmp_path / "whole", *steps, *KINDS[kind]).returncode == 0
-    fault = {"at": "samtune.step:Step.__call__", "call": 8, "when": "after", "do": "SIGKILL"}
+    fault = {"at": "samtune.sam.step:Step.__call__", "call": 8, "when": "after", "do": "SIGKILL"}
     assert run(photos, tmp_path / "r", *steps, *KINDS[kind], faults=[fault]).returncode == -signal.SIGKILL
     done = resume(tmp_path / "r")
     assert done.returncode == 0, done.stderr
     assert fingerprint(tmp_path / "r") == fingerprint(tmp_path / "whole")
 
 
-WRITE, FILES = "samtune.checkpoint:_write", 6
+WRITE, FILES = "samtune.runs.checkpoint:_write", 6
 SAVING = {
     "before_the_first_file": {"at": WRITE, "call": 2 * FILES + 1},
     "between_two_files": {"at": WRITE, "call": 2 * FILES + 3},
     "before_the_manifest": {"at": WRITE, "call": 3 * FILES},
-    "before_the_rename": {"at": "samtune.checkpoint:verify", "call": 3},
-    "before_last_moves": {"at": "samtune.checkpoint:point", "call": 3},
-    "before_best_moves": {"at": "samtune.checkpoint:point", "call": 4},
-    "before_older_ones_go": {"at": "samtune.checkpoint:prune", "call": 3},
+    "before_the_rename": {"at": "samtune.runs.checkpoint:verify", "call": 3},
+    "before_last_moves": {"at": "samtune.runs.checkpoint:point", "call": 3},
+    "before_best_moves": {"at": "samtune.runs.checkpoint:point", "call": 4},
+    "before_older_ones_go": {"at": "samtune.runs.checkpoint:prune", "call": 3},
 }
 
 
@@ -113,7 +113,7 @@ def undisturbed() -> dict:
 @pytest.mark.parametrize(("evaluation", "saved"), [(3, 10), (4, 10), (7, 15)])
 def test_a_signal_ends_an_evaluation_too(evaluation, saved, photos, uninterrupted, tmp_path):
     """The validation after step 10 of the last weights, of the averaged ones, and the test."""
-    fault = {"at": "samtune.train:evaluate", "call": evaluation, "do": "SIGTERM"}
+    fault = {"at": "samtune.train.loop:evaluate", "call": evaluation, "do": "SIGTERM"}
     ended = run(photos, tmp_path / "r", "--save-every", "1000 steps", faults=[fault])
     assert ended.returncode == 75, ended.stderr
     assert step_of(tmp_path / "r") == saved
@@ -132,13 +132,13 @@ def test_a_terminal_that_closes_may_send_its_signal_twice(photos, tmp_path):
 
 @row(3)
 def test_a_signal_while_a_run_is_prepared_ends_it_at_once_and_a_resumed_one_keeps_its_checkpoint(photos, tmp_path):
-    fault = {"at": "samtune.models:build", "call": 1, "do": "SIGTERM"}
+    fault = {"at": "samtune.models.pretrained:build", "call": 1, "do": "SIGTERM"}
     ended = run(photos, tmp_path / "r", faults=[fault])
     assert ended.returncode == 128 + signal.SIGTERM
     assert not (tmp_path / "r").exists()
     assert run(photos, tmp_path / "r", faults=[PERTURBED | {"call": 3, "do": "SIGTERM"}]).returncode == 75
     assert resume(tmp_path / "r", faults=[fault]).returncode == 75
-    early = {"at": "samtune.preflight:check_before_slow_work", "call": 1, "do": "SIGUSR1"}
+    early = {"at": "samtune.train.preflight:check_before_slow_work", "call": 1, "do": "SIGUSR1"}
     assert run(photos, tmp_path / "other", faults=[early]).returncode == 128 + signal.SIGUSR1
     assert resume(tmp_path / "r", faults=[early]).returncode == 75
 

@@ -14,7 +14,7 @@ from tests.matrix import row
 from tests.sweeps import attempts, command, results, sweep, write_recipe
 from tests.test_faults_stop import undisturbed
 
-STEP = {"at": "samtune.step:Step.__call__"}
+STEP = {"at": "samtune.sam.step:Step.__call__"}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def short(photos, tmp_path):
 @row(31)
 def test_a_run_that_fails_stops_no_other_is_listed_and_tried_again(photos, whole_sweep_recipe, whole, tmp_path):
     folder = tmp_path / "s"
-    full = {"at": "samtune.checkpoint:save", "call": 2, "do": "ENOSPC", "again": True, "only": "select-sam-rho0.1"}
+    full = {"at": "samtune.runs.checkpoint:save", "call": 2, "do": "ENOSPC", "again": True, "only": "select-sam-rho0.1"}
     broken = sweep(whole_sweep_recipe, folder, faults=[full])
     assert broken.returncode == 8, broken.stderr
     assert "1 of 4 runs failed: select-sam-rho0.1-seed0" in broken.stderr
@@ -51,7 +51,7 @@ def test_a_run_that_fails_stops_no_other_is_listed_and_tried_again(photos, whole
 
 @row(31)
 def test_a_run_that_fails_before_it_has_a_folder_is_listed_with_its_cause(short, tmp_path):
-    fault = {"at": "samtune.job:prepare", "call": 1, "do": "SIGKILL", "only": "final-sgd"}
+    fault = {"at": "samtune.train.setup:prepare", "call": 1, "do": "SIGKILL", "only": "final-sgd"}
     broken = sweep(short, tmp_path / "s", faults=[fault])
     assert broken.returncode == 9
     (failed,) = ledger.read(tmp_path / "s")["failed"]

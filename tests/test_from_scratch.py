@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from samtune import config, models
+from samtune.config import loading
 from samtune.errors import UsageError
+from samtune.models import pretrained
 from tests.conftest import samtune, write_image_folder
 from tests.matrix import row
 
@@ -16,7 +17,7 @@ BY_HAND = ("--no-freeze-bn", "--head-lr-factor", 1, "--warmup-epochs", "5%")
 
 
 def load(**given):
-    return config.load(None, {"model": NAME, "dataset": "d"} | given)
+    return loading.load(None, {"model": NAME, "dataset": "d"} | given)
 
 
 def test_what_is_for_pretrained_weights_alone_has_other_defaults_with_their_origin():
@@ -31,9 +32,9 @@ def test_what_is_for_pretrained_weights_alone_has_other_defaults_with_their_orig
 def test_flags_and_recipes_take_precedence(tmp_path):
     assert load(pretrained=False, freeze_bn=True).freeze_bn
     (tmp_path / "r.toml").write_text('model = "m"\ndataset = "d"\npretrained = false\nhead_lr_factor = 3.0\n')
-    recipe = config.load(tmp_path / "r.toml")
+    recipe = loading.load(tmp_path / "r.toml")
     assert (recipe.head_lr_factor, recipe.freeze_bn) == (3.0, False)
-    assert config.load(tmp_path / "r.toml", {"pretrained": True}).freeze_bn
+    assert loading.load(tmp_path / "r.toml", {"pretrained": True}).freeze_bn
     with pytest.raises(UsageError, match="--sync-bn without --no-freeze-bn"):
         load(sync_bn=True)
     assert load(sync_bn=True, pretrained=False).sync_bn
@@ -65,7 +66,7 @@ def test_a_network_learns_from_scratch_with_the_defaults(tmp_path):
 def test_the_head_starts_as_any_layer_and_the_body_as_timm_draws_it():
     """timm's EfficientNets draw heads as for 1,000 classes: with ten of them the first loss is near 8."""
     torch.manual_seed(0)
-    model, _ = models.build("tf_efficientnet_lite0", classes=10, pretrained=False)
+    model, _ = pretrained.build("tf_efficientnet_lite0", classes=10, pretrained=False)
     bound = model.classifier.in_features**-0.5
     assert 0.9 * bound < model.classifier.weight.abs().max() <= bound
     model.train()
@@ -80,7 +81,7 @@ def norm_and_values(n, size=1):
     norm = torch.nn.BatchNorm2d(2)
     norm.running_mean += torch.tensor([1.0, -1.0])
     norm.running_var *= 4
-    models.allow_single_values(norm)
+    pretrained.allow_single_values(norm)
     return norm.train(), torch.arange(2.0 * n * size * size).view(n, 2, size, size)
 
 
@@ -131,7 +132,7 @@ def test_one_value_per_channel_trains(name, tmp_path):
 @row(11)
 def test_where_memory_runs_out_down_to_one_image_batch_norm_goes_on(tmp_path):
     data = write_image_folder(tmp_path / "data", {"train": 10})
-    fault = {"at": "samtune.step:Step._attempt", "call": 1, "do": "oom"}
+    fault = {"at": "samtune.sam.step:Step._attempt", "call": 1, "do": "oom"}
     done = samtune("run", *SMALL, "--dataset", data, "--batch-size", 2, "--output", tmp_path / "r", faults=[fault])
     assert done.returncode == 0, done.stderr
     assert "from now on 1, with the same update" in done.stderr

@@ -19,7 +19,7 @@ from samtune.data.decode import decode
 from samtune.data.formats import register_plugins
 from samtune.data.image_folder import read_folder
 from samtune.data.names import natural_key
-from samtune.data.roles import Wanted
+from samtune.data.split_roles import Wanted
 from samtune.errors import DataError, UsageError
 from tests.conftest import image_bytes
 

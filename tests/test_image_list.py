@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from samtune.data import source
-from samtune.data.roles import Wanted
+from samtune.data.split_roles import Wanted
 from samtune.errors import DataError, UsageError
 from tests.conftest import image_bytes
 

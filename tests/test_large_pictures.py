@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from samtune import config
+from samtune.config import loading
 from samtune.data import cache, source
 from samtune.data.cache import Images, look_at
 from samtune.data.decode import DecodeRule, decode
@@ -80,7 +80,7 @@ def test_reduced_pictures_are_turned_upright_too(orientation):
 
 @pytest.mark.parametrize("flags", [{}, {"scale": 0.08}, {"crop": "pad"}, {"img_size": 64}])
 def test_training_and_evaluation_enlarge_no_picture_that_was_reduced(flags):
-    settings = config.load(None, {"model": "test_resnet", "dataset": "d"} | flags)
+    settings = loading.load(None, {"model": "test_resnet", "dataset": "d"} | flags)
     size = flags.get("img_size", 32)
     data_config = DATA_CONFIG | {"input_size": (3, size, size), "mean": (0.5,) * 3}
     least = min_side(data_config, settings)

@@ -11,9 +11,10 @@ import safetensors.torch
 import timm
 import torch
 
-from samtune import config, device, launch, ranks
+from samtune.config import loading
+from samtune.distributed import device, environment, launch
+from samtune.distributed.environment import Word
 from samtune.errors import MachineError, SamtuneError, Stopped, UsageError
-from samtune.ranks import Word
 from tests.conftest import ROOT, samtune, write_image_folder
 from tests.matrix import row
 
@@ -336,22 +337,22 @@ def test_words_of_ranks_that_were_started_again_take_the_place_of_all_before(tmp
     again = Word(0, 12, "port 2", time=3.0)
     for word in (Word(0, 10, "port 1", 9, "lost", time=2.0), Word(1, 11, "port 1", time=1.0), again):
         (tmp_path / f"{word.rank}.json").write_text(json.dumps(vars(word)))
-    assert ranks.words(tmp_path) == {0: again}
+    assert environment.words(tmp_path) == {0: again}
 
 
 @pytest.mark.parametrize(
     ("nodes", "first"), [("gpu1", "gpu1"), ("gpu[03-05,9],cpu1", "gpu03"), ("a,b", "a"), ("node-[7]", "node-7")]
 )
 def test_the_first_of_slurms_hosts(nodes, first):
-    assert ranks.first_host(nodes) == first
+    assert environment.first_host(nodes) == first
 
 
 def test_gpus_in_place_of_processes_may_be_asked_of_a_run_that_goes_on(photos):
     stored = {"model": "test_resnet", "dataset": str(photos), "processes": 2}
-    now, _, _ = config.load_over(stored, {}, None, {"gpus": "2"})
+    now, _, _ = loading.load_over(stored, {}, None, {"gpus": "2"})
     assert (now.gpus, now.processes) == ("2", None)
     with pytest.raises(UsageError):
-        config.load_over(stored, {}, None, {"gpus": "2", "processes": 2})
+        loading.load_over(stored, {}, None, {"gpus": "2", "processes": 2})
 
 
 @pytest.fixture
@@ -370,7 +371,7 @@ def test_gpus_are_chosen_by_number_or_by_name(three_gpus, gpus, numbers, monkeyp
     assert device.pick(gpus) == (torch.device("cuda", numbers[0]) if numbers else torch.device("cpu"))
     assert device.pick(gpus, processes=2) == torch.device("cpu")
     for local, number in enumerate(numbers if gpus != "auto" else [0, 1, 2]):
-        monkeypatch.setattr(ranks, "place", lambda local=local: ranks.Place(local, 3, local, 3, 0))
+        monkeypatch.setattr(environment, "place", lambda local=local: environment.Place(local, 3, local, 3, 0))
         assert device.pick(gpus) == torch.device("cuda", number)
 
 

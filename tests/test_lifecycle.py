@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 
 from samtune import SAM
-from samtune.models import train_mode
+from samtune.models.pretrained import train_mode
 from tests.conftest import SmallNet
 from tests.engines import assert_same, gradient, make_step, sgd, state
 

@@ -14,12 +14,12 @@ from PIL import Image
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms import v2
 
-from samtune import config
+from samtune.config import loading
 from samtune.data import source
 from samtune.data.cache import Images, look_at
 from samtune.data.decode import decode
-from samtune.data.draws import uniform
 from samtune.data.loader import eval_batches, steps_per_epoch, train_batches
+from samtune.data.rng import uniform
 from samtune.data.transforms import (
     POLICIES,
     TrainTransform,
@@ -289,7 +289,7 @@ def test_without_mixing_a_batch_is_left_alone():
 
 def test_the_settings_of_a_run_become_its_augmentation():
     settings = {"aa": "rand", "color_jitter": 0.1, "cutout": 0.2, "reprob": 0.3, "crop": "pad", "scale": 0.4}
-    given = config.load(None, {"model": "m", "dataset": "cifar10", "hflip": 0.1} | settings)
+    given = loading.load(None, {"model": "m", "dataset": "cifar10", "hflip": 0.1} | settings)
     assert train_transform(DATA_CONFIG, given) == TrainTransform(
         (16, 16), "bicubic", (0.5, 0.4, 0.3), "pad", 0.4, 0.1, "rand", 0.1, 0.2, 0.3
     )

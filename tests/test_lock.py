@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from samtune import lock
 from samtune.errors import MachineError
+from samtune.runs import lock
 from tests.conftest import ROOT
 
 HOLD = """

@@ -15,8 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from samtune import caches, checkpoint, config, distributed, launch, options, ranks
+from samtune.config import cache_folders, loading, run_config
+from samtune.distributed import collectives, environment, launch
 from samtune.errors import MachineError, UsageError
+from samtune.runs import checkpoint
 from tests.conftest import ROOT, SMALL_MODEL, samtune
 from tests.fingerprint import fingerprint
 from tests.interruptions import resume, run, status
@@ -27,7 +29,7 @@ SMALL = (*SMALL_MODEL, "--epochs", 1, "--batch-size", 8)
 @pytest.fixture(autouse=True)
 def _place_is_read_again():
     yield
-    ranks.place.cache_clear()
+    environment.place.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------- copies of a run
@@ -76,7 +78,7 @@ NO_LINKS = {"at": "pathlib:Path.symlink_to", "call": 1, "do": "EPERM", "again": 
 
 
 def test_on_a_disk_without_links_files_name_the_checkpoints(photos, uninterrupted, tmp_path):
-    stop = {"at": "samtune.sam:Perturbation.add_", "call": 7, "do": "SIGTERM"}
+    stop = {"at": "samtune.sam.perturbation:Perturbation.add_", "call": 7, "do": "SIGTERM"}
     assert run(photos, tmp_path / "r", faults=[NO_LINKS, stop]).returncode == 75
     last = tmp_path / "r" / "checkpoints" / "last"
     assert last.read_text() == "step-000007\n"
@@ -110,8 +112,8 @@ def test_a_folder_that_cannot_be_synced_is_no_error_and_a_disk_that_fails_is(num
 
 def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(options.time, "strftime", lambda _: "20260102-030405")
-    settings = [config.load(None, {"model": "test_resnet", "dataset": "a/b:c", "seed": seed}) for seed in (0, 0, 0, 1)]
+    monkeypatch.setattr(run_config.time, "strftime", lambda _: "20260102-030405")
+    settings = [loading.load(None, {"model": "test_resnet", "dataset": "a/b:c", "seed": seed}) for seed in (0, 0, 0, 1)]
     start = threading.Barrier(len(settings))
 
     def named(settings):
@@ -128,7 +130,7 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path, monkeyp
 
 def test_names_of_models_and_data_make_no_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = config.load(None, {"model": "hf-hub:timm/test_resnet", "dataset": "photos"})
+    settings = loading.load(None, {"model": "hf-hub:timm/test_resnet", "dataset": "photos"})
     assert re.fullmatch(r"runs/[\d-]+-hf-hub-timm-test_resnet-photos-rho0.05-seed0", str(settings.with_output().output))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -179,18 +181,21 @@ def test_a_shell_that_was_once_the_only_rank_launches_the_processes_that_are_ask
 
 
 def test_processes_in_a_rank_of_another_launcher_are_refused(monkeypatch):
-    here = ranks.Place(rank=0, world_size=4, local_rank=0, local_world_size=4, machine=0)
-    monkeypatch.setattr(ranks, "place", lambda: here)
+    here = environment.Place(rank=0, world_size=4, local_rank=0, local_world_size=4, machine=0)
+    monkeypatch.setattr(environment, "place", lambda: here)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    ranks.check_processes(None)
-    ranks.check_processes(4)
+    environment.check_processes(None)
+    environment.check_processes(4)
     with pytest.raises(UsageError, match="--processes 2 in one of 4 ranks") as error:
-        ranks.check_processes(2)
+        environment.check_processes(2)
     assert "RANK=0 WORLD_SIZE=4" in error.value.why
     assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    assert (ranks.origin(), ranks.alone()) == ("SLURM_STEP_NUM_TASKS=4", "env -u SLURM_STEP_NUM_TASKS samtune ...")
+    assert (environment.origin(), environment.alone()) == (
+        "SLURM_STEP_NUM_TASKS=4",
+        "env -u SLURM_STEP_NUM_TASKS samtune ...",
+    )
 
 
 PLACE = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "RANK": "0", "WORLD_SIZE": "2"}
@@ -214,12 +219,12 @@ PLACE = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "RANK": "0", "WORLD
 def test_a_variable_that_cannot_be_meant_is_named(variables, said, monkeypatch):
     for key, value in (PLACE | variables).items():
         monkeypatch.setenv(key, value)
-    ranks.place.cache_clear()
+    environment.place.cache_clear()
     with pytest.raises(UsageError) as error:
-        ranks.place()
+        environment.place()
     assert said in str(error.value)
     assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
-    assert ranks.is_first()  # it speaks for itself
+    assert environment.is_first()  # it speaks for itself
 
 
 @pytest.mark.parametrize(
@@ -228,9 +233,9 @@ def test_a_variable_that_cannot_be_meant_is_named(variables, said, monkeypatch):
 def test_so_is_one_of_slurm(variables, monkeypatch):
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
-    ranks.place.cache_clear()
+    environment.place.cache_clear()
     with pytest.raises(UsageError, match=r"SLURM_.*=[xy] in the environment") as error:
-        ranks.place()
+        environment.place()
     assert "env -u SLURM_STEP_NUM_TASKS samtune" in error.value.mend
 
 
@@ -258,14 +263,14 @@ def test_without_a_working_folder_every_command_says_so(command, tmp_path):
 
 
 def test_the_host_where_ranks_meet_must_have_a_name_that_is_known(monkeypatch):
-    monkeypatch.setattr(ranks, "_KNOWN_AFTER", 0.01)
+    monkeypatch.setattr(environment, "_KNOWN_AFTER", 0.01)
     for key, value in (PLACE | {"MASTER_ADDR": "no-such-host.invalid"}).items():
         monkeypatch.setenv(key, value)
-    ranks.place.cache_clear()
+    environment.place.cache_clear()
     with pytest.raises(MachineError, match=r"MASTER_ADDR=no-such-host.invalid: there is no host of that name") as error:
-        distributed.join(torch.device("cpu"))
+        collectives.join(torch.device("cpu"))
     assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
-    ranks.place.cache_clear()
+    environment.place.cache_clear()
     fleet = launch.Fleet(1, 2, 1, "no-such-host.invalid:29500")
     with pytest.raises(MachineError, match=r"--rdzv-endpoint no-such-host.invalid: there is no host of that name"):
         launch.launch([], fleet, None)
@@ -321,16 +326,16 @@ def environment(monkeypatch, tmp_path):
     for name in ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR", "SAMTUNE_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(caches.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(cache_folders.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     (tmp_path / "home").mkdir()
     return tmp_path
 
 
 def test_with_a_home_that_can_be_written_nothing_changes(environment):
     before = dict(os.environ)
-    assert caches.prepare() is None
+    assert cache_folders.prepare() is None
     assert dict(os.environ) == before
-    assert caches.user_cache() == environment / "home" / ".cache"
+    assert cache_folders.user_cache() == environment / "home" / ".cache"
 
 
 @pytest.mark.parametrize("home", ["~", "read-only"])
@@ -339,11 +344,11 @@ def test_without_a_home_that_can_be_written_caches_are_temporary_and_that_is_sai
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, and a user without a name
     else:
         monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(environment / "home")))
-    said = caches.prepare()
+    said = cache_folders.prepare()
     temporary = environment / "tmp" / f"samtune-{os.getuid()}"
     assert said is not None
     assert str(temporary) in said
-    assert caches.user_cache() == temporary
+    assert cache_folders.user_cache() == temporary
     assert os.environ["HF_DATASETS_CACHE"].startswith(str(temporary))
     assert os.environ["MPLCONFIGDIR"].startswith(str(temporary))
 
@@ -353,7 +358,7 @@ def test_a_cache_of_the_hub_that_is_read_only_is_still_read(environment, monkeyp
     shared.mkdir()
     monkeypatch.setenv("HF_HOME", str(shared))
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(shared)))
-    assert str(shared / "datasets") in (caches.prepare() or "")
+    assert str(shared / "datasets") in (cache_folders.prepare() or "")
     assert os.environ["HF_HOME"] == str(shared)
     assert os.environ["HF_DATASETS_CACHE"].startswith(str(environment / "tmp"))
 

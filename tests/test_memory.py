@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from samtune import SAM, config, device
+from samtune import SAM
+from samtune.config import loading
 from samtune.data import source
 from samtune.data.cache import Images
+from samtune.distributed import device
 from samtune.errors import OutOfMemory
-from samtune.evaluation import evaluate
-from samtune.models import train_mode
+from samtune.models.pretrained import train_mode
+from samtune.train.evaluation import evaluate
 from tests.conftest import ROOT, SmallNet, write_image_folder
 from tests.engines import assert_same, cross_entropy_of, gradient, make_step, sgd, state
 from tests.matrix import row
@@ -504,7 +506,7 @@ def score(tmp_path):
     settings = {"model": "any", "dataset": "any", "batch_size": 4, "amp_dtype": "float32"}
 
     def score(model, batch_size=None, workers=0, progress=lambda *_: None):
-        given = config.load(None, settings | {"workers": workers})
+        given = loading.load(None, settings | {"workers": workers})
         return evaluate(model, Images(split), np.arange(14), "train", given, DATA_CONFIG, progress, batch_size)
 
     return score

@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 
-from samtune import model_list, models
 from samtune.cli.models import _list
 from samtune.errors import DataError, ModelError
+from samtune.models import listing, pretrained
 from tests.conftest import samtune
 
 
@@ -19,7 +19,7 @@ def parameters(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0.in1k", "test_vit.r160_in1k", "resnet18.a1_in1k"])
 def test_an_outline_has_the_parameters_and_outputs_of_the_model(name):
     built = timm.create_model(name).eval()
-    about = model_list.describe(name, {})
+    about = listing.describe(name, {})
     assert about["parameters"] == parameters(built)
     assert about["perturb"]["all"] == {
         "tensors": len(list(built.parameters())),
@@ -50,21 +50,21 @@ def test_multiply_accumulates_are_those_of_the_layers():
     for module in built.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(count)
-    about = model_list.describe("test_resnet", {})
+    about = listing.describe("test_resnet", {})
     built(torch.zeros(1, *about["data_config"]["input_size"]))
     assert about["macs"] == sum(counted)
 
 
 def test_a_list_of_blocks_that_is_most_of_the_model_is_shown_in_parts():
-    shown = [stage["name"] for stage in model_list.describe("tf_efficientnet_lite0", {})["stages"]]
+    shown = [stage["name"] for stage in listing.describe("tf_efficientnet_lite0", {})["stages"]]
     assert shown == ["conv_stem", "bn1", *(f"blocks.{n}" for n in range(7)), "conv_head", "bn2", "classifier"]
-    assert "layer4" in model_list.stages(models.outline(models.look_up("resnet18")))
+    assert "layer4" in listing.stages(pretrained.outline(pretrained.look_up("resnet18")))
 
 
 def test_the_example_of_a_filter_perturbs_what_it_says():
-    about = model_list.describe("tf_efficientnet_lite0", {})
-    pattern = model_list.example(about).split("'")[1]
-    chosen = model_list.parameters.chosen(timm.create_model("tf_efficientnet_lite0"), pattern)
+    about = listing.describe("tf_efficientnet_lite0", {})
+    pattern = listing.example(about).split("'")[1]
+    chosen = listing.parameters.chosen(timm.create_model("tf_efficientnet_lite0"), pattern)
     assert {name.rpartition("blocks.6.")[0] for name in chosen} == {""}
     assert sum(w.numel() for w in chosen.values()) == about["stages"][8]["parameters"]
 
@@ -72,23 +72,23 @@ def test_the_example_of_a_filter_perturbs_what_it_says():
 @pytest.mark.parametrize("name", ["cait_xxs24_224", "resnetv2_50x1_bit", "vit_pe_core_tiny_patch16_384"])
 def test_models_of_other_kinds_are_described_whole(name):
     """Class attention, weight standardisation, features without a classifier."""
-    about = model_list.describe(name, {})
+    about = listing.describe(name, {})
     assert about["macs"] > 1e8
     assert sum(stage["output"] is not None for stage in about["stages"]) > 0.5 * len(about["stages"])
-    assert model_list.words(about)["parameters"]
-    assert "^" in model_list.example(about)
+    assert listing.words(about)["parameters"]
+    assert "^" in listing.example(about)
 
 
 def test_patterns_are_parts_of_names_or_globs():
-    found = model_list.find("efficientnet_b7")
+    found = listing.find("efficientnet_b7")
     assert set(found) >= {"efficientnet_b7", "tf_efficientnet_b7.ap_in1k"}
     assert "tf_efficientnet_b7.ra_in1k" not in found  # it is what the alias means
-    assert "tf_efficientnet_b7.ra_in1k" in model_list.find("tf_efficientnet_b7")
-    globbed = model_list.find("efficientnet_b*")
+    assert "tf_efficientnet_b7.ra_in1k" in listing.find("tf_efficientnet_b7")
+    globbed = listing.find("efficientnet_b*")
     assert "efficientnet_b7" in globbed
     assert all(name.startswith("efficientnet_b") for name in globbed)
     with pytest.raises(ModelError, match="efficientnet_b7") as caught:
-        model_list.find("efficientnet_bb7")
+        listing.find("efficientnet_bb7")
     assert caught.value.exit_code == 4
 
 
@@ -96,7 +96,7 @@ def test_the_list_names_aliases_and_where_weights_are(lite0_package):
     done = samtune("models", "--json")
     assert done.returncode == 0, done.stderr
     rows = {row["alias"] or row["name"]: row for row in json.loads(done.stdout)}
-    assert models.ALIASES.items() <= {name: row["name"] for name, row in rows.items()}.items()
+    assert pretrained.ALIASES.items() <= {name: row["name"] for name, row in rows.items()}.items()
     b7, lite0 = rows["efficientnet_b7"], rows["tf_efficientnet_lite0.in1k"]
     assert (b7["img_size"], b7["pretraining"], b7["weights"], b7["top1"]) == (600, "ImageNet-1k", "hub", None)
     assert b7["parameters"] == 66_347_960  # 66 million: Tan and Le 2019, Table 2
@@ -107,11 +107,11 @@ def test_weights_in_the_cache_of_the_hub_are_here(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert model_list.place("hub:timm/resnet10t.c3_in1k") == "hub"
+    assert listing.place("hub:timm/resnet10t.c3_in1k") == "hub"
     snapshot = tmp_path / "models--timm--resnet10t.c3_in1k" / "snapshots" / "0"
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").write_bytes(b"")
-    assert model_list.place("hub:timm/resnet10t.c3_in1k") == "cache"
+    assert listing.place("hub:timm/resnet10t.c3_in1k") == "cache"
 
 
 def test_top1_is_what_a_table_of_timms_says(tmp_path):
@@ -119,18 +119,18 @@ def test_top1_is_what_a_table_of_timms_says(tmp_path):
     table.write_text(
         'model,top1,top1_err,param_count\ntest_resnet.r160_in1k,41.61,58.39,0.47\neva_giant.x,89.7,10.3,"1,014.45"\n'
     )
-    assert model_list.top1(table)["test_resnet.r160_in1k"] == 41.61
+    assert listing.top1(table)["test_resnet.r160_in1k"] == 41.61
     done = samtune("models", "test_resnet", "--results", table)
     assert "41.61" in done.stdout
     assert "41.61 %" in samtune("models", "show", "test_resnet", "--results", table).stdout
     table.write_text("name\nx\n")
     with pytest.raises(DataError, match="no table of timm"):
-        model_list.top1(table)
+        listing.top1(table)
 
 
 def test_a_long_list_says_how_many_more_there_are(monkeypatch, capsys):
-    monkeypatch.setattr(model_list, "MOST", 2)
-    matching = model_list.find("test_")
+    monkeypatch.setattr(listing, "MOST", 2)
+    matching = listing.find("test_")
     _list("test_", None, False, True)
     said = capsys.readouterr()
     assert [row["name"] for row in json.loads(said.out)] == matching[:2]

@@ -207,7 +207,7 @@ def test_validation_test_and_eval_see_clean_labels(noisy_run, folder_data):
     folder, _, _ = noisy_run
     predictions = pq.read_table(folder / "predictions.parquet").to_pydict()
     assert predictions["label"] == source.open_source(str(folder_data)).splits["test"].labels.tolist()
-    from samtune.evaluation import evaluate_checkpoint
+    from samtune.train.evaluation import evaluate_checkpoint
 
     train = source.open_source(str(folder_data)).splits["train"]
     for split in ("train", "val"):
@@ -217,11 +217,12 @@ def test_validation_test_and_eval_see_clean_labels(noisy_run, folder_data):
 
 def test_a_run_learns_the_noisy_labels_and_not_the_clean_ones(folder_data, tmp_path):
     """With every label of two classes flipped, what is learnt is the opposite."""
-    from samtune import config, job
+    from samtune.config import loading
+    from samtune.train import setup
 
     given = {"model": "test_resnet", "pretrained": False, "dataset": str(folder_data), "img_size": 32}
-    clean = job.prepare(config.load(None, given))
-    flipped = job.prepare(config.load(None, given | {"label_noise": 1.0}))
+    clean = setup.prepare(loading.load(None, given))
+    flipped = setup.prepare(loading.load(None, given | {"label_noise": 1.0}))
     rows = flipped.train_rows
     assert (flipped.train.split.labels[rows] == 1 - clean.train.split.labels[rows]).all()
     assert (flipped.val.split.labels == clean.val.split.labels).all()

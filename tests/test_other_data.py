@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from samtune.evaluation import evaluate_checkpoint
+from samtune.train.evaluation import evaluate_checkpoint
 from tests.conftest import image_bytes, samtune, write_image_folder
 
 CLASSES = ("cat", "dog", "owl")

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samtune import charts, config, page, report, runpage
-from samtune.charts import Series, Words
 from samtune.cli.results import report_runs
+from samtune.config import loading
 from samtune.data.thumbnails import open_splits, thumbnails
 from samtune.errors import CheckpointError, DataError, UsageError
-from samtune.stats import wilson_interval
+from samtune.report import html, run_page, run_report, svg_charts
+from samtune.report.stats import wilson_interval
+from samtune.report.svg_charts import Series, Words
 from tests.conftest import image_bytes, samtune, write_image_folder
 from tests.folders import write_predictions, write_run
 
@@ -62,7 +63,7 @@ class Document(HTMLParser):
 
 def draw(folder):
     """(text, document, report) of a run's page."""
-    result, drawn = runpage.publish(folder, folder)
+    result, drawn = run_page.publish(folder, folder)
     text = drawn.read_text(encoding="utf-8")
     return text, Document(text), result
 
@@ -259,7 +260,7 @@ def test_what_a_reader_must_know_is_said(tmp_path, made, said):
 def test_that_a_run_is_not_done_is_said_on_the_terminal_too(tmp_path, capsys):
     report_runs([write_run(tmp_path / "r", status={"state": "stopped", "step": 7})], as_json=True)
     shown = capsys.readouterr()
-    assert json.loads(shown.out)["schema_version"] == report.SCHEMA_VERSION
+    assert json.loads(shown.out)["schema_version"] == run_report.SCHEMA_VERSION
     assert "warning: This run is not done (state: stopped, step 7 of 15)" in " ".join(shown.err.split())
 
 
@@ -303,7 +304,7 @@ def test_a_large_picture_becomes_a_small_one(tmp_path):
     for name in ("cat", "dog"):
         (data / "test" / name / "0.png").write_bytes(image_bytes(0, (400, 200)))
     rows = np.array([1])
-    settings = config.load(None, {"model": "resnet10t", "dataset": str(data)})
+    settings = loading.load(None, {"model": "resnet10t", "dataset": str(data)})
     test = open_splits(settings)["test"]
     (uri,) = thumbnails(test, rows, rows)
     kind, _, encoded = uri.partition(",")
@@ -315,7 +316,9 @@ def test_a_large_picture_becomes_a_small_one(tmp_path):
 
 def test_a_chart_says_the_same_twice_and_takes_its_colours_from_the_page():
     series = [Series("a", [1, 2, 3], [1, None, 3], [0.5, None, 2], [2, None, 4]), Series("b", [1], [2])]
-    once, again = (charts.lines(Words("x", "A & B", "<d>"), series, x_label="epoch", y_label="loss") for _ in range(2))
+    once, again = (
+        svg_charts.lines(Words("x", "A & B", "<d>"), series, x_label="epoch", y_label="loss") for _ in range(2)
+    )
     assert once == again
     assert "A &amp; B" in once
     assert "var(--series-2" in once
@@ -327,7 +330,7 @@ def test_a_chart_says_the_same_twice_and_takes_its_colours_from_the_page():
     ("value", "form", "written"), [("a", None, "a"), (1.25, ".1f", "1.2"), (7, "d", "7"), (None, ".2f", "\N{EN DASH}")]
 )
 def test_a_cell_is_written_in_the_form_of_its_column(value, form, written):
-    assert page.cell(value, form) == written
+    assert html.cell(value, form) == written
 
 
 def test_the_command_writes_three_files_prints_the_summary_and_says_where_the_page_is(tmp_path):
@@ -346,7 +349,7 @@ def test_the_command_writes_three_files_prints_the_summary_and_says_where_the_pa
 
 def test_the_command_refuses_what_is_no_run(tmp_path):
     with pytest.raises(UsageError, match="there is no run"):
-        report.recollect(tmp_path)
+        run_report.recollect(tmp_path)
     folder = write_run(tmp_path / "r")
     (tmp_path / "file").touch()
     refused = samtune("report", folder, "--output", tmp_path / "file" / "x")
@@ -354,4 +357,4 @@ def test_the_command_refuses_what_is_no_run(tmp_path):
     assert "another --output" in refused.stderr
     (folder / "provenance.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        report.recollect(folder)
+        run_report.recollect(folder)

@@ -13,8 +13,10 @@ import timm
 import torch
 from torch import nn
 
-from samtune import config, job, measure
-from samtune.data.sample import Sampler, known_rows
+from samtune.config import loading
+from samtune.plan import measure
+from samtune.plan.sample import Sampler, known_rows
+from samtune.train import setup
 from tests.conftest import SMALL_MODEL, samtune, write_image_folder
 
 FLAGS = (
@@ -182,7 +184,7 @@ def test_what_a_run_refuses_a_plan_refuses(photos, arguments, code, said):
 @pytest.fixture(scope="module")
 def small_job(photos):
     flags = {"model": "test_resnet", "pretrained": False, "img_size": 32, "dataset": str(photos), "workers": 0}
-    return job.prepare(config.load(None, flags | {"batch_size": 8}))
+    return setup.prepare(loading.load(None, flags | {"batch_size": 8}))
 
 
 def test_multiply_accumulates_are_those_of_convolutions_and_linear_layers(small_job):
@@ -216,7 +218,7 @@ def test_activations_are_four_bytes_for_each_value_that_is_kept(small_job, monke
 
 def test_statistics_stay_where_activations_are_counted(photos):
     flags = {"model": "test_resnet", "pretrained": False, "img_size": 32, "dataset": str(photos), "freeze_bn": False}
-    prepared = job.prepare(config.load(None, flags))
+    prepared = setup.prepare(loading.load(None, flags))
     prepared.model.train()
     before = {name: value.clone() for name, value in prepared.model.named_buffers()}
     assert measure.activation_bytes(prepared, 4) > 4 * 4 * 3 * 32 * 32
@@ -248,26 +250,28 @@ def test_memory_that_runs_out_bounds_the_batch(small_job, monkeypatch):
         return plain(loss, images, labels)
 
     monkeypatch.setattr(small_job.update.sam, "backward", full)
-    monkeypatch.setattr("samtune.device.free_memory", lambda: None)  # it looks through all that the libraries made
+    monkeypatch.setattr(
+        "samtune.distributed.device.free_memory", lambda: None
+    )  # it looks through all that the libraries made
     assert 19 <= measure.largest_batch(small_job, 44, lambda *_: None) <= 21
     assert small_job.update.sam.micro_batch is None
 
 
 def test_a_sample_stands_for_all(tmp_path, photos, monkeypatch):
     monkeypatch.setenv("SAMTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("samtune.data.sample._FEW", 5)
-    monkeypatch.setattr("samtune.data.sample._MANY", 9)
+    monkeypatch.setattr("samtune.plan.sample._FEW", 5)
+    monkeypatch.setattr("samtune.plan.sample._MANY", 9)
     flags = {"model": "test_resnet", "img_size": 32, "dataset": str(photos)}
     for more, states, sampled in (({}, {"once"}, 9), ({"cache_limit": 0.0}, {"every epoch"}, None)):
         sampler = Sampler(tmp_path / str(sampled), 1)
         (tmp_path / str(sampled)).mkdir()
-        read = job.read_data(config.load(None, flags | more), look=sampler.look)
+        read = setup.read_data(loading.load(None, flags | more), look=sampler.look)
         assert {part.state for part in sampler.found} == states
         assert [part.images for part in sampler.found] == [len(read.train_rows), len(read.val_rows), 16]
         known = known_rows(read.train, read.train_rows)
         assert len(known) == (sampled or len(read.train_rows))
         assert set(known) <= set(read.train_rows)
-        whole = job.read_data(config.load(None, flags | {"cache_limit": 0.0}))
+        whole = setup.read_data(loading.load(None, flags | {"cache_limit": 0.0}))
         row = int(known[-1])
         assert np.array_equal(read.train[row], whole.train[row])
     assert not (tmp_path / "cache").exists()
@@ -278,7 +282,7 @@ def test_a_signal_ends_a_plan_and_nothing_stays_behind(photos):
         return {path.name for path in Path(tempfile.gettempdir()).glob("samtune-plan-*")}
 
     before = left()
-    fault = {"at": "samtune.step:Step.__call__", "call": 2, "do": "SIGINT"}
+    fault = {"at": "samtune.sam.step:Step.__call__", "call": 2, "do": "SIGINT"}
     done = plan(*FLAGS, "--dataset", photos, faults=[fault])
     assert done.returncode == 130, done.stderr
     assert "stopped by SIGINT" in done.stderr

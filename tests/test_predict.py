@@ -17,12 +17,13 @@ import timm
 import torch
 from PIL import Image
 
-from samtune import Predictor, models
+from samtune import Predictor
 from samtune.data import inputs
 from samtune.data.decode import DecodeRule, decode, from_pillow
-from samtune.data.roles import Wanted
+from samtune.data.split_roles import Wanted
 from samtune.errors import DataError, UsageError
-from samtune.predict import predict
+from samtune.models import pretrained
+from samtune.predict.predictor import predict
 from tests.conftest import SMALL_MODEL, image_bytes, samtune, write_image_folder
 
 CLASSES = ("cat", "dog", "owl")
@@ -389,7 +390,7 @@ def test_the_head_turns_embeddings_into_the_predictions(trained, predictor, phot
     assert np.array_equal(found, stored["embeddings"])
     assert found.dtype == np.float32
     assert np.array_equal(found, predictor.embed(files_of(photos)))
-    model, _ = models.load_checkpoint(predictor.folder)
+    model, _ = pretrained.load_checkpoint(predictor.folder)
     with torch.inference_mode():
         probabilities = model.get_classifier()(torch.from_numpy(found)).softmax(1).numpy()
     said = np.array([[float(row[f"p_{name}"]) for name in CLASSES] for row in rows])
@@ -402,7 +403,7 @@ def test_features_and_logits_are_those_of_the_forward_pass(name):
     model = timm.create_model(name, num_classes=5).eval()
     images = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
     with torch.inference_mode():
-        features, logits = models.features_and_logits(model, images)
+        features, logits = pretrained.features_and_logits(model, images)
         assert torch.equal(logits, model(images))
         assert features.shape == (2, model.head_hidden_size)
 
@@ -462,7 +463,7 @@ def test_the_page_shows_the_least_certain_first(trained, mixed, tmp_path):
 
 
 def test_rows_of_a_stopped_command_are_kept(trained, photos, tmp_path):
-    faults = [{"at": "samtune.predict:Predictor.classify", "call": 2, "do": "SIGINT"}]
+    faults = [{"at": "samtune.predict.predictor:Predictor.classify", "call": 2, "do": "SIGINT"}]
     done = samtune("predict", trained, photos, "--output", tmp_path / "p.csv", faults=faults)
     assert done.returncode == 130
     assert f"is in {tmp_path / 'p.csv.part'}" in done.stderr

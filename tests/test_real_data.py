@@ -2,7 +2,8 @@
 
 import pytest
 
-from samtune import config, train
+from samtune.config import loading
+from samtune.train import loop
 
 SETS = {
     "cifar10": {"crop": "pad", "img_size": 32},
@@ -21,7 +22,7 @@ def test_a_real_data_set_trains_for_a_short_epoch(name, shared_data, tmp_path):
     given = {"model": "resnet10t", "pretrained": False, "dataset": str(shared_data / name)}
     given |= {"output": str(tmp_path / "r")}
     given |= {"img_size": 48, "epochs": 1, "max_train": 256, "max_eval": 128, "batch_size": 32, "workers": 0}
-    result = train.run(config.load(None, given | SETS[name]))
+    result = loop.run(loading.load(None, given | SETS[name]))
     assert result["steps"] == min(256, result["dataset"]["train"]) // 32
     assert result["test"]["n"] == min(128, result["dataset"]["test"])
     assert result["skipped_steps"] == 0

@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 import timm
 
-from samtune import config, models, stats, train
-from samtune.batch import Batch
+from samtune.config import loading
+from samtune.config.run_config import RunConfig
 from samtune.data import source
 from samtune.data.catalog import CATALOG
-from samtune.options import RunConfig
+from samtune.models import pretrained
+from samtune.report import stats
 from samtune.sweep import arms
 from samtune.sweep.plan import Plan
-from samtune.sweep.recipe import load
+from samtune.sweep.spec import load
+from samtune.train import loop
+from samtune.train.batch_plan import Batch
 from tests.conftest import ROOT, write_image_folder
 from tests.test_docs import RECIPES, SCRIPTS
 
@@ -65,8 +68,8 @@ def passes(settings: RunConfig) -> int:
 
 @each
 def test_every_recipe_loads_and_names_things_that_exist(recipe):
-    settings = config.load(recipe)
-    resolved = models.resolve(settings.model)
+    settings = loading.load(recipe)
+    resolved = pretrained.resolve(settings.model)
     source.locate(settings.dataset)
     said = re.search(r"-> (\S+), (\d+) px", recipe.read_text())
     assert said is not None or settings.img_size is not None
@@ -117,7 +120,7 @@ def test_the_page_has_the_means_and_intervals_that_follow_from_the_counts_of_a_m
 
 @pytest.mark.parametrize("recipe", RUN, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_the_cost_that_a_recipe_states_is_that_of_its_settings(recipe):
-    settings, claim = config.load(recipe), read(recipe)["expected"]
+    settings, claim = loading.load(recipe), read(recipe)["expected"]
     assert claim["passes"] == passes(settings)
     if recipe in QUICK:
         assert f"an hour at {claim['passes'] * settings.batch_size / 3600:.0f} images/s" in recipe.read_text()
@@ -154,13 +157,13 @@ def test_the_papers_figures_are_those_of_its_table(recipe):
         "l2": {"top1_error": l2, "ci95": l2_interval},
     }[model]
     without, interval = {"b7": b7_without, "l2": l2_without}[model]
-    assert config.load(recipe).dataset == data
+    assert loading.load(recipe).dataset == data
     assert read(recipe)["expected"]["paper"] == expected | {"no_sam": without, "no_sam_ci95": interval}
 
 
 @each_of_the_paper
 def test_the_papers_settings_are_those_of_its_appendix_and_code(recipe):
-    settings = config.load(recipe)
+    settings = loading.load(recipe)
     model, _, data = recipe.stem.partition("-")
     cifar = data.startswith("cifar")
     batch, lr, steps = {"b7": (1024, 0.016, 5000), "l2": (512, 0.008, 10000)}[model]
@@ -179,7 +182,7 @@ def test_the_papers_settings_are_those_of_its_appendix_and_code(recipe):
 
 @each_of_the_paper
 def test_any_number_of_devices_computes_the_papers_batch_with_its_perturbations(recipe):
-    settings = config.load(recipe)
+    settings = loading.load(recipe)
     cores, m = {"b7": (64, 16), "l2": (128, 4)}[recipe.stem[:2]]
     for devices in (1, 2, 4, 8, 16, cores):
         batch = Batch.of(settings, devices, 10_000)
@@ -198,8 +201,8 @@ def test_a_sweep_varies_settings_that_exist_within_their_range(recipe):
     assert sweep.keys() & ARMS <= set(sweep["arms"])
     for grid in (sweep["grid"], *(sweep[arm] for arm in sweep.keys() & ARMS)):
         for key, values in grid.items():
-            found = [getattr(config.load(recipe, {key: value}), key) for value in values]
-            assert key not in read(recipe) or getattr(config.load(recipe), key) in found
+            found = [getattr(loading.load(recipe, {key: value}), key) for value in values]
+            assert key not in read(recipe) or getattr(loading.load(recipe), key) in found
 
 
 def test_the_recipes_that_show_what_sam_gains_have_a_sweep():
@@ -234,10 +237,10 @@ def test_every_recipe_runs_in_miniature(recipe, tmp_path, small_data):
     """
     small = {
         **{"model": "test_efficientnet", "pretrained": False, "img_size": 32, "epochs": "2 steps"},
-        **{"dataset": str(small_data(config.load(recipe).dataset)), "processes": 1, "workers": 0},
+        **{"dataset": str(small_data(loading.load(recipe).dataset)), "processes": 1, "workers": 0},
     }
-    report = train.run(config.load(recipe, small | {"output": tmp_path / "run"}))
-    ran, meant = config.load(tmp_path / "run" / "config.toml"), config.load(recipe)
+    report = loop.run(loading.load(recipe, small | {"output": tmp_path / "run"}))
+    ran, meant = loading.load(tmp_path / "run" / "config.toml"), loading.load(recipe)
     kept = read(recipe).keys() - small.keys() - {"expected", "sweep"}
     assert {key: getattr(ran, key) for key in kept} == {key: getattr(meant, key) for key in kept}
     assert report["cost"]["forward_backward_passes"] == (3 if meant.sam_start.amount else 4)

@@ -14,7 +14,9 @@ import pytest
 import timm
 import torch
 
-from samtune import config, report, train
+from samtune.config import loading
+from samtune.report import run_report
+from samtune.train import loop
 from tests.conftest import SMALL_MODEL, image_bytes, samtune, write_image_folder
 from tests.test_decode import odd_folder
 
@@ -66,7 +68,7 @@ def test_lite0_learns_three_breeds_in_three_epochs(pets):
 def test_the_train_loss_of_the_first_epoch_begins_at_ln_classes_and_falls(pets):
     folder, result = pets
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = report.epoch_means([row for row in rows if row["split"] == "train"])
+    losses = run_report.epoch_means([row for row in rows if row["split"] == "train"])
     assert losses[1] < math.log(3)
     assert losses[2] < 0.8 * math.log(3)
     assert result["warnings"] == []
@@ -84,7 +86,7 @@ def test_eval_reproduces_the_reported_numbers_exactly(pets):
 @pytest.mark.slow
 def test_timm_loads_the_result_and_finds_the_same_classes(pets):
     folder, _ = pets
-    from samtune.evaluation import evaluate_checkpoint
+    from samtune.train.evaluation import evaluate_checkpoint
 
     model = timm.create_model(f"local-dir:{folder / 'checkpoints' / 'last'}", pretrained=True).eval()
     scored, _ = evaluate_checkpoint(folder, name=None, split="test", dataset=None, progress=lambda *_: None)
@@ -169,7 +171,7 @@ def test_the_report_is_a_function_of_the_folder(finished):
     written = {name: (folder / name).read_bytes() for name in ("report.json", "report.md")}
     for name in written:
         (folder / name).unlink()
-    report.write(folder, report.collect(folder))
+    run_report.write(folder, run_report.collect(folder))
     assert {name: (folder / name).read_bytes() for name in written} == written
 
 
@@ -177,10 +179,10 @@ def test_a_report_says_what_it_cannot_know_where_metrics_are_lost(finished, tmp_
     folder, _ = finished
     shutil.copytree(folder, tmp_path / "copy", symlinks=True)
     (tmp_path / "copy" / "metrics.jsonl").write_text('{"a": 1}\n[]\nhalf a row')
-    found = report.collect(tmp_path / "copy")
+    found = run_report.collect(tmp_path / "copy")
     assert found["cost"]["sgd_equivalents"] is None
     assert "missing" in found["warnings"][0]
-    assert "not known" in report.summary(found)["cost"]
+    assert "not known" in run_report.summary(found)["cost"]
 
 
 def test_the_saved_config_repeats_the_run_bit_for_bit(finished, tmp_path):
@@ -197,7 +199,7 @@ def test_best_on_validation_is_what_select_best_scores(folder_data, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    best = min((row for row in rows if row["split"] == "val"), key=report.best_key)
+    best = min((row for row in rows if row["split"] == "val"), key=run_report.best_key)
     manifest = json.loads((tmp_path / "r" / "checkpoints" / "best" / "manifest.json").read_text())
     assert manifest["step"] == best["step"] == rows[-1]["step"]
     again = json.loads(samtune("eval", tmp_path / "r", "--json").stdout)
@@ -234,7 +236,7 @@ def test_no_test_leaves_the_test_split_alone(folder_data, tmp_path):
 )
 def test_an_epoch_is_no_better_than_guessing_by_loss_and_by_error(loss, error, said):
     """Of three classes: a guess has a loss of 1.10 and an error of 66.7 %."""
-    assert (report.collapse_warning(1, loss, error, 3) is not None) is said
+    assert (run_report.collapse_warning(1, loss, error, 3) is not None) is said
 
 
 def test_a_loss_that_stays_at_chance_is_said_while_it_runs_and_in_the_report(folder_data, tmp_path):
@@ -284,7 +286,7 @@ def test_a_variant_runs_costs_what_it_should_and_is_reported(name, folder_data, 
     given, cost = VARIANTS[name]
     base = {"model": "test_resnet", "pretrained": False, "dataset": str(folder_data), "img_size": 32, "workers": 0}
     base |= {"epochs": "8 steps", "batch_size": 8, "lr": 0.01, "output": str(tmp_path / "run"), "warmup_epochs": 0}
-    result = train.run(config.load(None, base | given))
+    result = loop.run(loading.load(None, base | given))
     assert result["cost"]["sgd_equivalents"] == pytest.approx(cost)
     assert result["steps"] == 8
     assert torch.are_deterministic_algorithms_enabled() == (name == "deterministic")
@@ -391,7 +393,7 @@ def test_on_a_gpu_a_killed_run_goes_on_to_the_same_end(folder_data, tmp_path):
     from tests.interruptions import resume, run
 
     assert run(folder_data, tmp_path / "whole", "--deterministic").returncode == 0
-    fault = {"at": "samtune.sam:Perturbation.add_", "call": 8, "do": "SIGKILL"}
+    fault = {"at": "samtune.sam.perturbation:Perturbation.add_", "call": 8, "do": "SIGKILL"}
     assert run(folder_data, tmp_path / "r", "--deterministic", faults=[fault]).returncode == -signal.SIGKILL
     assert resume(tmp_path / "r").returncode == 0
     assert fingerprint(tmp_path / "r") == fingerprint(tmp_path / "whole")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from samtune import runs
 from samtune.errors import UsageError
+from samtune.runs import listing
 from tests.conftest import samtune
 from tests.test_lock import another_process
 
@@ -26,7 +26,7 @@ def write_run(folder, state="done", *, metrics=(), report=None, **more):
 
 
 def only(folder):
-    (row,) = runs.list_runs(folder)
+    (row,) = listing.list_runs(folder)
     return row
 
 
@@ -78,14 +78,14 @@ def test_a_run_that_ends_while_it_is_looked_at_is_not_taken_for_killed(tmp_path,
     def ends(asked):
         (folder / "status.json").write_text(json.dumps({"state": "done"}))
 
-    monkeypatch.setattr("samtune.lock.holder", ends)
+    monkeypatch.setattr("samtune.runs.lock.holder", ends)
     assert only(tmp_path)["state"] == "done"
 
 
 def test_a_run_that_begins_while_it_is_looked_at_is_not_taken_for_killed(tmp_path, monkeypatch):
     write_run(tmp_path / "r", "running")
     answers = iter([None, "process 1 on host h"])
-    monkeypatch.setattr("samtune.lock.holder", lambda folder: next(answers))
+    monkeypatch.setattr("samtune.runs.lock.holder", lambda folder: next(answers))
     assert only(tmp_path)["state"] == "running"
 
 
@@ -122,7 +122,7 @@ def test_runs_are_found_two_levels_deep_the_newest_first_and_the_folder_may_be_o
     (tmp_path / "no run").mkdir()
     unsaid = write_run(tmp_path / "unsaid", updated=None)  # then the file's own time counts
     os.utime(unsaid / "status.json", (1751328000, 1751328000))
-    found = [row["path"] for row in runs.list_runs(tmp_path)]
+    found = [row["path"] for row in listing.list_runs(tmp_path)]
     assert found == [str(tmp_path / name) for name in ("sweep/new", "middle", "unsaid", "old")]
     assert only(unsaid)["updated"] == "2025-07-01T00:00:00Z"
 
@@ -168,7 +168,7 @@ def test_programs_get_the_same_rows_alone_on_stdout(tmp_path):
     write_run(tmp_path / "a", "failed", error=FAILURE, exit_code=7)
     write_run(tmp_path / "b", pid=12, host="h")
     done = samtune("runs", tmp_path, "--json")
-    assert json.loads(done.stdout) == runs.list_runs(tmp_path)
+    assert json.loads(done.stdout) == listing.list_runs(tmp_path)
     assert done.stderr == ""
 
 
@@ -181,7 +181,7 @@ def test_a_folder_without_runs_is_no_error_and_a_missing_folder_is_one(tmp_path)
     assert missing.returncode == 2
     assert "there is no folder runs" in missing.stderr
     with pytest.raises(UsageError):
-        runs.list_runs(tmp_path / "none")
+        listing.list_runs(tmp_path / "none")
 
 
 def test_listing_loads_nothing_heavy(tmp_path):

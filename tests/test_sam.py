@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samtune.sam import Perturbation, dual
+from samtune.sam.perturbation import Perturbation, dual
 
 RHO = 0.05
 NORMS = [1, 1.05, 4 / 3, 2, 4, math.inf]

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from samtune import saver
-from samtune.saver import Saver
-from samtune.schedules import Duration
+from samtune.train import checkpointing
+from samtune.train.checkpointing import Saver
+from samtune.train.schedule import Duration
 
 
 def made(every):
@@ -22,7 +22,7 @@ def test_steps_are_counted_from_the_beginning_of_the_run(every, due):
 
 def test_minutes_are_counted_from_the_last_save(monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(saver.time, "monotonic", lambda: now)
+    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now)
     chosen = made("10 minutes")
     now += 599
     assert not chosen.due(7)

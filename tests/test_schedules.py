@@ -2,7 +2,7 @@
 
 import pytest
 
-from samtune.schedules import Duration, RhoSchedule, cosine, warmup
+from samtune.train.schedule import Duration, RhoSchedule, cosine, warmup
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from samtune import SAM, shard
-from samtune.models import train_mode
-from samtune.sam import Perturbation
+from samtune import SAM
+from samtune.distributed import fsdp
+from samtune.models.pretrained import train_mode
+from samtune.sam.perturbation import Perturbation
 from tests.conftest import SmallNet
 from tests.engines import assert_same, make_step, sgd, state
 from tests.ranks import Ranks
@@ -52,7 +53,7 @@ def make(build, group=None):
     """On one rank, or in one process where there are no others."""
     model = build()
     if dist.is_initialized():
-        model = shard.shard(model, CPU, group)
+        model = fsdp.shard(model, CPU, group)
     train_mode(model, freeze_bn=True)
     return model
 
@@ -80,7 +81,7 @@ def train(build, optimizer, options, steps=3, group=None, loss=F.cross_entropy, 
     said = [step(*my_share(i)) for i in range(steps)]
     if alone:
         return model.state_dict(), step.optimizer.state_dict()["state"], said
-    return shard.full_state_dict(model), shard.full_optimizer_state(step.optimizer), said
+    return fsdp.full_state_dict(model), fsdp.full_optimizer_state(step.optimizer), said
 
 
 def assert_close(found, expected, tolerance=1e-10):
@@ -133,7 +134,7 @@ def test_so_does_a_model_of_timm(pair, optimizer, options):
 def gradient_here(m, group=None, build=small, **options):
     """The whole gradient, and its like from a second call that adds to the first."""
     model = make(build, group)
-    sam = SAM(model, RHO, m=shard.shards_of(model).group if m == "group" else m, **options)
+    sam = SAM(model, RHO, m=fsdp.shards_of(model).group if m == "group" else m, **options)
     images, labels, weight = my_share()
     found = []
     for _ in range(2):
@@ -198,7 +199,7 @@ def refused():
     with pytest.raises(ValueError, match="penalty"):
         make_step(model, sgd(model), m="global", penalty=lambda: 0)
     with pytest.raises(ValueError, match="groups of 3 ranks"):
-        shard.shard(small(), CPU, 3)
+        fsdp.shard(small(), CPU, 3)
     return texts
 
 
@@ -343,7 +344,7 @@ def through_a_checkpoint(build, optimizer, group):
     step = make_step(model, optimizer(model), rho=RHO, m="global")
     for i in range(2):
         step(*my_share(i))
-    saved = shard.full_state_dict(model), shard.full_optimizer_state(step.optimizer)
+    saved = fsdp.full_state_dict(model), fsdp.full_optimizer_state(step.optimizer)
     for i in (2, 3):
         step(*my_share(i))
     other = make(build, group)
@@ -351,12 +352,12 @@ def through_a_checkpoint(build, optimizer, group):
         for w in other.parameters():
             w.zero_()
     again = make_step(other, optimizer(other), rho=RHO, m="global")
-    shard.load_full_state_dict(other, saved[0])
-    shard.load_full_optimizer_state(again.optimizer, saved[1])
+    fsdp.load_full_state_dict(other, saved[0])
+    fsdp.load_full_optimizer_state(again.optimizer, saved[1])
     for i in (2, 3):
         again(*my_share(i))
     same = all(torch.equal(a, b) for a, b in zip(parts(model), parts(other), strict=True))
-    return same, saved, shard.full_state_dict(model)
+    return same, saved, fsdp.full_state_dict(model)
 
 
 def assert_goes_on_anywhere(results, build, optimizer):
@@ -384,7 +385,7 @@ def test_so_it_does_in_groups(four):
 
 def round_trip(build):
     model = make(build)
-    return shard.full_state_dict(model)
+    return fsdp.full_state_dict(model)
 
 
 @pytest.mark.parametrize("build", [small, resnet])
@@ -401,8 +402,8 @@ def load_wrong(change):
         weights | {"fc.weight": weights["fc.weight"][:1]} if change == "shape" else {"fc.weight": weights["fc.weight"]}
     )
     with pytest.raises(RuntimeError, match="do not fit"):
-        shard.load_full_state_dict(model, weights if dist.get_rank() == 0 else None)
-    return shard.full_state_dict(model)
+        fsdp.load_full_state_dict(model, weights if dist.get_rank() == 0 else None)
+    return fsdp.full_state_dict(model)
 
 
 @pytest.mark.parametrize("change", ["shape", "names"])
@@ -421,7 +422,7 @@ def held(build, group=None):
         "momentum": [values["momentum_buffer"].to_local() for values in step.optimizer.state.values()],
         "copy": step.sam._ball._backup,
     }
-    names = [name for name, module in model.named_modules() if module in shard.shards_of(model).blocks]
+    names = [name for name, module in model.named_modules() if module in fsdp.shards_of(model).blocks]
     return {key: sum(t.numel() for t in value) for key, value in tensors.items()}, names
 
 
@@ -444,7 +445,7 @@ def test_ranks_hold_the_model_once_between_them(pair):
 def test_blocks_are_what_is_called_one_by_one(name, expected):
     model = timm.create_model(name, pretrained=False)
     names = {id(module): name for name, module in model.named_modules()}
-    blocks = shard._blocks(model)
+    blocks = fsdp._blocks(model)
     found = [names[id(block)] for block in blocks]
     assert set(expected) <= set(found)
     assert not any(a != b and a.startswith(b + ".") for a in found for b in found)
@@ -460,7 +461,7 @@ def evaluated_first():
     step(*my_share())
     with torch.inference_mode():
         scores = model(my_share()[0])
-    return shard.full_state_dict(model), scores
+    return fsdp.full_state_dict(model), scores
 
 
 def test_a_model_that_was_scored_before_it_was_trained_trains_and_is_scored_as_it_is_then(pair):

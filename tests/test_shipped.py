@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 
-from samtune import shipped
+from samtune.config import shipped_recipes
 from samtune.errors import UsageError
 from tests.conftest import ROOT, samtune, write_image_folder
 
@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_every_recipe_of_the_checkout_is_listed():
-    assert sorted(recipe.path for recipe in shipped.recipes()) == FILES
+    assert sorted(recipe.path for recipe in shipped_recipes.recipes()) == FILES
     listed = {row["name"]: row for row in json.loads(samtune("recipes", "ls", "--json").stdout)}
     assert len(listed) == len(FILES)
     pets = listed["quick/pets"]
@@ -47,26 +47,29 @@ def test_the_wheel_holds_all_packages_and_all_recipes():
     ],
 )
 def test_a_name_means_one_recipe(name, found):
-    recipe = shipped.named(name)
+    recipe = shipped_recipes.named(name)
     assert (recipe and recipe.name) == found
 
 
 def test_a_name_that_several_have_means_none_of_them(monkeypatch):
-    several = [shipped.Recipe("a/pets", ROOT / "a/pets.toml"), shipped.Recipe("b/pets", ROOT / "b/pets.toml")]
-    monkeypatch.setattr(shipped, "recipes", lambda: several)
+    several = [
+        shipped_recipes.Recipe("a/pets", ROOT / "a/pets.toml"),
+        shipped_recipes.Recipe("b/pets", ROOT / "b/pets.toml"),
+    ]
+    monkeypatch.setattr(shipped_recipes, "recipes", lambda: several)
     with pytest.raises(UsageError, match="a/pets, b/pets"):
-        shipped.get("pets")
+        shipped_recipes.get("pets")
 
 
 def test_a_file_goes_before_a_recipe_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = shipped.Path("demo")
-    assert shipped.find(name) == ROOT / "recipes" / "demo.toml"
+    name = shipped_recipes.Path("demo")
+    assert shipped_recipes.find(name) == ROOT / "recipes" / "demo.toml"
     name.mkdir()  # a folder is no recipe
-    assert shipped.find(name) == ROOT / "recipes" / "demo.toml"
+    assert shipped_recipes.find(name) == ROOT / "recipes" / "demo.toml"
     name.rmdir()
     name.write_text("rho = 0")
-    assert shipped.find(name) == name
+    assert shipped_recipes.find(name) == name
 
 
 def test_run_and_sweep_find_a_recipe_by_its_name_and_say_which(tmp_path):
@@ -138,6 +141,6 @@ def test_validate_says_what_a_run_would(tmp_path):
 
 
 def test_all_that_comes_with_samtune_is_valid():
-    done = samtune("recipes", "validate", *(recipe.name for recipe in shipped.recipes()))
+    done = samtune("recipes", "validate", *(recipe.name for recipe in shipped_recipes.recipes()))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": ok") == len(FILES)

@@ -6,10 +6,10 @@ import datasets
 import numpy as np
 import pytest
 
-from samtune import config
-from samtune.data import roles, source
+from samtune.config import loading
+from samtune.data import source, split_roles
 from samtune.data.decode import decode
-from samtune.data.roles import Wanted
+from samtune.data.split_roles import Wanted
 from samtune.data.splits import open_parts, stratified_subset
 from samtune.errors import DataError, UsageError
 from tests.conftest import image_bytes, samtune, write_image_folder
@@ -157,14 +157,14 @@ def test_a_split_that_no_table_is_and_a_folder_or_archive_might_be_is_named(tmp_
 
 def test_a_test_split_does_not_become_validation_when_another_is_scored():
     with pytest.raises(UsageError, match="test is the test split"):
-        roles.assign("d", ["train", "test", "final"], Wanted(val_split="test", test_split="final"), {})
+        split_roles.assign("d", ["train", "test", "final"], Wanted(val_split="test", test_split="final"), {})
 
 
 def test_two_splits_that_may_both_be_validation_are_asked_about():
     with pytest.raises(DataError, match="2 splits for validation: val, dev") as error:
-        roles.assign("d", ["train", "val", "dev"], Wanted(), {})
+        split_roles.assign("d", ["train", "val", "dev"], Wanted(), {})
     assert "--val-split" in error.value.mend
-    assert roles.assign("d", ["train", "val", "dev"], Wanted(val_split="dev"), {})["validation"] == ("dev",)
+    assert split_roles.assign("d", ["train", "val", "dev"], Wanted(val_split="dev"), {})["validation"] == ("dev",)
 
 
 # --------------------------------------------------------------------------------------------------- columns and labels
@@ -336,7 +336,7 @@ def test_subsets_are_taken_after_the_validation_split(tmp_path):
     folder = str(write_image_folder(tmp_path, {"train": 40, "test": 20}))
 
     def parts(**flags):
-        return open_parts(config.load(None, {"model": "m", "dataset": folder} | flags))
+        return open_parts(loading.load(None, {"model": "m", "dataset": folder} | flags))
 
     whole = parts()
     half, few = parts(train_fraction=0.5), parts(train_fraction=0.5, max_train=6, max_eval=4)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, ttest_1samp
 
-from samtune import stats
+from samtune.report import stats
 
 # Student (1908): hours of sleep that ten patients gained by two drugs; intervals and p as R's t.test documents them.
 SLEEP_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from samtune.models import train_mode
+from samtune.models.pretrained import train_mode
 from tests.conftest import SmallNet
 from tests.engines import A, Quadratic, assert_same, make_step, quadratic_loss, sgd, state
 from tests.reference import naive_sam_gradient

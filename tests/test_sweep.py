@@ -7,16 +7,17 @@ import tomllib
 
 import pytest
 
-from samtune import config, device
-from samtune.batch import Batch
+from samtune.config import loading
+from samtune.distributed import device
 from samtune.errors import CheckpointError, DataError, ModelError, UsageError
-from samtune.gradient import sam_passes
-from samtune.job import Length
-from samtune.schedules import Duration
-from samtune.sweep import arms, engines, images, ledger, protocol, recipe
+from samtune.sam.gradient import sam_passes
+from samtune.sweep import arms, decode_once, executors, ledger, protocol, spec
 from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Outcome
 from samtune.sweep.plan import Plan, seconds_per_step
+from samtune.train.batch_plan import Batch
+from samtune.train.schedule import Duration
+from samtune.train.setup import Length
 from tests.conftest import samtune, write_image_folder
 from tests.sweeps import attempts, sweep, write_recipe
 
@@ -24,7 +25,7 @@ from tests.sweeps import attempts, sweep, write_recipe
 def load(tmp_path, table="", base="", **more):
     path = tmp_path / "recipe.toml"
     path.write_text(f'model = "test_resnet"\ndataset = "cifar10"\n{base}\n[sweep]\n{table}\n')
-    return recipe.load(path, {}, **more)
+    return spec.load(path, {}, **more)
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -150,7 +151,7 @@ def test_a_run_of_a_sweep_is_on_one_device(tmp_path, base):
 )
 def test_a_flag_takes_the_place_of_a_grid(tmp_path, table, flags, arm, expected):
     load(tmp_path, table)
-    assert arms.points(recipe.load(tmp_path / "recipe.toml", flags), arm) == expected
+    assert arms.points(spec.load(tmp_path / "recipe.toml", flags), arm) == expected
 
 
 def test_flags_take_the_place_of_budgets_and_seeds(tmp_path):
@@ -167,16 +168,16 @@ def test_the_folders_recipe_repeats_the_sweep(tmp_path):
     table += "[sweep.sam-late]\nsam_start = [2]"
     asked = load(tmp_path, table, 'global_batch_size = 64\nseed = 3\ntest = false\ngpus = "all"')
     (tmp_path / "sweep.toml").write_text(asked.to_toml())
-    again = recipe.load(tmp_path / "sweep.toml", {})
+    again = spec.load(tmp_path / "sweep.toml", {})
     assert again.table == asked.table
-    own = dict.fromkeys(recipe.OWN)
+    own = dict.fromkeys(spec.OWN)
     assert again.base.model_dump() | own == asked.base.model_dump() | own
     assert again.to_toml().replace("sweep.toml", "recipe.toml") == asked.to_toml()
     assert Batch.of(again.base, 1, 1000) == Batch.of(asked.base, 1, 1000)  # it asks what was given
 
 
 def test_a_run_ignores_the_table(tmp_path):
-    assert load(tmp_path, "seeds = 3").base == config.load(tmp_path / "recipe.toml")
+    assert load(tmp_path, "seeds = 3").base == loading.load(tmp_path / "recipe.toml")
 
 
 def test_what_differs_between_two_recipes_is_said_by_key():
@@ -184,7 +185,7 @@ def test_what_differs_between_two_recipes_is_said_by_key():
         {"rho": 0.1, "sweep": {"seeds": [0], "arms": ["sam"]}},
         {"lr": 1, "sweep": {"seeds": [1], "arms": ["sam"]}},
     )
-    assert recipe.differences(before, now) == [
+    assert spec.differences(before, now) == [
         "lr: not given before, 1 now",
         "rho: 0.1 before, not given now",
         "sweep.seeds: [0] before, [1] now",
@@ -210,7 +211,7 @@ def test_the_number_of_steps_is_the_largest_that_the_budget_pays_for(case):
         "ascent_steps": draw.choice([1, 3]),
     }
     given["sam_end"] = draw.choice(["100%", "95%", "20 steps"]) if given["sam_start"] in ("0%", "7 steps") else "100%"
-    settings = config.load(None, {"model": "a", "dataset": "cifar10", "batch_size": 8} | given)
+    settings = loading.load(None, {"model": "a", "dataset": "cifar10", "batch_size": 8} | given)
     sam = sam_passes(settings.ascent_steps, settings.ascent_fraction)
     plain = 1.0
     if draw.random() < 0.5:  # seconds
@@ -388,18 +389,18 @@ def test_each_gpu_has_a_run_of_its_own(gpus, visible, jobs, places, monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    settings = config.load(None, {"model": "a", "dataset": "cifar10", "gpus": gpus})
-    assert engines.places_here(settings, jobs) == [{"CUDA_VISIBLE_DEVICES": name} for name in places]
+    settings = loading.load(None, {"model": "a", "dataset": "cifar10", "gpus": gpus})
+    assert executors.places_here(settings, jobs) == [{"CUDA_VISIBLE_DEVICES": name} for name in places]
 
 
 def test_runs_at_a_time_on_a_cpu_share_its_cores(monkeypatch):
     monkeypatch.setattr(device, "cores", lambda: 9)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    settings = config.load(None, {"model": "a", "dataset": "cifar10", "gpus": "0"})
-    assert engines.places_here(settings, 4) == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}] * 4
-    assert engines.places_here(settings, 1) == [{"CUDA_VISIBLE_DEVICES": ""}]  # as a run by itself
+    settings = loading.load(None, {"model": "a", "dataset": "cifar10", "gpus": "0"})
+    assert executors.places_here(settings, 4) == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}] * 4
+    assert executors.places_here(settings, 1) == [{"CUDA_VISIBLE_DEVICES": ""}]  # as a run by itself
     with pytest.raises(UsageError, match="there are 9 cores"):
-        engines.places_here(settings, 10)
+        executors.places_here(settings, 10)
 
 
 # -------------------------------------------------------------------------------------------------------------- a sweep
@@ -474,7 +475,7 @@ def test_the_ledger_knows_all_runs_and_can_be_made_again(found, whole_sweep_reci
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(found, whole_sweep_recipe):
     folder, _ = found
-    asked = recipe.load(whole_sweep_recipe, {"lr": 0.02, "workers": 1}, seeds="3")  # workers change no number
+    asked = spec.load(whole_sweep_recipe, {"lr": 0.02, "workers": 1}, seeds="3")  # workers change no number
     with pytest.raises(UsageError, match="holds a sweep with other settings") as error:
         protocol.open_folder(asked, folder)
     assert error.value.why == "lr: 0.01 before, 0.02 now; sweep.seeds: [0] before, [0, 1, 2] now"
@@ -526,7 +527,7 @@ def test_what_cannot_be_meant_is_refused_before_a_run_begins(tmp_path, photos, a
 def test_a_data_set_without_test_cannot_be_swept(tmp_path):
     path = write_recipe(tmp_path / "r.toml", write_image_folder(tmp_path / "data", {"train": 6}))
     with pytest.raises(UsageError, match="no test split"):
-        protocol.check(Plan(recipe.load(path, {}), images.images_to_train_on(images.listed)))
+        protocol.check(Plan(spec.load(path, {}), decode_once.images_to_train_on(decode_once.listed)))
 
 
 def test_the_folders_recipe_is_plain_toml(found):

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from samtune import signals
+from samtune.distributed import signals
 from samtune.errors import Diverged, MachineError, UsageError
-from samtune.sweep import ledger, protocol, recipe
+from samtune.sweep import ledger, protocol, spec
 from samtune.sweep.ledger import Outcome, Run
 from tests.sweeps import write_recipe
 
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_written_ends_the_sweep_and_says_so(plan, tmp_pa
 
 
 def test_a_node_that_lends_no_cores_does_not_count(monkeypatch):
-    cluster = pytest.importorskip("samtune.sweep.cluster", reason="ray is not installed (extra: ray)")
+    cluster = pytest.importorskip("samtune.sweep.ray_executor", reason="ray is not installed (extra: ray)")
     monkeypatch.setattr(cluster, "_nodes", lambda: [{}, {"CPU": 0.0}, {"CPU": 8.0}, {"CPU": 4.0}])
     there = object.__new__(cluster.Cluster)
     there._jobs, there._on_gpus = 2, False
@@ -114,4 +114,4 @@ def test_a_damaged_recipe_of_a_sweep_is_named(tmp_path, photos):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "sweep.toml").write_text("x = [")
     with pytest.raises(UsageError, match=r"sweep\.toml is damaged"):
-        protocol.open_folder(recipe.load(write_recipe(tmp_path / "r.toml", photos), {}), tmp_path / "s")
+        protocol.open_folder(spec.load(write_recipe(tmp_path / "r.toml", photos), {}), tmp_path / "s")

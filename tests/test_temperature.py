@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import scipy.special
 
-from samtune import Predictor, checkpoint, exhibits, temperature
+from samtune import Predictor
 from samtune.errors import CheckpointError, DataError
-from samtune.predictions import Predictions
+from samtune.predict import temperature
+from samtune.report import run_charts
+from samtune.runs import checkpoint
+from samtune.runs.predictions import Predictions
 from tests.conftest import SMALL_MODEL, samtune, write_image_folder
 
 CLASSES = ("cat", "dog", "owl")
@@ -138,6 +141,6 @@ def test_the_report_names_the_cause_and_the_command(probability, smoothing, has_
     """Of a model that has nine of ten right."""
     labels = np.zeros(10, np.int64)
     found = Predictions("test", np.arange(10), labels, np.array([1] + [0] * 9), np.full(10, probability))
-    note = exhibits.calibration(found, classes=3, smoothing=smoothing, has_val=has_val)["calibration_note"]
+    note = run_charts.calibration(found, classes=3, smoothing=smoothing, has_val=has_val)["calibration_note"]
     assert all(text in note for text in said)
     assert not any(text in note for text in unsaid)

@@ -13,11 +13,12 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from samtune import config, trackers
 from samtune.cli.main import app
+from samtune.config import loading
 from samtune.errors import UsageError
-from samtune.runlog import RunLog, read_metrics
-from samtune.trackers import Trackers
+from samtune.runs.run_log import RunLog, read_metrics
+from samtune.train import trackers
+from samtune.train.trackers import Trackers
 from tests.conftest import samtune
 from tests.fingerprint import fingerprint
 from tests.interruptions import SETTINGS, resume, run, status
@@ -133,7 +134,7 @@ def test_wandb_has_the_settings_and_the_result_under_the_name_of_the_run_folder(
 
 
 def settings(**more):
-    return config.load(None, {"model": "test_resnet", "dataset": "mnist5k", "track": "tensorboard,wandb"} | more)
+    return loading.load(None, {"model": "test_resnet", "dataset": "mnist5k", "track": "tensorboard,wandb"} | more)
 
 
 def log_rows(log, steps):
@@ -254,7 +255,7 @@ def test_trackers_are_a_text_or_a_list_and_come_back_from_the_resolved_settings(
     given = settings(track=track)
     assert given.track == settings(track=track.split(",")).track == track
     (tmp_path / "config.toml").write_text(given.to_toml())
-    assert config.load(tmp_path / "config.toml").track == track
+    assert loading.load(tmp_path / "config.toml").track == track
     assert trackers._chosen(track) == [name for name in track.split(",") if name in trackers._TRACKERS]
 
 
@@ -269,7 +270,7 @@ def test_what_is_no_tracker_is_refused(track):
 
 @row(29)
 def test_a_run_with_trackers_that_is_killed_and_goes_on_equals_one_without(photos, uninterrupted, tmp_path):
-    fault = {"at": "samtune.sam:Perturbation.add_", "call": 12, "do": "SIGKILL"}
+    fault = {"at": "samtune.sam.perturbation:Perturbation.add_", "call": 12, "do": "SIGKILL"}
     assert run(photos, tmp_path / "r", *BOTH, faults=[fault]).returncode == -9
     assert resume(tmp_path / "r").returncode == 0
     assert fingerprint(tmp_path / "r") == fingerprint(uninterrupted)
@@ -278,7 +279,7 @@ def test_a_run_with_trackers_that_is_killed_and_goes_on_equals_one_without(photo
 
 @row(29)
 def test_trackers_may_join_and_leave_when_a_run_goes_on(broken_off, uninterrupted):
-    fault = {"at": "samtune.sam:Perturbation.add_", "call": 5, "do": "SIGTERM"}
+    fault = {"at": "samtune.sam.perturbation:Perturbation.add_", "call": 5, "do": "SIGTERM"}
     assert resume(broken_off, *BOTH, faults=[fault]).returncode == 75
     assert_shown(broken_off)
     rows = len(read_metrics(broken_off))
@@ -290,7 +291,7 @@ def test_trackers_may_join_and_leave_when_a_run_goes_on(broken_off, uninterrupte
 @row(29)
 @pytest.mark.parametrize("place", ["__init__", "row", "end"])
 def test_a_tracker_whose_disk_is_full_costs_a_warning_and_not_the_run(place, photos, uninterrupted, tmp_path):
-    fault = {"at": f"samtune.trackers:_TensorBoard.{place}", "call": 1, "do": "ENOSPC"}
+    fault = {"at": f"samtune.train.trackers:_TensorBoard.{place}", "call": 1, "do": "ENOSPC"}
     done = run(photos, tmp_path / "r", *BOTH, faults=[fault])
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is left out") == done.stderr.count("No space left on device") == 1
@@ -314,7 +315,7 @@ def test_a_server_that_does_not_answer_costs_a_warning_and_not_the_run(photos, u
 
 @row(29)
 def test_a_tracker_that_hangs_does_not_keep_the_ranks_from_ending(photos, tmp_path):
-    fault = {"at": "samtune.trackers:_TensorBoard.end", "call": 1, "do": "hang", "rank": 0}
+    fault = {"at": "samtune.train.trackers:_TensorBoard.end", "call": 1, "do": "hang", "rank": 0}
     done = run(photos, tmp_path / "r", *BOTH, "--processes", 2, faults=[fault])
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("tracker tensorboard is left out: it does not answer") == 1

@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from samtune import SAM
-from samtune.losses import l2_penalty
-from samtune.models import train_mode
+from samtune.models.pretrained import train_mode
+from samtune.sam.losses import l2_penalty
 from tests.engines import A, Quadratic, cross_entropy_of, gradient, make_step, quadratic_loss, sgd, state
 
 

@@ -1,6 +1,6 @@
 """Steps that take too long, told by a clock of the test's own."""
 
-from samtune.watchdog import Watchdog
+from samtune.train.watchdog import Watchdog
 
 
 def watched(timeout=100.0):

@@ -40,9 +40,9 @@ def weights(incomplete: str) -> list[str]:
 
 def recipes(incomplete: str) -> list[str]:
     """Recipes that come with samtune, TOML files, and the folders on the way to them."""
-    from samtune import shipped
+    from samtune.config import shipped_recipes
 
-    return [recipe.name for recipe in shipped.recipes() if recipe.name.startswith(incomplete)] + list(
+    return [recipe.name for recipe in shipped_recipes.recipes() if recipe.name.startswith(incomplete)] + list(
         _paths(incomplete, (".toml",))
     )
 

@@ -9,7 +9,7 @@ import typer
 
 from samtune.cli import completion
 from samtune.cli.help import Command, HelpAll
-from samtune.options import MOST_PROCESSES, RunConfig, flag_name
+from samtune.config.run_config import MOST_PROCESSES, RunConfig, flag_name
 
 _LONG = 30  # flags beyond which --help shows a part of them
 _SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from samtune import config
 from samtune.cli.config_flags import DATA_KEYS, with_config_flags
 from samtune.cli.help import Command, Json, new_group
-from samtune.options import MOST_PROCESSES
+from samtune.config import loading
+from samtune.config.run_config import MOST_PROCESSES
 
 data_app = new_group("Look at a data set before a run does.\n\nExample: samtune data check path/to/photos")
 datasets_app = new_group()
@@ -46,10 +46,10 @@ def data_check(
     from samtune.data.source import locate
 
     locate(dataset)
-    settings = config.load(None, {"model": "", "dataset": dataset, **flags})
+    settings = loading.load(None, {"model": "", "dataset": dataset, **flags})
 
     from samtune import console
-    from samtune.data import check
+    from samtune.data.check import check
 
     with console.RunProgress() as progress:
         result = check.check(settings, workers=workers, progress=progress.count)

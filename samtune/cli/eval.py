@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from samtune import ranks, signals
 from samtune.cli.arguments import CheckpointName, RunOrCheckpoint
 from samtune.cli.config_flags import DATA_KEYS, Gpus, Processes, with_config_flags
 from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
+from samtune.distributed import environment, signals
 
 
 @partial(with_config_flags, only=DATA_KEYS)
@@ -61,7 +61,7 @@ def evaluate(
     from samtune import api
 
     with signals.listening() as stop:
-        ranks.report_for_work()
+        environment.report_for_work()
         result = api.score_checkpoint(
             run_or_checkpoint,
             split=split,
@@ -78,9 +78,10 @@ def evaluate(
     result = result_to_print(result)
     if result is None:
         return
-    from samtune import console, report
+    from samtune import console
+    from samtune.report import run_report
 
     if as_json:
         console.print_json(result)
     else:
-        console.print_table("Result", report.evaluation_summary(result))
+        console.print_table("Result", run_report.evaluation_summary(result))

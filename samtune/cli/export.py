@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from samtune import signals
 from samtune.cli.arguments import CheckpointName, RunOrCheckpoint
 from samtune.cli.help import Json
+from samtune.distributed import signals
 from samtune.errors import UsageError
 
 
@@ -58,7 +58,7 @@ def export(
         raise UsageError(f"--with-preprocessing --to {to}", "only ONNX takes it", "--to onnx, or leave it out")
     os.environ["HF_HUB_OFFLINE"] = "1"  # it compares on pictures that are here
     from samtune import console
-    from samtune.export import export as export_checkpoint
+    from samtune.export.export import export as export_checkpoint
 
     with signals.listening(), console.RunProgress() as progress:
         result = export_checkpoint(

@@ -6,8 +6,11 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from samtune import __version__, caches, ranks, signals, streams
+from samtune import __version__
 from samtune.cli.help import SETTINGS, Commands
+from samtune.config import cache_folders
+from samtune.console import stdio
+from samtune.distributed import environment, signals
 from samtune.errors import MachineError, SamtuneError, Stopped, first_line
 
 
@@ -69,20 +72,20 @@ def _samtune(
 
 def main() -> None:
     """Run the command line and exit with the codes of `samtune.errors`."""
-    streams.guard()
+    stdio.guard()
     try:  # before anything asks for these
         _check_working_folder()
-        ranks.place()
+        environment.place()
     except SamtuneError as error:
         _print_error(str(error))
         sys.exit(error.exit_code)
-    if ranks.folder() is not None:
-        over = ranks.over()
+    if environment.folder() is not None:
+        over = environment.over()
         if over is not None:
             sys.exit(over)
-    ranks.end_with_the_launcher()
+    environment.end_with_the_launcher()
     signals.end_with_the_parent()
-    note = caches.prepare()
+    note = cache_folders.prepare()
     if note is not None:
         from samtune import console
 
@@ -130,11 +133,11 @@ def _call(arguments: list[str]) -> Any:
 
 def _end(error: SamtuneError | Stopped) -> int:
     """Say why the command ends, or have the launcher say it; returns the exit code."""
-    if ranks.folder() is not None:
-        ranks.say(error.exit_code, error)
+    if environment.folder() is not None:
+        environment.say(error.exit_code, error)
         # All ranks have agreed to stop: nothing for torch's agent to clear up, or to begin again.
         return 0 if error.exit_code == Stopped.SAVED else error.exit_code
-    who = "" if ranks.is_first() else f"rank {os.environ['RANK']}: "
+    who = "" if environment.is_first() else f"rank {os.environ['RANK']}: "
     _print_error(who + (str(error) if isinstance(error, SamtuneError) else f"{error}\n  mend: {error.mend}"))
     return error.exit_code
 

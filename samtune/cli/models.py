@@ -59,37 +59,39 @@ def list_models(
 
 
 def _show(name: str, results: Path | None, as_json: bool) -> None:
-    from samtune import console, model_list
+    from samtune import console
+    from samtune.models import listing
 
-    about = model_list.describe(name, model_list.top1(results))
+    about = listing.describe(name, listing.top1(results))
     if as_json:
         console.print_json(about)
         return
-    console.print_table(about["name"], model_list.words(about))
-    console.print_rows("Stages", model_list.stage_rows(about))
-    console.print_lines([model_list.example(about)])
+    console.print_table(about["name"], listing.words(about))
+    console.print_rows("Stages", listing.stage_rows(about))
+    console.print_lines([listing.example(about)])
 
 
 def _list(pattern: str | None, results: Path | None, every: bool, as_json: bool) -> None:
-    from samtune import console, model_list
+    from samtune import console
+    from samtune.models import listing
 
-    accuracy = model_list.top1(results)
+    accuracy = listing.top1(results)
     if pattern is None:
-        names = model_list.every() if every else model_list.first_choices()
+        names = listing.every() if every else listing.first_choices()
     else:
-        names = model_list.find(pattern)
-    shown = names if every else names[: model_list.MOST]
-    count = len(shown) <= model_list.MOST
+        names = listing.find(pattern)
+    shown = names if every else names[: listing.MOST]
+    count = len(shown) <= listing.MOST
     if count:
         console.note(f"counting the parameters of {len(shown)} models ...")
-    rows = model_list.rows(shown, accuracy, count=count)
+    rows = listing.rows(shown, accuracy, count=count)
     if as_json:
         console.print_json(rows)
     else:
-        console.print_rows("Pretrained models", model_list.table(rows))
-        console.print_lines(model_list.alias_lines(rows))
+        console.print_rows("Pretrained models", listing.table(rows))
+        console.print_lines(listing.alias_lines(rows))
     if not count:
-        console.note(f"parameters are counted in lists of up to {model_list.MOST}")
+        console.note(f"parameters are counted in lists of up to {listing.MOST}")
     if len(shown) < len(names):
         console.note(f"{len(names) - len(shown)} more match: narrow the pattern, or --all")
     if pattern is None and not every:

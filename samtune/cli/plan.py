@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from samtune import signals
 from samtune.cli.arguments import Recipe
 from samtune.cli.config_flags import with_config_flags
 from samtune.cli.help import Json
+from samtune.distributed import signals
 
 
 @with_config_flags
@@ -23,19 +23,19 @@ def plan(
     checkpoint are measured on the device that is there; of the images a few are decoded. Nothing is kept: no run
     folder, no decoded images, no weights.
     """
-    from samtune import config, shipped
+    from samtune.config import loading, shipped_recipes
 
-    recipe = recipe and shipped.find(recipe)
-    settings = config.load(recipe, flags)
+    recipe = recipe and shipped_recipes.find(recipe)
+    settings = loading.load(recipe, flags)
 
-    from samtune.preflight import check_before_slow_work
+    from samtune.train.preflight import check_before_slow_work
 
     with signals.listening():
         check_before_slow_work(settings, None)
 
         from samtune import console
-        from samtune.plan import plan as make_plan
-        from samtune.plan import tables
+        from samtune.plan.plan import plan as make_plan
+        from samtune.plan.plan import tables
 
         result = make_plan(settings)
         if as_json:

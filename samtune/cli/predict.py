@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from samtune import ranks, signals
 from samtune.cli import completion
 from samtune.cli.config_flags import Gpus, Processes, with_config_flags
 from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
+from samtune.distributed import environment, signals
 from samtune.errors import UsageError
-from samtune.runlog import holds_run
+from samtune.runs.run_log import holds_run
 
 
 @partial(with_config_flags, only=("image_key", "image_root", "image_suffix", "workers"))
@@ -100,39 +100,41 @@ def predict(
     as they come: any number of pictures takes the same memory. A csv has path, class, probability, then class_2,
     probability_2, ... with --top, and p_NAME for each class with --all; jsonl has lists of them.
     """
-    from samtune import config
+    from samtune.config import loading
 
-    config.check_devices(gpus, processes)
-    ranks.check_processes(processes)
+    loading.check_devices(gpus, processes)
+    environment.check_processes(processes)
     workers = flags.pop("workers", None)
-    wanted = config.wanted(flags)
+    wanted = loading.wanted(flags)
 
-    from samtune import predictionfiles
     from samtune.data import inputs
+    from samtune.predict import writers
 
     output = None if output == Path(inputs.STDIN) else output  # a dash is stdout here
-    kind = predictionfiles.format_of("json" if as_json and output is None and kind is None else kind, output)
+    kind = writers.format_of("json" if as_json and output is None and kind is None else kind, output)
     if as_json and output is None and kind != "json":
         raise UsageError(f"--json with --format {kind}", "both say what stdout is", "leave one out, or give --output")
     if kind == "parquet" and output is None and sys.stdout.isatty():
         raise UsageError("--format parquet to a terminal", mend="give --output FILE, or send stdout elsewhere")
     files = {"--output": output, "--embeddings": embeddings, "--html": html}
-    predictionfiles.check(files, force=force, read=[Path(image) for image in images if os.path.isfile(image)])
+    writers.check(files, force=force, read=[Path(image) for image in images if os.path.isfile(image)])
     for image in images:
         if holds_run(Path(image)):
             raise UsageError(f"IMAGES {image} is a run", "one run predicts at a time", "give pictures after the run")
     found = inputs.find(images, wanted)
-    if ranks.folder() is None:  # else the launcher has said so
+    if environment.folder() is None:  # else the launcher has said so
         from samtune import console
 
         for note in found.notes:
             console.note(note)
 
     def classify() -> dict[str, Any]:
-        from samtune import console, distributed, predictionrun
+        from samtune import console
+        from samtune.distributed import collectives
+        from samtune.predict import run
 
-        with console.RunProgress() as progress, distributed.losses_named():
-            return predictionrun.run(
+        with console.RunProgress() as progress, collectives.losses_named():
+            return run.run(
                 checkpoint_or_run,
                 found,
                 name=checkpoint,
@@ -153,13 +155,13 @@ def predict(
             )
 
     def classify_on_ranks() -> Mapping[str, Any] | None:
-        from samtune import launch
+        from samtune.distributed import launch
 
         return launch.launch(sys.argv[1:], launch.Fleet(launch.ranks_here(gpus, processes)), stop)
 
     with signals.listening() as stop:
-        ranks.report_for_work()
-        result = classify_on_ranks() if ranks.asked_for(gpus, processes) else classify()
+        environment.report_for_work()
+        result = classify_on_ranks() if environment.asked_for(gpus, processes) else classify()
     result = result_to_print(result)
     if result is not None and as_json and output is not None:
         from samtune import console

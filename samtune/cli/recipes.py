@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from samtune import shipped
 from samtune.cli.help import Command, Json, new_group
+from samtune.config import shipped_recipes
 from samtune.errors import MachineError, SamtuneError, UsageError
 
 recipes_app = new_group(
@@ -25,7 +25,7 @@ def list_recipes(as_json: Json = False) -> None:
     """
     from samtune import console
 
-    rows = [recipe.about() for recipe in shipped.recipes()]
+    rows = [recipe.about() for recipe in shipped_recipes.recipes()]
     if as_json:
         console.print_json(rows)
         return
@@ -41,7 +41,7 @@ def show(name: _Name, as_json: Json = False) -> None:
     """
     from samtune import console
 
-    recipe = shipped.get(name)
+    recipe = shipped_recipes.get(name)
     if as_json:
         console.print_json({**recipe.about(), "path": str(recipe.path), "text": recipe.text})
     else:
@@ -62,7 +62,7 @@ def copy(
 
     Example: samtune recipes cp flowers102-b7 mine.toml
     """
-    recipe = shipped.get(name)
+    recipe = shipped_recipes.get(name)
     path = destination or Path()
     if path.is_dir():
         path /= recipe.path.name
@@ -116,13 +116,13 @@ def validate(
 
 def _check(recipe: Path) -> str:
     """What a valid recipe is for, in words. Raises UsageError as `samtune run` and `samtune sweep` would."""
-    path = shipped.find(recipe)
-    from samtune import config
+    path = shipped_recipes.find(recipe)
+    from samtune.config import loading
 
-    config.load(path)
-    if not config.sweep_table(path):
+    loading.load(path)
+    if not loading.sweep_table(path):
         return "run"
-    from samtune.sweep import recipe as sweeps
+    from samtune.sweep import spec as sweeps
 
     sweeps.load(path, {})
     return "run, sweep"

@@ -28,19 +28,20 @@ def list_runs(
     A run whose process ended without a word, as at a power cut, is shown as killed; it can be resumed. The error is
     that of the report, or else the last that the run measured.
     """
-    from samtune import console, runs
+    from samtune import console
+    from samtune.runs import listing
 
     title = f"Runs in {folder}, with top-1 errors"
     if watch:
         _check_watchable(as_json)
-        console.watch_rows(title, lambda: _looked_at(folder), seconds=_LOOK, droppable=runs.DROPPABLE)
+        console.watch_rows(title, lambda: _looked_at(folder), seconds=_LOOK, droppable=listing.DROPPABLE)
         return
-    rows = runs.list_runs(folder)
+    rows = listing.list_runs(folder)
     if as_json:
         console.print_json(rows)
     elif rows:
-        console.print_rows(title, runs.table(rows, folder), droppable=runs.DROPPABLE)
-        console.print_lines(runs.todo(rows))
+        console.print_rows(title, listing.table(rows, folder), droppable=listing.DROPPABLE)
+        console.print_lines(listing.todo(rows))
     else:
         console.note(f"there are no runs in {folder}")
 
@@ -58,10 +59,10 @@ def _check_watchable(as_json: bool) -> None:
 
 def _looked_at(folder: Path) -> tuple[list[dict[str, str | float | None]], list[str]]:
     """The table of a folder now, and what is said below it."""
-    from samtune import runs
+    from samtune.runs import listing
 
-    rows = runs.list_runs(folder)
-    return runs.table(rows, folder), [*runs.todo(rows)] if rows else [f"there are no runs in {folder}"]
+    rows = listing.list_runs(folder)
+    return listing.table(rows, folder), [*listing.todo(rows)] if rows else [f"there are no runs in {folder}"]
 
 
 def report_runs(
@@ -124,31 +125,33 @@ def report_runs(
 
 
 def _report_run(run: Path, output: Path, as_json: bool, watch: bool) -> None:
-    from samtune import console, report, runpage
+    from samtune import console
+    from samtune.report import run_page, run_report
 
     console.note(f"drawing the page of {run} ...")
     if watch:
         with suppress(KeyboardInterrupt):
-            runpage.follow(run, output, _LOOK, console.note)
-    result, drawn = runpage.publish(run, output)
-    for warning in runpage.state(run):
+            run_page.follow(run, output, _LOOK, console.note)
+    result, drawn = run_page.publish(run, output)
+    for warning in run_page.state(run):
         console.warn(warning)
     if as_json:
         console.print_json(result)
     else:
-        console.print_table("Result", report.summary(result))
+        console.print_table("Result", run_report.summary(result))
         console.print_lines([f"page: {drawn}"])
 
 
 def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:
-    from samtune import compare, comparisonpage, console
-    from samtune.runlog import result_folder
+    from samtune import console
+    from samtune.report import compare, comparison_page
+    from samtune.runs.run_log import result_folder
 
     comparison = compare.compare(runs)
     if output is not None:
         with result_folder(output):
             compare.write(output, comparison)
-            comparisonpage.write(output / "comparison.html", comparison)
+            comparison_page.write(output / "comparison.html", comparison)
     if as_json:
         console.print_json(comparison)
         return

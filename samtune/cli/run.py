@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from samtune import ranks, signals
 from samtune.cli.arguments import Recipe
 from samtune.cli.config_flags import with_config_flags
 from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
+from samtune.distributed import environment, signals
 from samtune.errors import UsageError
 
 
@@ -52,13 +52,14 @@ def run(
     from samtune import api
 
     with signals.listening() as stop:
-        ranks.report_for_work()
+        environment.report_for_work()
         result = api.start_or_resume(recipe, flags, resume, allow_change or [], stop, sys.argv[1:])
     mine = result_to_print(result)
     if mine is not None:
-        from samtune import console, report
+        from samtune import console
+        from samtune.report import run_report
 
         if as_json:
             console.print_json(mine)
         else:
-            console.print_table("Result", report.summary(mine))
+            console.print_table("Result", run_report.summary(mine))

@@ -54,9 +54,9 @@ def _shortest_commands() -> list[str]:
 
 
 def _where_one_is() -> list[str]:
-    from samtune import runs
+    from samtune.runs import listing
 
-    rows = runs.list_runs(Path("runs")) if Path("runs").is_dir() else []
+    rows = listing.list_runs(Path("runs")) if Path("runs").is_dir() else []
     if not rows:
         return ["There are no runs here yet (folder runs/).", *(f"  {line}" for line in _shortest_commands())]
     states = Counter(row["state"] for row in rows)

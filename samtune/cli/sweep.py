@@ -6,14 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from samtune import shipped, signals
 from samtune.cli import completion
 from samtune.cli.config_flags import with_config_flags
 from samtune.cli.help import Json
+from samtune.config import shipped_recipes
+from samtune.config.types import endpoint
+from samtune.distributed import signals
 from samtune.errors import UsageError
-from samtune.fields import endpoint
-from samtune.runlog import result_folder
-from samtune.sweep import recipe as sweeps
+from samtune.runs.run_log import result_folder
+from samtune.sweep import spec as sweeps
 
 
 @partial(with_config_flags, without=sweeps.OWN.keys() - {"gpus"})
@@ -65,32 +66,33 @@ def sweep(
     both, with each seed, and scored on test once. What is done is never done again: the same command continues, and
     several of them on one folder share the work.
     """
-    from samtune import console, preflight
+    from samtune import console
     from samtune.sweep import ledger
+    from samtune.train import preflight
 
     if engine not in ("local", "ray"):
         raise UsageError(f"--engine {engine}: must be local or ray")
     if address != "auto":
         _check_address(address, engine)
-    recipe = shipped.find(recipe)
+    recipe = shipped_recipes.find(recipe)
     asked = sweeps.load(recipe, flags, budgets=budget, seeds=seeds)
     folder = output or Path("sweeps") / recipe.stem
     ledger.check_usable(folder)
     preflight.check_inputs(asked.base)
     preflight.check_apart(folder, asked.base.dataset)
 
-    from samtune.sweep import arms, engines, images, protocol
+    from samtune.sweep import arms, decode_once, executors, protocol
     from samtune.sweep.plan import Plan
 
-    engines.refuse_ranks()
-    runs = protocol.check(Plan(asked, images.images_to_train_on(images.listed)))
+    executors.refuse_ranks()
+    runs = protocol.check(Plan(asked, decode_once.images_to_train_on(decode_once.listed)))
     protocol.check_names(asked, runs)
     protocol.check_same(asked, folder)
     for note in arms.notes(asked):
         console.note(note)
     if dry_run:
         if engine == "local":
-            engines.places_here(asked.base, jobs)
+            executors.places_here(asked.base, jobs)
         rows = protocol.counted(runs)
         if as_json:
             console.print_json(rows)
@@ -108,14 +110,14 @@ def sweep(
 def report_sweep(folder: Path, output: Path, as_json: bool) -> None:
     """Write the report of a sweep, and print its table and what it says."""
     from samtune import console
-    from samtune.sweep import evidence, sweeppage, tables
+    from samtune.sweep import sweep_page, sweep_report, tables
 
-    result = evidence.collect(folder)
+    result = sweep_report.collect(folder)
     for warning in result["warnings"]:
         console.warn(warning)
     with result_folder(output):
-        evidence.write(output, result)
-        sweeppage.write(output / "report.html", folder, result)
+        sweep_report.write(output, result)
+        sweep_page.write(output / "report.html", folder, result)
     if as_json:
         console.print_json(result)
     else:

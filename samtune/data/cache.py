@@ -26,7 +26,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from samtune import caches, console
+from samtune import console
+from samtune.config import cache_folders
 from samtune.data.decode import PLAIN, DecodeRule, decode, is_constant
 from samtune.data.source import Split
 from samtune.data.splits import Indices
@@ -295,7 +296,7 @@ def decoded_folder() -> Path:
     given = os.environ.get("SAMTUNE_CACHE")
     if given:
         return Path(given)
-    return caches.user_cache() / "samtune" / "decoded"
+    return cache_folders.user_cache() / "samtune" / "decoded"
 
 
 def foretold_bytes(split: Split, rows: Indices, rule: DecodeRule) -> int:

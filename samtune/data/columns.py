@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
 
-from samtune.data.roles import Wanted
 from samtune.data.split_columns import is_sure_flag, may_tell_splits, names_no_train, role_of_flag, tells_splits
+from samtune.data.split_roles import Wanted
 from samtune.errors import DataError, UsageError
 
 Kind = Literal["images", "classes", "text", "number", "list", "other"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from samtune.data import source, tables
 from samtune.data.catalog import CATALOG, Dataset
-from samtune.data.roles import ROLES
+from samtune.data.split_roles import ROLES
 
 
 def names() -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from samtune.data.formats import (
 )
 from samtune.data.labels import some
 from samtune.data.names import readable
-from samtune.data.roles import ROLES, UNLABELLED, Wanted, parse, role_of
+from samtune.data.split_roles import ROLES, UNLABELLED, Wanted, parse, role_of
 from samtune.errors import DataError
 
 _LEFT_BY_SYSTEMS = {

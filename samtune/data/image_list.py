@@ -19,8 +19,8 @@ from samtune.data import columns
 from samtune.data.columns import Columns, Table
 from samtune.data.formats import is_readable
 from samtune.data.names import readable
-from samtune.data.roles import Wanted
 from samtune.data.split_columns import split_of_rows
+from samtune.data.split_roles import Wanted
 from samtune.errors import DataError
 
 LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")

@@ -19,7 +19,7 @@ from samtune.data.columns import Kind, Table
 from samtune.data.formats import installation, is_readable, is_unreadable
 from samtune.data.image_folder import entries, is_folder, is_passed_over
 from samtune.data.names import readable
-from samtune.data.roles import Wanted
+from samtune.data.split_roles import Wanted
 from samtune.errors import DataError, UsageError, first_line
 
 STDIN = "-"

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data import columns, image_folder, image_list, labels, listed_folder, repeats, roles, tables
+from samtune.data import columns, image_folder, image_list, labels, listed_folder, repeats, split_roles, tables
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.encoded import EncodedImages, FileImages, joined
 from samtune.data.formats import archive_ending, is_readable, unpacking
@@ -24,7 +24,7 @@ from samtune.data.image_folder import FolderSplits
 from samtune.data.image_list import ListSplits
 from samtune.data.labels import Classified, Labels
 from samtune.data.names import readable
-from samtune.data.roles import ROLES, Wanted, role_of
+from samtune.data.split_roles import ROLES, Wanted, role_of
 from samtune.data.tables import RawSplits
 from samtune.errors import DataError, UsageError
 
@@ -194,7 +194,7 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
         raw, notes = _read_path(found.resolve(), origin, wanted, train, classes or ())
     else:
         raw, notes = _read_row(row, wanted, train, classes or ())
-    parts = roles.assign(dataset, list(raw), wanted, row.splits, needs_train=classes is None, told=notes)
+    parts = split_roles.assign(dataset, list(raw), wanted, row.splits, needs_train=classes is None, told=notes)
     trained = [raw[split][1] for split in parts.get("train", ())]
     own_names = labels.class_names(trained)
     declared = own_names if any(part.names is not None for part in trained) else None

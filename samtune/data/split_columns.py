@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from samtune.data.names import readable
-from samtune.data.roles import ROLES, UNLABELLED, Wanted, parse, role_of, roles_beside, words_of
+from samtune.data.split_roles import ROLES, UNLABELLED, Wanted, parse, role_of, roles_beside, words_of
 from samtune.errors import DataError
 
 _MOST = 50  # values of a column that may be names of splits; paths and words of a language are more

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from samtune.config.run_config import RunConfig
 from samtune.data import source
 from samtune.data.labels import some
-from samtune.data.roles import Wanted
 from samtune.data.source import Source, Split
+from samtune.data.split_roles import Wanted
 from samtune.errors import DataError, UsageError
-from samtune.options import RunConfig
 
 Indices = npt.NDArray[np.int64]
 

@@ -28,8 +28,8 @@ from samtune.data.formats import ARCHIVES, is_readable, names_in_archive, unpack
 from samtune.data.image_folder import entries, is_folder
 from samtune.data.labels import Labels, without_blanks
 from samtune.data.names import readable
-from samtune.data.roles import ROLES, Wanted, role_of
 from samtune.data.split_columns import split_of_rows
+from samtune.data.split_roles import ROLES, Wanted, role_of
 from samtune.errors import DataError, MachineError, UsageError, first_line
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import io
 import numpy as np
 from PIL import Image
 
+from samtune.config.run_config import RunConfig
 from samtune.data.decode import PLAIN, DecodeRule, decode_pixels
 from samtune.data.source import Split
 from samtune.data.splits import Indices, open_parts
 from samtune.errors import DataError
-from samtune.options import RunConfig
 
 _SIDE = 112  # pixels of the longer side, at most
 _LOSSLESS = 64  # up to this side a picture stays as it is: blurred digits are no longer theirs

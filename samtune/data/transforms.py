@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.autoaugment import AutoAugmentPolicy
 
-from samtune.data.draws import uniform
+from samtune.config.run_config import RunConfig
+from samtune.data.rng import uniform
 from samtune.data.splits import Indices
-from samtune.options import RunConfig
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 Boxes = npt.NDArray[np.int64]  # (n, 4): top, left, height, width

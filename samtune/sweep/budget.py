@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from samtune.config.run_config import LARGEST
 from samtune.errors import UsageError
-from samtune.options import LARGEST
 
 _BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(passes|pass|seconds?|s)\s*")
 _ROUNDING = 1e-6  # sums of passes such as 1.3

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from samtune import config, lock, runlog
+from samtune.config import loading
 from samtune.errors import DataError, Diverged, Stopped, UsageError
-from samtune.resume import finished_report
+from samtune.runs import lock, run_log
+from samtune.runs.resume import finished_report
 
 SCHEMA_VERSION = 1
 Stage = Literal["probe", "select", "final"]
@@ -203,7 +204,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
         runs = [Run(**{key: entry[key] for key in Run.__dataclass_fields__}) for entry in ledger["runs"]]
-        table = config.sweep_table(folder / "sweep.toml")
+        table = loading.sweep_table(folder / "sweep.toml")
         total, chosen = ledger["total_runs"], ledger["chosen"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -215,7 +216,7 @@ def read(folder: Path) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "kind": "sweep",
         "folder": str(folder),
-        "settings": config.load(folder / "sweep.toml").model_dump(mode="json"),
+        "settings": loading.load(folder / "sweep.toml").model_dump(mode="json"),
         "sweep": table,
         "budgets": table.get("budgets") or [None],
         "arms": [_arm(folder, choice, runs, outcomes) for choice in chosen],
@@ -291,4 +292,4 @@ def write_whole(path: Path, content: str) -> None:
 def check_usable(folder: Path) -> None:
     """Raise UsageError or MachineError for a folder that no sweep can have; one that holds a sweep can."""
     if not (folder / "sweep.toml").is_file():
-        runlog.check_free(folder)
+        run_log.check_free(folder)

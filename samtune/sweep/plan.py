@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samtune import runlog
-from samtune.batch import Batch
-from samtune.gradient import sam_passes
-from samtune.job import Length
-from samtune.options import RunConfig
-from samtune.schedules import Duration
+from samtune.config.run_config import RunConfig
+from samtune.runs import run_log
+from samtune.sam.gradient import sam_passes
 from samtune.sweep import arms
 from samtune.sweep.arms import Point
 from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Run, Stage, run_folder
-from samtune.sweep.recipe import Sweep
+from samtune.sweep.spec import Sweep
+from samtune.train.batch_plan import Batch
+from samtune.train.schedule import Duration
+from samtune.train.setup import Length
 
 # Of each probe, where that makes 20 steps or more: those side by side share the machine to the end, as runs do.
 _PROBE_PASSES = 80
@@ -159,5 +159,5 @@ def _probe_id(kind: str, point: Point) -> str:
 
 def seconds_per_step(folder: Path) -> float:
     """Of a probe's steps, without the first ones, in which caches and memory are made."""
-    rows = [row for row in runlog.read_metrics(folder) if row["split"] == "train" and row["step"] > _PROBE_PART]
+    rows = [row for row in run_log.read_metrics(folder) if row["split"] == "train" and row["step"] > _PROBE_PART]
     return float(sum(row["n"] / row["images_per_second"] for row in rows) / sum(row["steps"] for row in rows))

@@ -8,19 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from samtune import console, lock, signals
+from samtune import console
+from samtune.config.run_config import RunConfig
+from samtune.distributed import signals
 from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, UsageError, WorkerLost, first_line
-from samtune.models import resolve
-from samtune.options import RunConfig
-from samtune.preflight import check_inputs
-from samtune.resume import FREE
-from samtune.runs import read_step
+from samtune.models.pretrained import resolve
+from samtune.runs import lock
+from samtune.runs.listing import read_step
+from samtune.runs.resume import FREE
 from samtune.sweep import arms, ledger
-from samtune.sweep.engines import Engine, Local, places_here
-from samtune.sweep.images import alone_here, images_to_train_on, prepared
+from samtune.sweep.decode_once import alone_here, images_to_train_on, prepared
+from samtune.sweep.executors import Engine, Local, places_here
 from samtune.sweep.ledger import Outcome, Run
 from samtune.sweep.plan import Plan
-from samtune.sweep.recipe import Sweep, differences
+from samtune.sweep.spec import Sweep, differences
+from samtune.train.preflight import check_inputs
 
 _T = TypeVar("_T")
 
@@ -198,7 +200,7 @@ def open_engine(name: str, address: str, config: RunConfig, jobs: int) -> Engine
     if name == "local":
         return Local(places_here(config, jobs))
     try:
-        from samtune.sweep.cluster import Cluster
+        from samtune.sweep.ray_executor import Cluster
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from samtune.compare import markdown_table, number_words, p_words
-from samtune.sweep.findings import choice_words, listed, notes, pair_lines, pair_title, pays_words
+from samtune.report.compare import markdown_table, number_words, p_words
+from samtune.sweep.verdict import choice_words, listed, notes, pair_lines, pair_title, pays_words
 
 _Report = Mapping[str, Any]
 _Rows = list[dict[str, str | float | None]]

@@ -26,10 +26,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from samtune import device
 from samtune.data import cache, source
 from samtune.data.loader import steps_per_epoch, train_batches
 from samtune.data.transforms import TrainTransform, normalize
+from samtune.distributed import device
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINDS = {"flowers, 192 -> 160 px, batch 32": ("resized", 160, 32), "cifar10, 32 px, batch 128": ("pad", 32, 128)}

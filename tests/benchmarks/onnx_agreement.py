@@ -23,11 +23,13 @@ import onnxruntime
 import torch
 from PIL import Image
 
-from samtune import checkpoint, export, models
 from samtune.data.cache import Images
 from samtune.data.decode import PLAIN
 from samtune.data.splits import open_parts
 from samtune.data.transforms import eval_transform, normalize
+from samtune.export import export
+from samtune.models import pretrained
+from samtune.runs import checkpoint
 
 PETS = Path(__file__).parents[3] / "shared" / "data" / "pets_3breeds" / "data"
 
@@ -74,7 +76,7 @@ def agreement(run: Path, scratch: Path) -> dict[str, int | float | str]:
     manifest = checkpoint.verify(folder)
     parts = open_parts(checkpoint.run_config(manifest), classes=manifest["class_names"])
     assert parts.test is not None
-    model, data_config = models.load_checkpoint(folder)
+    model, data_config = pretrained.load_checkpoint(folder)
     transform = eval_transform(data_config)
     evaluated = Images(parts.test, checkpoint.decode_rule(manifest))
     full_size = Images(parts.test, PLAIN)

@@ -18,16 +18,17 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import samtune.train  # noqa: F401 - what a run has loaded
-from samtune import config, report
+import samtune.train.loop  # noqa: F401 - what a run has loaded
+from samtune.config import loading
 from samtune.data.thumbnails import open_splits
+from samtune.report import run_report
 
 
 def _draw(folder: Path, page: Path, result: dict, opened: dict) -> dict[str, float]:
     began, used = time.perf_counter(), time.process_time()
-    from samtune import runpage
+    from samtune.report import run_page
 
-    runpage.write(page, folder, result, opened)
+    run_page.write(page, folder, result, opened)
     return {"seconds": time.perf_counter() - began, "processor": time.process_time() - used}
 
 
@@ -44,7 +45,7 @@ def measure(folder: Path, times: int) -> dict[str, dict[str, float]]:
     """Seconds of each part; medians where there are several."""
     output = Path(tempfile.mkdtemp(prefix="samtune-page-"))
     try:
-        result, opened = report.recollect(folder), open_splits(config.load(folder / "config.toml"))
+        result, opened = run_report.recollect(folder), open_splits(loading.load(folder / "config.toml"))
         drawn = [_draw(folder, output / "report.html", result, opened) for _ in range(times + 1)]
         reported = [_report(folder, output) for _ in range(times)]
     finally:

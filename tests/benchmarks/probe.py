@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from samtune import config, models, train
+from samtune.config import loading
 from samtune.data import source
 from samtune.data.cache import Images
 from samtune.data.loader import eval_batches
 from samtune.data.splits import train_and_validation
 from samtune.data.transforms import eval_transform, normalize
-from samtune.evaluation import evaluate_checkpoint
-from samtune.report import score_line
+from samtune.models import pretrained
+from samtune.report.run_report import score_line
+from samtune.train import loop
+from samtune.train.evaluation import evaluate_checkpoint
 
 MODEL = "tf_efficientnet_lite0"
 
@@ -41,7 +43,7 @@ def features(model, split, rows, data_config):
 
 def probe_errors(data, settings, img_size):
     """Test error in percent of a logistic regression with C = 1, and with C chosen on validation, and that C."""
-    model, info = models.build(MODEL, classes=None, img_size=img_size)
+    model, info = pretrained.build(MODEL, classes=None, img_size=img_size)
     model.eval()
     train_split, train_rows, val_split, val_rows = train_and_validation(
         data, settings.val_fraction, settings.split_seed
@@ -70,10 +72,10 @@ def main() -> None:
         data = source.open_source(dataset)
         flags = {"model": MODEL, "dataset": dataset, "img_size": options.img_size, "rho": 0.0}
         with tempfile.TemporaryDirectory() as folder:
-            settings = config.load(None, flags | {"epochs": options.epochs, "output": Path(folder) / "long"})
+            settings = loading.load(None, flags | {"epochs": options.epochs, "output": Path(folder) / "long"})
             probe, tuned_probe, c = probe_errors(data, settings, options.img_size)
-            report = train.run(settings)
-            train.run(config.load(None, flags | {"epochs": 1, "test": False, "output": Path(folder) / "one"}))
+            report = loop.run(settings)
+            loop.run(loading.load(None, flags | {"epochs": 1, "test": False, "output": Path(folder) / "one"}))
             first, _ = evaluate_checkpoint(
                 Path(folder) / "one", name=None, split="train", dataset=None, progress=lambda *_: None
             )

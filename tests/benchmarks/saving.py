@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from samtune import config, train
-from samtune.saver import Saver
+from samtune.config import loading
+from samtune.train import loop
+from samtune.train.checkpointing import Saver
 
 SETTINGS = {"model": "tf_efficientnet_lite0", "dataset": "mnist5k", "img_size": 64, "epochs": "1 epochs"}
 
@@ -39,12 +40,12 @@ def main() -> None:
     Saver.save = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(prefix="samtune-saving-") as scratch:
         run = Path(scratch) / "run"
-        report = train.run(config.load(None, SETTINGS | {"output": str(run)}))
+        report = loop.run(loading.load(None, SETTINGS | {"output": str(run)}))
         share = sum(seconds) / report["train_seconds"]
         saves = len(seconds)
         seconds.clear()
         often = SETTINGS | {"output": str(Path(scratch) / "often"), "epochs": f"{given.repeat} steps"}
-        train.run(config.load(None, often | {"save_every": "1 steps", "test": False, "model_ema": True}))
+        loop.run(loading.load(None, often | {"save_every": "1 steps", "test": False, "model_ema": True}))
         folder = Path(scratch) / "often" / "checkpoints" / "last"
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         state = torch.load(folder / "state.pt", weights_only=True)
@@ -71,7 +72,7 @@ def main() -> None:
 
 def first_step(folder: Path) -> float:
     """Seconds from the start of `samtune run --resume` until its first step is done; there it is killed."""
-    at_second = json.dumps([{"at": "samtune.train:_step", "call": 2, "do": "SIGKILL"}])
+    at_second = json.dumps([{"at": "samtune.train.loop:_step", "call": 2, "do": "SIGKILL"}])
     longer = ["--epochs", "1000", "--allow-change", "epochs"]
     command = [sys.executable, "-m", "tests.broken", at_second, "run", "--resume", "--output", str(folder), *longer]
     began = time.perf_counter()

@@ -38,8 +38,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from samtune import SAM, device, distributed, models
-from samtune.step import Step
+from samtune import SAM
+from samtune.distributed import collectives, device
+from samtune.models import pretrained
+from samtune.sam.step import Step
 from tests.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -76,21 +78,21 @@ def pin(core: int) -> None:
 @contextmanager
 def switched_off() -> Iterator[None]:
     """In the block, samtune is in a process that is alone."""
-    plain = distributed.in_use
-    distributed.in_use = lambda: False
+    plain = collectives.in_use
+    collectives.in_use = lambda: False
     try:
         yield
     finally:
-        distributed.in_use = plain
+        collectives.in_use = plain
 
 
 def build(settings: Settings) -> nn.Module:
     """A model as a run has it; weights do not change what a step costs."""
     torch.manual_seed(0)
-    model, _ = models.build(settings.model, classes=CLASSES, img_size=settings.img_size, drop=0.2, pretrained=False)
+    model, _ = pretrained.build(settings.model, classes=CLASSES, img_size=settings.img_size, drop=0.2, pretrained=False)
     model = model.to(memory_format=torch.channels_last)
-    models.train_mode(model, freeze_bn=True)
-    return distributed.data_parallel(model, CPU)
+    pretrained.train_mode(model, freeze_bn=True)
+    return collectives.data_parallel(model, CPU)
 
 
 def build_step(settings: Settings, rho: float = RHO, m: str | None = None) -> Step:
@@ -137,11 +139,11 @@ class Meter:
 
     def __init__(self) -> None:
         self.parts: Traffic = {part: {"calls": 0, "bytes": 0} for part in PARTS}
-        self._seen = asdict(distributed.traffic)
+        self._seen = asdict(collectives.traffic)
 
     def close(self, part: str) -> None:
         """All since the last call was of this part."""
-        now = asdict(distributed.traffic)
+        now = asdict(collectives.traffic)
         for key, value in now.items():
             self.parts[part][key] += value - self._seen[key]
         self._seen = now

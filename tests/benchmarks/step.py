@@ -22,8 +22,9 @@ from pytorch_optimizer import SAM as PublishedSAM
 from torch import nn
 
 import samtune
-from samtune import device, models
-from samtune.sam import Perturbation
+from samtune.distributed import device
+from samtune.models import pretrained
+from samtune.sam.perturbation import Perturbation
 
 CLASSES = 102
 RHO = 0.05
@@ -51,9 +52,9 @@ class NoStep(torch.optim.Optimizer):
 def build(name: str, img_size: int, target: torch.device) -> nn.Module:
     """A model as a run has it; weights and labels do not change what a step costs."""
     torch.manual_seed(0)
-    model, _ = models.build(name, classes=CLASSES, img_size=img_size, drop=0.2, pretrained=False)
+    model, _ = pretrained.build(name, classes=CLASSES, img_size=img_size, drop=0.2, pretrained=False)
     model = model.to(device=target, memory_format=torch.channels_last)
-    models.train_mode(model, freeze_bn=True)
+    pretrained.train_mode(model, freeze_bn=True)
     return model
 
 

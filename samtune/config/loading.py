@@ -1,0 +1,218 @@
+"""Flags, a recipe and defaults -> RunConfig: a value is taken from the flag, else the recipe, else the data set's own
+row in the catalog, else the default. What cannot be meant is refused, with key, origin and allowed range.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from samtune.config.run_config import RunConfig, flag_name
+from samtune.config.types import gpu_choice
+from samtune.data.catalog import CATALOG
+from samtune.data.names import readable
+from samtune.data.split_roles import Wanted
+from samtune.errors import UsageError
+
+# What differs where the weights start at random: nothing pretrained is to be kept, and the head knows no less than the
+# body. A data set's own row, a recipe and flags take precedence.
+_FROM_SCRATCH = {
+    "freeze_bn": (False, "from scratch: there are no pretrained statistics to keep"),
+    "head_lr_factor": (1.0, "from scratch: the head is as new as the body"),
+    "warmup_epochs": ("5%", "from scratch: there are no pretrained weights to protect"),
+}
+_KINDS: dict[Any, str] = {float: "a number", int: "a whole number"}
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def load(
+    recipe: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    over: Mapping[str, tuple[Any, str]] | None = None,
+) -> RunConfig:
+    """Flag > recipe > data set's row > default. Raises UsageError that names key, origin and allowed range.
+
+    over: values that go before all of them, each with its origin.
+    """
+    found = _over(_with_origins(recipe, flags), over or {})
+    name = found.get("dataset", ("", ""))[0]
+    if isinstance(name, str) and name in CATALOG:
+        row = CATALOG[name].defaults
+        found = {key: (value, f"data set {name}") for key, value in row.items()} | found
+    return _validated(found)
+
+
+def load_over(
+    stored: Mapping[str, Any], origins: Mapping[str, str], recipe: Path | None, flags: Mapping[str, Any]
+) -> tuple[RunConfig, RunConfig, set[str]]:
+    """The settings of a run that goes on, flag > recipe > as stored: (now, before, keys that differ).
+
+    origins: where the stored values came from. What the run settled for itself stays settled: amp_dtype "auto" asks for
+    nothing else. Raises UsageError as `load` does.
+    """
+    own = {key: (value, origins.get(key, "the run's own settings")) for key, value in stored.items()}
+    asked = _with_origins(recipe, flags)
+    if asked.get("amp_dtype", ("",))[0] == "auto":
+        del asked["amp_dtype"]
+    before, now = _validated(own), _validated(_over(own, asked))
+    return now, before, {key for key in RunConfig.model_fields if getattr(now, key) != getattr(before, key)}
+
+
+def given(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the command gives, by flags or by its recipe."""
+    return {key: value for key, (value, _) in _with_origins(recipe, flags).items()}
+
+
+def wanted(flags: Mapping[str, Any]) -> Wanted:
+    """How a data set is to be read, by flags. Raises UsageError for a value that cannot be meant."""
+    return Wanted.of(load(None, {"model": "", "dataset": "", **flags}))
+
+
+def check_devices(gpus: str, processes: int | None) -> None:
+    """Raise UsageError for a choice of devices that cannot be meant."""
+    if processes is not None and gpus != "auto":
+        raise UsageError("--processes and --gpus contradict each other", mend="give one of them")
+    try:
+        gpu_choice(gpus)
+    except ValueError as error:
+        raise UsageError(f"--gpus {gpus}: {error}") from None
+
+
+def _with_origins(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, tuple[Any, str]]:
+    found: dict[str, tuple[Any, str]] = {}
+    if recipe is not None:
+        found |= {key: (value, f"recipe {recipe}") for key, value in _read_recipe(recipe).items()}
+    return _over(found, {key: (value, "flag") for key, value in (flags or {}).items()})
+
+
+def _over(below: dict[str, tuple[Any, str]], above: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+    """What goes before what; one choice of devices takes the place of the other."""
+    for one, other in (("gpus", "processes"), ("processes", "gpus")):
+        if one in above and other not in above:
+            below = {key: value for key, value in below.items() if key != other}
+    return below | dict(above)
+
+
+def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
+    if given.get("pretrained", (True, ""))[0] is False:
+        given = {key: (value, f"derived: {why}") for key, (value, why) in _FROM_SCRATCH.items()} | dict(given)
+    for key, (value, _) in given.items():
+        if str(value) != str(value).encode("utf-8", "replace").decode():
+            raise UsageError(
+                f"{flag_name(key)} {readable(str(value))} is no valid UTF-8",
+                "a run's configuration and reports are, and name it",
+                "rename it, or give a symbolic link to it: ln -s",
+            )
+    try:
+        config = RunConfig.model_validate({key: value for key, (value, _) in given.items()})
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a typo leaves others missing
+        raise _explain(str(first["loc"][0]), first["type"], first["msg"], given) from None
+    if config.weights is not None and not config.pretrained:
+        raise UsageError("--weights and --no-pretrained contradict each other", mend="give one of them")
+    if config.train_labels is not None and config.label_noise > 0:
+        raise UsageError("--train-labels and --label-noise contradict each other", mend="give one of them")
+    for key, value in (("select", "best"), ("test", False)):
+        if not config.val and getattr(config, key) == value:
+            given_as = "--no-test" if key == "test" else "--select best"
+            raise UsageError(
+                f"--no-val and {given_as} contradict each other",
+                "nothing is held out to choose on, or to score in the place of test",
+                "leave one out",
+            )
+    check_devices(config.gpus, config.processes)
+    if config.nnodes > 1 and config.rdzv_endpoint is None:
+        raise UsageError(
+            "--nnodes without --rdzv-endpoint", mend="tell where the machines meet: --rdzv-endpoint HOST:PORT"
+        )
+    if config.node_rank >= config.nnodes:
+        raise UsageError(
+            f"--node-rank {config.node_rank} of --nnodes {config.nnodes}", mend="the machines are numbered from 0"
+        )
+    if config.sync_bn and config.freeze_bn:
+        raise UsageError("--sync-bn without --no-freeze-bn", "frozen statistics are the same everywhere", "give both")
+    if config.lr_base_batch is not None and config.lr is None:
+        raise UsageError("--lr-base-batch without --lr", "the default rate grows with the batch by itself", "give --lr")
+    if config.shard and config.l2_in_loss:
+        raise UsageError("--shard and --l2-in-loss contradict each other", "no rank has all weights", "leave one out")
+    if config.shard and "m" not in given:
+        config = config.derive("m", "global", "no device has a whole model to perturb by itself")
+        given = {**given, "m": ("global", config.origins["m"])}
+    if config.shard and (config.m == "device" or isinstance(config.m, int)):
+        raise UsageError(
+            f"--shard with --m {config.m}",
+            "no device has a whole model to perturb by itself",
+            "give --m global, or --m group:8 for groups of devices that hold the model together",
+        )
+    if isinstance(config.m, int) and config.global_batch_size is None and config.m > config.batch_size:
+        raise UsageError(
+            f"--m {config.m} is more than --batch-size {config.batch_size}",
+            "a perturbation is shared within a batch",
+            "give a smaller --m or a larger --batch-size",
+        )
+    config._origins = {key: given[key][1] if key in given else "default" for key in RunConfig.model_fields}
+    return config
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    recipe = _read_toml(path)
+    recipe.pop("expected", None)  # the recipe's claim: data for readers and tests, not a setting
+    recipe.pop("sweep", None)  # for `samtune sweep`
+    return recipe
+
+
+def sweep_table(path: Path) -> dict[str, Any]:
+    """What a recipe says under [sweep]; {} if nothing."""
+    table = _read_toml(path).get("sweep", {})
+    if not isinstance(table, dict):
+        raise UsageError(f"sweep = {table!r} in recipe {path}", "it is a table", "write [sweep], and its keys below")
+    return table
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"recipe {path} cannot be read", error.strerror or "", "give the path of a TOML file"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} is not TOML", str(error), "recipes hold lines like: rho = 0.05") from None
+
+
+def _explain(key: str, kind: str, message: str, given: Mapping[str, tuple[Any, str]]) -> UsageError:
+    if kind == "missing":
+        return UsageError(
+            f"no {key} is given",
+            "every run needs a model and a data set",
+            f"add {flag_name(key)}, or a recipe that names it",
+        )
+    value, origin = given[key]
+    where = f"{flag_name(key)} {value}" if origin == "flag" else f"{key} = {value!r} in {origin}"
+    if kind == "extra_forbidden":
+        return unknown_key(key, origin)
+    rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    mend = f"{flag_name(key)}: {RunConfig.model_fields[key].description}"
+    if kind in ("float_type", "int_type", "bool_type") and isinstance(value, str) and origin != "flag":
+        mend = f"write {key} = {value} without quotes, if that is meant; {mend}"
+    return UsageError(f"{where}: {rule}", _allowed(key), mend)
+
+
+def unknown_key(key: str, origin: str) -> UsageError:
+    """The error for a setting that there is not, with the nearest one."""
+    near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
+    mend = f"did you mean {near[0]}?" if near else "`samtune run --help-all` lists all keys (as flags)"
+    return UsageError(f"unknown key {key} in {origin}", mend=mend)
+
+
+def _allowed(key: str) -> str:
+    """The range of a number in words; "" where the rule that was broken tells all that is allowed."""
+    field = RunConfig.model_fields[key]
+    types: tuple[Any, ...] = (field.annotation, *get_args(field.annotation))
+    kind = next((words for type_, words in _KINDS.items() if type_ in types), "")
+    rules = [(words, getattr(rule, name, None)) for rule in field.metadata for name, words in _LIMITS.items()]
+    limits = [f"{words} {limit}" for words, limit in rules if limit is not None]
+    return f"allowed: {kind}, {' and '.join(limits)}" if kind and limits else ""

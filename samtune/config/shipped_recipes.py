@@ -1,0 +1,120 @@
+"""The recipes that come with samtune: where they lie, and how a name means one of them."""
+
+import difflib
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from samtune.distributed import environment
+from samtune.errors import UsageError
+
+_HERE = Path(__file__).parents[1]
+# An installed package has them inside, a checkout beside it.
+FOLDER = next((folder for folder in (_HERE / "recipes", _HERE.parent / "recipes") if folder.is_dir()), _HERE)
+_COMMAND = re.compile(r"^#\s+samtune (run|sweep) ", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that comes with samtune. name: its path in the folder of recipes, without suffix: quick/pets."""
+
+    name: str
+    path: Path
+
+    @property
+    def text(self) -> str:
+        """The file, as it is."""
+        return self.path.read_text(encoding="utf-8")
+
+    def about(self) -> dict[str, Any]:
+        """name, kind, model, dataset, and about: the first sentence of the file.
+
+        kind: the command that its first lines give, run or sweep; of a run that has a table [sweep] both.
+        """
+        text = self.text
+        content = tomllib.loads(text)
+        command = _COMMAND.search(text)
+        kind = command[1] if command else "run"
+        return {
+            "name": self.name,
+            "kind": "run, sweep" if kind == "run" and "sweep" in content else kind,
+            "model": content.get("model"),
+            "dataset": content.get("dataset"),
+            "about": _first_sentence(text),
+        }
+
+
+def _first_sentence(text: str) -> str:
+    """The comment that a file begins with, up to the end of its first sentence."""
+    lines = []
+    for line in text.splitlines():
+        words = line.removeprefix("#").strip()
+        if not (line.startswith("#") and words):
+            break
+        lines.append(words)
+    return re.split(r"(?<=[.?!])\s(?=[A-Z])", " ".join(lines), maxsplit=1)[0].rstrip(".")
+
+
+def recipes() -> list[Recipe]:
+    """All of them, by name."""
+    paths = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in FOLDER.rglob("*.toml")}
+    return [Recipe(name, paths[name]) for name in sorted(paths, key=lambda name: (name.count("/"), name))]
+
+
+def named(name: str) -> Recipe | None:
+    """The recipe that a name means: quick/pets, pets where one alone is called so, or recipes/quick/pets.toml."""
+    wanted = name
+    if name.startswith("recipes/") and name.endswith(".toml"):  # as they are called in a checkout
+        wanted = name.removeprefix("recipes/").removesuffix(".toml")
+    there = recipes()
+    found = [recipe for recipe in there if recipe.name == wanted]
+    if not found and wanted == name:
+        found = [recipe for recipe in there if recipe.path.stem == name]
+    return found[0] if len(found) == 1 else None
+
+
+def get(name: str) -> Recipe:
+    """The recipe that a name means. Raises UsageError with the nearest names."""
+    recipe = named(name)
+    if recipe is None:
+        raise UsageError(
+            f"no recipe is called {name}", _nearest(name), "`samtune recipes ls` lists those that come with samtune"
+        )
+    return recipe
+
+
+def find(path: Path) -> Path:
+    """The file that a command's recipe means: the one of that path, else the recipe of that name that comes with
+    samtune, which a note tells. Raises UsageError with the nearest names where there is neither.
+    """
+    if path.exists() and not path.is_dir():
+        return path
+    recipe = named(path.as_posix())
+    if recipe is not None:
+        if environment.folder() is None:  # else the launcher has said it
+            from samtune import console
+
+            console.note(f"recipe {recipe.name} that comes with samtune: {recipe.path}")
+        return recipe.path
+    if path.exists():
+        return path  # a folder: whoever reads it says so
+    raise UsageError(
+        f"recipe {path} cannot be read",
+        f"there is no such file, and no recipe of that name comes with samtune; {_nearest(path.as_posix())}",
+        "give the path of a TOML file, or a name of `samtune recipes ls`",
+    )
+
+
+def _nearest(name: str) -> str:
+    """The recipes whose names are most like it, in words."""
+    wanted = name.removeprefix("recipes/").removesuffix(".toml")
+    there = {recipe.name: recipe for recipe in recipes()}
+    by_stem: dict[str, list[str]] = {}
+    for full, recipe in there.items():
+        by_stem.setdefault(recipe.path.stem, []).append(full)
+    if Path(wanted).name in by_stem:
+        return f"it may be one of {', '.join(by_stem[Path(wanted).name])}"
+    near = [full for stem in difflib.get_close_matches(Path(wanted).name, by_stem, n=3) for full in by_stem[stem]]
+    return f"nearest: {', '.join(near)}" if near else "none has a name like it"

@@ -1,0 +1,106 @@
+"""The kinds of values that a setting can have, from a flag (text) or a recipe (TOML), with the rules they keep."""
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, PlainSerializer, Strict
+
+from samtune.train.schedule import Duration
+
+_LARGEST_NORM = 1e6  # a larger p is as good as inf
+_LEAST_ALPHA = 0.01  # of less, shares are drawn in float32 that lie near a half, and not near 0 and 1
+
+
+def _no_minutes(duration: Duration) -> Duration:
+    if duration.unit == "minutes":
+        raise ValueError("must be epochs, steps or a share of the run, so that a repeated run is the same")
+    return duration
+
+
+def _whole_run(duration: Duration) -> Duration:
+    if duration.unit == "%" or duration.amount <= 0:
+        raise ValueError("must be more than 0 epochs or steps")
+    return duration
+
+
+def _interval(duration: Duration) -> Duration:
+    if duration.amount <= 0:
+        raise ValueError("must be more than 0")
+    return duration
+
+
+def _norm_order(p: float | int | str) -> float:
+    """A number or "inf", from a flag or from a recipe."""
+    try:
+        order = float(p)
+    except (TypeError, ValueError):
+        order = math.nan
+    if isinstance(p, bool) or not (1 <= order <= _LARGEST_NORM or order == math.inf):
+        raise ValueError(f'must be a number from 1 on, at most {_LARGEST_NORM:g}, or "inf"')
+    return order
+
+
+def _alpha(alpha: float) -> float:
+    if 0 < alpha < _LEAST_ALPHA:
+        raise ValueError(f"must be 0, or at least {_LEAST_ALPHA:g}: of less, torch's beta distribution is not right")
+    return alpha
+
+
+def _samples(m: int | str) -> int | str:
+    if isinstance(m, str) and re.fullmatch("device|global|group:[1-9][0-9]{0,8}", m):
+        return m
+    if isinstance(m, bool) or not re.fullmatch("[0-9]{1,9}", str(m)) or int(m) < 1:
+        raise ValueError('must be "device", "global", "group:4" (devices that share it), or a number of images')
+    return int(m)
+
+
+def gpu_choice(gpus: int | str) -> str:
+    """What --gpus may be. Raises ValueError with what it must be."""
+    if isinstance(gpus, bool) or not re.fullmatch("auto|all|[0-9]+(,[0-9]*)*", str(gpus)):
+        raise ValueError('must be "auto", "all", a number of GPUs, or a list of them ("0,2"; "2," is one)')
+    return str(gpus)
+
+
+def _trackers(track: str | list[str]) -> str:
+    names = track.split(",") if isinstance(track, str) else track
+    if names not in (["none"], ["tensorboard"], ["wandb"], ["tensorboard", "wandb"], ["wandb", "tensorboard"]):
+        raise ValueError('must be "none", "tensorboard", "wandb", or both: "tensorboard,wandb"')
+    return ",".join(names)
+
+
+def endpoint(endpoint: str) -> str:
+    """What an address of a machine may be. Raises ValueError with what it must be."""
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ValueError('must be "host:port", where the first machine listens')
+    return endpoint
+
+
+def _pattern(perturb: str) -> str:
+    try:
+        re.compile(perturb)
+    except re.error as error:
+        raise ValueError(f'must be "all", "norm", "no-norm" or a regular expression: {error}') from None
+    return perturb
+
+
+_AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(str)]
+DurationField = Annotated[_AnyDuration, AfterValidator(_no_minutes)]
+RunLength = Annotated[DurationField, AfterValidator(_whole_run)]
+Interval = Annotated[DurationField, AfterValidator(_interval)]
+SaveInterval = Annotated[_AnyDuration, AfterValidator(_interval)]
+PathField = Annotated[Path, Strict(False), PlainSerializer(str)]
+NormOrder = Annotated[
+    float,
+    AllowInfNan(True),
+    BeforeValidator(_norm_order),
+    PlainSerializer(lambda p: "inf" if math.isinf(p) else p),
+]
+Alpha = Annotated[float, AfterValidator(_alpha)]
+Samples = Annotated[int | str, BeforeValidator(_samples)]
+Gpus = Annotated[str, BeforeValidator(gpu_choice)]
+TrackerNames = Annotated[str, BeforeValidator(_trackers)]
+Endpoint = Annotated[str, AfterValidator(endpoint)]
+Pattern = Annotated[str, AfterValidator(_pattern)]

@@ -1,0 +1,1 @@
+"""Processes and devices: ranks, their launcher, signals, collectives, sharding."""

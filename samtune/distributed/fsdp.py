@@ -1,0 +1,277 @@
+"""Models whose weights, gradients and optimizer state are spread over ranks (FSDP2; Zhao et al. 2023).
+
+Each parameter is cut along its first dimension, and a rank keeps one part of it (a DTensor); a block of the model is
+whole only while it computes. The only user of torch's sharding. All functions here are collective: every rank of the
+run calls them, in the same order.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from samtune.distributed import collectives
+
+# Of the model's elements: a block that holds more is cut into the blocks inside it, if there are any; what holds less
+# is not worth a reduction of its own.
+_LARGE, _SMALL = 1 / 8, 1 / 1000
+
+_replicas: WeakKeyDictionary[nn.Module, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def shard(model: nn.Module, device: torch.device, group: int | None = None) -> nn.Module:
+    """Move a model, the same on all ranks, to each rank's device, and keep there only the rank's part of it.
+
+    group: ranks that hold one copy of the model together, a divisor of all; gradients are averaged between the groups
+    too. None: all ranks. Build the optimizer and SAM after it. Parameters are in torch's default memory layout
+    afterwards; batch-norm statistics stay whole.
+
+    Raises:
+        ValueError: the group does not divide the ranks, or a parameter has no dimension to cut.
+    """
+    world = collectives.world_size()
+    group = world if group is None else group
+    if group < 1 or world % group or (group == 1 < world):
+        raise ValueError(f"groups of {group} ranks: must be at least 2, and divide the {world} ranks")
+    scalars = [name for name, w in model.named_parameters() if w.ndim == 0]
+    if scalars:
+        raise ValueError(f"parameter {scalars[0]} has no dimension to be cut along")
+    mesh = init_device_mesh(device.type, (world // group, group), mesh_dim_names=("replicas", "parts"))
+    model.to(device)
+    for w in model.parameters():
+        w.data = w.data.contiguous()  # torch refuses to cut others
+    for block in (*_blocks(model), model):
+        # Whole weights that outlast a pass would be old ones after an update.
+        fully_shard(block, mesh=mesh["parts"], reshard_after_forward=True)
+    if group < world:
+        _replicas[model] = mesh.get_group("replicas")
+    shards = shards_of(model)
+    assert shards is not None
+    shards.average_over_replicas(True)
+    # Room for whole parameters is made by their first use. An evaluation in inference mode would make what cannot
+    # be trained with.
+    for part in shards.blocks:
+        part.unshard()
+        part.reshard()
+    return model
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The parts that are whole at different times: modules out of a list or sequence that are called one by one."""
+    total = sum(w.numel() for w in model.parameters())
+
+    def inside(module: nn.Module) -> Iterator[nn.Module]:
+        listed = isinstance(module, nn.Sequential | nn.ModuleList)
+        for child in module.children():
+            share = sum(w.numel() for w in child.parameters()) / total
+            within = list(inside(child)) if share > _SMALL else []
+            # A list is never called, a sequence not always; a single layer is no block.
+            is_list = isinstance(child, nn.Sequential | nn.ModuleList)
+            has_layers = next(child.children(), None) is not None
+            if listed and not is_list and has_layers and share > _SMALL and (share <= _LARGE or not within):
+                yield child
+            else:
+                yield from within
+
+    return list(inside(model))
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a model is spread over ranks.
+
+    blocks: the root first. group: the ranks that hold one copy of the model together. replicas: of each group, the
+    rank that holds the same parts as this one; None where there is one group.
+    """
+
+    blocks: tuple[FSDPModule, ...]
+    group: dist.ProcessGroup
+    replicas: dist.ProcessGroup | None
+
+    def refuse_other_than(self, m: Any) -> None:
+        """Raise ValueError unless m names ranks that can share a perturbation: all, or a group with a whole model."""
+        if m == "global":
+            return
+        if isinstance(m, dist.ProcessGroup) and _members(m) == _members(self.group):
+            return
+        raise ValueError(
+            f'm {m!r}: a sharded model is perturbed by all ranks that hold it together; "global", or their group'
+        )
+
+    def parts(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What this rank holds of each tensor, in place."""
+        return _parts(tensors)
+
+    def total_norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The L2 norm over all tensors together, () , with the same bits on all ranks."""
+        here = nn.utils.get_total_norm(_parts(tensors))
+        norm: torch.Tensor = torch.linalg.vector_norm(collectives.gathered(here, self.group))
+        return norm
+
+    def average_over_replicas(self, on: bool) -> None:
+        """Whether the next backward passes average gradients between the groups too, or within each one alone."""
+        if self.replicas is not None:
+            for block in self.blocks:
+                block.set_all_reduce_hook(_mean_over(self.replicas if on else None))
+
+    def pieces(self, n: int, size: int, device: torch.device) -> int:
+        """Into how many pieces of about so many samples each rank cuts its n: as many as the others.
+
+        All ranks meet in every pass, so none may have one more. Where a rank has fewer samples than another has
+        pieces, pieces are larger.
+        """
+        here = torch.tensor([math.ceil(n / size), -n], device=device)
+        needed, minus_least = collectives.gathered(here).amax(0).tolist()
+        return int(min(needed, -minus_least))
+
+    @contextmanager
+    def reset_by_an_error(self) -> Iterator[None]:
+        """Where the block fails, no parameter stays whole: the next pass begins with the weights of that time."""
+        try:
+            yield
+        except BaseException:
+            for block in self.blocks:
+                block.reshard()
+            if hasattr(self.blocks[0], "reset_iter_state"):  # since torch 2.15
+                self.blocks[0].reset_iter_state()
+            raise
+
+
+def shards_of(model: nn.Module) -> Shards | None:
+    """How the model is spread over ranks, None if it is not.
+
+    Raises ValueError for a model that was sharded in another way than `shard` does.
+    """
+    parameters = list(model.parameters())
+    meshes = {w.device_mesh if isinstance(w, DTensor) else None for w in parameters}
+    if meshes <= {None}:
+        return None
+    mesh = next(iter(meshes))
+    cut = all(isinstance(w, DTensor) and w.placements == (Shard(0),) for w in parameters)
+    if len(meshes) > 1 or mesh is None or mesh.ndim != 1 or not cut or not isinstance(model, FSDPModule):
+        raise ValueError("the model is sharded in another way than samtune.distributed.fsdp.shard does")
+    blocks = tuple(module for module in model.modules() if isinstance(module, FSDPModule))
+    return Shards(blocks, mesh.get_group(), _replicas.get(model))
+
+
+def _parts(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    with torch.no_grad():  # outside of it to_local makes another tensor, for autograd
+        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def _members(group: dist.ProcessGroup) -> list[int]:
+    return dist.get_process_group_ranks(group)
+
+
+def _mean_over(replicas: dist.ProcessGroup | None) -> Callable[[torch.Tensor], None]:
+    """What becomes of a gradient that one group has reduced, in place: its mean over the groups, if any are named."""
+
+    def mean(grad: torch.Tensor) -> None:
+        if grad.is_cuda:  # before torch 2.15 nothing else holds it until this stream has added it to `.grad`
+            grad.record_stream(torch.cuda.current_stream(grad.device))
+        if replicas is not None:
+            collectives.sum_over_ranks(grad, replicas).div_(collectives.world_size(replicas))
+
+    return mean
+
+
+# ----------------------------------------------------------------------------------------------------- whole, and back
+
+
+def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights and buffers of the unsharded model, on the CPU of rank 0; {} on the others.
+
+    One tensor at a time is whole on the device.
+    """
+    whole = ((name, _whole(value)) for name, value in model.state_dict().items())
+    return {name: value for name, value in whole if value is not None}
+
+
+def load_full_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor] | None) -> None:
+    """Give a model, sharded or not, the weights and buffers that rank 0 passes; the others pass anything.
+
+    Raises RuntimeError on all ranks if names or shapes differ from the model's; nothing is loaded then.
+    """
+    own = model.state_dict()
+    first = collectives.rank() == 0
+    theirs = {name: tuple(value.shape) for name, value in (state or {}).items()} if first else None
+    theirs = _of_rank_0(theirs)
+    other = sorted(theirs.items() ^ {name: tuple(value.shape) for name, value in own.items()}.items())
+    if other:
+        raise RuntimeError(f"weights do not fit the model: {other[0][0]} and {len(other) - 1} more differ")
+    for name, value in own.items():
+        _fill(value, state[name] if first and state is not None else None)
+
+
+def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """`optimizer.state_dict()["state"]` of the unsharded run, on the CPU of rank 0; empty on the others."""
+    first = collectives.rank() == 0
+    full: dict[int, dict[str, Any]] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        whole = {key: _whole(value) if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+        if first:
+            full[index] = whole
+    return full
+
+
+def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]] | None) -> None:
+    """Give an optimizer of the same parameters the state that rank 0 passes; the others pass anything.
+
+    Raises RuntimeError on all ranks if a parameter has no place for it.
+    """
+    params = [w for group in optimizer.param_groups for w in group["params"]]
+    first = collectives.rank() == 0
+    outline = None
+    if first:  # what is shaped like its parameter is sharded like it; the rest are counters
+        outline = {
+            (index, key): (value.dtype,) if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+            for index, values in (state or {}).items()
+            for key, value in values.items()
+        }
+    outline = _of_rank_0(outline)
+    if any(index >= len(params) for index, _ in outline):
+        raise RuntimeError(f"the state is not that of an optimizer of {len(params)} parameters")
+    loaded: dict[int, dict[str, Any]] = {index: {} for index, _ in outline}
+    for (index, key), value in outline.items():
+        if isinstance(value, tuple):
+            place = torch.zeros_like(params[index], dtype=value[0], requires_grad=False)
+            _fill(place, state[index][key] if first and state is not None else None)
+            loaded[index][key] = place
+        else:  # the optimizer counts on in place, and the caller's state stays as it is
+            loaded[index][key] = value.clone() if isinstance(value, torch.Tensor) else value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": loaded})
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor | None:
+    """A tensor's copy on the CPU of rank 0; None on the others."""
+    value = value.detach()
+    full = value.full_tensor() if isinstance(value, DTensor) else value
+    return full.to("cpu", copy=True) if collectives.rank() == 0 else None
+
+
+def _fill(place: torch.Tensor, full: torch.Tensor | None) -> None:
+    """Copy the whole tensor that rank 0 has into a tensor of its shape, sharded or not, on all ranks."""
+    part = _parts([place])[0]
+    whole = torch.empty(place.shape, dtype=place.dtype, device=part.device)
+    if full is not None:
+        whole.copy_(full)
+    dist.broadcast(whole, 0)
+    with torch.no_grad():
+        if isinstance(place, DTensor):
+            whole = distribute_tensor(whole, place.device_mesh, place.placements, src_data_rank=None).to_local()
+        part.copy_(whole)
+
+
+def _of_rank_0(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+    return box[0]

@@ -1,0 +1,1 @@
+"""Pretrained models: names, weights, a new head."""

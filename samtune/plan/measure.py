@@ -1,0 +1,300 @@
+"""What a job costs, measured on it: operations, memory, steps, an evaluation, a checkpoint. Its weights are used up."""
+
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from samtune.data.cache import Images
+from samtune.data.loader import Batch, train_batches
+from samtune.data.splits import Indices
+from samtune.data.transforms import train_transform
+from samtune.distributed import device
+from samtune.errors import OutOfMemory
+from samtune.models import pretrained
+from samtune.sam.filters import chosen
+from samtune.sam.snapshot import batch_norms, put_back
+from samtune.sam.snapshot import statistics as batch_norm_statistics
+from samtune.train import checkpointing, loop
+from samtune.train.evaluation import evaluate
+from samtune.train.setup import Job
+from samtune.train.state import Position
+
+Progress = Callable[[str, int, int], None]  # what is going on, images done, images in all
+
+_ROUNDS = 3  # in which each kind of step has its turn
+_SECONDS = 4.0  # of steps of a kind in a round
+_FEWEST, _MOST = 2, 200  # steps of a kind in a round
+_EVALUATION = 4.0  # seconds
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Seconds of whole steps of a kind, the wait for data included. first: of the very first one, which is slower."""
+
+    seconds: tuple[float, ...]
+    waiting: float
+    first: float
+
+    @property
+    def mean(self) -> float:
+        """Without the slowest and the fastest twentieth."""
+        ordered = sorted(self.seconds)
+        cut = len(ordered) // 20
+        return statistics.fmean(ordered[cut : len(ordered) - cut])
+
+    @property
+    def median(self) -> float:
+        """As many steps were slower as faster."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The middle half of the steps took between these."""
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time that was spent waiting for data, in [0, 1]."""
+        return self.waiting / sum(self.seconds)
+
+
+def multiply_accumulates(job: Job) -> int:
+    """Of the forward pass of one image: of convolutions and products of matrices, attention included."""
+    job.model.eval()
+    image = torch.zeros((1, *job.info.data_config["input_size"]), device=job.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        job.model(image)
+    pretrained.train_mode(job.model, freeze_bn=job.config.freeze_bn)
+    return int(counter.get_total_flops()) // 2  # which counts 2 for each
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def memory(job: Job) -> dict[str, int]:
+    """Bytes by part, after a step: weights, gradients, the copy of the weights that SAM keeps, and so on."""
+    model, config = job.model, job.config
+    state = (value for values in job.optimizer.state.values() for value in values.values())
+    parts = {
+        "weights": _bytes([*model.parameters(), *model.buffers()]),
+        "gradients": _bytes(w for w in model.parameters() if w.requires_grad),
+        "weights_copy": _bytes(chosen(model, config.perturb).values()) if config.rho > 0 else 0,
+        "optimizer": _bytes(value for value in state if isinstance(value, torch.Tensor)),
+        "ema": 0 if job.ema is None else _bytes([*job.ema.module.parameters(), *job.ema.module.buffers()]),
+        "activations": activation_bytes(job, images_at_once(job)),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def images_at_once(job: Job) -> int:
+    """Images that pass through the model together on each device."""
+    return job.update.sam.at_once(min(job.batch.per_device, job.batch.total))
+
+
+def activation_bytes(job: Job, images: int) -> int:
+    """What a forward pass of training keeps for the backward pass, with so many images."""
+    inputs, targets = _any_batch(job, images)
+    own = {t.untyped_storage().data_ptr() for t in (*job.model.parameters(), *job.model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # while it is held, its place is not given to another
+        return None  # no backward pass follows
+
+    before = batch_norm_statistics(batch_norms(job.model))
+    with saved_tensors_hooks(keep, keep), job.update.autocast():
+        job.update.loss(job.model(inputs), targets)
+    put_back(before)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _any_batch(job: Job, images: int) -> Batch:
+    """So many black images, as the model takes them, and their labels."""
+    channels, height, width = job.info.data_config["input_size"]
+    black = torch.zeros((images, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
+    return loop.ready(job, black, torch.zeros(images, dtype=torch.int64), 1)
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+class _Stepping:
+    """Steps of a run, one after the other, at any radius."""
+
+    def __init__(self, job: Job, batches: Iterator[Batch]) -> None:
+        self.job, self.batches, self.done = job, batches, 0
+        self.peaks = [group["lr"] for group in job.optimizer.param_groups]
+
+    def __call__(self, rho: float) -> tuple[float, float]:
+        """Seconds of a step, and of them those of waiting for data."""
+        job, started = self.job, time.perf_counter()
+        images, labels = next(self.batches)
+        arrived = time.perf_counter()
+        step = self.done % job.total_steps + 1
+        loop.set_rates(job, self.peaks, step)
+        job.update.sam.rho = rho
+        result = job.update(*loop.ready(job, images, labels, step))
+        if result.applied and job.ema is not None:
+            job.ema.update(job.model, step=step)
+        self.done += 1
+        return time.perf_counter() - started, arrived - started
+
+
+def steps(job: Job, rows: Indices, kinds: Iterable[float], progress: Progress) -> dict[float, Steps]:
+    """Steps of each radius in turn, on real batches of these rows; 0 is a step of the base optimizer.
+
+    In each turn the first steps do not count: they use up what was loaded during the turn before. Of each kind no more
+    steps are taken than the run has, but six at least.
+    """
+    kinds, workers = list(kinds), job.config.workers or 0
+    most = max(_FEWEST, min(_MOST, math.ceil(job.total_steps / _ROUNDS)))
+    pretrained.train_mode(job.model, freeze_bn=job.config.freeze_bn)
+    batches = train_batches(
+        job.train,
+        np.resize(rows, max(len(rows), job.batch.total)),  # so that there is a batch
+        train_transform(job.info.data_config, job.config),
+        batch_size=job.batch.total,
+        seed=job.config.seed,
+        total_steps=sys.maxsize,
+        workers=workers,
+        pin_memory=job.device.type == "cuda",
+        share=lambda rows: job.batch.share(rows, 0),
+    )
+    with closing(batches):  # type: ignore[type-var]
+        step = _Stepping(job, batches)
+        firsts = {rho: step(rho)[0] for rho in kinds}
+        seconds: dict[float, list[float]] = {rho: [] for rho in kinds}
+        waiting = dict.fromkeys(kinds, 0.0)
+        per_turn = dict.fromkeys(kinds, 0)
+        for number in range(_ROUNDS):
+            for rho in kinds:
+                usual = [step(rho)[0]]
+                while len(usual) < 2 * workers + 1 and sum(usual) < _SECONDS:
+                    usual.append(step(rho)[0])
+                per_turn[rho] = per_turn[rho] or min(most, max(_FEWEST, round(_SECONDS / statistics.median(usual))))
+                for _ in range(per_turn[rho]):
+                    whole, waited = step(rho)
+                    seconds[rho].append(whole)
+                    waiting[rho] += waited
+                    done = sum(map(len, seconds.values()))
+                    foreseen = _ROUNDS * sum(n or per_turn[rho] for n in per_turn.values())
+                    what = f"measuring steps, round {number + 1} of {_ROUNDS}"
+                    progress(what, done * job.batch.total, foreseen * job.batch.total)
+    job.update.sam.rho = job.config.rho
+    loop.set_rates(job, step.peaks, 1)
+    return {rho: Steps(tuple(seconds[rho]), waiting[rho], firsts[rho]) for rho in kinds}
+
+
+# ----------------------------------------------------------------------------------------------------------- the others
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """Seconds of an evaluation. per_image: in the long run. first: what the first one takes longer."""
+
+    per_image: float
+    first: float
+
+
+def evaluation(job: Job, images: Images, rows: Indices, whole: int, progress: Progress) -> Evaluating:
+    """Score some of these rows as a run does, first once to get ready. whole: images of the split in all."""
+
+    def score(count: int) -> float:
+        started = time.perf_counter()
+        some = np.resize(rows, count)
+        scored = evaluate(
+            job.model, images, some, "measuring evaluation", job.config, job.info.data_config, progress, job.eval_batch
+        )
+        job.eval_batch = scored.batch_size
+        return time.perf_counter() - started
+
+    at_once = job.eval_batch or 2 * job.config.batch_size
+    few = min(len(rows), 2 * at_once)
+    first = score(few)
+    usual = score(few)
+    many = min(few * max(1, round(_EVALUATION / usual)), max(whole, few))
+    each = score(many) / many if many > few else usual / few
+    pretrained.train_mode(job.model, freeze_bn=job.config.freeze_bn)
+    return Evaluating(each, max(0.0, first - usual))
+
+
+def checkpoint(job: Job) -> tuple[int, float]:
+    """Bytes of a checkpoint, and the seconds that it takes to save one in the folder of temporary files.
+
+    Raises OSError where that has no room.
+    """
+    seconds = []
+    with tempfile.TemporaryDirectory(prefix="samtune-plan-") as name:
+        for _ in range(3):
+            started = time.perf_counter()
+            position = Position(step=job.total_steps, settled=job.total_steps)
+            whole = checkpointing.content(job, position)
+            folder = checkpointing.write(job, Path(name), job.total_steps, whole)
+            seconds.append(time.perf_counter() - started)
+            if seconds[0] > 1:
+                break
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return size, statistics.median(seconds)
+
+
+# -------------------------------------------------------------------------------------------------- the batch that fits
+
+
+def largest_batch(job: Job, most: int, progress: Progress) -> int:
+    """How many images of a step pass through the model at once before memory runs out, at most `most`.
+
+    Found by steps on black images: twice as many until they do not fit, then between the two, to an eighth. 0: none.
+    """
+
+    def fits(images: int) -> bool:
+        progress("searching the batch that fits: tried", images, most)
+        job.update.sam.micro_batch = None
+        try:
+            job.update(*_any_batch(job, images))
+        except OutOfMemory:
+            return False
+        except Exception as error:
+            if not device.is_out_of_memory(error):
+                raise
+            return False
+        return job.update.sam.micro_batch is None  # else it was halved
+
+    before = job.update.sam.micro_batch
+    try:
+        return search(fits, min(most, job.batch.per_device), most)
+    finally:
+        job.update.sam.micro_batch = before
+        job.optimizer.zero_grad(set_to_none=True)
+        device.free_memory()
+
+
+def search(fits: Callable[[int], bool], start: int, most: int) -> int:
+    """The largest number up to `most` that fits, to an eighth; 0 if 1 does not. All below one that fits fit, too."""
+    low, high = 0, start
+    while high < most and fits(high):
+        low, high = high, min(most, 2 * high)
+    if high == most and fits(most):
+        return most
+    while high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,293 @@
+"""A checkpoint -> names and probabilities of pictures, decoded and computed as in the run's own evaluation.
+
+    from samtune import Predictor
+
+    predict = Predictor("runs/r1")
+    for one in predict(["a.jpg", image]):  # paths, PIL images, arrays
+        print(one.class_name, one.probability, one.top(3))
+
+`predict` classifies any number of pictures, one batch after the other, on all ranks.
+"""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from samtune.data.decode import decode, from_pillow
+from samtune.data.inputs import Input, inputs_of
+from samtune.data.transforms import eval_transform
+from samtune.distributed import collectives
+from samtune.distributed.device import autocast, halved_until_it_fits, pick
+from samtune.errors import DataError, Diverged, UsageError
+from samtune.models import pretrained
+from samtune.predict import temperature
+from samtune.predict.ranking import Floats, ranked
+from samtune.runs import checkpoint
+from samtune.train.evaluation import to_device
+
+Tta = Literal["hflip"]
+Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
+_AHEAD = 2  # batches that are decoded while another one is computed
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about one picture. probabilities: (classes,) float32, which sum to 1, as `class_names`."""
+
+    class_name: str
+    probability: float
+    probabilities: Floats = field(repr=False)
+    class_names: tuple[str, ...] = field(repr=False)
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """The k most probable classes with their probabilities, the most probable first; fewer where there are."""
+        return [(self.class_names[i], float(self.probabilities[i])) for i in ranked(self.probabilities[None], k)[0]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some of the pictures, in order, with what is said of each. bad: those that cannot be decoded, and why.
+
+    probabilities: (n, classes) of the n that can. embeddings: (n, features), where they were asked for.
+    """
+
+    inputs: Sequence[Input]
+    probabilities: Floats
+    embeddings: Floats | None
+    bad: Sequence[tuple[Input, DataError]]
+
+
+class Predictor:
+    """A checkpoint that classifies pictures. Its data set is not opened.
+
+    checkpoint_or_run: a run folder, or a checkpoint folder inside one. name: "last" or "best" of a run; None takes the
+    one that the run's report scored. ema: the averaged weights. use_temperature: whether probabilities follow the
+    temperature that `samtune eval --temperature` has stored, if there is one. tta: "hflip" gives the mean over a
+    picture and its mirror image. device: "cpu", "cuda", "cuda:1"; None takes the first GPU, if there is one.
+
+    Raises:
+        CheckpointError: no such run or checkpoint, or a damaged one.
+        UsageError: ema where there are no averaged weights.
+    """
+
+    def __init__(
+        self,
+        checkpoint_or_run: str | os.PathLike[str],
+        *,
+        name: Literal["last", "best"] | None = None,
+        ema: bool = False,
+        use_temperature: bool = True,
+        tta: Tta | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if tta not in (None, "hflip"):
+            raise UsageError(f"tta {tta!r}: must be 'hflip' or None")
+        self.folder = checkpoint.locate(Path(checkpoint_or_run), name)
+        self.manifest = checkpoint.verify(self.folder)
+        self.config = checkpoint.run_config(self.manifest)
+        weights = checkpoint.weights(self.folder, self.config, ema=ema)
+        self.temperature = temperature.read(weights) if use_temperature else None
+        self.class_names: tuple[str, ...] = tuple(map(str, self.manifest["class_names"]))
+        self.decode_rule = checkpoint.decode_rule(self.manifest)
+        self.device = torch.device(device) if device is not None else pick()
+        model, self.data_config = pretrained.load_checkpoint(weights)
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        self._model = model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
+        self._transform = eval_transform(self.data_config)
+        self._autocast = autocast(self.device, self.config.amp_dtype)
+        self._tta = tta
+        self.batch_size: int = 2 * self.config.batch_size
+        """Pictures at once: those of the run's own evaluation, or half as many, ... where memory runs out."""
+
+    def __call__(self, images: Picture | Iterable[Picture]) -> list[Prediction]:
+        """Classify pictures: one prediction each, in their order.
+
+        images: paths; PIL images of any mode; uint8 arrays (height, width), (height, width, 3) RGB or 4 with alpha.
+        Raises DataError for a picture that cannot be read or decoded, UsageError for what is no picture.
+        """
+        probabilities, _ = self._compute(images, embeddings=False)
+        best = ranked(probabilities, 1)[:, 0].tolist()
+        return [
+            Prediction(self.class_names[i], float(row[i]), row, self.class_names)
+            for i, row in zip(best, probabilities, strict=True)
+        ]
+
+    def embed(self, images: Picture | Iterable[Picture]) -> Floats:
+        """The pooled features of pictures, which the classifier is given: (n, features) float32. Raises as a call."""
+        _, embeddings = self._compute(images, embeddings=True)
+        assert embeddings is not None
+        return embeddings
+
+    def _compute(self, images: Picture | Iterable[Picture], *, embeddings: bool) -> tuple[Floats, Floats | None]:
+        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+            images = [images]
+        found: list[tuple[Floats, Floats | None]] = []
+        pictures = iter(images)
+        while some := [self._pixels(picture) for picture in itertools.islice(pictures, self.batch_size)]:
+            found.append(self.classify(some, embeddings=embeddings))
+        if not found:
+            return np.zeros((0, len(self.class_names)), np.float32), np.zeros((0, 0), np.float32)
+        pooled = [features for _, features in found if features is not None]
+        return np.concatenate([p for p, _ in found]), np.concatenate(pooled) if pooled else None
+
+    def _pixels(self, picture: Picture) -> torch.Tensor:
+        if isinstance(picture, str | os.PathLike):
+            loaded = self.load(next(inputs_of([picture])))
+            if isinstance(loaded, DataError):
+                raise loaded
+            return loaded
+        if isinstance(picture, np.ndarray):
+            picture = _of_array(picture)
+        if not isinstance(picture, Image.Image):
+            raise UsageError(
+                f"a {type(picture).__name__} is no picture", mend="give a path, a PIL image or a uint8 array"
+            )
+        return self._transform(from_pillow(picture, self.decode_rule))
+
+    def load(self, one: Input) -> torch.Tensor | DataError:
+        """A picture as the model is given it: (3, size, size) uint8; what is wrong with it, where it is none."""
+        try:
+            return self._transform(decode(one.read(), lambda: one.path, self.decode_rule))
+        except DataError as error:
+            return error
+
+    def classify(self, images: Sequence[torch.Tensor], *, embeddings: bool) -> tuple[Floats, Floats | None]:
+        """(3, size, size) uint8 each -> probabilities (n, classes), and (n, features) or None; on this rank alone.
+
+        Where memory runs out, half as many go through the model at once, from then on.
+
+        Raises:
+            Diverged: NaN or inf.
+            OutOfMemory: one image does not fit.
+        """
+
+        def attempt(at_once: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+            found = [self._forward(images[i : i + at_once], embeddings) for i in range(0, len(images), at_once)]
+            self.batch_size = min(self.batch_size, at_once) if at_once < len(images) else self.batch_size
+            return found
+
+        found = halved_until_it_fits(attempt, self.batch_size, self.data_config["input_size"])
+        probabilities = torch.cat([p for p, _ in found]).numpy()
+        if not np.isfinite(probabilities).all():
+            raise Diverged(
+                "the model's output is not finite",
+                f"{int((~np.isfinite(probabilities)).any(axis=1).sum())} of {len(probabilities)} pictures",
+                "take another checkpoint of the run (last, best)",
+            )
+        pooled = [features for _, features in found if features is not None]
+        return probabilities, torch.cat(pooled).numpy() if pooled else None
+
+    @torch.inference_mode()
+    def _forward(self, images: Sequence[torch.Tensor], embeddings: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch = torch.stack(list(images))
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()
+        once = self._once(batch, embeddings)
+        if self._tta is None:
+            return once
+        mirrored = self._once(batch.flip(-1), embeddings)
+        pooled = None if once[1] is None or mirrored[1] is None else (once[1] + mirrored[1]) / 2
+        return (once[0] + mirrored[0]) / 2, pooled
+
+    def _once(self, batch: torch.Tensor, embeddings: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        pooled = None
+        with self._autocast():
+            moved = to_device(batch, self.device, self.data_config, self.config.channels_last)
+            if embeddings:
+                pooled, logits = pretrained.features_and_logits(self._model, moved)
+            else:
+                logits = self._model(moved)
+        logits = logits.float()
+        if self.temperature is not None:
+            logits = logits / self.temperature.temperature
+        return logits.softmax(1).cpu(), None if pooled is None else pooled.float().cpu()
+
+
+def _of_array(array: npt.NDArray[Any]) -> Image.Image:
+    channels = array.shape[2:] or (1,)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in ((1,), (3,), (4,)) or 0 in array.shape:
+        raise UsageError(
+            f"an array of {array.dtype} {array.shape} is no picture",
+            mend="give uint8 (height, width), (height, width, 3) RGB, or 4 with alpha",
+        )
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if channels == (1,) and array.ndim == 3 else array))
+
+
+# --------------------------------------------------------------------------------------------------------- many of them
+
+
+def predict(
+    predictor: Predictor,
+    inputs: Iterable[Input],
+    *,
+    workers: int = 0,
+    embeddings: bool = False,
+    is_enough: Callable[[], bool] = bool,
+) -> Iterator[Batch]:
+    """Classify any number of pictures, in their order, on all ranks: rank 0 gets what is said of them, others nothing.
+
+    inputs: those of rank 0 count. All ranks must exhaust the iterator. Batches are dealt to the ranks in turns; a few
+    are in memory, whatever the number of pictures. workers: threads that decode, on each rank; 0: none besides this.
+    is_enough: whether nobody wants more, asked on rank 0.
+
+    Raises what `Predictor.classify` and the iteration over inputs raise.
+    """
+    source, world, rank = iter(inputs), collectives.world_size(), collectives.rank()
+    size = predictor.batch_size
+    with _loading(predictor, workers) as load:
+        ahead: deque[tuple[list[Input], list[Callable[[], torch.Tensor | DataError]]]] = deque()
+
+        def look_ahead() -> bool:
+            block = collectives.from_first(lambda: [] if is_enough() else list(itertools.islice(source, size * world)))
+            if block:
+                own = block[rank * size : (rank + 1) * size]
+                ahead.append((own, [load(one) for one in own]))
+            return bool(block)
+
+        more = all(look_ahead() for _ in range(_AHEAD))
+        while ahead:
+            own, waiting = ahead.popleft()
+            more = more and look_ahead()
+            for batch in collectives.from_all(_classified(predictor, own, [wait() for wait in waiting], embeddings)):
+                if batch is not None and rank == 0:
+                    yield batch
+
+
+def _classified(
+    predictor: Predictor, inputs: Sequence[Input], loaded: Sequence[torch.Tensor | DataError], embeddings: bool
+) -> Batch | None:
+    if not inputs:
+        return None
+    pairs = list(zip(inputs, loaded, strict=True))
+    bad = [(one, error) for one, error in pairs if isinstance(error, DataError)]
+    images = [image for image in loaded if isinstance(image, torch.Tensor)]
+    good = [one for one, image in pairs if isinstance(image, torch.Tensor)]
+    if not images:
+        return Batch([], np.zeros((0, len(predictor.class_names)), np.float32), None, bad)
+    return Batch(good, *predictor.classify(images, embeddings=embeddings), bad)
+
+
+@contextmanager
+def _loading(predictor: Predictor, workers: int) -> Iterator[Callable[[Input], Callable[[], torch.Tensor | DataError]]]:
+    """Begins to load a picture; what it returns waits for it."""
+    if workers == 0:
+        yield lambda one: partial(predictor.load, one)
+        return
+    torch.get_num_threads()  # else this thread would take the number of those that load
+    with ThreadPoolExecutor(workers, "loader", torch.set_num_threads, (1,)) as pool:
+        try:
+            yield lambda one: pool.submit(predictor.load, one).result
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

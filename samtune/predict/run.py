@@ -1,0 +1,119 @@
+"""Pictures -> files of predictions, embeddings and a page: `samtune predict`, without its command line."""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from samtune import console
+from samtune.console import stdio
+from samtune.data.inputs import Inputs
+from samtune.distributed import collectives, device
+from samtune.errors import DataError
+from samtune.predict import writers
+from samtune.predict.page import Gallery
+from samtune.predict.predictor import Predictor, Tta, predict
+
+_NAMED = 10  # bad pictures that the error names; a warning names each
+
+
+def run(
+    checkpoint_or_run: Path,
+    inputs: Inputs,
+    *,
+    name: Literal["last", "best"] | None,
+    ema: bool,
+    use_temperature: bool,
+    tta: Tta | None,
+    kind: str,
+    output: Path | None,
+    top: int,
+    every: bool,
+    embeddings: Path | None,
+    html: Path | None,
+    workers: int | None,
+    gpus: str,
+    processes: int | None,
+    on_bad_image: Literal["error", "skip"],
+    progress: console.RunProgress,
+) -> dict[str, Any]:
+    """Classify all inputs on all ranks, and write what is asked for on rank 0; returns the summary.
+
+    output: None for stdout. workers: threads that decode, on each rank; None: as many as a run takes. The other
+    arguments are those of Predictor, `predictionfiles.writer` and the command.
+
+    Raises DataError for pictures that cannot be decoded, unless on_bad_image is "skip": when all others are written.
+    """
+    target = device.pick(gpus, processes)
+    collectives.join(target)
+    with collectives.first_of_machine():
+        predictor = Predictor(
+            checkpoint_or_run, name=name, ema=ema, use_temperature=use_temperature, tta=tta, device=target
+        )
+    if collectives.rank() == 0 and predictor.temperature is not None:
+        console.note(f"temperature {predictor.temperature.temperature:.3g} (--no-temperature leaves it out)")
+    if workers is None:
+        workers = device.loading_workers(target, device.cores() // collectives.local_world_size())
+    batches = predict(
+        predictor,
+        inputs,
+        workers=workers,
+        embeddings=embeddings is not None,
+        is_enough=lambda: output is None and embeddings is None and html is None and stdio.reader_is_gone(),
+    )
+    if collectives.rank() > 0:
+        for _ in batches:
+            pass
+        return collectives.from_first(dict)  # an error of rank 0 is raised here, too
+    with ExitStack() as stack:
+        file = stack.enter_context(writers.opened(output))
+        rows = writers.writer(kind, file, predictor.class_names, top=top, every=every)
+        pooled = writers.Embeddings(embeddings) if embeddings is not None else None
+        if pooled is not None:
+            stack.callback(pooled.discard)
+        gallery = Gallery(predictor) if html is not None else None
+        n, bad, started, total = 0, [], time.monotonic(), inputs.count()
+        for batch in batches:
+            rows.write([one.path for one in batch.inputs], batch.probabilities)
+            if pooled is not None and batch.embeddings is not None:
+                pooled.write(batch.embeddings)
+            if gallery is not None:
+                gallery.add(batch)
+            for one, error in batch.bad:
+                console.warn(f"left out: {one.path}: {error.why or error.what}")
+                bad.append({"path": one.path, "reason": error.why or error.what})
+            n += len(batch.inputs)
+            seconds = time.monotonic() - started
+            progress.count("predicting", n + len(bad), total, n / seconds)
+        summary = {
+            "images": n,
+            "bad_images": bad,
+            "checkpoint": str(predictor.folder),
+            "step": predictor.manifest["step"],
+            "ema": ema,
+            "temperature": predictor.temperature.temperature if predictor.temperature is not None else None,
+            "tta": tta,
+            "images_per_second": n / max(time.monotonic() - started, 1e-9),
+        }
+        rows.close(summary)
+        if pooled is not None:
+            pooled.close({"checkpoint": str(predictor.folder), "step": str(predictor.manifest["step"])})
+        if gallery is not None and html is not None:
+            gallery.write(html)
+    written = [str(path) for path in (output, embeddings, html) if path is not None]
+    said = f"{n} pictures, {summary['images_per_second']:.0f} images/s" + (f", {len(bad)} left out" if bad else "")
+    console.note(said + (f"; written: {', '.join(written)}" if written else ""))
+    collectives.from_first(lambda: _judge(bad, on_bad_image))
+    return summary
+
+
+def _judge(bad: Sequence[dict[str, str]], on_bad_image: str) -> dict[str, Any]:
+    if bad and on_bad_image == "error":
+        named = "; ".join(f"{one['path']}: {one['reason']}" for one in bad[:_NAMED])
+        raise DataError(
+            f"{len(bad)} picture{'s' if len(bad) > 1 else ''} cannot be decoded",
+            named + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""),
+            "all others are predicted; mend or remove these, or take it for no error by --on-bad-image skip",
+        )
+    return {}

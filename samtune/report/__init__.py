@@ -1,0 +1,1 @@
+"""What run folders say: reports, comparisons, and their pages."""

@@ -1,0 +1,270 @@
+"""Run folder -> report.json and report.md: a pure function of what is on disk, so that it can be made again."""
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from samtune.errors import CheckpointError, UsageError
+from samtune.runs import run_log
+
+SCHEMA_VERSION = 1
+_SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss")
+
+
+_NEAR_CHANCE = 0.9  # of the error of a guess
+
+
+def collapse_warning(epoch: int, loss: float, top1_error: float, classes: int) -> str | None:
+    """The warning for an epoch that is no better than a guess by mean train loss, ln(classes), and by top-1 error.
+
+    A model that is right far more often has only been too sure of what it got wrong, as a new head is at first.
+    """
+    chance = math.log(classes)
+    # Nor NaN, where no step was applied.
+    if not (loss >= chance and top1_error >= _NEAR_CHANCE * 100 * (1 - 1 / classes)):
+        return None
+    return (
+        f"epoch {epoch}: the train loss is {loss:.2f}, no better than guessing (ln {classes} = {chance:.2f}). "
+        "Likely causes: the learning rate is too high (--lr, --head-lr-factor), the gradient is not clipped "
+        "(--clip-grad), rho is too large, the labels do not belong to the images, or the weights expect other inputs."
+    )
+
+
+def seen_warning(count: int) -> str:
+    """The warning for test images that are in train too."""
+    images = "images are" if count > 1 else "image is"
+    return f"{count} test {images} in train too, byte for byte: the test error is too low (see `samtune data check`)"
+
+
+def write(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write report.json and report.md from what `collect` returned."""
+    (folder / "report.json").write_text(
+        json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
+
+
+def recollect(folder: Path) -> dict[str, Any]:
+    """What `collect` says of any folder, whatever became of its run.
+
+    Raises UsageError where there is no run, CheckpointError where its files are damaged.
+    """
+    if not run_log.holds_run(folder):
+        raise UsageError(f"there is no run in {folder}", mend="give a folder that `samtune run` made")
+    try:
+        return collect(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the record of run {folder} cannot be read",
+            f"{type(error).__name__}: {error}",
+            "config.toml and provenance.json must be as the run wrote them",
+        ) from None
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """The report of a run folder whose steps are done, schema version 1.
+
+    Errors are in percent, intervals are Wilson's at 95 %, times in seconds. train_seconds runs from the first step to
+    the last, validations and checkpoints between them included, pauses left out; images_per_second is of training
+    alone. cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. What
+    cannot be known, as rows of metrics are missing, is null.
+    """
+    config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    provenance = run_log.read_provenance(folder)
+    rows = run_log.read_metrics(folder)
+    train = [row for row in rows if row["split"] == "train"]
+    val, test, val_ema, test_ema = (
+        [row for row in rows if row["split"] == split] for split in ("val", "test", "val_ema", "test_ema")
+    )
+    best = min(val, key=best_key) if val else None
+    chosen = best if config["select"] == "best" else (val[-1] if val else None)
+
+    images = sum(row["n"] for row in train)
+    seconds = sum(row["n"] / row["images_per_second"] for row in train)
+    steps = max((row["step"] for row in rows), default=0)
+    whole_record = 0 < steps == sum(row["steps"] for row in train)
+    passes = sum(row["passes"] for row in train) if whole_record else None
+    classes = provenance["dataset"]["classes"]
+    per_epoch = provenance["steps_per_epoch"]
+    errors = epoch_means(train, "top1_error")
+    warnings = [
+        collapse_warning(epoch, loss, errors[epoch], classes)
+        for epoch, loss in epoch_means(train).items()
+        if epoch * per_epoch <= steps
+    ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": provenance["model"],
+        "dataset": provenance["dataset"],
+        "sam": provenance["sam"],
+        "optimizer": provenance["optimizer"],
+        "epochs": steps / per_epoch if steps % per_epoch else steps // per_epoch,
+        "steps": steps,
+        "skipped_steps": sum(row["skipped"] for row in train),
+        "seed": config["seed"],
+        "devices": provenance["devices"],
+        "world_size": provenance.get("world_size", 1),
+        "precision": config["amp_dtype"],
+        "test": _scores(test[-1]) if test else None,
+        "val": _scores(chosen) if chosen else None,
+        "ema": {
+            "decay": config["model_ema_decay"],
+            "test": _scores(test_ema[-1]) if test_ema else None,
+            "val": next((_scores(row) for row in val_ema if chosen and row["step"] == chosen["step"]), None),
+        }
+        if config["model_ema"]
+        else None,
+        "selected": config["select"],
+        "best_epoch": best["epoch"] if best else None,
+        "train_seconds": train[-1]["seconds"] if train else None,
+        "images_per_second": images / seconds if train else None,
+        "data_wait": sum(row["data_wait"] * row["n"] for row in train) / images if train else None,
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in train), default=None),
+        "cost": {
+            "forward_backward_passes": passes,
+            "sgd_equivalents": passes / steps if passes is not None else None,
+        },
+        "checkpoints": [f"checkpoints/{name}" for name in ("last", "best") if (folder / "checkpoints" / name).exists()],
+        "warnings": provenance["warnings"]
+        + ([] if whole_record else ["rows of metrics.jsonl are missing: what was to be counted from them is not known"])
+        + [warning for warning in warnings if warning],
+        "rollbacks": [{"step": row["step"], "to": row["to_step"]} for row in rows if row["split"] == "rollback"],
+        "resumed": provenance.get("resumed", []),
+        "bad_images": provenance["bad_images"],
+        "versions": provenance["versions"],
+        "machine": provenance["machine"],
+        "started": provenance["started"],
+        "command": provenance["command"],
+    }
+
+
+def best_key(row: Mapping[str, Any]) -> tuple[float, float]:
+    """What makes a validation row the best: the lowest top-1 error, then the lowest loss."""
+    return row["top1_error"], row["loss"]
+
+
+def epoch_means(train: Sequence[Mapping[str, Any]], key: Literal["loss", "top1_error"] = "loss") -> dict[int, float]:
+    """Mean over the images of each epoch, from the rows of its parts; rows in which no step was applied have none."""
+    totals: dict[int, tuple[float, int]] = {}
+    for row in train:
+        if row[key] is None:
+            continue
+        total, n = totals.get(row["epoch"], (0.0, 0))
+        totals[row["epoch"]] = (total + row[key] * row["n"], n + row["n"])
+    return {epoch: total / n for epoch, (total, n) in totals.items()}
+
+
+def score_line(scores: Mapping[str, Any]) -> str:
+    """One result in words: error, interval, counts."""
+    low, high = scores["top1_error_ci95"]
+    counts = f"{scores['wrong']} of {scores['n']} wrong"
+    return f"{scores['top1_error']:.2f} % (95 % interval {low:.2f} to {high:.2f}; {counts})"
+
+
+def summary(report: Mapping[str, Any]) -> dict[str, str]:
+    """The rows that people look at first."""
+    rows = {f"{split} top-1 error": score_line(report[split]) for split in ("test", "val") if report[split]}
+    model, sam, cost = report["model"], report["sam"], report["cost"]
+    time = count = "not known: rows of metrics.jsonl are missing"
+    if report["train_seconds"] is not None:
+        speed = f"{report['images_per_second']:.0f} images/s, data wait {100 * report['data_wait']:.0f} %"
+        time = f"{report['train_seconds']:.0f} s, {speed}"
+    if cost["sgd_equivalents"] is not None:
+        count = f"{cost['forward_backward_passes']:.0f} passes, {cost['sgd_equivalents']:g} times plain SGD's"
+    scored = report["test"] or report["val"]
+    if scored:
+        rows["top-5, mean per class"] = (
+            f"{scored['top5_error']:.2f} %, {scored['mean_per_class_error']:.2f} % ({scored['split']})"
+        )
+    for split in ("test", "val") if report["ema"] else ():
+        if report["ema"][split]:
+            rows[f"{split}, averaged weights"] = score_line(report["ema"][split])
+    if "label_noise" in report["dataset"]:
+        clean = "validation and test are" if report["dataset"]["val"] else "test is"
+        rows["label noise"] = f"{noise_words(report['dataset']['label_noise'])}; {clean} clean"
+    rows |= {
+        "model": f"{model['resolved']}, pretrained on {model['pretraining']}, {model['img_size']} px",
+        "data": "{name}: train {train}, val {val}, test {test}, {classes} classes".format(**report["dataset"]),
+        "SAM": sam_words(sam, report["steps"]),
+        "time": time,
+        "cost": count,
+    }
+    return rows
+
+
+def noise_words(noise: Mapping[str, Any]) -> str:
+    """How many training labels are wrong, and where that comes from."""
+    where = noise["source"] if noise["seed"] is None else f"{noise['kind']}, seed {noise['seed']}"
+    return f"{noise['flipped']} of {noise['n']} training labels changed, {100 * noise['fraction']:.3g} % ({where})"
+
+
+def sam_words(sam: Mapping[str, Any], steps: int) -> str:
+    """What SAM does in a run of so many steps: rho, and whatever is not the default."""
+    if not sam["enabled"]:
+        return "no SAM (rho 0)"
+    said = {
+        f"adaptive (eta {sam['eta']:g})": sam["adaptive"],
+        f"perturbs {sam['perturb']}": sam["perturb"] != "all",
+        f"head x {sam['head_rho_factor']:g}": sam["head_rho_factor"] != 1,
+        f"{sam['schedule']}": sam["schedule"] != "constant",
+        f"from step {sam['start']} on": sam["start"] > 0,
+        f"until step {sam['end']}": sam["end"] < steps,
+        f"every {sam['every']} steps": sam["every"] > 1,
+        f"{sam['ascent_steps']} ascent steps": sam["ascent_steps"] > 1,
+        f"on {100 * sam['ascent_fraction']:g} % of the batch": sam["ascent_fraction"] < 1,
+    }
+    words = [f"SAM rho {sam['rho']:g}", f"p {float(sam['p']):g}", f"m {sam['m']}"]
+    return ", ".join(words + [text for text, holds in said.items() if holds])
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in _SCORES} | {"epoch": row["epoch"]}
+
+
+def _markdown(report: Mapping[str, Any]) -> str:
+    lines = [f"# {report['model']['resolved']} on {report['dataset']['name']}", ""]
+    lines += [f"**Warning:** {warning}\n" for warning in report["warnings"]]
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in summary(report).items()]
+    optimizer = ", ".join(f"{key} {value}" for key, value in report["optimizer"].items())
+    lines += [
+        f"| optimizer | {optimizer} |",
+        f"| length | {report['epochs']} epochs, {report['steps']} steps, seed {report['seed']} |",
+        f"| machine | {report['machine']}, {', '.join(report['devices'])}, {report['precision']} |",
+        f"| versions | {', '.join(f'{name} {version}' for name, version in report['versions'].items())} |",
+        f"| started | {report['started']} |",
+        "",
+        "Scored: the "
+        + (
+            "last checkpoint"
+            if report["selected"] == "last"
+            else f"checkpoint that was best on validation (epoch {report['best_epoch']})"
+        )
+        + ". The interval is Wilson's: how well these images pin down this model's error; other seeds may differ more.",
+        "",
+        f"    {report['command']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def evaluation_summary(scores: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of an evaluation that people look at."""
+    others = f"{scores['top5_error']:.2f} %, {scores['mean_per_class_error']:.2f} %"
+    rows = {f"{scores['split']} top-1 error": score_line(scores), "top-5, mean per class": others}
+    if scores["unknown_classes"]:
+        rows["classes left out"] = ", ".join(f"{name} ({n})" for name, n in scores["unknown_classes"].items())
+    if "temperature" in scores:
+        rows |= _temperature_summary(scores["temperature"])
+    return rows | {key: str(scores[key]) for key in ("checkpoint", "step", "ema", "dataset")}
+
+
+def _temperature_summary(fitted: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "temperature": f"{fitted['temperature']:.4g}, fitted on {fitted['n']} images of {fitted['split']}",
+        "NLL": f"{fitted['nll_before']:.4f} before, {fitted['nll_after']:.4f} after (nats)",
+        "calibration error": f"{100 * fitted['ece_before']:.2f} % before, {100 * fitted['ece_after']:.2f} % after",
+        "stored in": fitted["file"],
+    }

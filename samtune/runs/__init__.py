@@ -1,0 +1,1 @@
+"""The run folder: status, metrics, checkpoints, the lock, and how an interrupted run is resumed."""

@@ -1,0 +1,341 @@
+"""Checkpoints: immutable folders that appear whole or not at all, load in timm, and let a run go on.
+
+    checkpoints/step-000123/model.safetensors   weights
+                            config.json         what timm needs to build the model around them
+                            ema/                the same two files for the averaged weights, if there are any
+                            state.pt            optimizer, random numbers, place in the run: what is needed to go on
+                            manifest.json       sha256 and size of each file, step, run config, versions; written last
+    checkpoints/{last,best}                     relative links to one of these folders; on a disk without links, files
+                                                that name it
+
+A folder is written beside its place, every file synced, then renamed; then a link moves. So a link never points to half
+a checkpoint, and the one before it is deleted only after the new one was read back and found to be as written. Only the
+sums tell whether bytes have changed since: a flipped bit loads silently from either format. A copy of a run whose links
+have become folders is understood.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+
+from samtune.config.run_config import RunConfig
+from samtune.data.decode import DecodeRule
+from samtune.data.labels import some
+from samtune.errors import CheckpointError, UsageError, first_line
+from samtune.runs.run_log import resolve_checkpoint
+
+Name = Literal["last", "best"]
+_NAMES: tuple[Name, ...] = ("last", "best")
+# What a file system says that syncs no folders, such as a network share.
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+
+
+def save(
+    checkpoints: Path,
+    weights: Mapping[str, torch.Tensor],
+    step: int,
+    *,
+    timm_config: Mapping[str, Any],
+    about: Mapping[str, Any],
+    ema: Mapping[str, torch.Tensor] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the checkpoint of a step, read it back, and return its folder.
+
+    weights, ema: state_dicts of the model and of its average. about: what the manifest says besides sums and step: the
+    run's config, class_names, versions. state: tensors, numbers and texts in dicts and lists, which load without
+    executing anything.
+
+    Raises OSError, for example for want of room; then nothing of it stays behind.
+    """
+    folder = checkpoints / f"step-{step:06d}"
+    unfinished = checkpoints / f".{folder.name}.part"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        files = {}
+        for name, content in _contents(weights, ema, timm_config, state):
+            _write(unfinished / name, content)
+            files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+        _write(unfinished / "manifest.json", _json({"step": step, "files": files, **about}))
+        for path in (unfinished, *(path for path in unfinished.iterdir() if path.is_dir())):
+            _sync(path)
+        try:
+            verify(unfinished)
+        except CheckpointError as error:
+            raise OSError(errno.EIO, f"what was written is not what is read: {error.why}") from None
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)  # of this step, but damaged: a valid one would have been used
+    unfinished.rename(folder)
+    _sync(checkpoints)
+    return folder
+
+
+def _contents(
+    weights: Mapping[str, torch.Tensor],
+    ema: Mapping[str, torch.Tensor] | None,
+    timm_config: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+) -> Iterator[tuple[str, bytes]]:
+    """The files, one after the other, so that only one of them is in memory."""
+    for folder, values in (("", weights), ("ema/", ema)):
+        if values is not None:
+            yield f"{folder}model.safetensors", safetensors.torch.save(_apart(values))
+            yield f"{folder}config.json", _json(timm_config)
+    if state is not None:
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        yield "state.pt", buffer.getvalue()
+
+
+def _apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each in memory of its own, as the format wants it: a model may have one module in two places."""
+    seen: set[int] = set()
+    apart = {}
+    for key, value in weights.items():
+        place = value.untyped_storage().data_ptr()
+        apart[key] = value.clone(memory_format=torch.contiguous_format) if place in seen else value.contiguous()
+        seen.add(place)
+    return apart
+
+
+def point(checkpoints: Path, name: Name, folder: Path) -> None:
+    """Let last or best mean this folder from now on."""
+    link = checkpoints / f".{name}.part"
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(folder.name, target_is_directory=True)
+    except OSError:  # a disk without links
+        _write(link, f"{folder.name}\n".encode())
+    link.replace(checkpoints / name)
+    _sync(checkpoints)
+
+
+def find(run: Path, name: str | None = None) -> Path:
+    """The checkpoint of a run folder: last, best, or None for the one that the run's report scored.
+
+    By their links; without them, as where a copy has left them out, last is that of the latest step, and best what this
+    one says. Raises CheckpointError for a run without one.
+    """
+    checkpoints = run / "checkpoints"
+    there = steps(checkpoints)
+    last = resolve_checkpoint(checkpoints, "last")
+    if not _is_whole(last) and there:
+        last = there[max(there)]
+    if not last.is_dir():
+        raise CheckpointError(f"run {run} has no checkpoint yet", "it ended before its first validation")
+    name = name or run_config(verify(last)).select
+    found = last if name == "last" else resolve_checkpoint(checkpoints, name)
+    if name == "best" and not _is_whole(found):
+        step = load_state(last).get("position", {}).get("best_step")
+        if step not in there:
+            raise CheckpointError(
+                f"run {run} has no best checkpoint",
+                "it has not validated" if step is None else f"that of step {step} is not there",
+                "take the last one: --checkpoint last",
+            )
+        return there[step]
+    return found
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
+def locate(path: Path, name: str | None = None) -> Path:
+    """The checkpoint folder that a path means: a run, of which `name` is taken as `find` does, or a checkpoint.
+
+    Raises CheckpointError where there is neither.
+    """
+    if path.is_file():  # last or best on a disk without links
+        path = resolve_checkpoint(path.parent, path.name)
+    if not path.is_dir():
+        raise CheckpointError(f"there is no run or checkpoint {path}", mend="give a folder that `samtune run` made")
+    if path.name == "checkpoints":
+        path = path.parent
+    if (path / "checkpoints").is_dir():
+        return find(path, name)
+    if _is_whole(path):
+        return path
+    runs = sorted(config.parent.name for config in path.glob("*/config.toml"))
+    if runs:
+        raise CheckpointError(f"{path} is a folder of runs", some(runs), "name one of them")
+    if (path / "config.json").is_file():
+        why = "it is what timm loads, without settings and classes of a run"
+        raise CheckpointError(f"{path} is no checkpoint of a run", why, "give the run, or its checkpoint")
+    return path
+
+
+def adopt_copies(checkpoints: Path) -> None:
+    """Turn last and best that are folders, as where a run was copied with its links followed, into what they mean.
+
+    A copy of a checkpoint that is there goes; one that is there under this name only becomes that of its step.
+    """
+    for name in _NAMES:
+        copy = checkpoints / name
+        if copy.is_symlink() or not copy.is_dir():
+            continue
+        try:
+            manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+            folder = checkpoints / f"step-{int(manifest['step']):06d}"
+        except (OSError, ValueError, KeyError, TypeError):
+            shutil.rmtree(copy)  # nobody could tell of which step it is
+            continue
+        if folder.is_dir():
+            shutil.rmtree(copy)
+        else:
+            copy.rename(folder)
+        point(checkpoints, name, folder)
+
+
+def prune(checkpoints: Path, newest: Path, keep: int) -> list[Path]:
+    """Delete all but the keep newest checkpoints up to `newest` and what last and best mean; returns what went.
+
+    What is newer than `newest` goes too: it was damaged, or the run went back behind it.
+    """
+    there = steps(checkpoints)
+    kept = {there[step] for step in sorted(step for step in there if step <= _step(newest))[-keep:]}
+    kept |= {resolve_checkpoint(checkpoints, name).resolve() for name in _NAMES}
+    gone = [path for path in there.values() if path not in kept and path.resolve() not in kept]
+    for path in gone:
+        shutil.rmtree(path)
+    return gone
+
+
+def steps(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoint folders, valid or not, by their step."""
+    return {_step(path): path for path in checkpoints.glob("step-*") if path.name.removeprefix("step-").isdigit()}
+
+
+def newest_valid(checkpoints: Path) -> tuple[Path | None, list[CheckpointError]]:
+    """The valid checkpoint of the latest step, whatever links and clocks say, and what is wrong with newer ones."""
+    damage: list[CheckpointError] = []
+    for _, folder in sorted(steps(checkpoints).items(), reverse=True):
+        try:
+            verify(folder)
+            return folder, damage
+        except CheckpointError as error:
+            damage.append(error)
+    return None, damage
+
+
+def remove_leftovers(checkpoints: Path) -> list[Path]:
+    """Delete what a save left unfinished; returns what it was."""
+    left = list(checkpoints.glob(".*.part"))
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return left
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are as they were written.
+
+    Raises CheckpointError that names the damage.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, expected in manifest["files"].items():
+            if _sha256(folder / name) != expected["sha256"]:
+                raise CheckpointError(
+                    f"checkpoint {folder} is damaged",
+                    f"{name} differs from the sum in its manifest",
+                    "use the run's other checkpoint (last, best), or train again",
+                )
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder} is not complete", f"{error.filename}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {folder} has no valid manifest", first_line(error)) from None
+    return manifest
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The state that `save` was given, on the CPU. Raises CheckpointError for what is no data but code."""
+    try:
+        state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {folder} has no state to go on from", f"state.pt: {error.strerror}", "start a new run"
+        ) from None
+    except Exception as error:  # pickle, zip and torch have a family of errors each
+        raise CheckpointError(
+            f"the state in checkpoint {folder} cannot be read",
+            f"state.pt holds more than tensors, numbers and texts: {first_line(error)}",
+            "nothing of it was executed; start a new run",
+        ) from None
+    return state
+
+
+def load_weights(load: Callable[[Mapping[str, torch.Tensor]], object], file: Path) -> None:
+    """Weights of a model.safetensors, by a model's load_state_dict. Raises CheckpointError if it has others."""
+    try:
+        load(safetensors.torch.load_file(file))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"weights {file} do not fit the model", first_line(error)) from None
+
+
+def run_config(manifest: Mapping[str, Any]) -> RunConfig:
+    """The config of the run that wrote a checkpoint. Raises CheckpointError if it is not one of ours."""
+    try:
+        return RunConfig.model_validate(manifest["config"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError("the checkpoint does not say how it was made", first_line(error)) from None
+
+
+def weights(folder: Path, config: RunConfig, *, ema: bool) -> Path:
+    """Where a checkpoint's weights lie. ema: the averaged ones. Raises UsageError if it has none of these."""
+    if ema and not config.model_ema:
+        raise UsageError(f"--ema: {folder} has no averaged weights", mend="train with --model-ema")
+    return folder / "ema" if ema else folder
+
+
+def decode_rule(manifest: Mapping[str, Any]) -> DecodeRule:
+    """How the run that wrote a checkpoint decodes images; in full size, where it is older than this rule."""
+    return DecodeRule.of(manifest["decode"]) if "decode" in manifest else DecodeRule()
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """A folder's entries are on the disk, where the file system can say so."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise

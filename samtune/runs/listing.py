@@ -1,0 +1,143 @@
+"""A folder of runs -> one row for each: what became of it, and what to do next. For `samtune runs`."""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from samtune.errors import UsageError, first_line
+from samtune.runs import lock
+from samtune.runs.run_log import read_metrics
+
+DROPPABLE = ("updated (UTC)", "progress", "val %")
+"""Columns of `table` that a narrow room does without, the first of them first."""
+_STATES = ("running", "done", "stopped", "failed")
+
+
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """The runs in a folder, which may be one itself, and in its subfolders: the one written to last comes first.
+
+    state: what status.json says, but "killed" where it says running and nobody writes the folder, and "damaged" where
+    status.json cannot be read. val_error, test_error: top-1, in percent. next: what to do, None if nothing.
+    Whatever is not known is None. Raises UsageError without a folder.
+    """
+    if not folder.is_dir():
+        raise UsageError(
+            f"there is no folder {folder}", mend="give the folder that holds the runs: samtune runs FOLDER"
+        )
+    rows = [_row(path.parent) for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}status.json")]
+    return sorted(rows, key=lambda row: (row["updated"] or "", row["path"]), reverse=True)
+
+
+def table(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, str | float | None]]:
+    """What people see of them first; val and test are top-1 errors. Runs are named as seen from the folder."""
+    return [
+        {
+            "run": row["path"] if Path(row["path"]) == folder else str(Path(row["path"]).relative_to(folder)),
+            "state": row["state"] + (" (degraded)" if row["degraded"] else ""),
+            "progress": _progress(row["step"], row["total_steps"]),
+            "val %": row["val_error"],
+            "test %": row["test_error"],
+            "updated (UTC)": row["updated"] and row["updated"].replace("T", " ").rstrip("Z"),
+        }
+        for row in rows
+    ]
+
+
+def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines that say what went wrong and what to do next, for the runs that need something."""
+    for row in rows:
+        if row["error"] or row["next"]:
+            yield f"{row['path']}: {row['error'] or row['state']}"
+        if row["next"]:
+            yield f"  next: {row['next']}"
+
+
+def _progress(step: int | None, total: int | None) -> str | None:
+    return f"{step}/{total} ({100 * step // total} %)" if step is not None and total else None
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process is writing this run now."""
+    return bool(_row(folder)["state"] == "running")
+
+
+def read_step(folder: Path) -> tuple[int, int] | None:
+    """(step, total steps) as a run has last said it; None if it has not yet."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        return int(status["step"]), int(status["total_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "path": str(folder),
+        "state": "damaged",
+        **dict.fromkeys(("exit_code", "step", "total_steps", "val_error", "test_error", "updated", "pid", "host")),
+        "degraded": False,
+        "error": None,
+        "next": f"look at {folder}",
+    }
+    # Asked before status.json is read: a run that ends in between has written there how it ended.
+    writer = lock.holder(folder)
+    try:
+        row["updated"] = _when_written(folder / "status.json")
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        if not isinstance(status, dict) or status.get("state") not in _STATES:
+            raise ValueError("it names no state of a run")
+    except (OSError, ValueError) as error:
+        return row | {"error": f"status.json cannot be read: {first_line(error)}"}
+    for key, kind in (("exit_code", int), ("step", int), ("total_steps", int), ("pid", int), ("degraded", bool)):
+        row[key] = status[key] if isinstance(status.get(key), kind) else row[key]
+    for key in ("host", "updated"):
+        row[key] = status[key] if isinstance(status.get(key), str) else row[key]
+    # And once more, for a run that began in between.
+    row["state"] = _state(status["state"], writer or lock.holder(folder))
+    failure = status["error"] if isinstance(status.get("error"), dict) else {}
+    row["error"] = str(failure.get("what") or "").partition("\n")[0] or None
+    row["next"] = _next(folder, row["state"], failure.get("mend"))
+    return row | _errors(folder, row["state"])
+
+
+def _when_written(path: Path) -> str:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _state(written: str, writer: str | None) -> str:
+    """A process that was killed wrote no last status; one that resumes a run may not yet have written its first."""
+    if written == "done":
+        return written
+    if writer is not None:
+        return "running"
+    return "killed" if written == "running" else written
+
+
+def _next(folder: Path, state: str, mend: object) -> str | None:
+    resume = f"samtune run --resume --output {shlex.quote(str(folder))}"
+    if state in ("stopped", "killed"):
+        return resume
+    if state == "failed" and mend:
+        return f"{mend} ({resume})" if "--resume" in str(mend) else str(mend)
+    return f"look at {folder / 'log.txt'}" if state == "failed" else None
+
+
+def _errors(folder: Path, state: str) -> dict[str, float | None]:
+    """The report of a run that is done, which has the scores of the selected checkpoint; else the last it measured."""
+    scores: dict[str, Any] = {}
+    if state == "done":
+        try:
+            scores = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            state = "without report"
+    if state != "done":
+        scores = {str(row["split"]): row for row in read_metrics(folder)}
+    found = {}
+    for split in ("val", "test"):
+        scored = scores.get(split) if isinstance(scores, dict) else None
+        error = scored.get("top1_error") if isinstance(scored, dict) else None
+        found[f"{split}_error"] = float(error) if isinstance(error, int | float) else None
+    return found

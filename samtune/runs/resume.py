@@ -1,0 +1,133 @@
+"""Going on with an interrupted run: with which settings, and from which checkpoint."""
+
+import difflib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from samtune.config import loading
+from samtune.config.run_config import RunConfig, flag_name
+from samtune.errors import CheckpointError, UsageError
+from samtune.runs.run_log import has_checkpoints, holds_run, read_settings
+
+FREE = {
+    *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "track", "html", "output"),
+    *("gpus", "processes", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts", "grad_checkpointing"),
+}
+"""Settings that change no number: they may differ without being asked about."""
+# Settings that the weights, or the meaning of "step 123" or "validation", hang on: another value is another run.
+_FIXED = {
+    *("model", "weights", "pretrained", "img_size", "model_ema", "opt", "seed", "batch_size", "global_batch_size"),
+    *("image_key", "label_key", "train_split", "val_split", "test_split", "val", "val_fraction", "split_seed"),
+    *("train_fraction", "max_train", "max_eval", "on_bad_image", "on_unlabelled", "max_megapixels"),
+    *("dataset_config", "split_key", "image_suffix", "class_folders"),
+    *("label_noise", "noise_kind", "noise_seed", "train_labels", "train_labels_key"),
+}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run folder to go on with. changed: settings that matter and differ from before, as (before, now).
+
+    other_devices: whether their number may differ from before.
+    """
+
+    folder: Path
+    changed: Mapping[str, tuple[Any, Any]]
+    other_devices: bool = False
+
+
+def settle(
+    recipe: Path | None, flags: Mapping[str, Any], allow_change: Collection[str]
+) -> tuple[RunConfig, Resumed | None]:
+    """The settings of a run that goes on: those it was started with. Without a run there, a new one: (settings, None).
+
+    Given settings must be those of the run; what is not given is as it was.
+
+    Raises:
+        UsageError: no --output, no run there and no settings for one, or a name in allow_change that is no setting or
+            cannot change.
+        CheckpointError: other settings than before, with a table of them; a damaged config.toml.
+    """
+    for key in allow_change:
+        if key not in RunConfig.model_fields or key in _FIXED:
+            _refuse_to_allow(key)
+    output = loading.given(recipe, flags).get("output")
+    if output is None:
+        raise UsageError("--resume without --output", mend="give the run folder to go on with by --output")
+    folder = Path(output)
+    if not holds_run(folder) and has_checkpoints(folder):
+        raise CheckpointError(
+            f"run {folder} has lost its settings",
+            "config.toml is not there",
+            "write it again: manifest.json of a checkpoint has them as `config`",
+        )
+    if not holds_run(folder):
+        if recipe is None and not {"model", "dataset"} <= flags.keys():
+            raise UsageError(
+                f"there is no run in {folder}",
+                "without a model and a data set, no new one can begin there either",
+                "`samtune runs` lists those that there are",
+            )
+        return loading.load(recipe, flags), None
+    try:
+        stored, origins = read_settings(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the settings of run {folder} cannot be read",
+            f"config.toml: {error}",
+            "mend it: manifest.json of a checkpoint has them as `config`",
+        ) from None
+    settings, before, keys = loading.load_over(stored, origins, recipe, flags)
+    changed = {key: (getattr(before, key), getattr(settings, key)) for key in keys if key != "output"}
+    if not set(changed) <= FREE | set(allow_change):
+        raise CheckpointError(
+            f"run {folder} was started with other settings",
+            _table(changed, allow_change),
+            "leave them out to go on as before, or start a new run with another --output",
+        )
+    differ = {key: values for key, values in changed.items() if key not in FREE}
+    return settings, Resumed(folder, differ, not {"gpus", "processes"}.isdisjoint(allow_change))
+
+
+def _refuse_to_allow(key: str) -> None:
+    if key in RunConfig.model_fields:
+        raise UsageError(
+            f"--allow-change {key}: {flag_name(key)} cannot change within a run",
+            "weights, order or splits hang on it",
+            "start a new run with another --output",
+        )
+    near = difflib.get_close_matches(key.removeprefix("--").replace("-", "_"), RunConfig.model_fields, n=1)
+    raise UsageError(
+        f"--allow-change {key}: there is no such setting",
+        mend=f"did you mean {near[0]}?" if near else "give a setting's name, as in config.toml",
+    )
+
+
+def _table(changed: Mapping[str, tuple[Any, Any]], allow_change: Collection[str]) -> str:
+    rows = [("setting", "before", "now", "")]
+    for key in RunConfig.model_fields:
+        if key in changed:
+            before, now = (str(value) for value in changed[key])
+            allowed = key in FREE or key in allow_change
+            note = "allowed" if allowed else "cannot change" if key in _FIXED else f"--allow-change {key} lets it"
+            rows.append((key, before, now, note))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3])) for row in rows
+    ]
+    return "\n        ".join(line.rstrip() for line in lines)
+
+
+def finished_report(folder: Path) -> dict[str, Any] | None:
+    """The report of a run that is done; None if there is something left to do."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        if status["state"] == "done":
+            report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            return report
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # whatever cannot be read is made again
+    return None

@@ -1,0 +1,260 @@
+"""A recipe's table [sweep]: seeds, arms, budgets and grids, with the rules that they keep."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from samtune.config import loading
+from samtune.config.run_config import RunConfig, flag_name
+from samtune.errors import UsageError
+from samtune.sweep.budget import Budget
+
+Arm = Literal["sam", "sam-late", "sgd", "sgd-2x"]
+ARMS: tuple[Arm, ...] = get_args(Arm)
+Grid = dict[str, list[Any]]
+
+RHO = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]  # Foret et al. 2021, section 3 and appendix C
+SAM_START = ["50%", "70%", "90%"]
+
+# Settings that the sweep gives each of its runs.
+OWN = {
+    "output": "--output of the sweep is the folder of all runs",
+    "seed": "the seeds are a sweep's own: seeds, selection_seeds",
+    "val": "runs that choose validate, and the last fits train on those images, too, unless refit = false",
+    "test": "runs that choose leave test alone, and the last fits score it",
+    "html": "the page of a sweep shows all of its runs, and `samtune report` draws that of one",
+    "gpus": "a run is on one device",
+    "processes": "a run is on one device",
+    "nnodes": "a run is on one device",
+    "node_rank": "a run is on one device",
+    "rdzv_endpoint": "a run is on one device",
+    "max_restarts": "a run is on one device",
+    "shard": "a run is on one device",
+}
+# Another value validates on other images, or on other classes: the errors would not compare.
+_SPLITS = {
+    *("dataset", "image_key", "label_key", "train_split", "val_split", "test_split", "val_fraction", "split_seed"),
+    *("max_eval", "on_bad_image", "on_unlabelled", "dataset_config", "split_key", "image_root", "image_suffix"),
+    *("class_folders", "max_megapixels"),
+}
+_MOST_SEEDS = 1000
+
+
+def _seeds(seeds: Any) -> Any:
+    """A number of seeds, from 0 on, or a list of them."""
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        seeds = list(range(min(seeds, _MOST_SEEDS + 1)))
+    if not isinstance(seeds, list) or not seeds or any(type(s) is not int or not 0 <= s < 2**63 for s in seeds):
+        raise ValueError("must be how many (5), or a list of whole numbers from 0 on ([0, 1])")
+    if len(seeds) > _MOST_SEEDS:
+        raise ValueError(f"must be at most {_MOST_SEEDS}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("must be different from each other")
+    return seeds
+
+
+def _budgets(budgets: Any) -> Any:
+    if not isinstance(budgets, list):
+        raise ValueError('must be a list: ["2000 passes", "600 seconds"]')
+    parsed = [Budget.parse(budget) for budget in budgets]
+    if len(set(parsed)) < len(parsed):
+        raise ValueError("must be different from each other")
+    return parsed
+
+
+def _arms(arms: Any) -> Any:
+    if not isinstance(arms, list) or not arms or any(arm not in ARMS for arm in arms) or len(set(arms)) < len(arms):
+        raise ValueError(f"must be some of {', '.join(ARMS)}, each once")
+    return arms
+
+
+def _grid(grid: Any) -> Any:
+    if not isinstance(grid, dict):
+        raise ValueError("must be a table: settings, each with a list of values")
+    for key, values in grid.items():
+        if key not in RunConfig.model_fields:
+            near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
+            raise ValueError(f"unknown setting {key}" + (f": did you mean {near[0]}?" if near else ""))
+        if key in OWN:
+            raise ValueError(f"{key} cannot vary: {OWN[key]}")
+        if key in _SPLITS:
+            raise ValueError(f"{key} cannot vary: the errors would be of different images")
+        if not isinstance(values, list) or not values or any(isinstance(v, list | dict) for v in values):
+            raise ValueError(f"{key} must have a list of values: {key} = [0.01, 0.02]")
+        if len({json.dumps(value) for value in values}) < len(values):
+            raise ValueError(f"{key} has the same value twice")
+    return grid
+
+
+_Seeds = Annotated[list[int], BeforeValidator(_seeds)]
+_Grid = Annotated[Grid, BeforeValidator(_grid), Field(default_factory=dict)]
+
+
+class Table(BaseModel):
+    """What stands under [sweep]. Frozen; unknown keys are refused.
+
+    seeds: of the last fits. selection_seeds: of the runs that choose. budgets: none is the recipe's own length.
+    refit: whether the last fits train on the validation images, too. They should not where training labels are noisy,
+    as the clean ones of validation would dilute the noise.
+    grid: of all arms; settings of SAM are for the arms with SAM. sam, ...: of one arm, which goes before, key by key.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+    seeds: _Seeds = [0, 1, 2, 3, 4]
+    selection_seeds: _Seeds = [0]
+    refit: bool = True
+    arms: Annotated[list[Arm], BeforeValidator(_arms)] = list(ARMS)
+    budgets: Annotated[list[Budget], BeforeValidator(_budgets)] = []
+    grid: _Grid
+    sam: _Grid
+    sam_late: Annotated[_Grid, Field(alias="sam-late")]
+    sgd: _Grid
+    sgd_2x: Annotated[_Grid, Field(alias="sgd-2x")]
+
+    def own_grid(self, arm: str) -> Grid:
+        """The grid of this arm alone."""
+        grid: Grid = getattr(self, arm.replace("-", "_"))
+        return grid
+
+    def to_toml(self) -> str:
+        """The table as a recipe has it; all of it, defaults too."""
+        lines = [
+            "[sweep]",
+            f"seeds = {json.dumps(self.seeds)}",
+            f"selection_seeds = {json.dumps(self.selection_seeds)}",
+            f"arms = {json.dumps(self.arms)}",
+        ]
+        lines += [] if self.refit else ["refit = false"]
+        lines += [f"budgets = {json.dumps([str(budget) for budget in self.budgets])}"] if self.budgets else []
+        for name, grid in [("grid", self.grid), *((arm, self.own_grid(arm)) for arm in ARMS)]:
+            if grid:
+                lines += ["", f"[sweep.{name}]"]
+                lines += [f"{key} = {json.dumps(values, ensure_ascii=False)}" for key, values in grid.items()]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is compared: settings that all runs share, where they are given, and the table.
+
+    base: flag > recipe > default, as a run would take them. recipe, flags: where they come from.
+    """
+
+    recipe: Path
+    flags: Mapping[str, Any]
+    base: RunConfig
+    table: Table
+
+    def config(self, settings: Mapping[str, Any]) -> RunConfig:
+        """A run's settings: what all share, and what this one has of its own. Raises UsageError."""
+        own = {key: (value, f"[sweep] of recipe {self.recipe}") for key, value in settings.items()}
+        return loading.load(self.recipe, self.flags, own)
+
+    def to_toml(self) -> str:
+        """A recipe that repeats the sweep: what was given, and as comments what was not."""
+        lines = []
+        for key, line in zip(RunConfig.model_fields, self.base.to_toml().splitlines(), strict=True):
+            given = self.base.origins[key].partition(" ")[0] in ("flag", "recipe")
+            if key not in OWN:
+                lines.append(line if given or line.startswith("#") else f"# {line}")
+        return "\n".join(lines) + "\n\n" + self.table.to_toml()
+
+
+def load(
+    recipe: Path, flags: Mapping[str, Any], *, budgets: list[str] | None = None, seeds: str | None = None
+) -> Sweep:
+    """A recipe, with the settings and the budgets and seeds that flags put in its place.
+
+    Raises UsageError that names key, origin and rule.
+    """
+    base = loading.load(recipe, flags)
+    for key, several in (("processes", (base.processes or 1) > 1), ("nnodes", base.nnodes > 1), ("shard", base.shard)):
+        if several:
+            raise UsageError(
+                f"{key} = {getattr(base, key)} in recipe {recipe}: each run of a sweep is on one device",
+                mend="leave it out; --gpus all has a run on each GPU, --jobs so many on a CPU",
+            )
+    given = loading.sweep_table(recipe)
+    origins = dict.fromkeys(given, f"[sweep] of recipe {recipe}")
+    if budgets:
+        given, origins["budgets"] = given | {"budgets": budgets}, "flag --budget"
+    if seeds is not None:
+        given, origins["seeds"] = given | {"seeds": _read_seeds(seeds)}, "flag --seeds"
+    try:
+        table = Table.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _explain([str(part) for part in first["loc"]], first["type"], first["msg"], given, origins) from None
+    if table.budgets and table.arms == ["sgd-2x"]:
+        raise UsageError("with a budget, sgd-2x alone leaves no arm", "it is sgd at that cost", "give arm sgd")
+    return Sweep(recipe, flags, base, _with_flags(_with_defaults(table), flags))
+
+
+def _read_seeds(seeds: str) -> int | list[int] | str:
+    parts = seeds.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        return seeds  # is refused with the rule
+    return int(seeds) if len(parts) == 1 else [int(part) for part in parts]
+
+
+def _with_defaults(table: Table) -> Table:
+    """With the paper's rho, and starts of late SAM, where the recipe has no others."""
+    late = table.sam_late
+    if "sam-late" in table.arms and "sam_start" not in (*late, *table.grid):
+        late = {"sam_start": SAM_START} | late
+    grid = table.grid
+    if {"sam", "sam-late"} & set(table.arms):
+        grid = {"rho": RHO} | grid
+    return table.model_copy(update={"grid": grid, "sam_late": late})
+
+
+def _with_flags(table: Table, flags: Mapping[str, Any]) -> Table:
+    """A flag goes before the recipe, and so before its grids and the default ones."""
+    grids = {name: getattr(table, name) for name in ("grid", "sam", "sam_late", "sgd", "sgd_2x")}
+    given = {key: [value] for key, value in flags.items() if value is not None}
+    return table.model_copy(
+        update={name: {key: given.get(key, values) for key, values in grid.items()} for name, grid in grids.items()}
+    )
+
+
+def _explain(
+    place: list[str], kind: str, message: str, given: Mapping[str, Any], origins: Mapping[str, str]
+) -> UsageError:
+    key = place[0]
+    keys = [field.alias or name for name, field in Table.model_fields.items()]
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(key, keys, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+        return UsageError(f"unknown key {key} in {origins[key]}", mend=mend)
+    rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return UsageError(f"{key} = {given[key]!r} in {origins[key]}: {rule}", mend="README, Sweep, has an example")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two recipes, in words."""
+    keys = sorted(before.keys() | now.keys())
+    found = []
+    for key in keys:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) or isinstance(new, dict):
+            found += [f"{key}.{inner}" for inner in differences(old or {}, new or {})]
+        elif old != new:
+            found.append(f"{key}: {_said(old)} before, {_said(new)} now")
+    return found
+
+
+def _said(value: Any) -> str:
+    return "not given" if value is None else json.dumps(value)
+
+
+def flag(key: str, value: Any) -> str:
+    """A setting as a flag of `samtune run`."""
+    if isinstance(value, bool):
+        return flag_name(key if value else f"no_{key}")
+    return f"{flag_name(key)}={value}"

@@ -1,0 +1,94 @@
+"""How the images of a step are divided among devices, and which of them share a perturbation."""
+
+from dataclasses import dataclass
+
+from samtune.config.run_config import RunConfig
+from samtune.data.splits import Indices
+from samtune.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of a step: part of them at once on each device, `parts` times, which is total on all devices together.
+
+    total is less where the data set has no more images.
+    """
+
+    part: int
+    devices: int
+    parts: int
+    total: int
+
+    @classmethod
+    def of(cls, config: RunConfig, devices: int, train_images: int) -> "Batch":
+        """As the settings divide it. Raises UsageError where it cannot be divided evenly."""
+        total = config.global_batch_size
+        if total is None:
+            return cls(config.batch_size, devices, 1, min(config.batch_size * devices, train_images))
+        part = config.batch_size if config.origins.get("batch_size", "default") != "default" else total // devices
+        if part == 0 or total % (part * devices):
+            raise UsageError(
+                f"--global-batch-size {total} cannot be divided evenly",
+                f"by {_count(devices, 'device')}" + (f" and --batch-size {part}" if part else ""),
+                f"give a multiple of {max(1, part) * devices}, or leave --batch-size out",
+            )
+        return cls(part, devices, total // (part * devices), min(total, train_images))
+
+    @property
+    def per_device(self) -> int:
+        """Images of a step on a device, where the data set has enough."""
+        return self.part * self.parts
+
+    @property
+    def nominal(self) -> int:
+        """Images of a step on all devices, where the data set has enough."""
+        return self.per_device * self.devices
+
+    def words(self) -> str:
+        """As in "256 images (32 per device x 4 devices x 2 micro-batches = 256)"."""
+        if self.devices == 1 and self.parts == 1:
+            return f"{self.total} images"
+        factors = [f"{self.part} per device", _count(self.devices, "device")]
+        factors += [_count(self.parts, "micro-batch", "micro-batches")] if self.parts > 1 else []
+        return f"{self.total} images ({' x '.join(factors)} = {self.nominal})"
+
+    def share(self, rows: Indices, rank: int) -> Indices:
+        """Of a step's rows those of one rank. They follow each other: many devices have the parts that one would have.
+
+        A rank for which none is left gets one that counts nothing.
+        """
+        even, more = divmod(len(rows), self.devices)
+        end = (rank + 1) * even + min(rank + 1, more)
+        own = rows[end - even - (rank < more) : end]
+        return own if len(own) else rows[:1]
+
+    def weight(self, rank: int) -> float:
+        """Images of a rank over their mean over the ranks."""
+        even, more = divmod(self.total, self.devices)
+        return (even + (rank < more)) * self.devices / self.total
+
+    def sharing(self, m: int | str) -> int:
+        """How many images share a perturbation, where --m is this. Raises UsageError for more than there are."""
+        if isinstance(m, int):
+            if m > self.per_device:
+                raise UsageError(f"--m {m} is more than the {self.per_device} images of a device", mend="give less")
+            return m
+        if m.startswith("group:"):
+            size = group_size(m)
+            if self.devices % size:
+                raise UsageError(
+                    f"--m {m} with {_count(self.devices, 'device')}",
+                    "groups of devices are of one size",
+                    f"give a divisor of {self.devices}",
+                )
+            return size * self.per_device
+        return self.nominal if m == "global" else self.part
+
+
+def group_size(m: str) -> int:
+    """group:4 -> 4."""
+    return int(m.removeprefix("group:"))
+
+
+def _count(n: int, one: str, many: str = "") -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"

@@ -1,0 +1,151 @@
+"""The checkpoints of a run: when one is due, and room for it."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samtune import console
+from samtune.distributed import collectives
+from samtune.errors import MachineError, first_line
+from samtune.models import pretrained
+from samtune.runs import checkpoint, run_log
+from samtune.runs.run_log import RunLog
+from samtune.train.setup import Job
+from samtune.train.state import Position, to_state
+
+
+class Saver:
+    """Saves a run's position, and keeps in its folder what the settings ask for."""
+
+    def __init__(self, job: Job, log: RunLog, newest: Path | None) -> None:
+        """newest: the checkpoint that the run goes on from, if it does."""
+        self._job, self._log = job, log
+        self.newest = newest
+        self._saved_at = time.monotonic()
+        every = job.config.save_every
+        self._minutes = every.amount if every.unit == "minutes" else None
+        self._steps = None if self._minutes else max(1, every.steps(job.steps_per_epoch, job.total_steps))
+
+    def due(self, step: int) -> bool:
+        """Whether --save-every asks for a checkpoint after this step."""
+        if self._minutes is not None:
+            passed = time.monotonic() - self._saved_at >= 60 * self._minutes
+            # All ranks have a part in the checkpoint of a sharded model, but not the same clock.
+            return collectives.any_rank(passed)[0] if self._job.is_sharded else passed
+        return self._steps is not None and step % self._steps == 0
+
+    def save(self, position: Position) -> None:
+        """Write a checkpoint of this position, unless there is one, and let last and best mean what they should.
+
+        Raises MachineError if it cannot be written, with all that is expendable gone; the last one stays. Rank 0 writes
+        for all, and needs nothing of the others unless the model is sharded: what they draw follows from the step.
+        """
+        is_there = self.newest == self._folder(position.step)
+        if collectives.rank() > 0:
+            if self._job.is_sharded and not is_there:
+                content(self._job, position)
+            self.newest = self._folder(position.step)
+            self._saved_at = time.monotonic()
+            return
+        if not is_there:
+            position.metrics_bytes = self._log.synced_metrics_bytes()
+            position.seconds = self._log.seconds()
+            self.newest = self._with_room(position)
+        assert self.newest is not None
+        self._point(position)
+        checkpoint.prune(self._log.checkpoints, self.newest, self._job.config.keep_checkpoints)
+        self._saved_at = time.monotonic()
+
+    def link(self, position: Position) -> None:
+        """Let last mean the newest checkpoint, and best that of the position's best step, when a run begins or goes on.
+
+        If that is gone, as it was damaged, there is no best one any more, on no rank: the run will come to it again.
+        """
+        if collectives.rank() == 0:
+            if position.best_step is not None and not self._folder(position.best_step).is_dir():
+                position.best = position.best_step = None
+            self._point(position)
+        position.best, position.best_step = collectives.from_first(lambda: (position.best, position.best_step))
+
+    def _point(self, position: Position) -> None:
+        if self.newest is not None:
+            checkpoint.point(self._log.checkpoints, "last", self.newest)
+        if position.best_step is not None and self._folder(position.best_step).is_dir():
+            checkpoint.point(self._log.checkpoints, "best", self._folder(position.best_step))
+
+    def _folder(self, step: int) -> Path:
+        return self._log.checkpoints / f"step-{step:06d}"
+
+    def _with_room(self, position: Position) -> Path:
+        whole = content(self._job, position)
+        try:
+            return write(self._job, self._log.checkpoints, position.step, whole)
+        except OSError as error:
+            gone = checkpoint.prune(self._log.checkpoints, self.newest, 1) if self.newest else []
+            if not gone:
+                raise self._no_room(position, error) from None
+            names = ", ".join(sorted(path.name for path in gone))
+            console.warn(f"step {position.step} cannot be saved ({first_line(error)}): {names} removed to make room")
+        try:
+            return write(self._job, self._log.checkpoints, position.step, whole)
+        except OSError as error:
+            raise self._no_room(position, error) from None
+
+    def _no_room(self, position: Position, error: OSError) -> MachineError:
+        rest = f"{self.newest.name} is intact: " if self.newest else ""
+        return MachineError(
+            f"step {position.step} cannot be saved in {self._log.folder}",
+            error.strerror or first_line(error),
+            f"{rest}make room, then go on with --resume",
+        )
+
+
+def content(job: Job, position: Position) -> dict[str, Any]:
+    """What a checkpoint of this position holds; whole on rank 0."""
+    return {
+        "weights": job.weights(job.model),
+        "ema": None if job.ema is None else job.weights(job.ema.module),
+        "state": to_state(job, position),
+    }
+
+
+def write(job: Job, checkpoints: Path, step: int, content: dict[str, Any]) -> Path:
+    """Write the checkpoint of a step, and return its folder. Raises OSError as `checkpoint.save` does."""
+    return checkpoint.save(
+        checkpoints,
+        step=step,
+        timm_config=pretrained.timm_config(job.model, job.info, job.data.class_names),
+        about={
+            "config": job.config.model_dump(mode="json"),
+            "class_names": list(job.data.class_names),
+            "dataset": job.data.fingerprint,
+            "decode": job.rule.to_json(),
+            "versions": run_log.versions(),
+        },
+        **content,
+    )
+
+
+def room(job: Job, folder: Path) -> tuple[int, int, Path]:
+    """Bytes that the checkpoints of a run need at once, bytes that are free, and the folder whose disk has them."""
+    tensors = [*job.model.parameters(), *job.model.buffers()] * (1 if job.ema is None else 2)
+    slots = 2 if isinstance(job.optimizer, torch.optim.AdamW) else int(job.config.momentum > 0)
+    tensors += [w for group in job.optimizer.param_groups for w in group["params"]] * slots
+    at_once = job.config.keep_checkpoints + 2  # the best, and one that is being written
+    needed = at_once * sum(w.numel() * w.element_size() for w in tensors)
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return needed, shutil.disk_usage(there).free, there
+
+
+def check_room(job: Job, folder: Path) -> None:
+    """Raise MachineError if the disk of a run folder has no room for the checkpoints that will be in it at once."""
+    needed, free, there = room(job, folder)
+    if free < needed:
+        raise MachineError(
+            f"{there} has {free / 2**20:.0f} MiB free, and the run's checkpoints need {needed / 2**20:.0f} MiB",
+            f"--keep-checkpoints {job.config.keep_checkpoints}, the best, and one that is being written",
+            "make room, lower --keep-checkpoints, or give another --output",
+        )

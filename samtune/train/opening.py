@@ -1,0 +1,305 @@
+"""A run is opened, new or interrupted; and whatever ends it is written down."""
+
+import faulthandler
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from samtune import console
+from samtune.config.run_config import RunConfig
+from samtune.distributed import collectives, device, environment, signals
+from samtune.errors import ORPHANED, CheckpointError, MachineError, SamtuneError, Stopped, WorkerLost, first_line
+from samtune.report import run_report
+from samtune.runs import checkpoint, lock, run_log
+from samtune.runs.resume import Resumed
+from samtune.runs.run_log import RankLog, RunLog
+from samtune.train import checkpointing, provenance, state
+from samtune.train.schedule import Duration, cosine, warmup
+from samtune.train.setup import Job, Settled, prepare
+from samtune.train.state import Position
+from samtune.train.watchdog import Watchdog
+
+_PATIENCE = 5.0  # seconds for a last word on the terminal
+
+
+@contextmanager
+def _disks(folder: Path) -> Iterator[None]:
+    """What a disk refuses in this block is said as an error of the machine."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(
+            f"the machine broke off run {folder}",
+            first_line(error),
+            "check disk space and permissions, then go on with --resume",
+        ) from None
+
+
+def begin(config: RunConfig) -> tuple[Job, RunLog, None, Position]:
+    """A new run and its folder."""
+    job = prepare(config)
+    job.config = collectives.from_first(job.config.with_output)
+    assert job.config.output is not None
+    folder = job.config.output
+    about = provenance.describe(job)
+
+    def create() -> RunLog:
+        try:
+            checkpointing.check_room(job, folder)
+            return RunLog.create(folder, job.config.to_toml(), about, job.total_steps)
+        except SamtuneError:
+            if job.config.origins["output"].startswith("derived"):
+                with suppress(OSError):
+                    folder.rmdir()  # it was made for this run, and is empty
+            raise
+
+    log = _by_rank(create, lambda: RankLog(folder, collectives.rank(), job.total_steps))
+    with _disks(folder):
+        _introduce(job, log, about)
+    return job, log, None, Position()
+
+
+def _by_rank(first: Callable[[], RunLog], others: Callable[[], RunLog]) -> RunLog:
+    """The log of this rank: rank 0's goes before, and where it fails, all fail."""
+    made = []
+    collectives.from_first(lambda: made.append(first()))
+    return made[0] if made else others()
+
+
+def go_on(config: RunConfig, resumed: Resumed, stop: signals.StopRequest) -> tuple[Job, RunLog, Path | None, Position]:
+    """A run as its newest valid checkpoint left it; without one, from its beginning."""
+    folder = resumed.folder
+    held = lock.take(folder) if environment.is_first() else None
+    try:
+        with _disks(folder):
+            return _go_on(config, resumed, stop, held)
+    except BaseException:
+        if held is not None:
+            held.release()
+        raise
+
+
+def _go_on(
+    config: RunConfig, resumed: Resumed, stop: signals.StopRequest, held: lock.Lock | None
+) -> tuple[Job, RunLog, Path | None, Position]:
+    folder = resumed.folder
+    collectives.join(device.pick(config.gpus, config.processes))
+    newest, before = collectives.from_first(lambda: (state.find(folder), _provenance(folder)))
+    stop.saved = newest is not None
+    if newest is not None and "epochs" in resumed.changed:
+        config = _with_past(config, int(checkpoint.verify(newest)["step"]), before, resumed)
+    job = prepare(config, _settled(newest, before) if newest else None)
+    about = provenance.describe(job)
+    if before:
+        _check_same(job, before, about, resumed)
+    if newest is not None and not newest.is_dir():
+        raise MachineError(
+            f"rank {collectives.rank()} does not see {newest}",
+            mend="--output must be on a disk that all machines share",
+        )
+    place = state.load(job, newest) if newest else Position()
+    if job.total_steps < place.step:
+        raise CheckpointError(
+            f"run {folder} has done {place.step} steps already",
+            f"--epochs {job.config.epochs} is {job.total_steps} steps",
+            "give it more",
+        )
+    if "micro_batch" in resumed.changed:
+        job.update.sam.micro_batch = job.config.micro_batch
+    changed = {key: [str(value) for value in values] for key, values in resumed.changed.items()}
+    entry = {"step": place.step, "started": run_log.now(), "command": run_log.command()}
+    entry |= {"versions": run_log.versions(), "changed": changed}
+    about["model"] = before.get("model", about["model"])
+
+    def reopen() -> RunLog:
+        assert held is not None
+        log = RunLog.reopen(
+            folder, held, job.total_steps, step=place.step, seconds=place.seconds, metrics_bytes=place.metrics_bytes
+        )
+        with log.never_fatal("provenance.json"):
+            run_log.note_resume(folder, job.config.to_toml() if changed else None, entry, about)
+        return log
+
+    log = _by_rank(reopen, lambda: RankLog(folder, collectives.rank(), job.total_steps, place.step, place.seconds))
+    _introduce(job, log, about)
+    log.say(f"resume  {newest.name if newest else 'from the beginning: no checkpoint was saved yet'}")
+    if newest is not None and "epochs" in resumed.changed:
+        log.say(_seam(job, place.step, resumed.changed["epochs"][0]))
+    if before.get("versions", entry["versions"]) != entry["versions"]:
+        log.warn("versions have changed since: the run is no longer the same to the last bit")
+    return job, log, newest, place
+
+
+def _check_same(job: Job, before: Mapping[str, Any], about: Mapping[str, Any], resumed: Resumed) -> None:
+    """Raise CheckpointError where the run would go on with other images, or another division of them."""
+    if about["dataset"]["split_hash"] != before["dataset"]["split_hash"]:
+        raise CheckpointError(
+            f"run {resumed.folder} cannot go on: data set {job.data.origin} is not what it was",
+            "other images or labels would be trained and validated on",
+            "give the data of the run by --dataset and --allow-change dataset, or start a new run",
+        )
+    then, now = before.get("world_size", 1), about["world_size"]
+    if then == now:
+        return
+    if before["steps_per_epoch"] != job.steps_per_epoch:
+        raise CheckpointError(
+            f"run {resumed.folder} was started with {then} devices, and there are {now}",
+            f"a step would have {job.batch.total} images, and not {before['optimizer']['batch_size']}",
+            f"go on with {then}; only a run with --global-batch-size can go on with another number",
+        )
+    if not resumed.other_devices:
+        raise CheckpointError(
+            f"run {resumed.folder} was started with {then} devices, and there are {now}",
+            "masks are drawn by device: the run would no longer be the same to the last bit",
+            f"go on with {then}, or let the number differ by --allow-change gpus",
+        )
+
+
+def _with_past(config: RunConfig, step: int, before: Mapping[str, Any], resumed: Resumed) -> RunConfig:
+    """A config of another length, in which what lies in the past stays there: the warm-up, and where SAM began.
+
+    They may be given as shares of the run, which is now another one.
+    """
+    past = {
+        "warmup_epochs": before.get("optimizer", {}).get("warmup_steps"),
+        "sam_start": before.get("sam", {}).get("start"),
+    }
+    for key, steps in past.items():
+        if steps is not None and steps <= step and key not in resumed.changed:
+            config = config.derive(key, Duration(steps, "steps"), "as the run began, before its length was changed")
+    return config
+
+
+def _seam(job: Job, step: int, epochs: Duration) -> str:
+    """What becomes of the learning rate where a run of another length goes on after so many steps."""
+    steps_before = max(1, epochs.steps(job.steps_per_epoch))
+    last = job.lr * cosine(step - 1, steps_before) * warmup(step - 1, job.warmup_steps) if step else 0.0
+    now = job.lr * cosine(step, job.total_steps) * warmup(step, job.warmup_steps)
+    return (
+        f"rate    a cosine over {job.total_steps} steps in place of {steps_before}: {last:.3g} in step {step} and "
+        f"{now:.3g} in step {step + 1}; the warm-up of {job.warmup_steps} steps is "
+        + ("not repeated" if step >= job.warmup_steps else "not over yet")
+    )
+
+
+def _settled(newest: Path, before: Mapping[str, Any]) -> Settled:
+    """What the run settled when it began, by its newest checkpoint and its provenance."""
+    manifest = checkpoint.verify(newest)
+    return Settled(before.get("model", {}), manifest["class_names"], checkpoint.decode_rule(manifest))
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    try:
+        return run_log.read_provenance(folder)
+    except (OSError, ValueError) as error:
+        console.warn(f"{first_line(error)}: whether the data are what they were is not known")
+        return {}
+
+
+def _introduce(job: Job, log: RunLog, about: dict[str, Any]) -> None:
+    for line in provenance.lines(job, about):
+        log.say(line)
+    for warning in about["warnings"]:
+        log.warn(warning)
+    if job.bad_images:
+        log.warn(f"{len(job.bad_images)} images cannot be decoded and are left out; the report lists them")
+    if job.noise is not None:
+        if collectives.rank() == 0:
+            job.noise.write(log.folder / "label_noise.parquet")
+        log.say(f"noise   {run_report.noise_words(job.noise.about)}; what is scored keeps clean labels")
+    for note in job.data.notes:
+        log.note(note)
+    if job.data.test is None:
+        log.warn(f"{job.data.name} has no test split: the report will show the validation error alone")
+
+
+@contextmanager
+def outcome(job: Job, log: RunLog) -> Iterator[None]:
+    """Whatever ends the run, status.json says how."""
+    try:
+        images = f"{job.update.sam.at_once(job.batch.per_device)} images of {job.info.img_size} px"
+        with _disks(log.folder), device.room_for(images), collectives.losses_named():
+            yield
+        log.status("done", 0)
+    except (SamtuneError, Stopped) as error:
+        log.note(str(error))
+        log.status("stopped" if isinstance(error, Stopped) else "failed", error.exit_code, error)
+        raise
+    except BaseException as error:
+        log.status("failed", SamtuneError.exit_code, error)
+        raise
+    finally:
+        log.close()
+
+
+def watchdog(log: RunLog, timeout: float) -> Watchdog:
+    """Warns where a step takes far longer than usual, and ends the process after the timeout, in seconds."""
+
+    def slow(seconds: float, usual: float) -> None:
+        log.warn(
+            f"after step {log.step} nothing has moved for {seconds:.0f} s, usually {usual:.1f} s; log.txt says where"
+        )
+        _write_stacks(log)
+
+    def stuck(seconds: float) -> None:
+        error = WorkerLost(
+            f"after step {log.step} nothing has moved for {_long(seconds)}",
+            f"a device, a disk or a data worker does not answer; {log.notes.name} says where the run stands",
+            "go on with --resume; --step-timeout gives it more time",
+        )
+        try:
+            if collectives.world_size() > 1:
+                error = _named(error, _absent_ranks())
+            log.note(str(error))
+            _write_stacks(log)
+            log.status("failed", error.exit_code, error)
+            # The main thread may hang in a terminal that takes nothing more, and so would this one.
+            saying = threading.Thread(target=_last_word, args=(error,), daemon=True)
+            saying.start()
+            saying.join(_PATIENCE)
+        finally:
+            os._exit(error.exit_code)  # from this thread: the main one cannot be reached
+
+    def orphaned() -> None:
+        error = WorkerLost(ORPHANED, "nobody watches over the ranks any more", "go on with --resume")
+        log.note(str(error))
+        log.status("failed", error.exit_code, error)
+
+    environment.before_an_orphan_ends(orphaned)
+    return Watchdog(timeout, slow, stuck)
+
+
+def _long(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
+def _absent_ranks() -> Sequence[int]:
+    """Who the others wait for. They ask each other through rank 0: if even that does not answer, it is rank 0."""
+    found: list[Sequence[int]] = []
+    asking = threading.Thread(target=lambda: found.append(collectives.absent_ranks(_PATIENCE)), daemon=True)
+    asking.start()
+    asking.join(2 * _PATIENCE)
+    return found[0] if found else [0]
+
+
+def _named(error: WorkerLost, absent: Sequence[int]) -> WorkerLost:
+    """Which rank the others wait for."""
+    if not absent:
+        return error
+    names = " and ".join(f"rank {rank}" for rank in absent)
+    return WorkerLost(f"{names} is stuck: {error.what}", "the other ranks wait for it", error.mend)
+
+
+def _last_word(error: WorkerLost) -> None:
+    if environment.folder() is not None:
+        environment.say(error.exit_code, error)
+    else:
+        console.error(str(error))
+
+
+def _write_stacks(log: RunLog) -> None:
+    with suppress(OSError), log.notes.open("a", encoding="utf-8") as file:
+        faulthandler.dump_traceback(file)

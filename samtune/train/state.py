@@ -1,0 +1,148 @@
+"""Where a run is between two steps, and how that is written down and found again.
+
+Order and augmentation of the images follow from (seed, epoch, row), mixing from (seed, step): of the data, the number
+of the step is all there is to remember.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from samtune import console
+from samtune.errors import CheckpointError, first_line
+from samtune.runs import checkpoint
+from samtune.sam.snapshot import generator_states, set_generator_states
+from samtune.sam.step import StepResult
+from samtune.train.setup import Job
+
+
+@dataclass
+class Meter:
+    """Sums over some steps; means are taken when they are asked for."""
+
+    steps: int = 0
+    skipped: int = 0
+    n: int = 0
+    seen: int = 0
+    wrong: int = 0
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    passes: float = 0.0
+    rho: float = 0.0
+    waiting: float = 0.0
+    working: float = 0.0
+
+    def add(self, result: StepResult, n: int, rho: float, waiting: float, working: float) -> None:
+        """A step on n images. Where nothing was updated, loss and error are not counted."""
+        self.steps += 1
+        self.n += n
+        self.passes += result.passes
+        self.rho = rho or self.rho
+        self.waiting += waiting
+        self.working += working
+        if not result.applied:
+            self.skipped += 1
+            return
+        self.seen += result.n
+        self.wrong += result.wrong
+        self.loss += result.loss * result.n
+        self.grad_norm += result.grad_norm
+
+    @property
+    def mean_grad_norm(self) -> float:
+        """NaN if no step was applied."""
+        return self.grad_norm / (self.steps - self.skipped) if self.seen else math.nan
+
+    def means(self) -> dict[str, float]:
+        """Loss in nats, error in percent, images per second, share of the time spent waiting for data in [0, 1].
+
+        Loss and error are NaN if no step was applied.
+        """
+        seconds = self.waiting + self.working
+        return {
+            "loss": self.loss / self.seen if self.seen else math.nan,
+            "top1_error": 100 * self.wrong / self.seen if self.seen else math.nan,
+            "images_per_second": self.n / seconds,
+            "data_wait": self.waiting / seconds,
+        }
+
+
+@dataclass
+class Position:
+    """step: how many are done. settled: the last one after which all that is due (validation, say) has been done.
+
+    row, epoch: sums since the last row of metrics, and since the epoch began. best, best_step: error and loss of the
+    best validation so far, and after which step it was. metrics_bytes: length of metrics.jsonl. seconds: time since the
+    run began, pauses left out.
+    """
+
+    step: int = 0
+    settled: int = 0
+    row: Meter = field(default_factory=Meter)
+    epoch: Meter = field(default_factory=Meter)
+    best: tuple[float, float] | None = None
+    best_step: int | None = None
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    metrics_bytes: int = 0
+    seconds: float = 0.0
+
+
+def to_state(job: Job, position: Position) -> dict[str, Any]:
+    """What a checkpoint holds besides weights: tensors, numbers and texts."""
+    scaler = job.update.scaler
+    return {
+        "position": asdict(position),
+        "optimizer": job.optimizer_state(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "generators": generator_states(job.device),
+        "micro_batch": job.update.sam.micro_batch,
+    }
+
+
+def load(job: Job, folder: Path) -> Position:
+    """Put a job where it was when a valid checkpoint was saved: weights, optimizer, averages, random numbers.
+
+    Raises CheckpointError for state or weights that do not fit, or that are no data but code.
+    """
+    state = checkpoint.load_state(folder)
+    checkpoint.load_weights(partial(job.load, job.model), folder / "model.safetensors")
+    if job.ema is not None:
+        checkpoint.load_weights(partial(job.load, job.ema.module), folder / "ema" / "model.safetensors")
+    try:
+        job.load_optimizer_state(state["optimizer"])
+        if job.update.scaler is not None and state["scaler"] is not None:
+            job.update.scaler.load_state_dict(state["scaler"])
+        set_generator_states(state["generators"], job.device)
+        job.update.sam.micro_batch = state["micro_batch"]
+        kept = state["position"]
+        return Position(**kept | {"row": Meter(**kept["row"]), "epoch": Meter(**kept["epoch"])})
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the state in checkpoint {folder} does not fit this run",
+            first_line(error),
+            "go on with it by the version of samtune, and on the kind of device, that wrote it",
+        ) from None
+
+
+def find(folder: Path) -> Path | None:
+    """The newest valid checkpoint of a run folder, None if none was saved yet; damage and leftovers are named.
+
+    Raises CheckpointError if there are checkpoints, but none that is valid.
+    """
+    checkpoints = folder / "checkpoints"
+    checkpoint.adopt_copies(checkpoints)
+    for left in checkpoint.remove_leftovers(checkpoints):
+        console.warn(f"a save was cut off: {left.name} is removed")
+    found, damage = checkpoint.newest_valid(checkpoints)
+    if found is None and damage:
+        raise CheckpointError(
+            f"run {folder} has no valid checkpoint left",
+            "; ".join(f"{error.what.removeprefix('checkpoint ')}: {error.why}" for error in damage),
+            "start a new run with another --output",
+        )
+    for error in damage:
+        console.warn(f"{error.what} ({error.why}): going on from {found.name if found else ''}")
+    return found
