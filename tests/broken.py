@@ -1,6 +1,6 @@
 """The command line in a process in which something breaks at a chosen place.
 
-    python -m tests.broken '[{"at": "samtune.sam.perturbation:Perturbation.add_", "call": 3, "do": "SIGKILL"}]' run --model ...
+    python -m tests.broken '[{"at": "samtune.sam.perturbation:Perturbation.add_", "call": 3, "do": "SIGKILL"}]' run ...
 
 Each fault: at: module:name of a function. call: at which of its calls, from 1. do: a signal to the process itself, or,
 as "parent SIGTERM", to its parent; "hang", or "pause" until a signal comes; "oom"; "ENOSPC" and the like, raised in the

@@ -18,8 +18,8 @@ from typing import Any
 _WAIT = """
 import importlib, json, os, signal, sys, traceback
 import datasets, matplotlib.pyplot, timm, torch, datasets.packaged_modules.parquet.parquet
-import samtune.cli.main, samtune.report.compare, samtune.train.evaluation, samtune.hub, samtune.report.run_page, samtune.sweep.protocol
-import samtune.sweep.sweep_page, samtune.train.loop, samtune.data.check.check, tests.broken
+import samtune.cli.main, samtune.data.check.check, samtune.hub, samtune.report.compare, samtune.report.run_page
+import samtune.sweep.protocol, samtune.sweep.sweep_page, samtune.train.evaluation, samtune.train.loop, tests.broken
 
 for line in sys.stdin:
     child = os.fork()

@@ -321,7 +321,7 @@ def test_waiting_for_ranks_that_nobody_started_says_for_whom_and_how_to_run_alon
 
 
 @pytest.fixture
-def environment(monkeypatch, tmp_path):
+def a_user(monkeypatch, tmp_path):
     """As if the variables were those of a user whose home is tmp_path/home."""
     for name in ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR", "SAMTUNE_CACHE"):
         monkeypatch.delenv(name, raising=False)
@@ -331,21 +331,21 @@ def environment(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_with_a_home_that_can_be_written_nothing_changes(environment):
+def test_with_a_home_that_can_be_written_nothing_changes(a_user):
     before = dict(os.environ)
     assert cache_folders.prepare() is None
     assert dict(os.environ) == before
-    assert cache_folders.user_cache() == environment / "home" / ".cache"
+    assert cache_folders.user_cache() == a_user / "home" / ".cache"
 
 
 @pytest.mark.parametrize("home", ["~", "read-only"])
-def test_without_a_home_that_can_be_written_caches_are_temporary_and_that_is_said(home, environment, monkeypatch):
+def test_without_a_home_that_can_be_written_caches_are_temporary_and_that_is_said(home, a_user, monkeypatch):
     if home == "~":
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, and a user without a name
     else:
-        monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(environment / "home")))
+        monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(a_user / "home")))
     said = cache_folders.prepare()
-    temporary = environment / "tmp" / f"samtune-{os.getuid()}"
+    temporary = a_user / "tmp" / f"samtune-{os.getuid()}"
     assert said is not None
     assert str(temporary) in said
     assert cache_folders.user_cache() == temporary
@@ -353,14 +353,14 @@ def test_without_a_home_that_can_be_written_caches_are_temporary_and_that_is_sai
     assert os.environ["MPLCONFIGDIR"].startswith(str(temporary))
 
 
-def test_a_cache_of_the_hub_that_is_read_only_is_still_read(environment, monkeypatch):
-    shared = environment / "shared"
+def test_a_cache_of_the_hub_that_is_read_only_is_still_read(a_user, monkeypatch):
+    shared = a_user / "shared"
     shared.mkdir()
     monkeypatch.setenv("HF_HOME", str(shared))
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(shared)))
     assert str(shared / "datasets") in (cache_folders.prepare() or "")
     assert os.environ["HF_HOME"] == str(shared)
-    assert os.environ["HF_DATASETS_CACHE"].startswith(str(environment / "tmp"))
+    assert os.environ["HF_DATASETS_CACHE"].startswith(str(a_user / "tmp"))
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="only root can be somebody else")

@@ -76,10 +76,8 @@ def _list(pattern: str | None, results: Path | None, every: bool, as_json: bool)
     from samtune.models import listing
 
     accuracy = listing.top1(results)
-    if pattern is None:
-        names = listing.every() if every else listing.first_choices()
-    else:
-        names = listing.find(pattern)
+    unfiltered = listing.every if every else listing.first_choices
+    names = unfiltered() if pattern is None else listing.find(pattern)
     shown = names if every else names[: listing.MOST]
     count = len(shown) <= listing.MOST
     if count:

@@ -44,8 +44,8 @@ class SAM:
     Args:
         model: the module whose trainable float32 parameters are perturbed, on its device already; it may be wrapped in
             DistributedDataParallel, whose gradient reduction then happens once, in the last pass. Or it was sharded by
-            samtune.distributed.fsdp, before the optimizer was made; then m must be "global" or the group that holds the model, and
-            pass 1 computes all gradients, whatever is perturbed.
+            samtune.distributed.fsdp, before the optimizer was made; then m must be "global" or the group that holds the
+            model, and pass 1 computes all gradients, whatever is perturbed.
         rho: radius of the perturbation in weight units; the attribute may be set between calls, as a schedule does.
             rho = 0 is the plain gradient, bit for bit, for one pass.
         p: the norm of the radius, in [1, inf] (Foret et al. 2021, eq. 2).

@@ -31,8 +31,8 @@ def collect(folder: Path) -> dict[str, Any]:
     asked: what was to be compared. made_of: model, data and places, from the runs. progress: which runs are done, have
     failed or are missing, and what all took. selection: each point of each arm on validation; choices: what was chosen,
     and how surely. final: each arm on test, over seeds. comparisons: pairs of arms, each budget, as
-    `samtune.report.compare.pair` has them; mcnemar: seed by seed. baselines: the better plain arm of each budget, by its error
-    on test. pays: from which budget on an arm with SAM has less error than sgd. verdict, warnings: in words.
+    `samtune.report.compare.pair` has them; mcnemar: seed by seed. baselines: the better plain arm of each budget, by
+    its error on test. pays: from which budget on an arm with SAM has less error than sgd. verdict, warnings: in words.
 
     Raises:
         UsageError: there is no sweep in the folder.
