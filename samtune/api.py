@@ -2,17 +2,19 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from samtune import console
 from samtune.config import cache_folders, loading, shipped_recipes
 from samtune.config.run_config import RunConfig, flag_name
+from samtune.data.split_roles import Wanted
 from samtune.distributed import environment, signals
-from samtune.errors import UsageError
+from samtune.errors import SamtuneError, Stopped, UsageError
 from samtune.report import run_report
 from samtune.runs.resume import finished_report, settle
-from samtune.runs.run_log import has_checkpoints
+from samtune.runs.run_log import amend_status, has_checkpoints
 
 
 class Report(dict[str, Any]):
@@ -94,7 +96,8 @@ def evaluate(
 
 
 def _prepare() -> None:
-    """Let the libraries write where it is possible, before they are imported."""
+    """Let the first rank speak alone, and the libraries write where it is possible, before they are imported."""
+    console.configure(quiet=not environment.is_first())
     note = cache_folders.prepare()
     if note is not None:
         console.note(note)
@@ -140,7 +143,7 @@ def start_or_resume(
     recipe: a file, or the name of a recipe that comes with samtune. flags: settings that take precedence over it.
     arguments: the command line that each rank is started with.
     """
-    recipe = recipe and shipped_recipes.find(recipe)
+    recipe = recipe and shipped_recipes.find(recipe, quiet=environment.folder() is not None)  # the launcher says it
     resumed = None
     # A rank goes on with what is there, if it is started again; on what the command may find its launcher has decided.
     if resume or environment.folder() is not None or environment.restarts() > 0:
@@ -163,13 +166,43 @@ def start_or_resume(
 
         check_before_slow_work(settings, resumed)
     if environment.asked_for(settings.gpus, settings.processes, settings.nnodes):
-        from samtune.distributed import launch
-
-        return launch.run(settings, stop, arguments)
+        return _launch(settings, stop, arguments)
 
     from samtune.train import loop
 
     return loop.run(settings, resumed)
+
+
+def _launch(settings: RunConfig, stop: signals.StopRequest, arguments: Sequence[str]) -> Mapping[str, Any] | None:
+    """`samtune run` with these settings on several ranks: the report, None if rank 0 is on another machine.
+
+    arguments: the command line of `samtune` that gave the settings. Raises what `launch.launch` raises; status.json of
+    the run says so, too.
+    """
+    from samtune.distributed import launch
+
+    count = launch.ranks_here(settings.gpus, settings.processes)  # before a folder is made
+    settings = settings.with_output()
+    assert settings.output is not None
+    fleet = launch.Fleet(
+        count,
+        settings.nnodes,
+        settings.node_rank,
+        settings.rdzv_endpoint if settings.nnodes > 1 else None,
+        settings.max_restarts,
+    )
+    named = [] if settings.origins["output"] == "flag" else ["--output", str(settings.output)]
+    try:
+        result = launch.launch([*arguments, *named], fleet, stop)
+    except (SamtuneError, Stopped) as error:
+        amend_status(settings.output, error)
+        if named:
+            with suppress(OSError):
+                settings.output.rmdir()  # it was made for this run, and is still empty
+        raise
+    if result is None:
+        console.note("the result is on the machine of rank 0")
+    return result
 
 
 def score_checkpoint(
@@ -200,7 +233,7 @@ def score_checkpoint(
     if temperature and split not in (None, "val"):
         raise UsageError(f"--temperature with --split {split}", "it is fitted on validation, and never on test")
     split = "val" if temperature else split
-    wanted = loading.wanted(data_settings) if data_settings else None
+    wanted = Wanted.from_flags(data_settings) if data_settings else None
     loading.check_devices(gpus, processes)
     environment.check_processes(processes)
     if environment.asked_for(gpus, processes):
@@ -226,7 +259,7 @@ def score_checkpoint(
         )
     result = about | scored.summary()
     if temperature:
-        from samtune.predict.temperature import fit_and_store
+        from samtune.train.temperature import fit_and_store
 
         weights = Path(about["checkpoint"]) / ("ema" if ema else "")
         result["temperature"] = collectives.from_first(lambda: fit_and_store(scored, weights))

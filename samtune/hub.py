@@ -14,7 +14,6 @@ from huggingface_hub import CacheNotFound, HfApi, constants, scan_cache_dir, sna
 from huggingface_hub.utils import disable_progress_bars
 
 from samtune import console
-from samtune.data.formats import is_readable
 from samtune.errors import MachineError, ModelError, SamtuneError, UsageError, first_line
 
 T = TypeVar("T")
@@ -26,8 +25,8 @@ _DOWNLOAD_PAUSES = (1.0, 4.0)
 _LONGEST_PAUSE = 300.0  # the hub counts requests in windows of five minutes
 _PASSING = {500, 502, 503, 504}
 
-# Other files of a repository are of no use without one of these.
-_CONTENT = {".safetensors", ".bin", ".pth", ".npz", ".parquet", ".zip", ".tar", ".gz", ".tgz"}
+# A repository of which only such files are there is of no use.
+_DESCRIPTIONS = {"", ".md", ".json", ".txt", ".py", ".yaml", ".yml"}
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,9 @@ class Repository:
 
     @property
     def is_cached(self) -> bool:
-        """Whether weights or tables are there; a part of them, perhaps."""
+        """Whether weights, tables or pictures are there; a part of them, perhaps."""
         files = (path for path in self.folder.glob("snapshots/*/**/*") if path.is_file())
-        return any(path.suffix in _CONTENT or is_readable(path.name) for path in files)
+        return any(path.suffix.lower() not in _DESCRIPTIONS for path in files)
 
 
 def cache_folder() -> Path:

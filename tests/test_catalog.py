@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from samtune.config import loading
+from samtune.config.dataset_defaults import DATASET_DEFAULTS
 from samtune.data import describe, source
 from samtune.data.catalog import CATALOG
 from samtune.data.split_roles import Wanted
@@ -67,7 +68,7 @@ def test_a_row_is_whole_and_its_defaults_are_settings(row):
     assert row.counts.keys() <= {"train", "validation", "test"}
     assert not row.splits or set(row.counts) <= set(row.splits)
     settings = loading.load(None, {"model": "m", "dataset": row.name})
-    assert all(getattr(settings, key) == value for key, value in row.defaults.items())
+    assert all(getattr(settings, key) == value for key, value in DATASET_DEFAULTS.get(row.name, {}).items())
 
 
 @pytest.mark.parametrize("row", CATALOG.values(), ids=lambda row: row.name)

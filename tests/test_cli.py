@@ -1,7 +1,5 @@
 """Arguments: help for all of them, and one clear line for those that cannot be meant."""
 
-import ast
-import graphlib
 import importlib.metadata
 import subprocess
 import sys
@@ -10,7 +8,7 @@ import pytest
 
 from samtune.cli import main
 from samtune.config.run_config import RunConfig, flag_name
-from tests.conftest import ROOT, samtune, write_image_folder
+from tests.conftest import samtune, write_image_folder
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -118,25 +116,3 @@ def test_resume_where_no_run_is_says_so(tmp_path):
     done = samtune("run", "--resume", "--output", tmp_path / "misspelt")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: there is no run in {tmp_path / 'misspelt'}")
-
-
-def test_the_modules_of_the_package_import_each_other_without_cycles():
-    graph = {}
-    for path in (ROOT / "samtune").rglob("*.py"):
-        nodes = ast.walk(ast.parse(path.read_text()))
-        imports = [
-            node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("samtune")
-        ]
-        named = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
-        graph[".".join(path.relative_to(ROOT).with_suffix("").parts)] = named | {node.module for node in imports}
-    inside = {name: {other for other in others if other in graph} for name, others in graph.items()}
-    order = list(graphlib.TopologicalSorter(inside).static_order())  # raises CycleError
-    assert (
-        order.index("samtune.sam.perturbation")
-        < order.index("samtune.sam.gradient")
-        < order.index("samtune.sam.step")
-        < order.index("samtune.train.loop")
-    )
-    for name, others in inside.items():
-        if not name.startswith(("samtune.cli.", "samtune.__main__")):
-            assert not any(other.startswith("samtune.cli.") for other in others), name

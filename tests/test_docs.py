@@ -36,7 +36,7 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.train.preflight.check_before_slow_work", lambda settings, resumed: None)
     monkeypatch.setattr("samtune.train.loop.run", begin)
     monkeypatch.setattr("samtune.plan.plan.plan", begin)
-    monkeypatch.setattr("samtune.distributed.launch.run", begin)
+    monkeypatch.setattr("samtune.api._launch", begin)
     monkeypatch.setattr("samtune.distributed.launch.launch", begin)
     monkeypatch.setattr("samtune.train.evaluation.evaluate_checkpoint", begin)
     monkeypatch.setattr("samtune.export.export.export", begin)

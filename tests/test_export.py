@@ -20,7 +20,7 @@ from samtune.export import export as exporting
 from samtune.export import onnx_file
 from samtune.export.preprocessing import WithPreprocessing
 from samtune.models import pretrained
-from samtune.predict.temperature import Temperature
+from samtune.train.temperature import Temperature
 from tests.conftest import SMALL_MODEL, SmallNet, image_bytes, samtune, write_image_folder
 
 

@@ -18,9 +18,9 @@ from samtune.data import source
 from samtune.data.decode import decode
 from samtune.data.formats import register_plugins
 from samtune.data.image_folder import read_folder
-from samtune.data.names import natural_key
 from samtune.data.split_roles import Wanted
 from samtune.errors import DataError, UsageError
+from samtune.names import natural_key
 from tests.conftest import image_bytes
 
 PICTURE = image_bytes(0)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from samtune.train.schedule import Duration, RhoSchedule, cosine, warmup
+from samtune.config.duration import Duration
+from samtune.train.schedule import RhoSchedule, cosine, warmup
 
 
 @pytest.mark.parametrize(

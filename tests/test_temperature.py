@@ -11,10 +11,10 @@ import scipy.special
 
 from samtune import Predictor
 from samtune.errors import CheckpointError, DataError
-from samtune.predict import temperature
 from samtune.report import run_charts
 from samtune.runs import checkpoint
 from samtune.runs.predictions import Predictions
+from samtune.train import temperature
 from tests.conftest import SMALL_MODEL, samtune, write_image_folder
 
 CLASSES = ("cat", "dog", "owl")

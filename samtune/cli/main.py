@@ -83,6 +83,10 @@ def main() -> None:
         over = environment.over()
         if over is not None:
             sys.exit(over)
+    if not environment.is_first():
+        from samtune import console
+
+        console.configure(quiet=True)
     environment.end_with_the_launcher()
     signals.end_with_the_parent()
     note = cache_folders.prepare()

@@ -101,11 +101,12 @@ def predict(
     probability_2, ... with --top, and p_NAME for each class with --all; jsonl has lists of them.
     """
     from samtune.config import loading
+    from samtune.data.split_roles import Wanted
 
     loading.check_devices(gpus, processes)
     environment.check_processes(processes)
     workers = flags.pop("workers", None)
-    wanted = loading.wanted(flags)
+    wanted = Wanted.from_flags(flags)
 
     from samtune.data import inputs
     from samtune.predict import writers

@@ -10,12 +10,11 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from samtune.config.dataset_defaults import DATASET_DEFAULTS
 from samtune.config.run_config import RunConfig, flag_name
 from samtune.config.types import gpu_choice
-from samtune.data.catalog import CATALOG
-from samtune.data.names import readable
-from samtune.data.split_roles import Wanted
 from samtune.errors import UsageError
+from samtune.names import readable
 
 # What differs where the weights start at random: nothing pretrained is to be kept, and the head knows no less than the
 # body. A data set's own row, a recipe and flags take precedence.
@@ -39,9 +38,9 @@ def load(
     """
     found = _over(_with_origins(recipe, flags), over or {})
     name = found.get("dataset", ("", ""))[0]
-    if isinstance(name, str) and name in CATALOG:
-        row = CATALOG[name].defaults
-        found = {key: (value, f"data set {name}") for key, value in row.items()} | found
+    if isinstance(name, str):
+        defaults = DATASET_DEFAULTS.get(name, {})
+        found = {key: (value, f"data set {name}") for key, value in defaults.items()} | found
     return _validated(found)
 
 
@@ -64,11 +63,6 @@ def load_over(
 def given(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the command gives, by flags or by its recipe."""
     return {key: value for key, (value, _) in _with_origins(recipe, flags).items()}
-
-
-def wanted(flags: Mapping[str, Any]) -> Wanted:
-    """How a data set is to be read, by flags. Raises UsageError for a value that cannot be meant."""
-    return Wanted.of(load(None, {"model": "", "dataset": "", **flags}))
 
 
 def check_devices(gpus: str, processes: int | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from samtune.config.duration import Duration
 from samtune.config.types import (
     Alpha,
     DurationField,
@@ -29,7 +30,6 @@ from samtune.config.types import (
     TrackerNames,
 )
 from samtune.errors import MachineError
-from samtune.train.schedule import Duration
 
 MOST_PROCESSES = 1024
 LARGEST = 10**9

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samtune.distributed import environment
 from samtune.errors import UsageError
 
 _HERE = Path(__file__).parents[1]
@@ -85,15 +84,15 @@ def get(name: str) -> Recipe:
     return recipe
 
 
-def find(path: Path) -> Path:
+def find(path: Path, *, quiet: bool = False) -> Path:
     """The file that a command's recipe means: the one of that path, else the recipe of that name that comes with
-    samtune, which a note tells. Raises UsageError with the nearest names where there is neither.
+    samtune, which a note tells if not quiet. Raises UsageError with the nearest names where there is neither.
     """
     if path.exists() and not path.is_dir():
         return path
     recipe = named(path.as_posix())
     if recipe is not None:
-        if environment.folder() is None:  # else the launcher has said it
+        if not quiet:
             from samtune import console
 
             console.note(f"recipe {recipe.name} that comes with samtune: {recipe.path}")

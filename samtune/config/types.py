@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, PlainSerializer, Strict
 
-from samtune.train.schedule import Duration
+from samtune.config.duration import Duration
 
 _LARGEST_NORM = 1e6  # a larger p is as good as inf
 _LEAST_ALPHA = 0.01  # of less, shares are drawn in float32 that lie near a half, and not near 0 and 1

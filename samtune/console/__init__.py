@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from samtune.console import live
-from samtune.distributed import environment
 
 _PLAIN_INTERVAL = 15.0  # seconds between two progress lines where there is no terminal
 _RUNS_INTERVAL = 60.0  # the same, of a sweep
@@ -28,11 +27,14 @@ _CHART_HEIGHT = 18  # lines of a terminal that has room for a chart
 _HANG = 12  # characters: a longer label does not indent what is wrapped below it
 
 
-# Of several ranks the first one speaks; an error is said by whoever has it.
 Row = Mapping[str, str | float | None]
 
-_quiet = not environment.is_first()
-_err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=_quiet)
+_err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def configure(*, quiet: bool) -> None:
+    """Whether notes and progress are left out, as in all ranks but the first; errors are said by whoever has them."""
+    _err.quiet = quiet
 
 
 def note(text: str) -> None:
@@ -256,9 +258,9 @@ class _Live(ABC):
 
     def __init__(self) -> None:
         self._live: Live | _NotebookLine | None = None
-        if _err.is_jupyter and not _quiet:
+        if _err.is_jupyter and not _err.quiet:
             self._live = _NotebookLine(self._last_line_text)
-        elif _err.is_interactive and not _quiet:
+        elif _err.is_interactive and not _err.quiet:
             self._live = Live(
                 get_renderable=lambda: Group(*(_text(line) for line in self._lines(_err.width))),
                 console=_err,

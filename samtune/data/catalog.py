@@ -6,7 +6,7 @@ What a row says of licence and citation is what the authors say; "not stated" wh
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 _PARQUET = "refs/convert/parquet"  # the hub's own conversion, for repositories that hold a script instead of data
 
@@ -22,7 +22,6 @@ class Dataset:
         A split that is scored in publications is `test`, whatever it is called there, and never `validation`.
     metric: what publications report for it; samtune always reports both.
     note: what one should know before comparing numbers.
-    defaults: settings of a run that differ for this data set; flags and recipes go before them.
     """
 
     name: str
@@ -38,7 +37,6 @@ class Dataset:
     splits: Mapping[str, str] = field(default_factory=dict)
     metric: Literal["top-1", "mean per class"] = "top-1"
     note: str = ""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def origin(self) -> str:
@@ -54,7 +52,6 @@ _SVHN = {
     "classes": 10,
     "citation": "Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, 2011",
     "licence": "non-commercial use",
-    "defaults": MappingProxyType({"hflip": 0.0, "scale": 0.7}),  # as for mnist5k
 }
 
 _ROWS = (
@@ -137,7 +134,6 @@ _ROWS = (
         citation="Xiao et al., Fashion-MNIST, arXiv 1708.07747, 2017",
         licence="MIT",
         splits={"train": "train", "test": "test"},
-        defaults=MappingProxyType({"hflip": 0.0}),  # shoes all point to the left
     ),
     Dataset(
         "aircraft",
@@ -224,7 +220,6 @@ _ROWS = (
         counts={"train": 4000, "test": 1000},
         citation="LeCun, Cortes and Burges, The MNIST Database of Handwritten Digits, 1998; 5,000 digits of its train",
         note="the split is samtune's: nothing published compares with it",
-        defaults=MappingProxyType({"hflip": 0.0, "scale": 0.7}),
     ),
 )
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from samtune.config.dataset_defaults import DATASET_DEFAULTS
 from samtune.data import source, tables
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.split_roles import ROLES
@@ -44,7 +45,7 @@ def describe(dataset: str) -> dict[str, Any]:
         "note": row.note or None,
         "citation": row.citation,
         "licence": row.licence,
-        "defaults": dict(row.defaults),
+        "defaults": dict(DATASET_DEFAULTS.get(row.name, {})),
         "class_names": None,
     }
     if not here:

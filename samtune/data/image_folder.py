@@ -30,9 +30,9 @@ from samtune.data.formats import (
     unpacking,
 )
 from samtune.data.labels import some
-from samtune.data.names import readable
 from samtune.data.split_roles import ROLES, UNLABELLED, Wanted, parse, role_of
 from samtune.errors import DataError
+from samtune.names import readable
 
 _LEFT_BY_SYSTEMS = {
     *("thumbs.db", "desktop.ini", "lost+found", "@eadir", "__macosx", "$recycle.bin", "system volume information"),

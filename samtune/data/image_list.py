@@ -18,10 +18,10 @@ from typing import Any
 from samtune.data import columns
 from samtune.data.columns import Columns, Table
 from samtune.data.formats import is_readable
-from samtune.data.names import readable
 from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import Wanted
 from samtune.errors import DataError
+from samtune.names import readable
 
 LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
 _DELIMITERS = (",", ";", "\t", "|")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data.names import natural_key, readable
 from samtune.errors import DataError
+from samtune.names import natural_key, readable
 
 
 @dataclass(frozen=True)

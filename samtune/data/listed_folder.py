@@ -11,9 +11,9 @@ from samtune.data import columns, image_list
 from samtune.data.columns import Columns
 from samtune.data.image_list import ListSplits
 from samtune.data.labels import some
-from samtune.data.names import readable
 from samtune.data.split_roles import ROLES, Wanted, parse, role_of
 from samtune.errors import DataError, UsageError
+from samtune.names import readable
 
 # Words in the name of a list whose labels are examples or guesses; and those that a list of true ones may have.
 _FORMS = {

@@ -7,10 +7,10 @@ from typing import Any
 
 from samtune.data.encoded import FileImages
 from samtune.data.labels import Labels, is_missing, some
-from samtune.data.names import readable
 from samtune.data.split_roles import ROLES
 from samtune.data.tables import RawSplits
 from samtune.errors import DataError
+from samtune.names import readable
 
 
 def without_repeats(dataset: str, raw: RawSplits) -> tuple[RawSplits, list[str]]:

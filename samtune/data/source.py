@@ -23,10 +23,10 @@ from samtune.data.formats import archive_ending, is_readable, unpacking
 from samtune.data.image_folder import FolderSplits
 from samtune.data.image_list import ListSplits
 from samtune.data.labels import Classified, Labels
-from samtune.data.names import readable
 from samtune.data.split_roles import ROLES, Wanted, role_of
 from samtune.data.tables import RawSplits
 from samtune.errors import DataError, UsageError
+from samtune.names import readable
 
 _FILES = (*image_list.LISTS, ".parquet", ".arrow")
 _SAMPLED = 64  # images whose bytes tell one data set from another

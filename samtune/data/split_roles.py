@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from samtune.config import loading
 from samtune.errors import DataError, UsageError
 
 _FLAGS = {"train": "--train-split", "validation": "--val-split", "test": "--test-split"}
@@ -62,6 +63,11 @@ class Wanted:
     def of(cls, settings: Any) -> Self:
         """From an object with these attributes, such as a RunConfig."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> Self:
+        """From flags of `samtune run`. Raises UsageError for a value that cannot be meant."""
+        return cls.of(loading.load(None, {"model": "", "dataset": "", **flags}))
 
     @property
     def splits(self) -> dict[str, tuple[str, ...]]:

@@ -27,10 +27,10 @@ from samtune.data.encoded import EncodedImages, FileImages, TableImages
 from samtune.data.formats import ARCHIVES, is_readable, names_in_archive, unpacking
 from samtune.data.image_folder import entries, is_folder
 from samtune.data.labels import Labels, without_blanks
-from samtune.data.names import readable
 from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import ROLES, Wanted, role_of
 from samtune.errors import DataError, MachineError, UsageError, first_line
+from samtune.names import readable
 
 if TYPE_CHECKING:
     from datasets import Dataset as ArrowTable

@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from samtune import console
-from samtune.config.run_config import RunConfig
 from samtune.distributed import device, environment
 from samtune.distributed.environment import Word
 from samtune.distributed.signals import StopRequest
 from samtune.errors import MachineError, SamtuneError, Stopped, WorkerLost, first_line
-from samtune.runs.run_log import amend_status
 
 COMMAND = (sys.executable, "-m", "samtune")
 _LOOK = 0.2  # seconds between two looks at the ranks
@@ -54,36 +52,6 @@ def ranks_here(gpus: str, processes: int | None) -> int:
     if processes is not None or gpus in ("auto", "0"):
         return processes or 1
     return len(device.gpu_numbers(gpus))
-
-
-def run(settings: RunConfig, stop: StopRequest, arguments: Sequence[str]) -> Mapping[str, Any] | None:
-    """`samtune run` with these settings on several ranks: the report, None if rank 0 is on another machine.
-
-    arguments: the command line of `samtune` that gave the settings. Raises what `launch` raises; status.json of the run
-    says so, too.
-    """
-    count = ranks_here(settings.gpus, settings.processes)  # before a folder is made
-    settings = settings.with_output()
-    assert settings.output is not None
-    fleet = Fleet(
-        count,
-        settings.nnodes,
-        settings.node_rank,
-        settings.rdzv_endpoint if settings.nnodes > 1 else None,
-        settings.max_restarts,
-    )
-    named = [] if settings.origins["output"] == "flag" else ["--output", str(settings.output)]
-    try:
-        result = launch([*arguments, *named], fleet, stop)
-    except (SamtuneError, Stopped) as error:
-        amend_status(settings.output, error)
-        if named:
-            with suppress(OSError):
-                settings.output.rmdir()  # it was made for this run, and is still empty
-        raise
-    if result is None:
-        console.note("the result is on the machine of rank 0")
-    return result
 
 
 def launch(arguments: Sequence[str], fleet: Fleet, stop: StopRequest) -> Mapping[str, Any] | None:

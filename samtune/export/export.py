@@ -32,8 +32,8 @@ from samtune.export import onnx_file
 from samtune.export.onnx_file import quiet
 from samtune.export.preprocessing import WithPreprocessing
 from samtune.models import pretrained
-from samtune.predict.temperature import read as read_temperature
 from samtune.runs import checkpoint
+from samtune.train.temperature import read as read_temperature
 
 Format = Literal["timm", "onnx", "torch"]
 TOLERANCE = 1e-4  # of a logit, in float32

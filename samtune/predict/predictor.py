@@ -32,9 +32,9 @@ from samtune.distributed import collectives
 from samtune.distributed.device import autocast, halved_until_it_fits, pick
 from samtune.errors import DataError, Diverged, UsageError
 from samtune.models import pretrained
-from samtune.predict import temperature
 from samtune.predict.ranking import Floats, ranked
 from samtune.runs import checkpoint
+from samtune.train import temperature
 from samtune.train.evaluation import to_device
 
 Tta = Literal["hflip"]

@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from samtune.config.duration import Duration
 from samtune.config.run_config import RunConfig
 from samtune.errors import UsageError
 from samtune.sweep.spec import Sweep
-from samtune.train.schedule import Duration
 
 Point = Mapping[str, Any]  # the settings that differ within an arm
 

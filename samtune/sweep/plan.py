@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from samtune.config.duration import Duration
 from samtune.config.run_config import RunConfig
 from samtune.runs import run_log
 from samtune.sam.gradient import sam_passes
@@ -19,7 +20,6 @@ from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Run, Stage, run_folder
 from samtune.sweep.spec import Sweep
 from samtune.train.batch_plan import Batch
-from samtune.train.schedule import Duration
 from samtune.train.setup import Length
 
 # Of each probe, where that makes 20 steps or more: those side by side share the machine to the end, as runs do.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from samtune import console
+from samtune.config.duration import Duration
 from samtune.config.run_config import RunConfig
 from samtune.distributed import collectives, device, environment, signals
 from samtune.errors import ORPHANED, CheckpointError, MachineError, SamtuneError, Stopped, WorkerLost, first_line
@@ -17,7 +18,7 @@ from samtune.runs import checkpoint, lock, run_log
 from samtune.runs.resume import Resumed
 from samtune.runs.run_log import RankLog, RunLog
 from samtune.train import checkpointing, provenance, state
-from samtune.train.schedule import Duration, cosine, warmup
+from samtune.train.schedule import cosine, warmup
 from samtune.train.setup import Job, Settled, prepare
 from samtune.train.state import Position
 from samtune.train.watchdog import Watchdog
