@@ -9,11 +9,11 @@ from typing import Any
 from samtune import console
 from samtune.config import cache_folders, loading, shipped_recipes
 from samtune.config.run_config import RunConfig, flag_name
-from samtune.data.split_roles import Wanted
+from samtune.data.split_roles import DataSelection
 from samtune.distributed import environment, signals
 from samtune.errors import SamtuneError, Stopped, UsageError
 from samtune.report import run_report
-from samtune.runs.resume import finished_report, settle
+from samtune.runs.resume import finished_report, resolve_resume
 from samtune.runs.run_log import amend_status, has_checkpoints
 
 
@@ -97,7 +97,7 @@ def evaluate(
 
 def _prepare() -> None:
     """Let the first rank speak alone, and the libraries write where it is possible, before they are imported."""
-    console.configure(quiet=not environment.is_first())
+    console.configure(quiet=not environment.is_rank0())
     note = cache_folders.prepare()
     if note is not None:
         console.note(note)
@@ -143,11 +143,13 @@ def start_or_resume(
     recipe: a file, or the name of a recipe that comes with samtune. flags: settings that take precedence over it.
     arguments: the command line that each rank is started with.
     """
-    recipe = recipe and shipped_recipes.find(recipe, quiet=environment.folder() is not None)  # the launcher says it
+    recipe = recipe and shipped_recipes.find(
+        recipe, quiet=environment.status_folder() is not None
+    )  # the launcher says it
     resumed = None
     # A rank goes on with what is there, if it is started again; on what the command may find its launcher has decided.
-    if resume or environment.folder() is not None or environment.restarts() > 0:
-        settings, resumed = settle(recipe, flags, allow_change)
+    if resume or environment.status_folder() is not None or environment.restart_count() > 0:
+        settings, resumed = resolve_resume(recipe, flags, allow_change)
         if resumed is None and resume:
             console.note(f"{settings.output} holds no run yet: a new one begins")
     elif allow_change:
@@ -161,11 +163,11 @@ def start_or_resume(
             console.note(f"run {resumed.folder} is done already; this is its result")
             return {"folder": str(resumed.folder), **result}
     environment.check_processes(settings.processes)
-    if environment.is_first():
+    if environment.is_rank0():
         from samtune.train.preflight import check_before_slow_work
 
         check_before_slow_work(settings, resumed)
-    if environment.asked_for(settings.gpus, settings.processes, settings.nnodes):
+    if environment.wants_launch(settings.gpus, settings.processes, settings.nnodes):
         return _launch(settings, stop, arguments)
 
     from samtune.train import loop
@@ -181,10 +183,10 @@ def _launch(settings: RunConfig, stop: signals.StopRequest, arguments: Sequence[
     """
     from samtune.distributed import launch
 
-    count = launch.ranks_here(settings.gpus, settings.processes)  # before a folder is made
+    count = launch.local_rank_count(settings.gpus, settings.processes)  # before a folder is made
     settings = settings.with_output()
     assert settings.output is not None
-    fleet = launch.Fleet(
+    fleet = launch.LaunchSpec(
         count,
         settings.nnodes,
         settings.node_rank,
@@ -233,18 +235,18 @@ def score_checkpoint(
     if temperature and split not in (None, "val"):
         raise UsageError(f"--temperature with --split {split}", "it is fitted on validation, and never on test")
     split = "val" if temperature else split
-    wanted = Wanted.from_flags(data_settings) if data_settings else None
+    wanted = DataSelection.from_flags(data_settings) if data_settings else None
     loading.check_devices(gpus, processes)
     environment.check_processes(processes)
-    if environment.asked_for(gpus, processes):
+    if environment.wants_launch(gpus, processes):
         from samtune.distributed import launch
 
-        return launch.launch(arguments, launch.Fleet(launch.ranks_here(gpus, processes)), stop)
+        return launch.launch(arguments, launch.LaunchSpec(launch.local_rank_count(gpus, processes)), stop)
 
     from samtune.distributed import collectives
     from samtune.train.evaluation import evaluate_checkpoint
 
-    with console.RunProgress() as progress, collectives.losses_named():
+    with console.RunProgress() as progress, collectives.connection_errors():
         scored, about = evaluate_checkpoint(
             run_or_checkpoint,
             name=checkpoint,
@@ -262,5 +264,5 @@ def score_checkpoint(
         from samtune.train.temperature import fit_and_store
 
         weights = Path(about["checkpoint"]) / ("ema" if ema else "")
-        result["temperature"] = collectives.from_first(lambda: fit_and_store(scored, weights))
+        result["temperature"] = collectives.broadcast_from_rank0(lambda: fit_and_store(scored, weights))
     return result

@@ -135,7 +135,7 @@ def _write_run_of(folder: Path, run: Run, wrong: Collection[int] | int | None, i
         ledger.note_end(folder, run.id, wrong)
         return
     write_run(there, wrong=wrong, passes=run.passes / made["epochs"], **made)
-    run_report.write(there, run_report.collect(there))
+    run_report.write(there, run_report.build(there))
 
 
 def write_predictions(path: Path, split: str, labels: Any, predicted: Any, probability: Any) -> None:

@@ -5,13 +5,13 @@ import pytest
 
 from samtune.config import loading
 from samtune.errors import UsageError
-from samtune.train.batch_plan import Batch
+from samtune.train.batch_plan import BatchPlan
 
 BOTH = {"batch_size": 32, "global_batch_size": 256}
 
 
 def plan(devices, images=10_000, **flags):
-    return Batch.of(loading.load(None, {"model": "resnet10t", "dataset": "x", **flags}), devices, images)
+    return BatchPlan.of(loading.load(None, {"model": "resnet10t", "dataset": "x", **flags}), devices, images)
 
 
 @pytest.mark.parametrize(

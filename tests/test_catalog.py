@@ -12,7 +12,7 @@ from samtune.config import loading
 from samtune.config.dataset_defaults import DATASET_DEFAULTS
 from samtune.data import describe, source
 from samtune.data.catalog import CATALOG
-from samtune.data.split_roles import Wanted
+from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, ModelError, UsageError
 from tests.conftest import image_bytes, samtune, write_image_folder
 from tests.hub import COMMIT
@@ -102,7 +102,7 @@ def test_the_hubs_validation_split_of_food101_is_read_as_test(hub_cache):
     data = source.open_source("food101")
     assert {role: len(split) for role, split in data.splits.items()} == {"train": 4, "test": 3}
     with pytest.raises(UsageError, match="validation is the test split of data set food101"):
-        source.open_source("food101", Wanted(val_split="validation"))
+        source.open_source("food101", DataSelection(val_split="validation"))
 
 
 def test_svhn_extra_trains_on_train_and_extra(hub_cache):

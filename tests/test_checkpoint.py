@@ -60,8 +60,8 @@ def test_the_newest_ones_stay_and_what_last_and_best_mean(tmp_path, model_and_in
     for step in range(1, 7):
         folder = save(tmp_path, model_and_info, step)
         if step == 2:
-            checkpoint.point(tmp_path, "best", folder)
-        checkpoint.point(tmp_path, "last", folder)
+            checkpoint.update_link(tmp_path, "best", folder)
+        checkpoint.update_link(tmp_path, "last", folder)
         checkpoint.prune(tmp_path, folder, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-000002", "step-000005", "step-000006"]
     assert checkpoint.verify(tmp_path / "last")["step"] == 6
@@ -91,7 +91,7 @@ def test_without_links_last_is_the_latest_and_best_is_what_it_says(tmp_path, mod
         checkpoint.save(checkpoints, model.state_dict(), step, timm_config=timm_config, about=about, state=state)
     for name, step in (("last", 10), ("best", 4)):
         if left == "links":
-            checkpoint.point(checkpoints, name, checkpoints / f"step-{step:06d}")
+            checkpoint.update_link(checkpoints, name, checkpoints / f"step-{step:06d}")
         elif left == "dangling links":
             (checkpoints / name).symlink_to("/nowhere/step-000002")
         elif left == "empty files":
@@ -115,7 +115,7 @@ def test_a_run_that_went_back_drops_what_was_newer(tmp_path, model_and_info):
 
 
 def test_a_checkpoint_survives_moving_its_run_folder(tmp_path, model_and_info):
-    checkpoint.point(tmp_path / "a", "last", save(tmp_path / "a", model_and_info, 1))
+    checkpoint.update_link(tmp_path / "a", "last", save(tmp_path / "a", model_and_info, 1))
     (tmp_path / "a").rename(tmp_path / "b")
     assert checkpoint.verify(tmp_path / "b" / "last")["step"] == 1
 

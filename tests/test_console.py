@@ -388,9 +388,11 @@ def test_report_follows_a_run_until_it_ends(finished, tmp_path, monkeypatch):
     rows = iter([1, 1, 2])
     monkeypatch.setattr("samtune.runs.listing.is_running", lambda _: next(looks))
     drawn = []
-    monkeypatch.setattr(run_page.runlog, "read_metrics", lambda _: [None] * next(rows))
+    monkeypatch.setattr(run_page.run_log, "read_metrics", lambda _: [None] * next(rows))
     monkeypatch.setattr(run_page.time, "sleep", lambda _: None)
-    monkeypatch.setattr(run_page, "publish", lambda *_, refresh: (drawn.append(refresh), tmp_path / "report.html"))
+    monkeypatch.setattr(
+        run_page, "write_report_page", lambda *_, refresh: (drawn.append(refresh), tmp_path / "report.html")
+    )
     run_page.follow(folder, tmp_path, 2.0, said.append)
     assert drawn == [2.0, 2.0]  # not again while nothing was measured
     assert len(said) == 1
@@ -400,7 +402,7 @@ def test_a_page_reloads_while_its_run_goes_on_and_no_longer(finished, tmp_path):
     from samtune.report import run_page
 
     folder, _, _ = finished
-    _, page = run_page.publish(folder, tmp_path, refresh=2.0)
+    _, page = run_page.write_report_page(folder, tmp_path, refresh=2.0)
     assert '<meta http-equiv="refresh" content="2">' in page.read_text()
     done = samtune("report", folder, "--output", tmp_path, "--watch")  # it has ended
     assert done.returncode == 0
@@ -412,8 +414,8 @@ def test_a_page_reloads_while_its_run_goes_on_and_no_longer(finished, tmp_path):
 def test_the_page_of_a_run_is_drawn_without_torch(finished, tmp_path):
     folder, _, _ = finished
     code = (
-        "import sys; from pathlib import Path; from samtune import runpage;"
-        "runpage.publish(Path(sys.argv[1]), Path(sys.argv[2])); print('torch' in sys.modules)"
+        "import sys; from pathlib import Path; from samtune.report import run_page;"
+        "run_page.write_report_page(Path(sys.argv[1]), Path(sys.argv[2])); print('torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, folder, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True

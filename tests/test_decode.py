@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from samtune.data import cache, source
-from samtune.data.cache import bad_among, look_at, refuse, without_bad
+from samtune.data.cache import decode_into_cache, drop_undecodable, raise_if_undecodable, undecodable_rows
 from samtune.data.decode import decode
 from samtune.errors import DataError
 from tests.conftest import image_bytes, write_image_folder
@@ -87,7 +87,7 @@ def split(tmp_path, monkeypatch):
 
 
 def look(split, limit=10**9, **options):
-    return look_at(split, np.arange(len(split)), limit=limit, threads=2, progress=lambda *_: None, **options)
+    return decode_into_cache(split, np.arange(len(split)), limit=limit, threads=2, progress=lambda *_: None, **options)
 
 
 def counting(monkeypatch):
@@ -107,7 +107,7 @@ def test_cached_pixels_are_the_decoded_ones_and_are_decoded_once(split, monkeypa
 
 def test_rows_that_were_not_asked_for_are_not_looked_at_and_decode_when_they_are_needed(split, monkeypatch):
     calls = counting(monkeypatch)
-    images = look_at(split, np.array([7, 3, 3]), limit=10**9, threads=2, progress=lambda *_: None)
+    images = decode_into_cache(split, np.array([7, 3, 3]), limit=10**9, threads=2, progress=lambda *_: None)
     assert len(calls) == 2
     for row in (3, 7, 11):
         assert torch.equal(images[row], decode(split.image_bytes(row), str))
@@ -182,11 +182,11 @@ def test_of_a_folder_with_oddities_only_the_damaged_ones_are_named(tmp_path, mon
     for limit, always in ((10**9, False), (0, True)):
         images = look(odd, limit=limit, always=always)
         rows = np.arange(len(odd))
-        bad = bad_among(images, rows)
+        bad = undecodable_rows(images, rows)
         named = {os.path.basename(item["where"]).rstrip(")") for item in bad}
         assert named == {"truncated.jpg", "text.jpg", "empty.jpg"}
-        assert len(without_bad(images, rows)) == len(odd) - 3
+        assert len(drop_undecodable(images, rows)) == len(odd) - 3
         with pytest.raises(DataError, match="3 images cannot be decoded") as error:
-            refuse(bad)
+            raise_if_undecodable(bad)
         assert error.value.why.count(".jpg") == 3
-    refuse([])
+    raise_if_undecodable([])

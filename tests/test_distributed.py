@@ -12,14 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from samtune import SAM
 from samtune.config import loading
 from samtune.data.decode import DecodeRule
-from samtune.data.splits import open_parts
+from samtune.data.splits import open_run_splits
 from samtune.distributed import collectives
 from samtune.distributed import environment as samtune_ranks
 from samtune.errors import DataError
 from samtune.models import pretrained
 from samtune.models.pretrained import train_mode
 from samtune.train.evaluation import evaluate
-from samtune.train.setup import look_at_data
+from samtune.train.setup import decode_splits
 from tests.conftest import SmallNet, image_bytes, write_image_folder
 from tests.engines import cross_entropy_of, gradient, make_step, sgd, state
 from tests.matrix import row
@@ -267,11 +267,11 @@ def test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbati
 
 def said_together():
     rank = dist.get_rank()
-    flags = collectives.any_rank(rank == 1, False, True)
-    word = collectives.from_first(lambda: {"rank": rank})
+    flags = collectives.any_rank_true(rank == 1, False, True)
+    word = collectives.broadcast_from_rank0(lambda: {"rank": rank})
     with pytest.raises(DataError, match="of rank 0"):
-        collectives.from_first(fail_on_first)
-    return flags, word, collectives.from_all(rank)
+        collectives.broadcast_from_rank0(fail_on_first)
+    return flags, word, collectives.all_gather_object(rank)
 
 
 def fail_on_first():
@@ -436,8 +436,8 @@ def test_a_step_of_sam_sends_what_a_step_of_sgd_sends_and_a_global_one_the_gradi
 
 def scored_here(folder):
     settings = loading.load(None, {"model": "test_resnet", "dataset": str(folder), "batch_size": 2, "workers": 0})
-    parts = open_parts(settings)
-    (images,) = look_at_data(settings, [(parts.test, parts.test_rows)], DecodeRule())
+    parts = open_run_splits(settings)
+    (images,) = decode_splits(settings, [(parts.test, parts.test_rows)], DecodeRule())
     torch.manual_seed(0)
     model, info = pretrained.build("test_resnet", classes=2, pretrained=False, img_size=32)
     torch.nn.init.normal_(model.fc.weight)
@@ -486,15 +486,15 @@ def test_an_evaluation_without_memory_on_one_rank_begins_again_on_all(ranks, tmp
 
 def in_turn(path):
     rank, world = dist.get_rank(), dist.get_world_size()
-    plain = samtune_ranks.place
-    samtune_ranks.place = lambda: samtune_ranks.Place(rank, world, rank, world, 0)
+    plain = samtune_ranks.rank_info
+    samtune_ranks.rank_info = lambda: samtune_ranks.RankInfo(rank, world, rank, world, 0)
     try:
         for _ in range(3):
-            with collectives.first_of_machine(), path.open("a") as file:
+            with collectives.local_main_process_first(), path.open("a") as file:
                 file.write(f"{rank}\n")
             dist.barrier()
     finally:
-        samtune_ranks.place = plain
+        samtune_ranks.rank_info = plain
 
 
 def test_one_rank_of_a_machine_goes_first_and_the_others_find_what_it_has_fetched(ranks, tmp_path):

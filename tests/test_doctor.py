@@ -107,7 +107,7 @@ def test_a_disk_is_judged_by_its_room(tmp_path, monkeypatch, free, status):
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks.caches, "is_writable", lambda folder: False)  # root may write everywhere
+    monkeypatch.setattr(checks.cache_folders, "is_writable", lambda folder: False)  # root may write everywhere
     finding = checks._disk("cache", tmp_path, "set CACHE")
     assert (finding.status, finding.hint) == ("warning", "set CACHE")
 

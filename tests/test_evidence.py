@@ -32,11 +32,11 @@ def usual(run, final=None, grid=None):
 def done(tmp_path_factory):
     """(folder, report) of a sweep that is done."""
     folder = write_sweep(tmp_path_factory.mktemp("sweep") / "s", RECIPE, usual)
-    return folder, sweep_report.collect(folder)
+    return folder, sweep_report.build(folder)
 
 
 def collect(folder, recipe=RECIPE, wrong=usual, **final):
-    return sweep_report.collect(write_sweep(folder / "s", recipe, wrong))
+    return sweep_report.build(write_sweep(folder / "s", recipe, wrong))
 
 
 def pair_of(report, arm, baseline, budget=None):
@@ -281,7 +281,7 @@ def test_a_point_that_diverged_is_out_and_an_arm_of_which_all_did_has_no_last_fi
 def test_without_predictions_there_is_no_test_and_the_reason(tmp_path):
     folder = write_sweep(tmp_path / "s", RECIPE, usual)
     (folder / "runs" / "final-sam-seed1" / "predictions.parquet").unlink()
-    pair = pair_of(sweep_report.collect(folder), "sam", "sgd")
+    pair = pair_of(sweep_report.build(folder), "sam", "sgd")
     assert (pair["difference"]["ci95"], [test["seed"] for test in pair["mcnemar"]]) == (None, [0, 2])
     assert "predictions.parquet of final-sam-seed1 is not there" in pair["limits"][0]
 
@@ -291,7 +291,7 @@ def test_without_test_images_the_last_fits_say_so(tmp_path):
     for run in (folder / "runs").glob("final-*"):
         result = json.loads((run / "report.json").read_text())
         (run / "report.json").write_text(json.dumps(result | {"test": None}))
-    report = sweep_report.collect(folder)
+    report = sweep_report.build(folder)
     assert report["warnings"][0] == "sam: the last fits were scored on nothing, as the data set has no test images."
     assert (report["final"][0]["n"], report["comparisons"]) == (0, [])
 
@@ -366,11 +366,11 @@ def test_a_sweep_among_runs_and_a_folder_that_has_lost_its_ledger_are_refused(do
     assert "it has them in runs/" in refused.stderr
     (tmp_path / "sweep.toml").write_text((folder / "sweep.toml").read_text())
     with pytest.raises(UsageError, match="there is no ledger"):
-        sweep_report.collect(tmp_path)
+        sweep_report.build(tmp_path)
 
 
 def test_a_damaged_run_is_named(tmp_path):
     folder = write_sweep(tmp_path / "s", RECIPE, usual)
     (folder / "runs" / "final-sgd-seed0" / "config.toml").write_text("rho = ")
     with pytest.raises(CheckpointError, match="final-sgd-seed0 is damaged"):
-        sweep_report.collect(folder)
+        sweep_report.build(folder)

@@ -215,7 +215,9 @@ def test_the_folder_of_another_run_is_refused_with_2(photos, uninterrupted):
 @row(9)
 @pytest.mark.parametrize("how", ["new", "--resume"])
 def test_a_folder_that_another_process_uses_is_refused_with_8_and_the_pid(how, broken_off, photos):
-    hold = "import sys; from samtune import lock; from pathlib import Path; held = lock.take(Path(sys.argv[1]));"
+    hold = (
+        "import sys; from samtune.runs import lock; from pathlib import Path; held = lock.acquire(Path(sys.argv[1]));"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", hold + "print(flush=True); sys.stdin.read()", broken_off],
         stdin=subprocess.PIPE,

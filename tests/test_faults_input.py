@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from samtune.data import source
-from samtune.data.cache import Images, look_at
+from samtune.data.cache import Images, decode_into_cache
 from tests.conftest import Bomb, image_bytes, png_header, samtune, write_image_folder
 from tests.matrix import row
 
@@ -210,7 +210,7 @@ def test_each_odd_image_becomes_what_is_documented_kept_decoded_or_not(tmp_path,
     monkeypatch.setenv("SAMTUNE_CACHE", str(tmp_path / "cache"))
     for split in source.open_source(str(odd_data(tmp_path / "data"))).splits.values():
         rows = np.arange(len(split))
-        kept = look_at(split, rows, limit=10**9, threads=2, progress=lambda *_: None)
+        kept = decode_into_cache(split, rows, limit=10**9, threads=2, progress=lambda *_: None)
         assert kept.pixels is not None
         assert not kept.bad
         for number in rows:

@@ -270,7 +270,7 @@ def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(call, phot
     "at",
     [
         "samtune.sam.perturbation:Perturbation.add_",
-        "samtune.sam.gradient:_descend",
+        "samtune.sam.gradient:_backward_nan_guarded",
         "samtune.train.setup:cross_entropy",
     ],
 )
@@ -353,7 +353,7 @@ def test_a_rank_that_is_lost_while_the_others_prepare_begins_again_too(photos, w
 
 @row(12)
 @pytest.mark.parametrize(
-    "at", ["samtune.distributed.environment:end_with_the_launcher", "samtune.models.pretrained:build"]
+    "at", ["samtune.distributed.environment:exit_with_launcher", "samtune.models.pretrained:build"]
 )
 def test_where_the_launcher_is_killed_while_ranks_begin_none_is_left(at, photos, tmp_path):
     fault = {"at": at, "call": 1, "do": "parent SIGKILL", "rank": 0}

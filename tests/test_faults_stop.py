@@ -21,7 +21,7 @@ KILLED = {
     "in_validation": {"at": "samtune.train.loop:evaluate", "call": 3},
     "in_validation_of_averaged_weights": {"at": "samtune.train.loop:evaluate", "call": 4},
     "in_the_test": {"at": "samtune.train.loop:evaluate", "call": 7},
-    "before_the_report": {"at": "samtune.report.run_report:collect", "call": 1},
+    "before_the_report": {"at": "samtune.report.run_report:build", "call": 1},
     "before_the_settings_are_written": {"at": "samtune.runs.run_log:_write_whole", "call": 2},
 }
 
@@ -65,8 +65,8 @@ SAVING = {
     "between_two_files": {"at": WRITE, "call": 2 * FILES + 3},
     "before_the_manifest": {"at": WRITE, "call": 3 * FILES},
     "before_the_rename": {"at": "samtune.runs.checkpoint:verify", "call": 3},
-    "before_last_moves": {"at": "samtune.runs.checkpoint:point", "call": 3},
-    "before_best_moves": {"at": "samtune.runs.checkpoint:point", "call": 4},
+    "before_last_moves": {"at": "samtune.runs.checkpoint:update_link", "call": 3},
+    "before_best_moves": {"at": "samtune.runs.checkpoint:update_link", "call": 4},
     "before_older_ones_go": {"at": "samtune.runs.checkpoint:prune", "call": 3},
 }
 

@@ -51,7 +51,7 @@ def test_a_run_that_fails_stops_no_other_is_listed_and_tried_again(photos, whole
 
 @row(31)
 def test_a_run_that_fails_before_it_has_a_folder_is_listed_with_its_cause(short, tmp_path):
-    fault = {"at": "samtune.train.setup:prepare", "call": 1, "do": "SIGKILL", "only": "final-sgd"}
+    fault = {"at": "samtune.train.setup:build_setup", "call": 1, "do": "SIGKILL", "only": "final-sgd"}
     broken = sweep(short, tmp_path / "s", faults=[fault])
     assert broken.returncode == 9
     (failed,) = ledger.read(tmp_path / "s")["failed"]

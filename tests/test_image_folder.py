@@ -18,7 +18,7 @@ from samtune.data import source
 from samtune.data.decode import decode
 from samtune.data.formats import register_plugins
 from samtune.data.image_folder import read_folder
-from samtune.data.split_roles import Wanted
+from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError
 from samtune.names import natural_key
 from tests.conftest import image_bytes
@@ -38,7 +38,7 @@ def write(root, *paths):
 
 
 def read(root, **wanted):
-    return source.open_source(str(root), Wanted(**wanted))
+    return source.open_source(str(root), DataSelection(**wanted))
 
 
 def sizes(data):
@@ -707,7 +707,7 @@ def test_archives_that_are_not_read_are_answered_with_the_command_that_unpacks_t
 def test_rows_lie_in_the_order_of_their_paths(tmp_path):
     """It decides splits and batches: it must not change."""
     write(tmp_path, "train/10/2", "train/9/2", "train/b/x/1", "train/b/1", "test/9/1")
-    paths, labels = read_folder(tmp_path, Wanted()).splits["train"]
+    paths, labels = read_folder(tmp_path, DataSelection()).splits["train"]
     assert [os.path.relpath(path, tmp_path / "train") for path in paths] == [
         *("10/0.png", "10/1.png", "9/0.png", "9/1.png", "b/0.png", "b/x/0.png")
     ]

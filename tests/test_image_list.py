@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from samtune.data import source
-from samtune.data.split_roles import Wanted
+from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError
 from tests.conftest import image_bytes
 
@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def read(path, **wanted):
-    return source.open_source(str(path), Wanted(**wanted))
+    return source.open_source(str(path), DataSelection(**wanted))
 
 
 def labels(data, role="train"):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from samtune.config import loading
 from samtune.data import cache, source
-from samtune.data.cache import Images, look_at
+from samtune.data.cache import Images, decode_into_cache
 from samtune.data.decode import DecodeRule, decode
 from samtune.data.transforms import eval_transform, min_side, resized_crop_boxes
 from samtune.errors import DataError
@@ -177,9 +177,9 @@ def test_a_file_of_pixels_that_is_too_large_to_be_mapped_is_read_and_gives_the_s
         split = source.open_source(str(folder)).splits["train"]
         rows = np.array([1, 0])
         options = {"limit": 2**20, "threads": 1, "progress": lambda *_: None}
-        mapped = look_at(split, rows, **options).take(rows)
+        mapped = decode_into_cache(split, rows, **options).take(rows)
         monkeypatch.setattr(cache, "_MAPPED", 0)
-        read = look_at(split, rows, **options)
+        read = decode_into_cache(split, rows, **options)
         assert all((a == b).all() for a, b in zip(mapped, read.take(rows), strict=True))
         assert all((a == read[row]).all() for a, row in zip(mapped, rows.tolist(), strict=True))
         assert isinstance(read.take(rows), torch.Tensor) == (sizes[1] == 24)
@@ -229,7 +229,7 @@ def split(tmp_path, monkeypatch):
 
 
 def look(split, limit, **options):
-    return look_at(split, np.arange(20), limit=limit, threads=2, progress=lambda *_: None, **options)
+    return decode_into_cache(split, np.arange(20), limit=limit, threads=2, progress=lambda *_: None, **options)
 
 
 @pytest.mark.parametrize(("limit", "always"), [(10**9, False), (10**9, True), (1000, True), (1000, False)])

@@ -13,7 +13,7 @@ import torch
 
 from samtune.config import loading
 from samtune.distributed import device, environment, launch
-from samtune.distributed.environment import Word
+from samtune.distributed.environment import RankStatus
 from samtune.errors import MachineError, SamtuneError, Stopped, UsageError
 from tests.conftest import ROOT, samtune, write_image_folder
 from tests.matrix import row
@@ -284,8 +284,8 @@ def test_activations_that_are_computed_again_change_nothing(rho, photos, tmp_pat
 
 # ---------------------------------------------------------------------------------------------------- ends of a launch
 
-WORK = Word(0, 10), Word(1, 11)
-LOST = Word(0, 10, "", 9, "the connection to another rank is lost", time=2.0)
+WORK = RankStatus(0, 10), RankStatus(1, 11)
+LOST = RankStatus(0, 10, "", 9, "the connection to another rank is lost", time=2.0)
 
 
 class Agent(Exception):
@@ -295,34 +295,52 @@ class Agent(Exception):
 @pytest.mark.parametrize(
     ("said", "exit_codes", "killed", "expected"),
     [
-        ([LOST, Word(1, 11, "", 3, "no image", time=1.0)], {0: 9, 1: 3}, [], (3, "rank 1: no image")),
-        ([Word(0, 10, "", 7, "nan", time=1.0), Word(1, 11, "", 7, "nan", time=2.0)], {0: 7, 1: 7}, [], (7, "nan")),
+        ([LOST, RankStatus(1, 11, "", 3, "no image", time=1.0)], {0: 9, 1: 3}, [], (3, "rank 1: no image")),
+        (
+            [RankStatus(0, 10, "", 7, "nan", time=1.0), RankStatus(1, 11, "", 7, "nan", time=2.0)],
+            {0: 7, 1: 7},
+            [],
+            (7, "nan"),
+        ),
         ([LOST, WORK[1]], {0: 9, 1: -9}, [], (9, "rank 1 (process 11) was ended by SIGKILL")),
         ([WORK[0], WORK[1]], {0: -9, 1: -11}, [0], (9, "rank 1 (process 11) was ended by SIGSEGV")),
-        ([Word(0, 10, "", 143, "stopped", time=2.0), WORK[1]], {0: 143, 1: -9}, [], (9, "rank 1 (process 11) was")),
+        (
+            [RankStatus(0, 10, "", 143, "stopped", time=2.0), WORK[1]],
+            {0: 143, 1: -9},
+            [],
+            (9, "rank 1 (process 11) was"),
+        ),
         ([LOST, WORK[1]], {0: 9, 1: 1}, [], (1, "rank 1 (process 11) ended with a defect")),
         ([LOST, WORK[1]], {0: 9, 1: -15}, [], (9, "rank 0: the connection")),
         ([WORK[0]], {0: -15}, [], (9, "rank 0 (process 10) was ended by SIGTERM")),
         (
-            [Word(0, 10, "", 75, "stopped by SIGTERM"), Word(1, 11, "", 75, "stopped")],
+            [RankStatus(0, 10, "", 75, "stopped by SIGTERM"), RankStatus(1, 11, "", 75, "stopped")],
             {},
             [],
             (75, "stopped by SIGTERM"),
         ),
         # The agent ends those that are left by SIGTERM, which they take for a second signal.
         (
-            [Word(0, 10, "", 143, "stopped by a second signal", time=2.0), Word(1, 11, "", 75, "stopped by SIGTERM")],
+            [
+                RankStatus(0, 10, "", 143, "stopped by a second signal", time=2.0),
+                RankStatus(1, 11, "", 75, "stopped by SIGTERM"),
+            ],
             {0: 143, 1: 75},
             [],
             (75, "stopped by SIGTERM"),
         ),
-        ([Word(0, 10, "", 143, "stopped by SIGTERM"), Word(1, 11, "", 143, "stopped")], {0: 143}, [], (143, "stopped")),
-        ([Word(0, 10, "", 0), Word(1, 11, "", 0)], {}, [], None),
+        (
+            [RankStatus(0, 10, "", 143, "stopped by SIGTERM"), RankStatus(1, 11, "", 143, "stopped")],
+            {0: 143},
+            [],
+            (143, "stopped"),
+        ),
+        ([RankStatus(0, 10, "", 0), RankStatus(1, 11, "", 0)], {}, [], None),
     ],
 )
 def test_the_cause_of_an_end_is_told_from_what_followed(said, exit_codes, killed, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_ended", lambda _: {rank: (10 + rank, code) for rank, code in exit_codes.items()})
-    watch = launch._Watch(tmp_path, launch.Fleet(2), None)
+    watch = launch._Watch(tmp_path, launch.LaunchSpec(2), None)
     watch.killed = set(killed)
     cause = launch._cause({word.rank: word for word in said}, Agent() if exit_codes else None, watch)
     if expected is None:
@@ -334,10 +352,10 @@ def test_the_cause_of_an_end_is_told_from_what_followed(said, exit_codes, killed
 
 
 def test_words_of_ranks_that_were_started_again_take_the_place_of_all_before(tmp_path):
-    again = Word(0, 12, "port 2", time=3.0)
-    for word in (Word(0, 10, "port 1", 9, "lost", time=2.0), Word(1, 11, "port 1", time=1.0), again):
+    again = RankStatus(0, 12, "port 2", time=3.0)
+    for word in (RankStatus(0, 10, "port 1", 9, "lost", time=2.0), RankStatus(1, 11, "port 1", time=1.0), again):
         (tmp_path / f"{word.rank}.json").write_text(json.dumps(vars(word)))
-    assert environment.words(tmp_path) == {0: again}
+    assert environment.read_statuses(tmp_path) == {0: again}
 
 
 @pytest.mark.parametrize(
@@ -368,11 +386,11 @@ def three_gpus(monkeypatch):
 )
 def test_gpus_are_chosen_by_number_or_by_name(three_gpus, gpus, numbers, monkeypatch):
     assert device.gpu_numbers(gpus) == numbers
-    assert device.pick(gpus) == (torch.device("cuda", numbers[0]) if numbers else torch.device("cpu"))
-    assert device.pick(gpus, processes=2) == torch.device("cpu")
+    assert device.select_device(gpus) == (torch.device("cuda", numbers[0]) if numbers else torch.device("cpu"))
+    assert device.select_device(gpus, processes=2) == torch.device("cpu")
     for local, number in enumerate(numbers if gpus != "auto" else [0, 1, 2]):
-        monkeypatch.setattr(environment, "place", lambda local=local: environment.Place(local, 3, local, 3, 0))
-        assert device.pick(gpus) == torch.device("cuda", number)
+        monkeypatch.setattr(environment, "rank_info", lambda local=local: environment.RankInfo(local, 3, local, 3, 0))
+        assert device.select_device(gpus) == torch.device("cuda", number)
 
 
 @pytest.mark.parametrize("gpus", ["4", "0,3", "7,"])

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from samtune.config import loading
 from samtune.data import source
-from samtune.data.cache import Images, look_at
+from samtune.data.cache import Images, decode_into_cache
 from samtune.data.decode import decode
 from samtune.data.loader import eval_batches, steps_per_epoch, train_batches
 from samtune.data.rng import uniform
@@ -172,7 +172,7 @@ def test_what_happens_to_an_image_depends_on_seed_epoch_and_row_alone(train_spli
     expected = collect(train_split, transform=transform)
     torch.manual_seed(99)
     assert_equal_batches(collect(train_split, transform=transform, workers=2), expected)
-    cached = look_at(train_split, np.arange(20), limit=10**9, threads=1, progress=lambda *_: None)
+    cached = decode_into_cache(train_split, np.arange(20), limit=10**9, threads=1, progress=lambda *_: None)
     assert cached.pixels is not None
     assert_equal_batches(collect(train_split, transform=transform, images=cached), expected)
     images, rows = [cached[row] for row in range(6)], np.arange(6)

@@ -17,9 +17,9 @@ from tests.conftest import ROOT
 HOLD = """
 import os, sys
 from pathlib import Path
-from samtune import lock
+from samtune.runs import lock
 
-held = lock.take(Path(sys.argv[1]))
+held = lock.acquire(Path(sys.argv[1]))
 child = 0
 if "fork" in sys.argv:
     child = os.fork()
@@ -33,7 +33,7 @@ print("released", flush=True)
 sys.stdin.read()
 """
 
-ASK = "import sys; from pathlib import Path; from samtune import lock; print(lock.holder(Path(sys.argv[1])))"
+ASK = "import sys; from pathlib import Path; from samtune.runs import lock; print(lock.holder(Path(sys.argv[1])))"
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def test_a_folder_that_another_process_writes_is_refused_with_its_pid_and_host(t
         who = f"process {pid} on host {socket.gethostname()}"
         assert lock.holder(tmp_path) == who
         with pytest.raises(MachineError) as error:
-            lock.take(tmp_path)
+            lock.acquire(tmp_path)
     assert str(error.value).splitlines() == [
         f"run folder {tmp_path} is in use",
         f"  why:  {who} writes it",
@@ -84,7 +84,7 @@ def test_a_released_folder_is_free_though_its_writer_lives(tmp_path):
         process.stdin.write("\n")
         assert process.stdout.readline() == "released\n"
         assert lock.holder(tmp_path) is None
-        held = lock.take(tmp_path)
+        held = lock.acquire(tmp_path)
         assert asked_elsewhere(tmp_path) == f"process {os.getpid()} on host {socket.gethostname()}"
         assert is_alive(pid)
         held.release()
@@ -98,35 +98,35 @@ def test_a_killed_writer_leaves_the_folder_free_at_once_though_its_forked_child_
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert is_alive(child)
         assert lock.holder(tmp_path) is None
-        lock.take(tmp_path).release()
+        lock.acquire(tmp_path).release()
 
 
 def test_a_folder_can_be_taken_only_if_it_is_free(tmp_path):
     with another_process(tmp_path):
-        assert lock.take_if_free(tmp_path) is None
-    held = lock.take_if_free(tmp_path)
+        assert lock.try_acquire(tmp_path) is None
+    held = lock.try_acquire(tmp_path)
     assert held.held
-    assert lock.take_if_free(tmp_path) is None
+    assert lock.try_acquire(tmp_path) is None
     held.release()
     with pytest.raises(MachineError, match="cannot be written"):
-        lock.take_if_free(tmp_path / "nowhere")
+        lock.try_acquire(tmp_path / "nowhere")
 
 
 def test_to_ask_does_not_end_the_own_lock(tmp_path):
-    held = lock.take(tmp_path)
+    held = lock.acquire(tmp_path)
     try:
         who = f"process {os.getpid()} on host {socket.gethostname()}"
         (tmp_path / "alias").symlink_to(tmp_path)
         assert lock.holder(tmp_path) == lock.holder(tmp_path / "alias") == who
         with pytest.raises(MachineError, match="is in use"):
-            lock.take(tmp_path / "alias")
+            lock.acquire(tmp_path / "alias")
         assert asked_elsewhere(tmp_path) == who
     finally:
         held.release()
 
 
 def test_a_forked_child_can_neither_release_the_lock_nor_take_it_for_its_own(tmp_path):
-    held = lock.take(tmp_path)
+    held = lock.acquire(tmp_path)
     who = lock.holder(tmp_path)
     child = os.fork()
     if child == 0:
@@ -153,7 +153,7 @@ def test_a_writer_that_begins_while_somebody_asks_is_not_refused(tmp_path):
     child = os.fork()
     if child == 0:
         try:
-            lock.take(tmp_path)  # waits
+            lock.acquire(tmp_path)  # waits
         except BaseException:
             os._exit(1)
         os._exit(0)
@@ -177,14 +177,14 @@ def test_a_folder_that_may_only_be_read_can_be_asked_and_not_taken(tmp_path, mon
         monkeypatch.setattr("os.open", only_to_read)
         assert lock.holder(tmp_path) == f"process {pid} on host {socket.gethostname()}"
         with pytest.raises(MachineError, match="cannot be written") as error:
-            lock.take(tmp_path)
+            lock.acquire(tmp_path)
     assert error.value.why == "Permission denied"
 
 
 def test_a_folder_that_is_not_there_has_no_writer_and_cannot_be_taken(tmp_path):
     assert lock.holder(tmp_path / "none") is None
     with pytest.raises(MachineError, match="cannot be written"):
-        lock.take(tmp_path / "none")
+        lock.acquire(tmp_path / "none")
 
 
 def test_on_a_file_system_without_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, capsys):
@@ -192,7 +192,7 @@ def test_on_a_file_system_without_locks_a_run_goes_on_with_a_warning(tmp_path, m
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.lockf", refuse)
-    held = lock.take(tmp_path)
+    held = lock.acquire(tmp_path)
     assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
     held.release()
     assert lock.holder(tmp_path) is None

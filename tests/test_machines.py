@@ -29,7 +29,7 @@ SMALL = (*SMALL_MODEL, "--epochs", 1, "--batch-size", 8)
 @pytest.fixture(autouse=True)
 def _place_is_read_again():
     yield
-    environment.place.cache_clear()
+    environment.rank_info.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------- copies of a run
@@ -181,8 +181,8 @@ def test_a_shell_that_was_once_the_only_rank_launches_the_processes_that_are_ask
 
 
 def test_processes_in_a_rank_of_another_launcher_are_refused(monkeypatch):
-    here = environment.Place(rank=0, world_size=4, local_rank=0, local_world_size=4, machine=0)
-    monkeypatch.setattr(environment, "place", lambda: here)
+    here = environment.RankInfo(rank=0, world_size=4, local_rank=0, local_world_size=4, machine=0)
+    monkeypatch.setattr(environment, "rank_info", lambda: here)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     environment.check_processes(None)
@@ -192,7 +192,7 @@ def test_processes_in_a_rank_of_another_launcher_are_refused(monkeypatch):
     assert "RANK=0 WORLD_SIZE=4" in error.value.why
     assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    assert (environment.origin(), environment.alone()) == (
+    assert (environment.launcher_variables(), environment.command_without_launcher()) == (
         "SLURM_STEP_NUM_TASKS=4",
         "env -u SLURM_STEP_NUM_TASKS samtune ...",
     )
@@ -219,12 +219,12 @@ PLACE = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "RANK": "0", "WORLD
 def test_a_variable_that_cannot_be_meant_is_named(variables, said, monkeypatch):
     for key, value in (PLACE | variables).items():
         monkeypatch.setenv(key, value)
-    environment.place.cache_clear()
+    environment.rank_info.cache_clear()
     with pytest.raises(UsageError) as error:
-        environment.place()
+        environment.rank_info()
     assert said in str(error.value)
     assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
-    assert environment.is_first()  # it speaks for itself
+    assert environment.is_rank0()  # it speaks for itself
 
 
 @pytest.mark.parametrize(
@@ -233,9 +233,9 @@ def test_a_variable_that_cannot_be_meant_is_named(variables, said, monkeypatch):
 def test_so_is_one_of_slurm(variables, monkeypatch):
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
-    environment.place.cache_clear()
+    environment.rank_info.cache_clear()
     with pytest.raises(UsageError, match=r"SLURM_.*=[xy] in the environment") as error:
-        environment.place()
+        environment.rank_info()
     assert "env -u SLURM_STEP_NUM_TASKS samtune" in error.value.mend
 
 
@@ -266,20 +266,20 @@ def test_the_host_where_ranks_meet_must_have_a_name_that_is_known(monkeypatch):
     monkeypatch.setattr(environment, "_KNOWN_AFTER", 0.01)
     for key, value in (PLACE | {"MASTER_ADDR": "no-such-host.invalid"}).items():
         monkeypatch.setenv(key, value)
-    environment.place.cache_clear()
+    environment.rank_info.cache_clear()
     with pytest.raises(MachineError, match=r"MASTER_ADDR=no-such-host.invalid: there is no host of that name") as error:
-        collectives.join(torch.device("cpu"))
+        collectives.init(torch.device("cpu"))
     assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
-    environment.place.cache_clear()
-    fleet = launch.Fleet(1, 2, 1, "no-such-host.invalid:29500")
+    environment.rank_info.cache_clear()
+    fleet = launch.LaunchSpec(1, 2, 1, "no-such-host.invalid:29500")
     with pytest.raises(MachineError, match=r"--rdzv-endpoint no-such-host.invalid: there is no host of that name"):
         launch.launch([], fleet, None)
 
 
 WAITING = """
 import sys
-from samtune import distributed
-distributed._WARNED_AFTER = 0.5
+from samtune.distributed import collectives
+collectives._WARNED_AFTER = 0.5
 sys.argv = ["samtune", *sys.argv[1:]]
 from samtune.cli.main import main
 main()

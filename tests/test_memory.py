@@ -222,7 +222,7 @@ def again(error):
 def test_what_is_out_of_memory_is_told_from_other_errors(kind):
     error = (ERRORS | OTHERS)[kind]
     assert device.is_out_of_memory(error) == (kind in ERRORS)
-    with pytest.raises(OutOfMemory if kind in ERRORS else type(error)), device.room_for("it"):
+    with pytest.raises(OutOfMemory if kind in ERRORS else type(error)), device.oom_as_user_error("it"):
         raise again(error)
 
 

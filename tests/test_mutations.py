@@ -16,12 +16,12 @@ RESUMED = (
 # What others got wrong: file, what it says, what it would say, and a test that then fails.
 MUTATIONS = {
     "the perturbation is dropped": (
-        {"sam.py": [("torch._foreach_add_(self.params, grads, alpha=scale.item())", "pass")]},
+        {"sam/perturbation.py": [("torch._foreach_add_(self.params, grads, alpha=scale.item())", "pass")]},
         "test_step.py::test_a_hundred_steps_equal_a_naive_loop",
     ),
     "weights come back by subtraction": (
         {
-            "sam.py": [
+            "sam/perturbation.py": [
                 (
                     "torch._foreach_copy_(self.params, self._backup)",
                     "torch._foreach_sub_(self.params, torch._foreach_sub(self.params, self._backup))",
@@ -32,7 +32,7 @@ MUTATIONS = {
     ),
     "what was perturbed is subtracted twice": (
         {
-            "sam.py": [
+            "sam/perturbation.py": [
                 (
                     "torch._foreach_copy_(self.params, self._backup)",
                     "torch._foreach_sub_(self.params, torch._foreach_sub(self.params, self._backup), alpha=2)",
@@ -43,7 +43,7 @@ MUTATIONS = {
     ),
     "each tensor has a norm of its own": (
         {
-            "sam.py": [
+            "sam/perturbation.py": [
                 (
                     "torch._foreach_add_(self.params, grads, alpha=scale.item())",
                     "torch._foreach_add_(self.params, [rho * g / g.norm() for g in grads])",
@@ -53,12 +53,12 @@ MUTATIONS = {
         "test_step.py::test_twenty_steps_equal_those_of_a_published_sam",
     ),
     "pass 2 updates batch-norm statistics too": (
-        {"gradient.py": [("module.track_running_stats = False", "pass")]},
+        {"sam/gradient.py": [("module.track_running_stats = False", "pass")]},
         "test_step.py::test_statistics_and_generator_after_a_sam_step_are_those_after_one_plain_forward",
     ),
     "pass 2 draws its own masks": (
         {
-            "gradient.py": [
+            "sam/gradient.py": [
                 (
                     "            set_generator_states(masks, self._device)\n            micro_batches",
                     "            micro_batches",
@@ -68,21 +68,21 @@ MUTATIONS = {
         "test_step.py::test_all_passes_see_the_same_dropout_and_drop_path_masks",
     ),
     "16-bit copies of the weights outlive pass 1": (
-        {"gradient.py": [("torch.clear_autocast_cache()  # 16-bit", "pass  # 16-bit")]},
+        {"sam/gradient.py": [("torch.clear_autocast_cache()  # 16-bit", "pass  # 16-bit")]},
         "test_lifecycle.py::test_an_autocast_around_all_passes_is_no_trap",
     ),
     "the first gradient is kept through pass 2": (
-        {"gradient.py": [("                g1.clear()\n", "")]},
+        {"sam/gradient.py": [("                g1.clear()\n", "")]},
         "test_step.py::test_beyond_the_first_pass_no_copy_but_the_backup_is_alive",
     ),
     "values that are not finite are used": (
-        {"step.py": [("applied = math.isfinite(grad_norm)", "applied = True")]},
+        {"sam/step.py": [("applied = math.isfinite(grad_norm)", "applied = True")]},
         "test_lifecycle.py::test_a_value_that_is_not_finite_skips_the_update_and_halves_the_scale_once",
     ),
     "each rank decides by itself whether to skip": (
         {
-            "gradient.py": [("torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)", "share")],
-            "step.py": [
+            "sam/gradient.py": [("torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)", "share")],
+            "sam/step.py": [
                 (
                     "return [loss_sum, wrong, n, asked, norm]",
                     "return [loss_sum, wrong, n, asked, norm if bool(seen[0][0].isfinite()) else math.nan]",
@@ -93,7 +93,7 @@ MUTATIONS = {
     ),
     "pass 1 communicates": (
         {
-            "gradient.py": [
+            "sam/gradient.py": [
                 ("with self._no_sync():\n                value =", "with nullcontext():\n                value ="),
                 (
                     "list(torch.autograd.grad(value, self._params, materialize_grads=True))",
@@ -104,48 +104,48 @@ MUTATIONS = {
         "test_distributed.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
     ),
     "a global perturbation is that of the rank": (
-        {"gradient.py": [("grads = distributed.sum_lists_over_ranks(grads, self._group)", "pass")]},
+        {"sam/gradient.py": [("grads = collectives.all_reduce_sum_lists(grads, self._group)", "pass")]},
         "test_distributed.py::test_global_mode_equals_one_process_on_the_joined_batch",
     ),
     "micro-batches of different sizes weigh the same": (
-        {"gradient.py": [("alpha=share)", "alpha=1)")]},
+        {"sam/gradient.py": [("alpha=share)", "alpha=1)")]},
         "test_memory.py::test_micro_batches_give_the_gradient_of_all_samples_at_once",
     ),
     "each micro-batch communicates": (
-        {"gradient.py": [("nullcontext() if micro is micro_batches[-1][0] else self._no_sync()", "nullcontext()")]},
+        {"sam/gradient.py": [("nullcontext() if micro is micro_batches[-1][0] else self._no_sync()", "nullcontext()")]},
         "test_distributed.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
     ),
     "each rank keeps the statistics of its own images": (
-        {"step.py": [("            self._share_statistics(kept, weight)\n", "")]},
+        {"sam/step.py": [("            self._share_statistics(kept, weight)\n", "")]},
         "test_distributed.py::test_statistics_that_update_are_the_mean_over_the_ranks_and_the_same_everywhere",
     ),
     "every rank scores all images": (
-        {"evaluation.py": [("own = starts[distributed.rank() :: world]", "own = starts")]},
+        {"train/evaluation.py": [("own = starts[collectives.rank() :: world]", "own = starts")]},
         "test_distributed.py::test_an_evaluation_is_the_same_to_the_last_bit_for_any_number_of_ranks",
     ),
     "a failed attempt leaves its statistics": (
-        {"replay.py": [("buffer.copy_(value)", "pass")]},
+        {"sam/snapshot.py": [("buffer.copy_(value)", "pass")]},
         "test_memory.py::test_what_was_done_before_memory_ran_out_is_undone",
     ),
     "the error still holds the memory when the step begins again": (
-        {"device.py": [("why = first_line(error)\n", "why, kept = first_line(error), error\n")]},
+        {"distributed/device.py": [("why = first_line(error)\n", "why, kept = first_line(error), error\n")]},
         "test_memory.py::test_when_a_step_begins_again_nothing_of_the_failed_attempt_is_alive",
     ),
     "further ascent measures the weights where it stands": (
-        {"sam.py": [("torch._foreach_abs(self._backup)", "torch._foreach_abs(self.params)")]},
+        {"sam/perturbation.py": [("torch._foreach_abs(self._backup)", "torch._foreach_abs(self.params)")]},
         "test_sam.py::test_further_ascent_measures_the_ball_at_the_unperturbed_weights",
     ),
     "a resumed run draws other masks": (
-        {"position.py": [('set_generator_states(state["generators"], job.device)', "pass")]},
+        {"train/state.py": [('set_generator_states(state["generators"], job.device)', "pass")]},
         RESUMED,
     ),
     "a resumed run forgets its momentum": (
-        {"position.py": [('job.load_optimizer_state(state["optimizer"])', "pass")]},
+        {"train/state.py": [('job.load_optimizer_state(state["optimizer"])', "pass")]},
         RESUMED,
     ),
     "a resumed run averages anew": (
         {
-            "position.py": [
+            "train/state.py": [
                 (
                     'checkpoint.load_weights(partial(job.load, job.ema.module), folder / "ema" / "model.safetensors")',
                     "pass",
@@ -166,12 +166,17 @@ MUTATIONS = {
         RESUMED,
     ),
     "a resumed run keeps the metrics of steps that it does again": (
-        {"runlog.py": [("os.truncate(metrics, metrics_bytes)", "pass"), ("min(length, metrics_bytes)", "length")]},
+        {
+            "runs/run_log.py": [
+                ("os.truncate(metrics, metrics_bytes)", "pass"),
+                ("min(length, metrics_bytes)", "length"),
+            ]
+        },
         # In validation a row of training has been written since the checkpoint.
         "test_faults_stop.py::test_a_killed_run_goes_on_to_the_same_end_by_the_same_command[in_validation]",
     ),
     "nobody compares the sums of a checkpoint": (
-        {"checkpoint.py": [('if _sha256(folder / name) != expected["sha256"]', "if False")]},
+        {"runs/checkpoint.py": [('if _sha256(folder / name) != expected["sha256"]', "if False")]},
         "test_faults_disk.py::test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_end"
         "[weights_with_a_flipped_bit]",
     ),

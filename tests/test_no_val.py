@@ -9,7 +9,7 @@ from samtune.config import loading
 from samtune.config.run_config import flag_name
 from samtune.data import cache
 from samtune.data.decode import decode
-from samtune.data.splits import open_parts, split_hash
+from samtune.data.splits import open_run_splits, split_hash
 from samtune.errors import UsageError
 from samtune.train import setup
 from tests.conftest import samtune, write_image_folder
@@ -37,7 +37,7 @@ def encoded(split, rows):
 
 @pytest.mark.parametrize("limits", [{}, {"max_train": 5, "max_eval": 2}, {"train_fraction": 0.5, "val_fraction": 0.4}])
 def test_the_rows_are_those_of_train_and_of_validation_with_their_labels(data, limits):
-    before, after = open_parts(settings(data, **limits)), open_parts(settings(data, val=False, **limits))
+    before, after = open_run_splits(settings(data, **limits)), open_run_splits(settings(data, val=False, **limits))
     apart = zip(
         encoded(before.train, before.train_rows) + encoded(before.val, before.val_rows),
         [*before.train.labels[before.train_rows], *before.val.labels[before.val_rows]],
@@ -53,9 +53,9 @@ def test_no_image_is_decoded_again_and_the_pixels_are_those_of_its_row(data, tmp
     monkeypatch.setenv("SAMTUNE_CACHE", str(tmp_path / "cache"))
     calls = []
     monkeypatch.setattr(cache, "decode", lambda *a: calls.append(a) or decode(*a))
-    setup.read_data(settings(data))
+    setup.load_run_data(settings(data))
     assert len(calls) == 24
-    read = setup.read_data(settings(data, val=False))
+    read = setup.load_run_data(settings(data, val=False))
     assert len(calls) == 24
     rows = np.random.default_rng(0).permutation(read.train_rows)
     expected = [decode(one, lambda: "") for one in encoded(read.train.split, rows)]
@@ -65,7 +65,7 @@ def test_no_image_is_decoded_again_and_the_pixels_are_those_of_its_row(data, tmp
 
 
 def test_without_a_cache_the_pixels_are_the_same(data):
-    read = setup.read_data(settings(data, val=False, cache_limit=0.0))
+    read = setup.load_run_data(settings(data, val=False, cache_limit=0.0))
     expected = [decode(one, lambda: "") for one in encoded(read.train.split, read.train_rows)]
     assert all((a == b).all() for a, b in zip(read.train.take(read.train_rows), expected, strict=True))
 
@@ -74,7 +74,7 @@ def test_damaged_images_of_both_parts_are_named_by_their_rows(data):
     validation = data / "validation" if (data / "validation").is_dir() else data / "train"
     for path in (data / "train" / "cat" / "1.png", validation / "dog" / "2.png"):
         path.write_bytes(b"no image")
-    read = setup.read_data(settings(data, val=False, on_bad_image="skip"))
+    read = setup.load_run_data(settings(data, val=False, on_bad_image="skip"))
     assert sorted(item["where"].rsplit("/")[-1].rstrip(")") for item in read.bad_images) == ["1.png", "2.png"]
     assert len(read.train_rows) == 18
 
@@ -90,7 +90,7 @@ def test_a_run_without_validation_trains_on_all_is_scored_on_test_and_says_so(da
     assert "val 0 (trained on, too)" in done.stderr
     splits = [json.loads(line)["split"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert splits == ["train", "test", "test_ema"]
-    parts = open_parts(settings(data, val=False))
+    parts = open_run_splits(settings(data, val=False))
     labels = parts.train.labels[parts.train_rows]
     assert result["dataset"]["split_hash"] == split_hash(parts.train_rows, labels, parts.val_rows, parts.val_rows)
     again = samtune("eval", tmp_path / "r", "--split", "train", "--json")
@@ -109,21 +109,21 @@ def test_what_needs_a_validation_contradicts_it(data, other):
 def test_a_data_set_without_test_has_nothing_left_to_score(tmp_path):
     data = write_image_folder(tmp_path, {"train": 6})
     with pytest.raises(UsageError, match="no test split"):
-        open_parts(settings(data, val=False))
+        open_run_splits(settings(data, val=False))
 
 
 def test_label_noise_falls_on_all_that_is_trained_on(data):
-    read = setup.read_data(settings(data, val=False, label_noise=1.0))
-    clean = open_parts(settings(data, val=False)).train.labels
+    read = setup.load_run_data(settings(data, val=False, label_noise=1.0))
+    clean = open_run_splits(settings(data, val=False)).train.labels
     assert (read.train.split.labels[read.train_rows] == 1 - clean[read.train_rows]).all()
     assert read.noise.about["n"] == 20
 
 
 def test_labels_of_a_file_are_those_of_train_and_official_validation_keeps_its_own(data, tmp_path):
-    before = open_parts(settings(data))
+    before = open_run_splits(settings(data))
     wrong = 1 - before.train.labels
     file = write_labels(tmp_path / "labels.csv", {"label": wrong.tolist()})
-    read = setup.read_data(settings(data, val=False, train_labels=str(file)))
+    read = setup.load_run_data(settings(data, val=False, train_labels=str(file)))
     trained_on = read.train.split.labels
     assert trained_on[: len(wrong)].tolist() == wrong.tolist()
     official = before.val.labels.tolist() if before.val is not before.train else []

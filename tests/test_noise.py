@@ -221,8 +221,8 @@ def test_a_run_learns_the_noisy_labels_and_not_the_clean_ones(folder_data, tmp_p
     from samtune.train import setup
 
     given = {"model": "test_resnet", "pretrained": False, "dataset": str(folder_data), "img_size": 32}
-    clean = setup.prepare(loading.load(None, given))
-    flipped = setup.prepare(loading.load(None, given | {"label_noise": 1.0}))
+    clean = setup.build_setup(loading.load(None, given))
+    flipped = setup.build_setup(loading.load(None, given | {"label_noise": 1.0}))
     rows = flipped.train_rows
     assert (flipped.train.split.labels[rows] == 1 - clean.train.split.labels[rows]).all()
     assert (flipped.val.split.labels == clean.val.split.labels).all()

@@ -63,7 +63,7 @@ class Document(HTMLParser):
 
 def draw(folder):
     """(text, document, report) of a run's page."""
-    result, drawn = run_page.publish(folder, folder)
+    result, drawn = run_page.write_report_page(folder, folder)
     text = drawn.read_text(encoding="utf-8")
     return text, Document(text), result
 
@@ -349,7 +349,7 @@ def test_the_command_writes_three_files_prints_the_summary_and_says_where_the_pa
 
 def test_the_command_refuses_what_is_no_run(tmp_path):
     with pytest.raises(UsageError, match="there is no run"):
-        run_report.recollect(tmp_path)
+        run_report.rebuild(tmp_path)
     folder = write_run(tmp_path / "r")
     (tmp_path / "file").touch()
     refused = samtune("report", folder, "--output", tmp_path / "file" / "x")
@@ -357,4 +357,4 @@ def test_the_command_refuses_what_is_no_run(tmp_path):
     assert "another --output" in refused.stderr
     (folder / "provenance.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        run_report.recollect(folder)
+        run_report.rebuild(folder)

@@ -184,7 +184,7 @@ def test_what_a_run_refuses_a_plan_refuses(photos, arguments, code, said):
 @pytest.fixture(scope="module")
 def small_job(photos):
     flags = {"model": "test_resnet", "pretrained": False, "img_size": 32, "dataset": str(photos), "workers": 0}
-    return setup.prepare(loading.load(None, flags | {"batch_size": 8}))
+    return setup.build_setup(loading.load(None, flags | {"batch_size": 8}))
 
 
 def test_multiply_accumulates_are_those_of_convolutions_and_linear_layers(small_job):
@@ -218,7 +218,7 @@ def test_activations_are_four_bytes_for_each_value_that_is_kept(small_job, monke
 
 def test_statistics_stay_where_activations_are_counted(photos):
     flags = {"model": "test_resnet", "pretrained": False, "img_size": 32, "dataset": str(photos), "freeze_bn": False}
-    prepared = setup.prepare(loading.load(None, flags))
+    prepared = setup.build_setup(loading.load(None, flags))
     prepared.model.train()
     before = {name: value.clone() for name, value in prepared.model.named_buffers()}
     assert measure.activation_bytes(prepared, 4) > 4 * 4 * 3 * 32 * 32
@@ -265,13 +265,13 @@ def test_a_sample_stands_for_all(tmp_path, photos, monkeypatch):
     for more, states, sampled in (({}, {"once"}, 9), ({"cache_limit": 0.0}, {"every epoch"}, None)):
         sampler = Sampler(tmp_path / str(sampled), 1)
         (tmp_path / str(sampled)).mkdir()
-        read = setup.read_data(loading.load(None, flags | more), look=sampler.look)
+        read = setup.load_run_data(loading.load(None, flags | more), look=sampler.look)
         assert {part.state for part in sampler.found} == states
         assert [part.images for part in sampler.found] == [len(read.train_rows), len(read.val_rows), 16]
         known = known_rows(read.train, read.train_rows)
         assert len(known) == (sampled or len(read.train_rows))
         assert set(known) <= set(read.train_rows)
-        whole = setup.read_data(loading.load(None, flags | {"cache_limit": 0.0}))
+        whole = setup.load_run_data(loading.load(None, flags | {"cache_limit": 0.0}))
         row = int(known[-1])
         assert np.array_equal(read.train[row], whole.train[row])
     assert not (tmp_path / "cache").exists()

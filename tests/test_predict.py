@@ -20,7 +20,7 @@ from PIL import Image
 from samtune import Predictor
 from samtune.data import inputs
 from samtune.data.decode import DecodeRule, decode, from_pillow
-from samtune.data.split_roles import Wanted
+from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError
 from samtune.models import pretrained
 from samtune.predict.predictor import predict
@@ -151,9 +151,12 @@ def test_folders_globs_and_paths_name_the_same_pictures(photos):
     expected = files_of(photos)
     (photos.parent / "nested" / "a" / "b").mkdir(parents=True)
     for argument in ([str(photos)], [str(photos / "*")], [str(photos / "**" / "*.png")], expected):
-        found = inputs.find(argument, Wanted())
+        found = inputs.find(argument, DataSelection())
         assert (names_of(found), found.count()) == (expected, len(expected))
-    assert names_of(inputs.find([str(photos / "owl"), expected[0]], Wanted()))[-2:] == [expected[-1], expected[0]]
+    assert names_of(inputs.find([str(photos / "owl"), expected[0]], DataSelection()))[-2:] == [
+        expected[-1],
+        expected[0],
+    ]
 
 
 def test_hidden_files_and_links_in_a_circle_are_passed_over_and_other_files_too(tmp_path):
@@ -161,7 +164,7 @@ def test_hidden_files_and_links_in_a_circle_are_passed_over_and_other_files_too(
     for name in ("x10.png", "x9.png", ".hidden.png", "notes.txt", "a/b/Y.PNG"):
         (tmp_path / name).write_bytes(image_bytes(1))
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path, target_is_directory=True)
-    found = names_of(inputs.find([str(tmp_path)], Wanted()))
+    found = names_of(inputs.find([str(tmp_path)], DataSelection()))
     assert [os.path.relpath(path, tmp_path) for path in found] == ["x10.png", "x9.png", "a/b/Y.PNG"]
 
 
@@ -173,12 +176,12 @@ def test_lists_need_no_labels(photos, tmp_path):
     (tmp_path / "some.jsonl").write_text("\n".join(json.dumps({"image": path, "n": 1}) for path in relative))
     stems = [os.path.splitext(path)[0] for path in relative]
     (tmp_path / "ids.csv").write_text("\n".join(["id,cat,dog", *(f"{stem},0,0" for stem in stems)]))
-    root = Wanted(image_root=str(photos))
+    root = DataSelection(image_root=str(photos))
     for name, wanted in (
-        ("one.csv", Wanted()),
-        ("more.tsv", Wanted()),
+        ("one.csv", DataSelection()),
+        ("more.tsv", DataSelection()),
         ("some.jsonl", root),
-        ("ids.csv", Wanted(image_root=str(photos), image_suffix="png")),
+        ("ids.csv", DataSelection(image_root=str(photos), image_suffix="png")),
         ("ids.csv", root),
     ):
         assert names_of(inputs.find([str(tmp_path / name)], wanted)) == paths
@@ -196,7 +199,7 @@ def test_tables_are_read_in_parts(form, photos, tmp_path):
     }[form]
     pq.write_table(pa.table({"n": range(len(paths)), "image": cells}), tmp_path / "test.parquet")
     for argument in (tmp_path / "test.parquet", tmp_path):
-        found = inputs.find([str(argument)], Wanted())
+        found = inputs.find([str(argument)], DataSelection())
         assert found.count() == len(paths)
         assert [one.read() for one in found] == encoded
     if form in ("struct", "binary"):
@@ -208,7 +211,7 @@ def test_tables_are_read_in_parts(form, photos, tmp_path):
 def test_stdin_gives_paths_by_lines_or_zero_bytes_in_any_encoding(tmp_path):
     latin = os.fsdecode("schön.png".encode("latin-1"))
     stdin = io.BytesIO(b"a b.png\r\n\n" + os.fsencode(latin) + b"\nc\0d\0")
-    found = list(inputs.find(["-"], Wanted(), stdin))
+    found = list(inputs.find(["-"], DataSelection(), stdin))
     assert [one.path for one in found] == ["a b.png", "schön.png", "c", "d"]
     assert [one.file for one in found] == ["a b.png", latin, "c", "d"]
 

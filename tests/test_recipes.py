@@ -20,7 +20,7 @@ from samtune.sweep import arms
 from samtune.sweep.plan import Plan
 from samtune.sweep.spec import load
 from samtune.train import loop
-from samtune.train.batch_plan import Batch
+from samtune.train.batch_plan import BatchPlan
 from tests.conftest import ROOT, write_image_folder
 from tests.test_docs import RECIPES, SCRIPTS
 
@@ -185,7 +185,7 @@ def test_any_number_of_devices_computes_the_papers_batch_with_its_perturbations(
     settings = loading.load(recipe)
     cores, m = {"b7": (64, 16), "l2": (128, 4)}[recipe.stem[:2]]
     for devices in (1, 2, 4, 8, 16, cores):
-        batch = Batch.of(settings, devices, 10_000)
+        batch = BatchPlan.of(settings, devices, 10_000)
         assert (batch.total, batch.sharing(settings.m)) == (cores * m, m)
         assert batch.parts * devices == cores
 

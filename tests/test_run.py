@@ -171,7 +171,7 @@ def test_the_report_is_a_function_of_the_folder(finished):
     written = {name: (folder / name).read_bytes() for name in ("report.json", "report.md")}
     for name in written:
         (folder / name).unlink()
-    run_report.write(folder, run_report.collect(folder))
+    run_report.write(folder, run_report.build(folder))
     assert {name: (folder / name).read_bytes() for name in written} == written
 
 
@@ -179,7 +179,7 @@ def test_a_report_says_what_it_cannot_know_where_metrics_are_lost(finished, tmp_
     folder, _ = finished
     shutil.copytree(folder, tmp_path / "copy", symlinks=True)
     (tmp_path / "copy" / "metrics.jsonl").write_text('{"a": 1}\n[]\nhalf a row')
-    found = run_report.collect(tmp_path / "copy")
+    found = run_report.build(tmp_path / "copy")
     assert found["cost"]["sgd_equivalents"] is None
     assert "missing" in found["warnings"][0]
     assert "not known" in run_report.summary(found)["cost"]

@@ -5,13 +5,15 @@ from types import SimpleNamespace
 import pytest
 
 from samtune.train import checkpointing
-from samtune.train.checkpointing import Saver
+from samtune.train.checkpointing import CheckpointSaver
 from samtune.train.schedule import Duration
 
 
 def made(every):
     config = SimpleNamespace(save_every=Duration.parse(every))
-    return Saver(SimpleNamespace(config=config, steps_per_epoch=10, total_steps=100, is_sharded=False), None, None)
+    return CheckpointSaver(
+        SimpleNamespace(config=config, steps_per_epoch=10, total_steps=100, is_sharded=False), None, None
+    )
 
 
 @pytest.mark.parametrize(("every", "due"), [("4 steps", [4, 8, 12]), ("0.5 epochs", [5, 10]), ("6%", [6, 12])])

@@ -9,8 +9,8 @@ import pytest
 from samtune.config import loading
 from samtune.data import source, split_roles
 from samtune.data.decode import decode
-from samtune.data.split_roles import Wanted
-from samtune.data.splits import open_parts, stratified_subset
+from samtune.data.split_roles import DataSelection
+from samtune.data.splits import open_run_splits, stratified_subset
 from samtune.errors import DataError, UsageError
 from tests.conftest import image_bytes, samtune, write_image_folder
 
@@ -101,20 +101,20 @@ def test_one_class_alone_is_refused(tmp_path):
 
 def test_splits_are_chosen_by_name_and_joined(tmp_path):
     folder = write(tmp_path, **{name: table(["a", "b", "b"]) for name in ("train", "validation", "test", "more")})
-    both = source.open_source(folder, Wanted(train_split="train+validation"))
+    both = source.open_source(folder, DataSelection(train_split="train+validation"))
     assert sizes(both) == {"train": 6, "more": 3, "test": 3}
-    other = source.open_source(folder, Wanted(train_split="more", test_split="validation"))
+    other = source.open_source(folder, DataSelection(train_split="more", test_split="validation"))
     assert other.parts == {"train": ("more",), "test": ("validation",)}
 
 
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        (Wanted(train_split="trian"), "--train-split trian.*no split 'trian'(?s:.*)it has: "),
-        (Wanted(val_split="test"), "test is the test split"),
-        (Wanted(val_split="validation+test"), "test is the test split"),
-        (Wanted(val_split="validation", test_split="validation"), "chosen twice"),
-        (Wanted(train_split="train", val_split="train"), "chosen twice"),
+        (DataSelection(train_split="trian"), "--train-split trian.*no split 'trian'(?s:.*)it has: "),
+        (DataSelection(val_split="test"), "test is the test split"),
+        (DataSelection(val_split="validation+test"), "test is the test split"),
+        (DataSelection(val_split="validation", test_split="validation"), "chosen twice"),
+        (DataSelection(train_split="train", val_split="train"), "chosen twice"),
     ],
 )
 def test_a_choice_of_splits_that_cannot_be_meant_is_refused(tmp_path, wanted, said):
@@ -135,7 +135,7 @@ def test_a_table_of_another_name_beside_splits_is_a_split_of_its_own(ending, pla
     data = source.open_source(str(tmp_path))
     assert sizes(data) == {"train": 2, "test": 2, "holdout": 2}
     assert data.notes[0].startswith("split holdout is not used: 2 rows")
-    assert sizes(source.open_source(str(tmp_path), Wanted(test_split="holdout"))) == {"train": 2, "test": 2}
+    assert sizes(source.open_source(str(tmp_path), DataSelection(test_split="holdout"))) == {"train": 2, "test": 2}
 
 
 @pytest.mark.parametrize("place", [".", "data", "assets"])
@@ -157,14 +157,16 @@ def test_a_split_that_no_table_is_and_a_folder_or_archive_might_be_is_named(tmp_
 
 def test_a_test_split_does_not_become_validation_when_another_is_scored():
     with pytest.raises(UsageError, match="test is the test split"):
-        split_roles.assign("d", ["train", "test", "final"], Wanted(val_split="test", test_split="final"), {})
+        split_roles.assign("d", ["train", "test", "final"], DataSelection(val_split="test", test_split="final"), {})
 
 
 def test_two_splits_that_may_both_be_validation_are_asked_about():
     with pytest.raises(DataError, match="2 splits for validation: val, dev") as error:
-        split_roles.assign("d", ["train", "val", "dev"], Wanted(), {})
+        split_roles.assign("d", ["train", "val", "dev"], DataSelection(), {})
     assert "--val-split" in error.value.mend
-    assert split_roles.assign("d", ["train", "val", "dev"], Wanted(val_split="dev"), {})["validation"] == ("dev",)
+    assert split_roles.assign("d", ["train", "val", "dev"], DataSelection(val_split="dev"), {})["validation"] == (
+        "dev",
+    )
 
 
 # --------------------------------------------------------------------------------------------------- columns and labels
@@ -174,18 +176,18 @@ def test_columns_are_found_by_their_kind_or_chosen_by_name(tmp_path):
     folder = write(tmp_path, train=table([0, 1, 1], ["a", "b"], "picture", "kind"))
     assert source.open_source(folder).splits["train"].labels.tolist() == [0, 1, 1]
     two = table([0, 1, 1], ["a", "b"]).add_column("coarse", ["x", "y", "z"])
-    chosen = source.open_source(write(tmp_path, train=two), Wanted(label_key="coarse"))
+    chosen = source.open_source(write(tmp_path, train=two), DataSelection(label_key="coarse"))
     assert chosen.class_names == ("x", "y", "z")
 
 
 def test_a_column_that_is_not_there_is_answered_with_those_that_are(tmp_path):
     folder = write(tmp_path, train=table(["a", "b"], image="picture"))
-    for wanted in (Wanted(image_key="img"), Wanted(label_key="class")):
+    for wanted in (DataSelection(image_key="img"), DataSelection(label_key="class")):
         with pytest.raises(UsageError, match="no such column") as error:
             source.open_source(folder, wanted)
         assert error.value.mend == "its columns: picture, label"
     with pytest.raises(DataError, match="holds no images"):
-        source.open_source(write(tmp_path, train=table([0, 1], ["a", "b"])), Wanted(image_key="label"))
+        source.open_source(write(tmp_path, train=table([0, 1], ["a", "b"])), DataSelection(image_key="label"))
 
 
 def test_splits_with_another_order_of_classes_are_aligned_by_name(tmp_path):
@@ -250,7 +252,7 @@ def test_a_csv_file_is_a_data_set(photos, monkeypatch):
 def test_a_jsonl_file_is_a_data_set_and_its_columns_have_names(photos):
     rows = [{"file": f"photos/{i}.png", "kind": i % 2} for i in range(4)]
     (photos / "trees.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = source.open_source(str(photos / "trees.jsonl"), Wanted(label_key="kind"))
+    data = source.open_source(str(photos / "trees.jsonl"), DataSelection(label_key="kind"))
     assert data.splits["train"].labels.tolist() == [0, 1, 0, 1]
 
 
@@ -287,7 +289,7 @@ def test_a_list_that_cannot_be_meant_is_named_with_its_line(photos, name, text, 
 def test_a_key_that_a_list_does_not_have_is_answered_with_its_columns(photos):
     (photos / "a.csv").write_text("path,label\nphotos/0.png,a\nphotos/1.png,b\n")
     with pytest.raises(UsageError, match="--label-key kind") as error:
-        source.open_source(str(photos / "a.csv"), Wanted(label_key="kind"))
+        source.open_source(str(photos / "a.csv"), DataSelection(label_key="kind"))
     assert error.value.mend == "its columns: path, label"
 
 
@@ -302,7 +304,9 @@ def test_a_saved_table_and_a_saved_dictionary_of_tables_are_data_sets(tmp_path):
 
 def test_a_real_folder_reads_the_same_through_every_form(shared_data, tmp_path):
     """Parquet, saved, and as a list of pictures: equal labels, equal images."""
-    direct = source.open_source(str(shared_data / "pets_3breeds"), Wanted(train_split="test", test_split="train"))
+    direct = source.open_source(
+        str(shared_data / "pets_3breeds"), DataSelection(train_split="test", test_split="train")
+    )
     rows = datasets.Dataset.from_parquet(str(shared_data / "pets_3breeds/data/test-00000-of-00001.parquet"))
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
     saved = source.open_source(str(tmp_path / "saved"))
@@ -336,7 +340,7 @@ def test_subsets_are_taken_after_the_validation_split(tmp_path):
     folder = str(write_image_folder(tmp_path, {"train": 40, "test": 20}))
 
     def parts(**flags):
-        return open_parts(loading.load(None, {"model": "m", "dataset": folder} | flags))
+        return open_run_splits(loading.load(None, {"model": "m", "dataset": folder} | flags))
 
     whole = parts()
     half, few = parts(train_fraction=0.5), parts(train_fraction=0.5, max_train=6, max_eval=4)

@@ -142,7 +142,7 @@ def test_a_path_that_is_no_text_is_listed(tmp_path):
 def test_what_libraries_print_to_a_closed_stream_does_not_get_into_a_file(tmp_path):
     """The first file that is opened would take the number of the stream."""
     code = (
-        "import os, sys; from samtune import streams; streams.guard(); file = open(sys.argv[1], 'w');"
+        "import os, sys; from samtune.console import stdio; stdio.guard(); file = open(sys.argv[1], 'w');"
         "os.write(1, b'noise'); os.write(2, b'noise'); file.write('kept')"
     )
     command = shlex.join([sys.executable, "-c", code, str(tmp_path / "file")])
@@ -153,7 +153,7 @@ def test_what_libraries_print_to_a_closed_stream_does_not_get_into_a_file(tmp_pa
 def test_a_pipe_that_does_not_block_gets_the_whole_result():
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    code = "from samtune import streams; streams.guard(); print('x' * 1_000_000)"
+    code = "from samtune.console import stdio; stdio.guard(); print('x' * 1_000_000)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=writer)
     os.close(writer)
     with open(reader) as file:

@@ -15,9 +15,9 @@ from samtune.sweep import arms, decode_once, executors, ledger, protocol, spec
 from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Outcome
 from samtune.sweep.plan import Plan, seconds_per_step
-from samtune.train.batch_plan import Batch
+from samtune.train.batch_plan import BatchPlan
 from samtune.train.schedule import Duration
-from samtune.train.setup import Length
+from samtune.train.setup import TrainingLength
 from tests.conftest import samtune, write_image_folder
 from tests.sweeps import attempts, sweep, write_recipe
 
@@ -173,7 +173,7 @@ def test_the_folders_recipe_repeats_the_sweep(tmp_path):
     own = dict.fromkeys(spec.OWN)
     assert again.base.model_dump() | own == asked.base.model_dump() | own
     assert again.to_toml().replace("sweep.toml", "recipe.toml") == asked.to_toml()
-    assert Batch.of(again.base, 1, 1000) == Batch.of(asked.base, 1, 1000)  # it asks what was given
+    assert BatchPlan.of(again.base, 1, 1000) == BatchPlan.of(asked.base, 1, 1000)  # it asks what was given
 
 
 def test_a_run_ignores_the_table(tmp_path):
@@ -197,7 +197,7 @@ def test_what_differs_between_two_recipes_is_said_by_key():
 
 def cost(settings, rows, plain, sam):
     """Step by step, as a run counts it."""
-    length = Length.of(settings, Batch.of(settings, 1, rows), rows)
+    length = TrainingLength.of(settings, BatchPlan.of(settings, 1, rows), rows)
     return sum(sam if length.rho(step) > 0 else plain for step in range(length.total_steps))
 
 
@@ -223,7 +223,7 @@ def test_the_number_of_steps_is_the_largest_that_the_budget_pays_for(case):
         return settings.model_copy(update={"epochs": Duration(steps, "steps")})
 
     found = steps_within(
-        budget, plain, sam, lambda n: len(Length.of(of(n), Batch.of(of(n), 1, rows), rows).rho.sam_steps)
+        budget, plain, sam, lambda n: len(TrainingLength.of(of(n), BatchPlan.of(of(n), 1, rows), rows).rho.sam_steps)
     )
     affordable = [n for n in range(20, 260) if cost(of(n), rows, plain, sam) <= budget.amount + 1e-6]
     assert found == max(affordable)
@@ -394,7 +394,7 @@ def test_each_gpu_has_a_run_of_its_own(gpus, visible, jobs, places, monkeypatch)
 
 
 def test_runs_at_a_time_on_a_cpu_share_its_cores(monkeypatch):
-    monkeypatch.setattr(device, "cores", lambda: 9)
+    monkeypatch.setattr(device, "available_cpus", lambda: 9)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     settings = loading.load(None, {"model": "a", "dataset": "cifar10", "gpus": "0"})
     assert executors.places_here(settings, 4) == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}] * 4

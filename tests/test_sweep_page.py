@@ -49,7 +49,7 @@ def drawn(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     if request.param in CASES:
         write_sweep(folder / "s", *CASES[request.param])
-        result = sweep_report.collect(folder / "s")
+        result = sweep_report.build(folder / "s")
         sweep_page.write(folder / "page.html", folder / "s", result)
     else:
         seeds = range(1 if "single" in request.param else 3)
@@ -94,7 +94,7 @@ def test_the_verdict_comes_first_and_all_warnings_are_there(drawn):
 @pytest.fixture(scope="module")
 def budgets(tmp_path_factory):
     folder = write_sweep(tmp_path_factory.mktemp("b") / "s", BUDGETS, wrong)
-    result = sweep_report.collect(folder)
+    result = sweep_report.build(folder)
     sweep_page.write(folder / "report.html", folder, result)
     return Document((folder / "report.html").read_text(encoding="utf-8")), result
 
@@ -135,7 +135,7 @@ def test_curves_are_the_mean_over_seeds(tmp_path):
     folder = write_sweep(tmp_path / "s", 'seeds = 2\narms = ["sam", "sgd"]\n[sweep.grid]\nrho = [0.05]\n', wrong)
     rows = folder / "runs" / "final-sam-seed1" / "metrics.jsonl"
     rows.write_text(rows.read_text().replace('"loss": 1.5,', '"loss": 2.5,'))
-    sweep_page.write(folder / "report.html", folder, sweep_report.collect(folder))
+    sweep_page.write(folder / "report.html", folder, sweep_report.build(folder))
     curve = table_of(Document((folder / "report.html").read_text()), "train loss by epoch")
     assert curve[0] == ["1", "2.0000", "1.5000"]
     assert curve[1] == ["2", "0.7500", "0.7500"]

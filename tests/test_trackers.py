@@ -233,7 +233,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_other_goes_on
 
 
 def test_only_rank_0_has_trackers(tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers.ranks, "is_first", lambda: False)
+    monkeypatch.setattr(trackers.environment, "is_rank0", lambda: False)
     log = RunLog.create(tmp_path / "r", "", {}, total_steps=9)
     with Trackers(settings(), log):
         log_rows(log, [1])

@@ -61,7 +61,7 @@ def evaluate(
     from samtune import api
 
     with signals.listening() as stop:
-        environment.report_for_work()
+        environment.report_ready()
         result = api.score_checkpoint(
             run_or_checkpoint,
             split=split,

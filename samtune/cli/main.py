@@ -75,19 +75,19 @@ def main() -> None:
     stdio.guard()
     try:  # before anything asks for these
         _check_working_folder()
-        environment.place()
+        environment.rank_info()
     except SamtuneError as error:
         _print_error(str(error))
         sys.exit(error.exit_code)
-    if environment.folder() is not None:
-        over = environment.over()
+    if environment.status_folder() is not None:
+        over = environment.exit_code_of_launch()
         if over is not None:
             sys.exit(over)
-    if not environment.is_first():
+    if not environment.is_rank0():
         from samtune import console
 
         console.configure(quiet=True)
-    environment.end_with_the_launcher()
+    environment.exit_with_launcher()
     signals.end_with_the_parent()
     note = cache_folders.prepare()
     if note is not None:
@@ -137,11 +137,11 @@ def _call(arguments: list[str]) -> Any:
 
 def _end(error: SamtuneError | Stopped) -> int:
     """Say why the command ends, or have the launcher say it; returns the exit code."""
-    if environment.folder() is not None:
-        environment.say(error.exit_code, error)
+    if environment.status_folder() is not None:
+        environment.write_status(error.exit_code, error)
         # All ranks have agreed to stop: nothing for torch's agent to clear up, or to begin again.
         return 0 if error.exit_code == Stopped.SAVED else error.exit_code
-    who = "" if environment.is_first() else f"rank {os.environ['RANK']}: "
+    who = "" if environment.is_rank0() else f"rank {os.environ['RANK']}: "
     _print_error(who + (str(error) if isinstance(error, SamtuneError) else f"{error}\n  mend: {error.mend}"))
     return error.exit_code
 

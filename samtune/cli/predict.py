@@ -101,12 +101,12 @@ def predict(
     probability_2, ... with --top, and p_NAME for each class with --all; jsonl has lists of them.
     """
     from samtune.config import loading
-    from samtune.data.split_roles import Wanted
+    from samtune.data.split_roles import DataSelection
 
     loading.check_devices(gpus, processes)
     environment.check_processes(processes)
     workers = flags.pop("workers", None)
-    wanted = Wanted.from_flags(flags)
+    wanted = DataSelection.from_flags(flags)
 
     from samtune.data import inputs
     from samtune.predict import writers
@@ -123,7 +123,7 @@ def predict(
         if holds_run(Path(image)):
             raise UsageError(f"IMAGES {image} is a run", "one run predicts at a time", "give pictures after the run")
     found = inputs.find(images, wanted)
-    if environment.folder() is None:  # else the launcher has said so
+    if environment.status_folder() is None:  # else the launcher has said so
         from samtune import console
 
         for note in found.notes:
@@ -134,7 +134,7 @@ def predict(
         from samtune.distributed import collectives
         from samtune.predict import run
 
-        with console.RunProgress() as progress, collectives.losses_named():
+        with console.RunProgress() as progress, collectives.connection_errors():
             return run.run(
                 checkpoint_or_run,
                 found,
@@ -158,11 +158,11 @@ def predict(
     def classify_on_ranks() -> Mapping[str, Any] | None:
         from samtune.distributed import launch
 
-        return launch.launch(sys.argv[1:], launch.Fleet(launch.ranks_here(gpus, processes)), stop)
+        return launch.launch(sys.argv[1:], launch.LaunchSpec(launch.local_rank_count(gpus, processes)), stop)
 
     with signals.listening() as stop:
-        environment.report_for_work()
-        result = classify_on_ranks() if environment.asked_for(gpus, processes) else classify()
+        environment.report_ready()
+        result = classify_on_ranks() if environment.wants_launch(gpus, processes) else classify()
     result = result_to_print(result)
     if result is not None and as_json and output is not None:
         from samtune import console

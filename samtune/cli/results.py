@@ -132,7 +132,7 @@ def _report_run(run: Path, output: Path, as_json: bool, watch: bool) -> None:
     if watch:
         with suppress(KeyboardInterrupt):
             run_page.follow(run, output, _LOOK, console.note)
-    result, drawn = run_page.publish(run, output)
+    result, drawn = run_page.write_report_page(run, output)
     for warning in run_page.state(run):
         console.warn(warning)
     if as_json:

@@ -52,7 +52,7 @@ def run(
     from samtune import api
 
     with signals.listening() as stop:
-        environment.report_for_work()
+        environment.report_ready()
         result = api.start_or_resume(recipe, flags, resume, allow_change or [], stop, sys.argv[1:])
     mine = result_to_print(result)
     if mine is not None:

@@ -112,7 +112,7 @@ def report_sweep(folder: Path, output: Path, as_json: bool) -> None:
     from samtune import console
     from samtune.sweep import sweep_page, sweep_report, tables
 
-    result = sweep_report.collect(folder)
+    result = sweep_report.build(folder)
     for warning in result["warnings"]:
         console.warn(warning)
     with result_folder(output):

@@ -169,7 +169,7 @@ class Images:
         return places
 
 
-def united(split: Split, first: Images, second: Images) -> Images:
+def concat_images(split: Split, first: Images, second: Images) -> Images:
     """The images of a split whose rows were looked at in two parts: some in the first, the others in the second.
 
     Where the second is of another split, its rows come after those of the first one's.
@@ -207,7 +207,7 @@ class _Look:
     constant: Collection[int]
 
 
-def look_at(
+def decode_into_cache(
     split: Split,
     rows: Indices,
     *,
@@ -468,7 +468,7 @@ def _make_room(root: Path, room: int) -> None:
 # -------------------------------------------------------------------------------------------------- what was looked at
 
 
-def in_both(images: Images, rows: Indices, others: Images, other_rows: Indices) -> int:
+def count_shared_images(images: Images, rows: Indices, others: Images, other_rows: Indices) -> int:
     """How many of the other images are, byte for byte, among these; 0 where they have not been looked at."""
     seen = {images.digest.get(row) for row in rows.tolist()} - {None}
     return sum(others.digest.get(row) in seen for row in other_rows.tolist())
@@ -479,7 +479,7 @@ def of_one_colour(images: Images, rows: Indices) -> list[str]:
     return [images.split.where(row) for row in rows.tolist() if row in images.constant]
 
 
-def bad_among(images: Images, rows: Indices) -> list[dict[str, Any]]:
+def undecodable_rows(images: Images, rows: Indices) -> list[dict[str, Any]]:
     """The rows that cannot be decoded: split, row, where, reason; for an error or a report."""
     return [
         {"split": images.split.name, "row": row, "where": images.split.where(row), "reason": images.bad[row]}
@@ -488,12 +488,12 @@ def bad_among(images: Images, rows: Indices) -> list[dict[str, Any]]:
     ]
 
 
-def without_bad(images: Images, rows: Indices) -> Indices:
+def drop_undecodable(images: Images, rows: Indices) -> Indices:
     """The rows that can be decoded."""
     return rows[~np.isin(rows, list(images.bad))]
 
 
-def refuse(bad: list[dict[str, Any]]) -> None:
+def raise_if_undecodable(bad: list[dict[str, Any]]) -> None:
     """Raise DataError that names bad images, if there are any."""
     if not bad:
         return

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 from samtune.data.split_columns import is_sure_flag, may_tell_splits, names_no_train, role_of_flag, tells_splits
-from samtune.data.split_roles import Wanted
+from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError
 
 Kind = Literal["images", "classes", "text", "number", "list", "other"]
@@ -58,7 +58,7 @@ class Table:
         return [name for name, kind in self.kinds.items() if kind in kinds]
 
 
-def find(dataset: str, table: Table, wanted: Wanted, *, needs_label: bool = True) -> Columns:
+def find(dataset: str, table: Table, wanted: DataSelection, *, needs_label: bool = True) -> Columns:
     """The columns of a table.
 
     Raises UsageError for a flag that names no column, DataError where a column cannot be told; both list what there is.
@@ -83,7 +83,7 @@ def find(dataset: str, table: Table, wanted: Wanted, *, needs_label: bool = True
     return Columns(search.image, search.label or "", tuple(search.splits), search.one_hot, tuple(search.notes()))
 
 
-def find_image(dataset: str, table: Table, wanted: Wanted) -> str:
+def find_image(dataset: str, table: Table, wanted: DataSelection) -> str:
     """The column of images, or of their paths, where labels do not matter: also the only column there is.
 
     By flags, names and kinds: no value is read. Raises as `find` does.
@@ -100,7 +100,7 @@ def find_image(dataset: str, table: Table, wanted: Wanted) -> str:
     return found
 
 
-def _check_wanted(dataset: str, table: Table, wanted: Wanted) -> None:
+def _check_wanted(dataset: str, table: Table, wanted: DataSelection) -> None:
     for flag, key in (
         ("--image-key", wanted.image_key),
         ("--label-key", wanted.label_key),
@@ -122,7 +122,7 @@ def _check_wanted(dataset: str, table: Table, wanted: Wanted) -> None:
         raise DataError(f"column {wanted.image_key} holds no images", mend="name another by --image-key")
 
 
-def _classes_wanted(table: Table, wanted: Wanted) -> tuple[str, ...]:
+def _classes_wanted(table: Table, wanted: DataSelection) -> tuple[str, ...]:
     """The columns that --label-key cat,dog names, each of them a class; () where it names one column."""
     names = tuple((wanted.label_key or "").split(","))
     is_several = wanted.label_key not in table.kinds and len(names) > 1
@@ -132,7 +132,7 @@ def _classes_wanted(table: Table, wanted: Wanted) -> tuple[str, ...]:
 class _Search:
     """Each column is looked for among those that are left over by the search before."""
 
-    def __init__(self, table: Table, wanted: Wanted) -> None:
+    def __init__(self, table: Table, wanted: DataSelection) -> None:
         self.table, self.wanted = table, wanted
         self._indicators: dict[str, bool] = {}
 

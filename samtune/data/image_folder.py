@@ -30,7 +30,7 @@ from samtune.data.formats import (
     unpacking,
 )
 from samtune.data.labels import some
-from samtune.data.split_roles import ROLES, UNLABELLED, Wanted, parse, role_of
+from samtune.data.split_roles import ROLES, UNLABELLED, DataSelection, parse, role_of
 from samtune.errors import DataError
 from samtune.names import readable
 
@@ -112,7 +112,7 @@ class Folder:
 
 
 def read_folder(
-    root: Path, wanted: Wanted, classes: Collection[str] = (), archives: Mapping[str, str] = MappingProxyType({})
+    root: Path, wanted: DataSelection, classes: Collection[str] = (), archives: Mapping[str, str] = MappingProxyType({})
 ) -> FolderSplits:
     """The labelled pictures of a folder; no splits if it holds no pictures.
 
@@ -215,7 +215,7 @@ def _may_add(folder: Folder, archive: str, stem: str) -> bool:
 class _Reader:
     """One reading of a tree: from its layout to splits, from these to classes."""
 
-    def __init__(self, root: Path, tree: Folder, wanted: Wanted, classes: frozenset[str]) -> None:
+    def __init__(self, root: Path, tree: Folder, wanted: DataSelection, classes: frozenset[str]) -> None:
         self.root, self.tree, self.wanted, self.classes = root, tree, wanted, classes
         self.named = {name: role for role, names in wanted.splits.items() for name in names}
         self.found = FolderSplits()

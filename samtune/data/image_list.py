@@ -19,7 +19,7 @@ from samtune.data import columns
 from samtune.data.columns import Columns, Table
 from samtune.data.formats import is_readable
 from samtune.data.split_columns import split_of_rows
-from samtune.data.split_roles import Wanted
+from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError
 from samtune.names import readable
 
@@ -37,7 +37,7 @@ class ListSplits:
     columns: Columns
 
 
-def read_list(path: Path, wanted: Wanted) -> ListSplits:
+def read_list(path: Path, wanted: DataSelection) -> ListSplits:
     """A list with a header (csv) or names of columns (jsonl): a picture's path, its label and perhaps its split.
 
     Columns go by wanted, else by their names; a column of names of splits is noticed whatever its name. Without one all
@@ -85,7 +85,7 @@ def read_list(path: Path, wanted: Wanted) -> ListSplits:
     return ListSplits(splits, [*notes, *more], found)
 
 
-def find_columns(path: Path, wanted: Wanted) -> Columns:
+def find_columns(path: Path, wanted: DataSelection) -> Columns:
     """The columns of pictures, labels and splits of a list. Raises as `read_list` does."""
     return columns.find(str(path), Table.of_lists(read_table(path).values), wanted)
 
@@ -95,7 +95,7 @@ def names_of_columns(path: Path) -> list[str]:
     return list(read_table(path).values)
 
 
-def read_names(path: Path, wanted: Wanted) -> tuple[list[str], list[str]]:
+def read_names(path: Path, wanted: DataSelection) -> tuple[list[str], list[str]]:
     """The files of a list of pictures that need no label, and notes: `find_files` looks for them.
 
     Raises:
@@ -119,7 +119,7 @@ def read_names(path: Path, wanted: Wanted) -> tuple[list[str], list[str]]:
 
 
 def find_files(
-    names: Sequence[str], groups: Sequence[Sequence[int]], folder: Path, wanted: Wanted, dataset: str
+    names: Sequence[str], groups: Sequence[Sequence[int]], folder: Path, wanted: DataSelection, dataset: str
 ) -> tuple[list[str], list[str]]:
     """The files of pictures that a list or table names, and notes.
 
@@ -190,7 +190,7 @@ def _by_ends(
     return None
 
 
-def root_of(wanted: Wanted, folder: Path) -> Path:
+def root_of(wanted: DataSelection, folder: Path) -> Path:
     """Where relative paths are seen from: wanted.image_root, else `folder`. Raises DataError where it is no folder."""
     if wanted.image_root is None:
         return folder
@@ -200,13 +200,13 @@ def root_of(wanted: Wanted, folder: Path) -> Path:
     return root
 
 
-def _suffix(wanted: Wanted) -> str:
+def _suffix(wanted: DataSelection) -> str:
     """What names lack: "jpg" means ".jpg", and "_left.jpg" what it says."""
     suffix = wanted.image_suffix
     return f".{suffix}" if suffix.isalnum() and is_readable(f"a.{suffix}") else suffix
 
 
-def file_of(root: Path, name: str, wanted: Wanted) -> str:
+def file_of(root: Path, name: str, wanted: DataSelection) -> str:
     """The path of a name, with wanted.image_suffix, in the form in which it is there, if it is."""
     name += _suffix(wanted)
     path = os.path.join(root, name)

@@ -18,7 +18,7 @@ from samtune.data import columns, image_list
 from samtune.data.columns import Kind, Table
 from samtune.data.formats import installation, is_readable, is_unreadable
 from samtune.data.image_folder import entries, is_folder, is_passed_over
-from samtune.data.split_roles import Wanted
+from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError, first_line
 from samtune.names import readable
 
@@ -82,7 +82,7 @@ class Inputs:
         return None if None in counts else sum(count for count in counts if count is not None)
 
 
-def find(arguments: Sequence[str], wanted: Wanted, stdin: BinaryIO | None = None) -> Inputs:
+def find(arguments: Sequence[str], wanted: DataSelection, stdin: BinaryIO | None = None) -> Inputs:
     """What the arguments name. Folders are read at any depth, but for what begins with a dot.
 
     wanted: image_key, image_root and image_suffix tell how lists and tables are read. stdin: where "-" reads from.
@@ -111,7 +111,7 @@ def find(arguments: Sequence[str], wanted: Wanted, stdin: BinaryIO | None = None
     return Inputs(places, tuple(dict.fromkeys(notes)))
 
 
-def _place(path: str, wanted: Wanted, notes: list[str]) -> _Place:
+def _place(path: str, wanted: DataSelection, notes: list[str]) -> _Place:
     if os.path.isdir(path):
         return _folder(path, wanted)
     ending = os.path.splitext(path)[1].lower()
@@ -128,14 +128,14 @@ def _place(path: str, wanted: Wanted, notes: list[str]) -> _Place:
     return _table(path, wanted) if ending == ".parquet" else _Files([path])
 
 
-def _table(path: str, wanted: Wanted) -> "_Parquet":
+def _table(path: str, wanted: DataSelection) -> "_Parquet":
     """A parquet file whose footer and column are there."""
     table = _Parquet(Path(path), wanted)
     table.check()
     return table
 
 
-def _folder(path: str, wanted: Wanted) -> _Place:
+def _folder(path: str, wanted: DataSelection) -> _Place:
     """The pictures of a folder; where it holds none, those of its parquet files."""
     folder = _Folder(path)
     if next(iter(folder), None) is not None:
@@ -218,7 +218,7 @@ class _Parquet:
     """
 
     path: Path
-    wanted: Wanted
+    wanted: DataSelection
 
     def __iter__(self) -> Iterator[Input]:
         column = self._column

@@ -11,7 +11,7 @@ from samtune.data import columns, image_list
 from samtune.data.columns import Columns
 from samtune.data.image_list import ListSplits
 from samtune.data.labels import some
-from samtune.data.split_roles import ROLES, Wanted, parse, role_of
+from samtune.data.split_roles import ROLES, DataSelection, parse, role_of
 from samtune.errors import DataError, UsageError
 from samtune.names import readable
 
@@ -28,7 +28,7 @@ _OF_LISTS = {
 }
 
 
-def read_lists(root: Path, wanted: Wanted) -> ListSplits | None:
+def read_lists(root: Path, wanted: DataSelection) -> ListSplits | None:
     """The splits of which lists right in the folder tell the pictures and labels; None without a list of train.
 
     Each list is the split of its name; one without the labels that train has is left out, with a note. A picture is
@@ -69,7 +69,7 @@ def read_lists(root: Path, wanted: Wanted) -> ListSplits | None:
     return ListSplits(splits, [note, *notes], train.columns)
 
 
-def read_metadata(path: Path, wanted: Wanted) -> ListSplits | None:
+def read_metadata(path: Path, wanted: DataSelection) -> ListSplits | None:
     """The splits of a metadata file of several: train/0.png is a row of train, unless a column tells the splits.
 
     None where its paths begin with no folder of a split, and for a table, which `datasets` reads.
@@ -94,14 +94,14 @@ def read_metadata(path: Path, wanted: Wanted) -> ListSplits | None:
     return replace(listed, splits=splits)
 
 
-def labelled(root: Path, wanted: Wanted | None = None) -> list[Path]:
+def labelled(root: Path, wanted: DataSelection | None = None) -> list[Path]:
     """The lists of a folder that have columns of pictures and of labels; that of train first, of test last.
 
     A form for answers is none of them: its labels are examples. Where any column may be the labels, the list comes
     after those that call one so.
     """
     lists = [path for path in _lists(root, (".parquet",)) if _role(path) != "answers"]
-    by_path = {path: _columns_of(path, wanted or Wanted()) for path in lists}
+    by_path = {path: _columns_of(path, wanted or DataSelection()) for path in lists}
     found = {path: columns_of for path, columns_of in by_path.items() if columns_of is not None}
     order = ["train", "", "validation", "test"]
 
@@ -171,7 +171,7 @@ def _pictures_of(
         for form in {name, os.path.splitext(name)[0]}:
             by_name.setdefault(form, []).append(picture)
     try:
-        first = [columns.find_image(str(path), columns.Table.of_lists(values), Wanted())]
+        first = [columns.find_image(str(path), columns.Table.of_lists(values), DataSelection())]
     except DataError:
         first = []
     for column in dict.fromkeys([*first, *values]):
@@ -239,7 +239,7 @@ def _role(path: Path) -> str:
     return role if role in ROLES else ""
 
 
-def _columns_of(path: Path, wanted: Wanted) -> Columns | None:
+def _columns_of(path: Path, wanted: DataSelection) -> Columns | None:
     try:
         if path.suffix.lower() == ".parquet":
             return columns.find(str(path), columns.Table.of_lists(_read_columns(path)), wanted)
@@ -252,7 +252,7 @@ def _label_columns(found: Columns) -> tuple[str, ...]:
     return found.one_hot or (found.label,)
 
 
-def _read(path: Path, role: str, root: Path, wanted: Wanted) -> ListSplits:
+def _read(path: Path, role: str, root: Path, wanted: DataSelection) -> ListSplits:
     folders = [entry for entry in os.scandir(root) if entry.is_dir() and role_of(entry.name) == role]
     if len(folders) == 1 and wanted.image_root is None:
         try:

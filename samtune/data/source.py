@@ -23,7 +23,7 @@ from samtune.data.formats import archive_ending, is_readable, unpacking
 from samtune.data.image_folder import FolderSplits
 from samtune.data.image_list import ListSplits
 from samtune.data.labels import Classified, Labels
-from samtune.data.split_roles import ROLES, Wanted, role_of
+from samtune.data.split_roles import ROLES, DataSelection, role_of
 from samtune.data.tables import RawSplits
 from samtune.errors import DataError, UsageError
 from samtune.names import readable
@@ -71,7 +71,7 @@ class Split:
         return f"image {row} of split {self.name}" + (f" ({path})" if path else "")
 
 
-def united(first: Split, second: Split) -> Split:
+def concat_splits(first: Split, second: Split) -> Split:
     """The rows of one split, then those of the other."""
     images = joined([first.images, second.images])
     unknown = Counter(first.unknown) + Counter(second.unknown)
@@ -79,7 +79,7 @@ def united(first: Split, second: Split) -> Split:
 
 
 @dataclass(frozen=True)
-class Source:
+class LabelledDataset:
     """A data set as it was found: its name, where it came from, its classes in the order of the labels, its splits.
 
     splits: by role (train, validation, test) or by their own names. parts: role -> what the data set calls it.
@@ -171,7 +171,9 @@ def _is_hub_id(dataset: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
-def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[str] | None = None) -> Source:
+def open_source(
+    dataset: str, wanted: DataSelection | None = None, classes: Sequence[str] | None = None
+) -> LabelledDataset:
     """Read a data set's table of contents (labels, classes, splits); pictures stay on disk.
 
     wanted: columns and splits by name; by default they are found. A split whose labels are all hidden is left out, with
@@ -183,7 +185,7 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
         UsageError: a wanted column or split is not there, or a test split shall be validation.
         ModelError: the hub cannot be reached and its cache does not hold the data set.
     """
-    wanted = wanted or Wanted()
+    wanted = wanted or DataSelection()
     found = locate(dataset)
     _, config = split_config(dataset)
     wanted = replace(wanted, dataset_config=wanted.dataset_config or config)
@@ -233,11 +235,11 @@ def open_source(dataset: str, wanted: Wanted | None = None, classes: Sequence[st
     notes += [] if row.splits else _roles_told(parts, wanted)
     notes += repeats.shared(raw, parts) if classes is None else []
     title = f"{row.name}:{config}" if config else row.name
-    return Source(title, origin, names, splits, {role: parts[role] for role in splits}, tuple(notes))
+    return LabelledDataset(title, origin, names, splits, {role: parts[role] for role in splits}, tuple(notes))
 
 
 def _read_path(
-    path: Path, origin: str, wanted: Wanted, train: Sequence[str], classes: Sequence[str]
+    path: Path, origin: str, wanted: DataSelection, train: Sequence[str], classes: Sequence[str]
 ) -> tuple[RawSplits, list[str]]:
     """The splits of a folder or a list, under the names that they have there; and notes on how they were read."""
     if path.is_file() and path.suffix.lower() in image_list.LISTS:
@@ -270,7 +272,7 @@ def _read_path(
     return raw, [*notes, *more, *(_beside_tables(path, raw) if path.is_dir() else [])]
 
 
-def _read_folder(path: Path, wanted: Wanted, classes: Sequence[str]) -> FolderSplits | ListSplits:
+def _read_folder(path: Path, wanted: DataSelection, classes: Sequence[str]) -> FolderSplits | ListSplits:
     """The pictures of a folder; by the lists in it where its folders tell no two classes."""
     try:
         found = _read_pictures(path, wanted, classes)
@@ -293,7 +295,7 @@ def _read_folder(path: Path, wanted: Wanted, classes: Sequence[str]) -> FolderSp
     return found
 
 
-def _read_pictures(path: Path, wanted: Wanted, classes: Sequence[str]) -> FolderSplits:
+def _read_pictures(path: Path, wanted: DataSelection, classes: Sequence[str]) -> FolderSplits:
     """The pictures of a folder; those in its archives where no folder has any. A logo may lie beside them."""
     alone = None
     try:
@@ -310,7 +312,7 @@ def _read_pictures(path: Path, wanted: Wanted, classes: Sequence[str]) -> Folder
     return found
 
 
-def _read_lists(path: Path, wanted: Wanted) -> ListSplits | None:
+def _read_lists(path: Path, wanted: DataSelection) -> ListSplits | None:
     """By the lists in a folder, whose pictures may still be packed."""
     try:
         return listed_folder.read_lists(path, wanted)
@@ -340,7 +342,7 @@ def _beside_tables(path: Path, splits: Collection[str]) -> list[str]:
 
 
 def _read_row(
-    row: Dataset, wanted: Wanted, train: Sequence[str], classes: Sequence[str]
+    row: Dataset, wanted: DataSelection, train: Sequence[str], classes: Sequence[str]
 ) -> tuple[RawSplits, list[str]]:
     """The splits of a named data set, or of one on the hub."""
     wanted = replace(
@@ -359,7 +361,7 @@ def _read_row(
     )
 
 
-def _are_beside_classes(metadata: Sequence[Path], path: Path, wanted: Wanted) -> bool:
+def _are_beside_classes(metadata: Sequence[Path], path: Path, wanted: DataSelection) -> bool:
     """Whether files that might tell the labels do not, while folders do: then they say more of the pictures."""
     if wanted.label_key or any(columns.has_label(tables.names_of_columns(file)) for file in metadata):
         return False
@@ -370,7 +372,7 @@ def _are_beside_classes(metadata: Sequence[Path], path: Path, wanted: Wanted) ->
     return any(len(set(labels)) > 1 for _, labels in found.splits.values())
 
 
-def _refuse_columns(origin: str, wanted: Wanted) -> None:
+def _refuse_columns(origin: str, wanted: DataSelection) -> None:
     """Raise UsageError for a column that was asked for, of a folder that has pictures and no table."""
     for flag, key in (("image", wanted.image_key), ("label", wanted.label_key), ("split", wanted.split_key)):
         if key not in (None, flag):
@@ -403,7 +405,7 @@ def _check_labels(raw: Labels, found: Classified, split: str, classes: Sequence[
         raise labels.no_class(raw, found, split, classes, missing_is_wrong=missing_is_wrong)
 
 
-def _roles_told(parts: Mapping[str, Sequence[str]], wanted: Wanted) -> list[str]:
+def _roles_told(parts: Mapping[str, Sequence[str]], wanted: DataSelection) -> list[str]:
     """Notes on the splits whose role neither their names nor a flag make plain."""
     asked = {name for names in wanted.splits.values() for name in names}
     return [

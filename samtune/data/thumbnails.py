@@ -9,7 +9,7 @@ from PIL import Image
 from samtune.config.run_config import RunConfig
 from samtune.data.decode import PLAIN, DecodeRule, decode_pixels
 from samtune.data.source import Split
-from samtune.data.splits import Indices, open_parts
+from samtune.data.splits import Indices, open_run_splits
 from samtune.errors import DataError
 
 _SIDE = 112  # pixels of the longer side, at most
@@ -18,7 +18,7 @@ _LOSSLESS = 64  # up to this side a picture stays as it is: blurred digits are n
 
 def open_splits(config: RunConfig) -> dict[str, Split | None]:
     """What a run chose on and what it scored, "val" and "test". Raises what `open_parts` raises."""
-    parts = open_parts(config)
+    parts = open_run_splits(config)
     return {"val": parts.val, "test": parts.test}
 
 

@@ -58,16 +58,16 @@ _turns = itertools.count()
 # -------------------------------------------------------------------------------------------------------- who is there
 
 
-def join(device: torch.device) -> None:
+def init(device: torch.device) -> None:
     """Become one of the ranks that a launcher has started; in a process that is alone there is nothing to do.
 
     Raises MachineError where the others do not come.
     """
-    here = environment.place()
+    here = environment.rank_info()
     if here is None or dist.is_initialized():
         return
     if os.environ.get(_AGENTS_STORE) != "True":
-        mend = f"; or, if there are no other ranks, run {environment.alone()}"
+        mend = f"; or, if there are no other ranks, run {environment.command_without_launcher()}"
         environment.check_host("MASTER_ADDR=", os.environ["MASTER_ADDR"], mend)
     meeting = _Meeting(here, device)
     meeting.start()
@@ -77,9 +77,9 @@ def join(device: torch.device) -> None:
             warned_at = math.inf
             console.warn(
                 f"rank {here.rank} of {here.world_size} waits for {_words(meeting.missing())}\n"
-                f"  why:  {environment.origin()} says that this process is one of {here.world_size}\n"
+                f"  why:  {environment.launcher_variables()} says that this process is one of {here.world_size}\n"
                 "  mend: start the same command for all ranks at about the same time; or, if there are no others, stop "
-                f"this one and run {environment.alone()}",
+                f"this one and run {environment.command_without_launcher()}",
                 on_any_rank=True,
             )
     if meeting.error is not None:
@@ -95,7 +95,7 @@ def join(device: torch.device) -> None:
 class _Meeting(threading.Thread):
     """The ranks meet: at a store of the first one, or of torch's agent, if that has started them."""
 
-    def __init__(self, here: environment.Place, device: torch.device) -> None:
+    def __init__(self, here: environment.RankInfo, device: torch.device) -> None:
         super().__init__(name="meeting", daemon=True)
         self._here, self._device = here, device
         self._store: Any = None  # torch.distributed.Store
@@ -139,25 +139,25 @@ def _words(missing: Sequence[int]) -> str:
     return f"rank{'s' if len(missing) > 1 else ''} {some}" if missing else "the others"
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Not to be called where another rank may be lost: it would wait for it."""
-    if in_use():
+    if is_initialized():
         dist.destroy_process_group()
 
 
-def in_use() -> bool:
+def is_initialized() -> bool:
     """Whether this process has joined others."""
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size(group: Group = None) -> int:
     """Ranks of a group, 1 where torch.distributed is not in use."""
-    return dist.get_world_size(group) if in_use() else 1
+    return dist.get_world_size(group) if is_initialized() else 1
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether each rank has a part of the model alone (samtune.distributed.fsdp)."""
-    if not in_use():
+    if not is_initialized():
         return False
     from torch.distributed.tensor import DTensor
 
@@ -179,29 +179,29 @@ def world() -> World:
 
 def local_world_size() -> int:
     """Ranks that share this machine."""
-    here = environment.place()
-    return here.local_world_size if here is not None and in_use() else 1
+    here = environment.rank_info()
+    return here.local_world_size if here is not None and is_initialized() else 1
 
 
 def rank(group: Group = None) -> int:
     """The place of this process in the group, 0 where it is alone."""
-    return dist.get_rank(group) if in_use() else 0
+    return dist.get_rank(group) if is_initialized() else 0
 
 
-def subgroup(size: int) -> dist.ProcessGroup:
+def new_subgroup(size: int) -> dist.ProcessGroup:
     """The group of this rank, of so many that follow each other. All ranks call it; size divides their number."""
     group: dist.ProcessGroup = dist.new_subgroups(size)[0]
     return group
 
 
 @contextmanager
-def losses_named() -> Iterator[None]:
+def connection_errors() -> Iterator[None]:
     """Turn the errors by which torch notices that another rank is gone into WorkerLost."""
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
         is_loss = isinstance(error, dist.DistError) or any(said in str(error) for said in _SAID_OF_A_LOSS)
-        if not (in_use() and is_loss):
+        if not (is_initialized() and is_loss):
             raise
         raise WorkerLost(
             ORPHANED if environment.is_orphan() else LOST,
@@ -213,7 +213,7 @@ def losses_named() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- words and decisions
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """What make() returns on rank 0, on all ranks; a SamtuneError of it is raised on all of them, too."""
     if world_size() == 1:
         return make()
@@ -230,7 +230,7 @@ def from_first(make: Callable[[], T]) -> T:
     return made
 
 
-def from_all(content: T) -> list[T]:
+def all_gather_object(content: T) -> list[T]:
     """What each rank has, in order of the ranks."""
     if world_size() == 1:
         return [content]
@@ -239,29 +239,29 @@ def from_all(content: T) -> list[T]:
     return found
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """No rank passes before all have come here."""
-    any_rank(False)
+    any_rank_true(False)
 
 
-def draw_apart(seed: int, step: int) -> None:
+def seed_this_rank(seed: int, step: int) -> None:
     """Ranks draw masks of their own, which follow from (seed, step, rank): a checkpoint need not have them."""
     if world_size() > 1:
         torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0]))
 
 
-def any_rank(*flags: bool) -> list[bool]:
+def any_rank_true(*flags: bool) -> list[bool]:
     """Of each flag, whether it is set on any rank. All ranks wait for each other here."""
     if world_size() == 1:
         return list(flags)
-    decided = sum_over_ranks(torch.tensor(flags, dtype=torch.int32))
+    decided = all_reduce_sum(torch.tensor(flags, dtype=torch.int32))
     return [count > 0 for count in decided.tolist()]
 
 
 @contextmanager
-def first_of_machine() -> Iterator[None]:
+def local_main_process_first() -> Iterator[None]:
     """One rank of each machine does the block before the others: what it downloads or decodes, they find there."""
-    here = environment.place()
+    here = environment.rank_info()
     if here is None or world_size() == 1 or here.local_world_size == 1:
         yield
         return
@@ -280,7 +280,7 @@ def first_of_machine() -> Iterator[None]:
             store.set(key, outcome)
 
 
-def absent_ranks(patience: float) -> list[int]:
+def find_absent_ranks(patience: float) -> list[int]:
     """For a rank that waits too long: those that do not wait as it does, or do not answer within so many seconds.
 
     Each rank tells how many reductions it has begun. Who has begun the fewest is who the others wait for.
@@ -300,7 +300,7 @@ def absent_ranks(patience: float) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------- reductions
 
 
-def sum_over_ranks(tensor: torch.Tensor, group: Group = None) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor, group: Group = None) -> torch.Tensor:
     """The sum over the group's ranks, the same on each of them, in place."""
     if world_size(group) > 1:
         traffic.count(tensor)
@@ -308,15 +308,15 @@ def sum_over_ranks(tensor: torch.Tensor, group: Group = None) -> torch.Tensor:
     return tensor
 
 
-def sum_lists_over_ranks(tensors: list[torch.Tensor], group: Group = None) -> list[torch.Tensor]:
+def all_reduce_sum_lists(tensors: list[torch.Tensor], group: Group = None) -> list[torch.Tensor]:
     """The sum of each tensor over the group's ranks, in a single reduction; all of one dtype."""
     if world_size(group) == 1:
         return tensors
-    flat = sum_over_ranks(torch._utils._flatten_dense_tensors(tensors), group)
+    flat = all_reduce_sum(torch._utils._flatten_dense_tensors(tensors), group)
     return list(torch._utils._unflatten_dense_tensors(flat, tensors))
 
 
-def gathered(values: torch.Tensor, group: Group = None) -> torch.Tensor:
+def all_gather(values: torch.Tensor, group: Group = None) -> torch.Tensor:
     """A few numbers of each rank of the group, the same on all of them: values (...) -> (ranks, ...)."""
     if world_size(group) == 1:
         return values[None]
@@ -371,15 +371,15 @@ class DataParallel(DistributedDataParallel):
         for future in self._buckets.begun:
             future.wait()
         for bucket in self.reducer._get_zeros_like_grad_buckets()[len(self._buckets.begun) :]:
-            sum_over_ranks(bucket.buffer().fill_(math.nan))
+            all_reduce_sum(bucket.buffer().fill_(math.nan))
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model, wrapped so that its gradients become their mean over the ranks; in a process that is alone, itself."""
-    return DataParallel(model, device) if in_use() else model
+    return DataParallel(model, device) if is_initialized() else model
 
 
-def wrapped_anew(model: nn.Module) -> nn.Module:
+def rewrap(model: nn.Module) -> nn.Module:
     """A wrapper whose reductions were cut off is replaced, on all ranks; any other model stays."""
     if not isinstance(model, DataParallel):
         return model

@@ -51,9 +51,9 @@ def no_gpu() -> str:
     return f"torch is built for CUDA {built}, and no driver answers" if built else "torch is built without CUDA"
 
 
-def pick(gpus: str = "auto", processes: int | None = None) -> torch.device:
+def select_device(gpus: str = "auto", processes: int | None = None) -> torch.device:
     """The device of this rank: its GPU of those that are asked for, else the CPU."""
-    here = environment.place()
+    here = environment.rank_info()
     if processes is not None or gpus == "0":
         return torch.device("cpu")
     if gpus == "auto" and here is not None and torch.cuda.is_available():  # whoever launched the ranks has chosen
@@ -125,7 +125,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in said and "memory" in said
 
 
-def halved_until_it_fits(attempt: Callable[[int], T], at_once: int, shape: Sequence[int]) -> T:
+def retry_with_smaller_batch(attempt: Callable[[int], T], at_once: int, shape: Sequence[int]) -> T:
     """What `attempt(at_once)` returns; while memory runs out, it is called again with half as many images at once.
 
     attempt: leaves nothing behind when it fails, and may be called again. shape: of an image, for the error.
@@ -158,7 +158,7 @@ def free_memory() -> None:
 
 
 @contextmanager
-def room_for(what: str) -> Iterator[None]:
+def oom_as_user_error(what: str) -> Iterator[None]:
     """Turn the device's out-of-memory error into OutOfMemory that names what did not fit."""
     try:
         yield
@@ -170,7 +170,7 @@ def room_for(what: str) -> Iterator[None]:
         ) from None
 
 
-def cores() -> int:
+def available_cpus() -> int:
     """Processor cores that this process may use, as Slurm or taskset granted them."""
     return len(os.sched_getaffinity(0))
 

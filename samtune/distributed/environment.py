@@ -27,7 +27,7 @@ _PORTS = range(20_000, 30_000)  # one of them for each Slurm job
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """A rank's place among all. machine: number of the machine, from 0; local: among the ranks of this machine."""
 
     rank: int
@@ -38,7 +38,7 @@ class Place:
 
 
 @cache
-def place() -> Place | None:
+def rank_info() -> RankInfo | None:
     """The place of this process; None where it is alone. Slurm's variables are translated into torch.distributed's.
 
     Raises UsageError that names a variable which cannot be meant.
@@ -52,7 +52,7 @@ def place() -> Place | None:
     _number("MASTER_PORT", 0, 2**16 - 1)
     local_world_size = _number("LOCAL_WORLD_SIZE", 1, world_size, default=world_size)
     local_rank = _number("LOCAL_RANK", 0, local_world_size - 1, default=rank)
-    return Place(rank, world_size, local_rank, local_world_size, _number("GROUP_RANK", 0, _MOST, default=0))
+    return RankInfo(rank, world_size, local_rank, local_world_size, _number("GROUP_RANK", 0, _MOST, default=0))
 
 
 def _number(name: str, low: int, high: int, default: int | None = None) -> int:
@@ -65,7 +65,7 @@ def _number(name: str, low: int, high: int, default: int | None = None) -> int:
         raise UsageError(
             f"{name}={text} in the environment" if text is not None else f"the environment has no {name}",
             f"it tells a rank its place among all, and must be {allowed}",
-            f"set it as a launcher would; or, if there is none, run {alone()}",
+            f"set it as a launcher would; or, if there is none, run {command_without_launcher()}",
         )
     return int(text)
 
@@ -116,46 +116,48 @@ def check_host(given: str, host: str, mend: str = "") -> None:
             return
 
 
-def asked_for(gpus: str, processes: int | None, nnodes: int = 1) -> bool:
+def wants_launch(gpus: str, processes: int | None, nnodes: int = 1) -> bool:
     """Whether this process shall launch ranks, and not be one: that a single GPU comes of it is not ruled out."""
-    return place() is None and (nnodes > 1 or (processes or 1) > 1 or (processes is None and gpus not in ("auto", "0")))
+    return rank_info() is None and (
+        nnodes > 1 or (processes or 1) > 1 or (processes is None and gpus not in ("auto", "0"))
+    )
 
 
 def check_processes(processes: int | None) -> None:
     """Raise UsageError for --processes in a rank of another launcher, which has started another number."""
-    here = place()
-    if here is not None and folder() is None and processes not in (None, here.local_world_size):
+    here = rank_info()
+    if here is not None and status_folder() is None and processes not in (None, here.local_world_size):
         raise UsageError(
             f"--processes {processes} in one of {here.local_world_size} ranks",
-            f"{origin()} says that a launcher has started them",
-            f"leave --processes out; or, if there is no launcher, run {alone()}",
+            f"{launcher_variables()} says that a launcher has started them",
+            f"leave --processes out; or, if there is no launcher, run {command_without_launcher()}",
         )
 
 
-def origin() -> str:
+def launcher_variables() -> str:
     """The variables that make this process a rank."""
     if os.environ.get("SLURM_STEP_NUM_TASKS") == os.environ["WORLD_SIZE"]:
         return f"SLURM_STEP_NUM_TASKS={os.environ['WORLD_SIZE']}"
     return f"RANK={os.environ['RANK']} WORLD_SIZE={os.environ['WORLD_SIZE']}"
 
 
-def alone() -> str:
+def command_without_launcher() -> str:
     """What lets the command run as if there were no launcher."""
-    by_slurm = "WORLD_SIZE" not in os.environ or origin().startswith("SLURM")
+    by_slurm = "WORLD_SIZE" not in os.environ or launcher_variables().startswith("SLURM")
     names = ("SLURM_STEP_NUM_TASKS",) if by_slurm else ("RANK", "WORLD_SIZE")
     return f"env {' '.join(f'-u {name}' for name in names)} samtune ..."
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this process speaks and writes for all: rank 0, the only one, or one whose place cannot be meant."""
     try:
-        here = place()
+        here = rank_info()
     except UsageError:
         return True
     return here is None or here.rank == 0
 
 
-def restarts() -> int:
+def restart_count() -> int:
     """How often the launcher has started the ranks again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
@@ -164,12 +166,12 @@ _launcher: int | None = None  # its process
 _last_words: list[Callable[[], None]] = []
 
 
-def before_an_orphan_ends(say_so: Callable[[], None]) -> None:
+def on_launcher_loss(say_so: Callable[[], None]) -> None:
     """Have this done if the launcher is gone, and this rank ends for that."""
     _last_words.append(say_so)
 
 
-def end_with_the_launcher() -> None:
+def exit_with_launcher() -> None:
     """From now on, this rank ends within a second after its launcher, ours or torchrun, whatever it is doing."""
     global _launcher
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -197,7 +199,7 @@ def is_orphan() -> bool:
 
 
 @dataclass(frozen=True)
-class Word:
+class RankStatus:
     """What a rank tells its launcher. exit_code: None while it is at work. result: what rank 0 has to print.
 
     attempt: what the ranks have in common that were started together, and no others.
@@ -223,50 +225,50 @@ class Word:
         return self.exit_code not in none and (self.exit_code or 0) < 128
 
 
-def folder() -> Path | None:
+def status_folder() -> Path | None:
     """Where a rank of our own launcher leaves its words; None for all other processes."""
     given = os.environ.get(FOLDER)
-    return Path(given) if given and place() is not None else None
+    return Path(given) if given and rank_info() is not None else None
 
 
-def report_for_work() -> None:
+def report_ready() -> None:
     """Tell the launcher that this rank is there, and hears signals from now on. In other processes it does nothing."""
-    if folder() is not None:
-        say(None)
+    if status_folder() is not None:
+        write_status(None)
 
 
-def say(
+def write_status(
     exit_code: int | None, error: SamtuneError | Stopped | None = None, result: Mapping[str, Any] | None = None
 ) -> None:
     """Tell the launcher that this rank is at work (None), or how it ended."""
-    there, here = folder(), place()
+    there, here = status_folder(), rank_info()
     assert there is not None
     assert here is not None
     words = (error.what, error.why, error.mend) if isinstance(error, SamtuneError) else (str(error or ""), "", "")
     attempt = os.environ["MASTER_PORT"]  # our launcher has another one for each
-    word = Word(here.rank, os.getpid(), attempt, exit_code, *words, time.time(), result)
+    word = RankStatus(here.rank, os.getpid(), attempt, exit_code, *words, time.time(), result)
     part = there / f".{here.rank}"
     part.write_text(json.dumps(asdict(word)), encoding="utf-8")
     part.replace(there / f"{here.rank}.json")
 
 
-def over() -> int | None:
+def exit_code_of_launch() -> int | None:
     """The exit code of a launch that is over, for a rank that is started all the same; None if there is work to do."""
-    there = folder()
+    there = status_folder()
     if there is None:
         return None
     if (there / "over").exists():
         return int((there / "over").read_text(encoding="utf-8"))
-    return next((word.exit_code for word in _all_words(there) if word.is_cause), None)
+    return next((word.exit_code for word in _all_statuses(there) if word.is_cause), None)
 
 
-def words(there: Path) -> dict[int, Word]:
+def read_statuses(there: Path) -> dict[int, RankStatus]:
     """What the ranks of this machine have said, by rank; of those that were started last."""
-    said = _all_words(there)
+    said = _all_statuses(there)
     latest = max(said, key=lambda word: word.time).attempt if said else ""
     return {word.rank: word for word in said if word.attempt == latest}
 
 
-def _all_words(there: Path) -> list[Word]:
-    said = (Word(**json.loads(path.read_text(encoding="utf-8"))) for path in there.glob("[0-9]*.json"))
+def _all_statuses(there: Path) -> list[RankStatus]:
+    said = (RankStatus(**json.loads(path.read_text(encoding="utf-8"))) for path in there.glob("[0-9]*.json"))
     return sorted(said, key=lambda word: word.rank)

@@ -114,7 +114,7 @@ class Shards:
     def total_norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The L2 norm over all tensors together, () , with the same bits on all ranks."""
         here = nn.utils.get_total_norm(_parts(tensors))
-        norm: torch.Tensor = torch.linalg.vector_norm(collectives.gathered(here, self.group))
+        norm: torch.Tensor = torch.linalg.vector_norm(collectives.all_gather(here, self.group))
         return norm
 
     def average_over_replicas(self, on: bool) -> None:
@@ -130,7 +130,7 @@ class Shards:
         pieces, pieces are larger.
         """
         here = torch.tensor([math.ceil(n / size), -n], device=device)
-        needed, minus_least = collectives.gathered(here).amax(0).tolist()
+        needed, minus_least = collectives.all_gather(here).amax(0).tolist()
         return int(min(needed, -minus_least))
 
     @contextmanager
@@ -179,7 +179,7 @@ def _mean_over(replicas: dist.ProcessGroup | None) -> Callable[[torch.Tensor], N
         if grad.is_cuda:  # before torch 2.15 nothing else holds it until this stream has added it to `.grad`
             grad.record_stream(torch.cuda.current_stream(grad.device))
         if replicas is not None:
-            collectives.sum_over_ranks(grad, replicas).div_(collectives.world_size(replicas))
+            collectives.all_reduce_sum(grad, replicas).div_(collectives.world_size(replicas))
 
     return mean
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from samtune import console
 from samtune.distributed import device, environment
-from samtune.distributed.environment import Word
+from samtune.distributed.environment import RankStatus
 from samtune.distributed.signals import StopRequest
 from samtune.errors import MachineError, SamtuneError, Stopped, WorkerLost, first_line
 
@@ -33,7 +33,7 @@ _MEND = "go on with --resume; --max-restarts lets all ranks begin again by thems
 
 
 @dataclass(frozen=True)
-class Fleet:
+class LaunchSpec:
     """Which processes to start: so many ranks here, and as many on each of the other machines.
 
     endpoint: "host:port" where the machines meet; the one of node_rank 0 listens there. None with one machine alone,
@@ -47,14 +47,14 @@ class Fleet:
     max_restarts: int = 0
 
 
-def ranks_here(gpus: str, processes: int | None) -> int:
+def local_rank_count(gpus: str, processes: int | None) -> int:
     """How many ranks this machine has. Raises MachineError where it has no such GPUs."""
     if processes is not None or gpus in ("auto", "0"):
         return processes or 1
     return len(device.gpu_numbers(gpus))
 
 
-def launch(arguments: Sequence[str], fleet: Fleet, stop: StopRequest) -> Mapping[str, Any] | None:
+def launch(arguments: Sequence[str], fleet: LaunchSpec, stop: StopRequest) -> Mapping[str, Any] | None:
     """Run the command with these arguments on all ranks; what rank 0 has to print, None if it is on another machine.
 
     The first signal is handed on, and the ranks end after their step; the second one ends them at once.
@@ -77,7 +77,7 @@ def launch(arguments: Sequence[str], fleet: Fleet, stop: StopRequest) -> Mapping
         except BaseException as error:
             _give_up(folder, error, agent)
             raise
-        said = environment.words(folder)
+        said = environment.read_statuses(folder)
         cause = _cause(said, agent.error, watch)
         if isinstance(cause, Stopped | WorkerLost) and stop.by is not None:  # they ended as they were asked to
             stop.saved = isinstance(cause, Stopped) and cause.exit_code == Stopped.SAVED
@@ -87,7 +87,7 @@ def launch(arguments: Sequence[str], fleet: Fleet, stop: StopRequest) -> Mapping
         return said[0].result if 0 in said else None
 
 
-def _set_environment(folder: Path, fleet: Fleet) -> None:
+def _set_environment(folder: Path, fleet: LaunchSpec) -> None:
     """What all ranks inherit."""
     os.environ[environment.FOLDER] = str(folder)
     os.environ[environment.LAUNCHER] = str(os.getpid())
@@ -95,7 +95,7 @@ def _set_environment(folder: Path, fleet: Fleet) -> None:
     # Ranks that begin again meet at another port: at the old one they would find addresses of those that are gone.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # Ranks that compete for the same cores, each with a thread for every one of them, slow each other twentyfold.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, device.cores() // fleet.ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, device.available_cpus() // fleet.ranks)))
     if fleet.nnodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no network is needed, nor a host name that means something
 
@@ -103,7 +103,7 @@ def _set_environment(folder: Path, fleet: Fleet) -> None:
 class _Agent(threading.Thread):
     """torch's elastic agent, in a thread of its own, so that signals remain ours."""
 
-    def __init__(self, command: Sequence[str], folder: Path, fleet: Fleet) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, fleet: LaunchSpec) -> None:
         super().__init__(name="agent", daemon=True)
         self._command, self._folder, self._fleet = command, folder, fleet
         self.error: Exception | None = None
@@ -153,7 +153,7 @@ def _own_address(endpoint: str | None) -> str | None:
 class _Watch:
     """What the launcher does while the ranks are at work: it hands signals on, and ends those that do not notice."""
 
-    def __init__(self, folder: Path, fleet: Fleet, stop: StopRequest) -> None:
+    def __init__(self, folder: Path, fleet: LaunchSpec, stop: StopRequest) -> None:
         self._folder, self._fleet, self._stop = folder, fleet, stop
         self._handed_on = False
         self._attempt = ""
@@ -163,7 +163,7 @@ class _Watch:
         self._warned_at = time.monotonic() + _WARNED_AFTER
 
     def look(self) -> None:
-        said = environment.words(self._folder)
+        said = environment.read_statuses(self._folder)
         if self._stop.by is not None and not self._handed_on:
             if not said and self._fleet.nnodes > 1:
                 self._stop.end()  # no rank has begun; the other machines may never come
@@ -201,7 +201,7 @@ class _Watch:
             _send(left, signal.SIGKILL)
 
 
-def _has_failed(word: Word) -> bool:
+def _has_failed(word: RankStatus) -> bool:
     if word.exit_code is None:
         return not _is_alive(word.pid)
     return word.exit_code not in (0, Stopped.SAVED)
@@ -215,7 +215,7 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _send(said: Iterable[Word], number: signal.Signals) -> None:
+def _send(said: Iterable[RankStatus], number: signal.Signals) -> None:
     for word in said:
         with suppress(ProcessLookupError):
             os.kill(word.pid, number)
@@ -227,12 +227,12 @@ def _give_up(folder: Path, error: BaseException, agent: _Agent) -> None:
     (folder / "over").write_text(str(code), encoding="utf-8")
     deadline = time.monotonic() + _GRACE
     while True:
-        _send(environment.words(folder).values(), signal.SIGKILL)
+        _send(environment.read_statuses(folder).values(), signal.SIGKILL)
         if agent.ended.wait(_LOOK) or time.monotonic() > deadline:
             return
 
 
-def _cause(said: Mapping[int, Word], failure: Exception | None, watch: _Watch) -> SamtuneError | Stopped | None:
+def _cause(said: Mapping[int, RankStatus], failure: Exception | None, watch: _Watch) -> SamtuneError | Stopped | None:
     """What ended the launch; None if nothing did."""
     stopped = [word for word in said.values() if word.exit_code is not None and word.exit_code >= Stopped.SAVED]
     if failure is None and not stopped:
@@ -278,7 +278,7 @@ def _ended(failure: Exception | None) -> dict[int, tuple[int, int]]:
     return {rank: (found.pid, found.exitcode) for rank, found in sorted(failure.failures.items())}
 
 
-def _error(word: Word, said: Mapping[int, Word]) -> SamtuneError:
+def _error(word: RankStatus, said: Mapping[int, RankStatus]) -> SamtuneError:
     is_named = word.what.startswith("rank ") or any(w.what == word.what for w in said.values() if w is not word)
     error = SamtuneError(word.what if is_named else f"rank {word.rank}: {word.what}", word.why, word.mend)
     assert word.exit_code is not None

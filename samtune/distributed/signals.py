@@ -66,7 +66,7 @@ class StopRequest:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         # A rank hears what its launcher hands on, besides what was sent to the whole group of processes: that is one.
-        is_second = self.by is not None and (environment.folder() is None or self.by == number)
+        is_second = self.by is not None and (environment.status_folder() is None or self.by == number)
         if is_second and number in _AT_ONCE:
             raise Stopped(f"stopped by a second signal, {signal.Signals(number).name}", 128 + number)
         self.by = self.by or signal.Signals(number)

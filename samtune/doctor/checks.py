@@ -152,12 +152,13 @@ def _cpu() -> Iterator[Finding]:
     from samtune.distributed import device
 
     total, free = _memory()
+    cores = device.available_cpus()
     yield Finding(
         "CPU",
         "ok",
-        f"{device.cores()} cores, {torch.get_num_threads()} threads; memory {_gib(free)} free of {_gib(total)}; "
+        f"{cores} cores, {torch.get_num_threads()} threads; memory {_gib(free)} free of {_gib(total)}; "
         f"best precision {device.best_dtype(torch.device('cpu'))}",
-        details={"cores": device.cores(), "memory_bytes": total, "memory_free_bytes": free},
+        details={"cores": cores, "memory_bytes": total, "memory_free_bytes": free},
     )
 
 
@@ -367,12 +368,12 @@ def _sum_over_ranks(backend: str, device: str) -> Finding:
 _RANK = """
 import sys
 import torch
-from samtune import distributed, ranks
-here = torch.device(sys.argv[1], ranks.place().local_rank if sys.argv[1] == "cuda" else 0)
-distributed.join(here)
-mine = torch.tensor([1.0 + distributed.rank()], device=here)
-print(distributed.sum_over_ranks(mine).item(), flush=True)
-distributed.leave()
+from samtune.distributed import collectives, environment
+here = torch.device(sys.argv[1], environment.rank_info().local_rank if sys.argv[1] == "cuda" else 0)
+collectives.init(here)
+mine = torch.tensor([1.0 + collectives.rank()], device=here)
+print(collectives.all_reduce_sum(mine).item(), flush=True)
+collectives.shutdown()
 """
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from samtune import __version__, console
 from samtune.config.run_config import RunConfig
 from samtune.data.cache import Images
-from samtune.data.splits import open_parts
+from samtune.data.splits import open_run_splits
 from samtune.data.transforms import eval_transform, normalize
 from samtune.errors import CheckpointError, DataError, MachineError, ModelError, SamtuneError, UsageError, first_line
 from samtune.export import onnx_file
@@ -275,7 +275,7 @@ def find_pictures(original: Original) -> Pictures:
     Pictures that cannot be decoded are left out.
     """
     try:
-        parts = open_parts(original.config, classes=original.manifest["class_names"])
+        parts = open_run_splits(original.config, classes=original.manifest["class_names"])
         for name, split, rows in (("validation", parts.val, parts.val_rows), ("test", parts.test, parts.test_rows)):
             if split is None:
                 continue

@@ -215,7 +215,7 @@ def _passed_through(model: nn.Module, input_size: Sequence[int]) -> tuple[dict[s
 
 def _let_through(model: nn.Module, perturb: str) -> dict[str, int]:
     try:
-        chosen = filters.chosen(model, perturb)
+        chosen = filters.select_parameters(model, perturb)
     except ValueError:  # none
         return {"tensors": 0, "parameters": 0}
     return {"tensors": len(chosen), "parameters": sum(w.numel() for w in chosen.values())}

@@ -23,13 +23,13 @@ from samtune.data.transforms import train_transform
 from samtune.distributed import device
 from samtune.errors import OutOfMemory
 from samtune.models import pretrained
-from samtune.sam.filters import chosen
-from samtune.sam.snapshot import batch_norms, put_back
-from samtune.sam.snapshot import statistics as batch_norm_statistics
+from samtune.sam.filters import select_parameters
+from samtune.sam.snapshot import batch_norms, restore_bn_stats
+from samtune.sam.snapshot import bn_stats as batch_norm_statistics
 from samtune.train import checkpointing, loop
 from samtune.train.evaluation import evaluate
-from samtune.train.setup import Job
-from samtune.train.state import Position
+from samtune.train.setup import Setup
+from samtune.train.state import TrainState
 
 Progress = Callable[[str, int, int], None]  # what is going on, images done, images in all
 
@@ -71,7 +71,7 @@ class Steps:
         return self.waiting / sum(self.seconds)
 
 
-def multiply_accumulates(job: Job) -> int:
+def multiply_accumulates(job: Setup) -> int:
     """Of the forward pass of one image: of convolutions and products of matrices, attention included."""
     job.model.eval()
     image = torch.zeros((1, *job.info.data_config["input_size"]), device=job.device)
@@ -85,14 +85,14 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def memory(job: Job) -> dict[str, int]:
+def memory(job: Setup) -> dict[str, int]:
     """Bytes by part, after a step: weights, gradients, the copy of the weights that SAM keeps, and so on."""
     model, config = job.model, job.config
     state = (value for values in job.optimizer.state.values() for value in values.values())
     parts = {
         "weights": _bytes([*model.parameters(), *model.buffers()]),
         "gradients": _bytes(w for w in model.parameters() if w.requires_grad),
-        "weights_copy": _bytes(chosen(model, config.perturb).values()) if config.rho > 0 else 0,
+        "weights_copy": _bytes(select_parameters(model, config.perturb).values()) if config.rho > 0 else 0,
         "optimizer": _bytes(value for value in state if isinstance(value, torch.Tensor)),
         "ema": 0 if job.ema is None else _bytes([*job.ema.module.parameters(), *job.ema.module.buffers()]),
         "activations": activation_bytes(job, images_at_once(job)),
@@ -100,12 +100,12 @@ def memory(job: Job) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
-def images_at_once(job: Job) -> int:
+def images_at_once(job: Setup) -> int:
     """Images that pass through the model together on each device."""
     return job.update.sam.at_once(min(job.batch.per_device, job.batch.total))
 
 
-def activation_bytes(job: Job, images: int) -> int:
+def activation_bytes(job: Setup, images: int) -> int:
     """What a forward pass of training keeps for the backward pass, with so many images."""
     inputs, targets = _any_batch(job, images)
     own = {t.untyped_storage().data_ptr() for t in (*job.model.parameters(), *job.model.buffers())}
@@ -120,11 +120,11 @@ def activation_bytes(job: Job, images: int) -> int:
     before = batch_norm_statistics(batch_norms(job.model))
     with saved_tensors_hooks(keep, keep), job.update.autocast():
         job.update.loss(job.model(inputs), targets)
-    put_back(before)
+    restore_bn_stats(before)
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _any_batch(job: Job, images: int) -> Batch:
+def _any_batch(job: Setup, images: int) -> Batch:
     """So many black images, as the model takes them, and their labels."""
     channels, height, width = job.info.data_config["input_size"]
     black = torch.zeros((images, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -137,7 +137,7 @@ def _any_batch(job: Job, images: int) -> Batch:
 class _Stepping:
     """Steps of a run, one after the other, at any radius."""
 
-    def __init__(self, job: Job, batches: Iterator[Batch]) -> None:
+    def __init__(self, job: Setup, batches: Iterator[Batch]) -> None:
         self.job, self.batches, self.done = job, batches, 0
         self.peaks = [group["lr"] for group in job.optimizer.param_groups]
 
@@ -147,7 +147,7 @@ class _Stepping:
         images, labels = next(self.batches)
         arrived = time.perf_counter()
         step = self.done % job.total_steps + 1
-        loop.set_rates(job, self.peaks, step)
+        loop.set_learning_rates(job, self.peaks, step)
         job.update.sam.rho = rho
         result = job.update(*loop.ready(job, images, labels, step))
         if result.applied and job.ema is not None:
@@ -156,7 +156,7 @@ class _Stepping:
         return time.perf_counter() - started, arrived - started
 
 
-def steps(job: Job, rows: Indices, kinds: Iterable[float], progress: Progress) -> dict[float, Steps]:
+def steps(job: Setup, rows: Indices, kinds: Iterable[float], progress: Progress) -> dict[float, Steps]:
     """Steps of each radius in turn, on real batches of these rows; 0 is a step of the base optimizer.
 
     In each turn the first steps do not count: they use up what was loaded during the turn before. Of each kind no more
@@ -197,7 +197,7 @@ def steps(job: Job, rows: Indices, kinds: Iterable[float], progress: Progress) -
                     what = f"measuring steps, round {number + 1} of {_ROUNDS}"
                     progress(what, done * job.batch.total, foreseen * job.batch.total)
     job.update.sam.rho = job.config.rho
-    loop.set_rates(job, step.peaks, 1)
+    loop.set_learning_rates(job, step.peaks, 1)
     return {rho: Steps(tuple(seconds[rho]), waiting[rho], firsts[rho]) for rho in kinds}
 
 
@@ -212,7 +212,7 @@ class Evaluating:
     first: float
 
 
-def evaluation(job: Job, images: Images, rows: Indices, whole: int, progress: Progress) -> Evaluating:
+def evaluation(job: Setup, images: Images, rows: Indices, whole: int, progress: Progress) -> Evaluating:
     """Score some of these rows as a run does, first once to get ready. whole: images of the split in all."""
 
     def score(count: int) -> float:
@@ -234,7 +234,7 @@ def evaluation(job: Job, images: Images, rows: Indices, whole: int, progress: Pr
     return Evaluating(each, max(0.0, first - usual))
 
 
-def checkpoint(job: Job) -> tuple[int, float]:
+def checkpoint(job: Setup) -> tuple[int, float]:
     """Bytes of a checkpoint, and the seconds that it takes to save one in the folder of temporary files.
 
     Raises OSError where that has no room.
@@ -243,7 +243,7 @@ def checkpoint(job: Job) -> tuple[int, float]:
     with tempfile.TemporaryDirectory(prefix="samtune-plan-") as name:
         for _ in range(3):
             started = time.perf_counter()
-            position = Position(step=job.total_steps, settled=job.total_steps)
+            position = TrainState(step=job.total_steps, settled=job.total_steps)
             whole = checkpointing.content(job, position)
             folder = checkpointing.write(job, Path(name), job.total_steps, whole)
             seconds.append(time.perf_counter() - started)
@@ -256,7 +256,7 @@ def checkpoint(job: Job) -> tuple[int, float]:
 # -------------------------------------------------------------------------------------------------- the batch that fits
 
 
-def largest_batch(job: Job, most: int, progress: Progress) -> int:
+def largest_batch(job: Setup, most: int, progress: Progress) -> int:
     """How many images of a step pass through the model at once before memory runs out, at most `most`.
 
     Found by steps on black images: twice as many until they do not fit, then between the two, to an eighth. 0: none.

@@ -22,7 +22,7 @@ from samtune.plan.measure import Evaluating, Steps
 from samtune.plan.sample import Decoding, Sampler, known_rows
 from samtune.report import run_report
 from samtune.train import checkpointing, provenance
-from samtune.train.setup import Job, prepare
+from samtune.train.setup import Setup, build_setup
 
 SCHEMA_VERSION = 1
 _MOST_IMAGES = 2**16  # at once, where the batch that fits is searched
@@ -43,28 +43,28 @@ def plan(config: RunConfig) -> dict[str, Any]:
         raise UsageError(
             "--shard cannot be planned", "one process has no part of a sharded model to measure", "leave --shard out"
         )
-    cores = max(1, device.cores() // world.local_size)
+    cores = max(1, device.available_cpus() // world.local_size)
     if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores)  # as each rank has it
     with tempfile.TemporaryDirectory(prefix="samtune-plan-") as folder:
         sampler = Sampler(Path(folder), cores)
-        job = prepare(config, look=sampler.look, world=world)
+        job = build_setup(config, look=sampler.look, world=world)
         start = max(0.0, _seconds_since_start() - sampler.spent)
         images = f"{job.update.sam.at_once(job.batch.per_device)} images of {job.info.img_size} px"
-        with device.room_for(images):
+        with device.oom_as_user_error(images):
             return _measured(job, sampler.found, start)
 
 
 def _world(config: RunConfig) -> collectives.World:
     """The ranks that the run will have."""
-    here = environment.place()
+    here = environment.rank_info()
     if here is not None and here.world_size > 1:
         raise UsageError(
             f"samtune plan in one of {here.world_size} ranks",
-            f"{environment.origin()} says that a launcher has started them",
-            f"plan in one process, with --gpus or --processes: {environment.alone()}",
+            f"{environment.launcher_variables()} says that a launcher has started them",
+            f"plan in one process, with --gpus or --processes: {environment.command_without_launcher()}",
         )
-    local = launch.ranks_here(config.gpus, config.processes)
+    local = launch.local_rank_count(config.gpus, config.processes)
     return collectives.World(local * config.nnodes, local)
 
 
@@ -74,7 +74,7 @@ def _seconds_since_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
-def _measured(job: Job, decoding: list[Decoding], start: float) -> dict[str, Any]:
+def _measured(job: Setup, decoding: list[Decoding], start: float) -> dict[str, Any]:
     """Measure, and put together."""
     config, name = job.config, device.describe(job.device)
     about, length, asked = provenance.describe(job), _length(job), job.update.sam.micro_batch
@@ -92,7 +92,7 @@ def _measured(job: Job, decoding: list[Decoding], start: float) -> dict[str, Any
         checkpoint, warnings = _checkpoint(job)
         fits, why_fits = _fits(job, progress.count)
     sam, plain = steps[config.rho] if config.rho > 0 else None, steps[0.0]
-    needed, free, there = checkpointing.room(job, config.output or Path("runs"))
+    needed, free, there = checkpointing.needed_bytes(job, config.output or Path("runs"))
     if free < needed:
         warnings.append(
             f"{there} has {_size(free)} free, and the run's checkpoints need {_size(needed)}: it would refuse to begin"
@@ -159,7 +159,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
-def _checkpoint(job: Job) -> tuple[tuple[int, float], list[str]]:
+def _checkpoint(job: Setup) -> tuple[tuple[int, float], list[str]]:
     """((bytes, seconds), warnings)."""
     try:
         return measure.checkpoint(job), []
@@ -168,10 +168,10 @@ def _checkpoint(job: Job) -> tuple[tuple[int, float], list[str]]:
             f"no checkpoint could be written into {tempfile.gettempdir()} ({first_line(error)}): its time is left out"
         )
         slots = job.config.keep_checkpoints + 2
-        return (checkpointing.room(job, Path("runs"))[0] // slots, 0.0), [text]
+        return (checkpointing.needed_bytes(job, Path("runs"))[0] // slots, 0.0), [text]
 
 
-def _fits(job: Job, progress: measure.Progress) -> tuple[int | None, str]:
+def _fits(job: Setup, progress: measure.Progress) -> tuple[int | None, str]:
     """How many images fit at once, and why it is not known where it is not."""
     if job.device.type != "cuda":
         return None, "searched on a GPU only"
@@ -182,7 +182,7 @@ def _fits(job: Job, progress: measure.Progress) -> tuple[int | None, str]:
     return found, "all training images" if found == len(job.train_rows) else "found by steps, to an eighth"
 
 
-def _length(job: Job) -> dict[str, int | float]:
+def _length(job: Setup) -> dict[str, int | float]:
     """How many steps, passes, validations and checkpoints there are; the last if each validation is the best so far."""
     config, total = job.config, job.total_steps
     sam_steps = len(job.rho.sam_steps)
@@ -204,7 +204,7 @@ def _length(job: Job) -> dict[str, int | float]:
     }
 
 
-def _data(job: Job, decoding: list[Decoding]) -> dict[str, Any]:
+def _data(job: Setup, decoding: list[Decoding]) -> dict[str, Any]:
     """Whether the images are decoded, how long that takes and how large they are then."""
     sampled = [part for part in decoding if part.seconds_per_image is not None]
     images = sum(part.images for part in sampled)
@@ -232,7 +232,7 @@ def _step(steps: Steps, images: int) -> dict[str, Any]:
 
 
 def _time(
-    job: Job,
+    job: Setup,
     length: Mapping[str, Any],
     decoding: list[Decoding],
     start: float,

@@ -69,7 +69,9 @@ class Sampler:
         is_kept = fits and cache.is_kept(split, rows, rule, self.threads, progress, _READ)
         if is_kept:
             began = time.perf_counter()
-            images = cache.look_at(split, rows, rule=rule, limit=limit, threads=self.threads, progress=progress)
+            images = cache.decode_into_cache(
+                split, rows, rule=rule, limit=limit, threads=self.threads, progress=progress
+            )
             seconds = time.perf_counter() - began
         elif fits or always:
             images, each = self._sampled(split, rows, rule, _FEW, progress, fits)
@@ -88,7 +90,7 @@ class Sampler:
         """Some of the rows, evenly spread, and the seconds that each took."""
         some = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
         started = time.perf_counter()
-        images = cache.look_at(
+        images = cache.decode_into_cache(
             split,
             some,
             rule=rule,

@@ -29,7 +29,7 @@ from samtune.data.decode import decode, from_pillow
 from samtune.data.inputs import Input, inputs_of
 from samtune.data.transforms import eval_transform
 from samtune.distributed import collectives
-from samtune.distributed.device import autocast, halved_until_it_fits, pick
+from samtune.distributed.device import autocast, retry_with_smaller_batch, select_device
 from samtune.errors import DataError, Diverged, UsageError
 from samtune.models import pretrained
 from samtune.predict.ranking import Floats, ranked
@@ -101,7 +101,7 @@ class Predictor:
         self.temperature = temperature.read(weights) if use_temperature else None
         self.class_names: tuple[str, ...] = tuple(map(str, self.manifest["class_names"]))
         self.decode_rule = checkpoint.decode_rule(self.manifest)
-        self.device = torch.device(device) if device is not None else pick()
+        self.device = torch.device(device) if device is not None else select_device()
         model, self.data_config = pretrained.load_checkpoint(weights)
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         self._model = model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
@@ -178,7 +178,7 @@ class Predictor:
             self.batch_size = min(self.batch_size, at_once) if at_once < len(images) else self.batch_size
             return found
 
-        found = halved_until_it_fits(attempt, self.batch_size, self.data_config["input_size"])
+        found = retry_with_smaller_batch(attempt, self.batch_size, self.data_config["input_size"])
         probabilities = torch.cat([p for p, _ in found]).numpy()
         if not np.isfinite(probabilities).all():
             raise Diverged(
@@ -250,7 +250,9 @@ def predict(
         ahead: deque[tuple[list[Input], list[Callable[[], torch.Tensor | DataError]]]] = deque()
 
         def look_ahead() -> bool:
-            block = collectives.from_first(lambda: [] if is_enough() else list(itertools.islice(source, size * world)))
+            block = collectives.broadcast_from_rank0(
+                lambda: [] if is_enough() else list(itertools.islice(source, size * world))
+            )
             if block:
                 own = block[rank * size : (rank + 1) * size]
                 ahead.append((own, [load(one) for one in own]))
@@ -260,7 +262,9 @@ def predict(
         while ahead:
             own, waiting = ahead.popleft()
             more = more and look_ahead()
-            for batch in collectives.from_all(_classified(predictor, own, [wait() for wait in waiting], embeddings)):
+            for batch in collectives.all_gather_object(
+                _classified(predictor, own, [wait() for wait in waiting], embeddings)
+            ):
                 if batch is not None and rank == 0:
                     yield batch
 

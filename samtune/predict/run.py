@@ -45,16 +45,16 @@ def run(
 
     Raises DataError for pictures that cannot be decoded, unless on_bad_image is "skip": when all others are written.
     """
-    target = device.pick(gpus, processes)
-    collectives.join(target)
-    with collectives.first_of_machine():
+    target = device.select_device(gpus, processes)
+    collectives.init(target)
+    with collectives.local_main_process_first():
         predictor = Predictor(
             checkpoint_or_run, name=name, ema=ema, use_temperature=use_temperature, tta=tta, device=target
         )
     if collectives.rank() == 0 and predictor.temperature is not None:
         console.note(f"temperature {predictor.temperature.temperature:.3g} (--no-temperature leaves it out)")
     if workers is None:
-        workers = device.loading_workers(target, device.cores() // collectives.local_world_size())
+        workers = device.loading_workers(target, device.available_cpus() // collectives.local_world_size())
     batches = predict(
         predictor,
         inputs,
@@ -65,7 +65,7 @@ def run(
     if collectives.rank() > 0:
         for _ in batches:
             pass
-        return collectives.from_first(dict)  # an error of rank 0 is raised here, too
+        return collectives.broadcast_from_rank0(dict)  # an error of rank 0 is raised here, too
     with ExitStack() as stack:
         file = stack.enter_context(writers.opened(output))
         rows = writers.writer(kind, file, predictor.class_names, top=top, every=every)
@@ -104,7 +104,7 @@ def run(
     written = [str(path) for path in (output, embeddings, html) if path is not None]
     said = f"{n} pictures, {summary['images_per_second']:.0f} images/s" + (f", {len(bad)} left out" if bad else "")
     console.note(said + (f"; written: {', '.join(written)}" if written else ""))
-    collectives.from_first(lambda: _judge(bad, on_bad_image))
+    collectives.broadcast_from_rank0(lambda: _judge(bad, on_bad_image))
     return summary
 
 

@@ -142,7 +142,9 @@ def pair(group: Group, baseline: Group) -> dict[str, Any]:
     one_each = len(group.runs) == len(baseline.runs) == 1
     paired = one_each or len(common) > 1
     a, b = ([one.errors[s] for s in common] if len(common) > 1 else [*one.errors.values()] for one in (group, baseline))
-    unlike = next(filter(None, (why_unlike(run, baseline.runs[0]) for run in baseline.runs[1:] + group.runs)), None)
+    unlike = next(
+        filter(None, (incomparable_reason(run, baseline.runs[0]) for run in baseline.runs[1:] + group.runs)), None
+    )
     seeds = None if unlike else (stats.paired_difference if paired else stats.independent_difference)(a, b)
     same = "difference" if paired else "error"
     no_interval = None if seeds else unlike or stats.why_no_interval(min(len(a), len(b)), same)
@@ -164,11 +166,11 @@ def pair(group: Group, baseline: Group) -> dict[str, Any]:
         "cost": {
             key: _equality(group.cost[key], baseline.cost[key]) for key in ("epochs", "steps", "passes", "seconds")
         },
-        "limits": list(_limits(group, baseline, common, unlike, no_interval)),
+        "limits": list(_caveats(group, baseline, common, unlike, no_interval)),
     }
 
 
-def why_unlike(run: FinishedRun, other: FinishedRun) -> str | None:
+def incomparable_reason(run: FinishedRun, other: FinishedRun) -> str | None:
     """Why the predictions of two runs cannot be compared image by image; None if they can."""
     if run.dataset != other.dataset:
         return f"{run.label} is of {run.dataset}, {other.label} of {other.dataset}"
@@ -186,7 +188,7 @@ def why_unlike(run: FinishedRun, other: FinishedRun) -> str | None:
 
 def mcnemar(run: FinishedRun, baseline: FinishedRun) -> dict[str, Any] | None:
     """The test of two runs on their images, in words of a report; None where they were not scored on the same ones."""
-    if why_unlike(run, baseline) or run.predictions is None or baseline.predictions is None:
+    if incomparable_reason(run, baseline) or run.predictions is None or baseline.predictions is None:
         return None
     test = stats.mcnemar(run.predictions.wrong, baseline.predictions.wrong)
     return {"only_wrong": test.only_a_wrong, "baseline_only_wrong": test.only_b_wrong, "p": test.p}
@@ -204,7 +206,7 @@ def _equality(own: float | None, baseline: float | None) -> dict[str, Any]:
     return {"run": own, "baseline": baseline, "ratio": ratio, "verdict": verdict}
 
 
-def _limits(
+def _caveats(
     group: Group, baseline: Group, common: Sequence[int], unlike: str | None, no_interval: str | None
 ) -> Iterator[str]:
     """What cannot be concluded from a pair, and why."""

@@ -58,7 +58,7 @@ def read(folder: Path, label: str) -> FinishedRun:
         if (folder / "report.json").is_file():
             about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         else:
-            about = run_report.recollect(folder)
+            about = run_report.rebuild(folder)
         stored = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
         scores = about["test"] or about["val"]
         if scores is None:
@@ -70,7 +70,7 @@ def read(folder: Path, label: str) -> FinishedRun:
             path=folder,
             dataset=about["dataset"]["name"],
             seed=about["seed"],
-            settings={key: value for key, value in settings.items() if key not in {"seed", *resume.FREE}}
+            settings={key: value for key, value in settings.items() if key not in {"seed", *resume.RUNTIME_ONLY}}
             | {"world_size": about["world_size"]},
             circumstances={
                 "weights used": about["model"]["weights"],

@@ -25,14 +25,14 @@ _SCORES = {
 }
 
 
-def publish(folder: Path, output: Path, refresh: float | None = None) -> tuple[dict[str, Any], Path]:
+def write_report_page(folder: Path, output: Path, refresh: float | None = None) -> tuple[dict[str, Any], Path]:
     """Write report.json, report.md and report.html of a run folder into another, or the same: (report, the page).
 
     refresh: seconds after which a browser loads the page again.
 
     Raises MachineError where they cannot be written, and what `report.recollect` raises.
     """
-    result = run_report.recollect(folder)
+    result = run_report.rebuild(folder)
     drawn = output / "report.html"
     with run_log.result_folder(output):
         run_report.write(output, result)
@@ -64,7 +64,7 @@ def follow(folder: Path, output: Path, seconds: float, say: Callable[[str], None
     while listing.is_running(folder):
         rows = len(run_log.read_metrics(folder))
         if rows != seen:
-            _, drawn = publish(folder, output, refresh=seconds)
+            _, drawn = write_report_page(folder, output, refresh=seconds)
             if not said:
                 say(f"page: {drawn}; it is drawn again whenever the run has measured more, until it ends or Ctrl-C")
             seen, said = rows, True

@@ -47,7 +47,7 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
     (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
 
 
-def recollect(folder: Path) -> dict[str, Any]:
+def rebuild(folder: Path) -> dict[str, Any]:
     """What `collect` says of any folder, whatever became of its run.
 
     Raises UsageError where there is no run, CheckpointError where its files are damaged.
@@ -55,7 +55,7 @@ def recollect(folder: Path) -> dict[str, Any]:
     if not run_log.holds_run(folder):
         raise UsageError(f"there is no run in {folder}", mend="give a folder that `samtune run` made")
     try:
-        return collect(folder)
+        return build(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"the record of run {folder} cannot be read",
@@ -64,7 +64,7 @@ def recollect(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def collect(folder: Path) -> dict[str, Any]:
+def build(folder: Path) -> dict[str, Any]:
     """The report of a run folder whose steps are done, schema version 1.
 
     Errors are in percent, intervals are Wilson's at 95 %, times in seconds. train_seconds runs from the first step to

@@ -110,7 +110,7 @@ def _apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return apart
 
 
-def point(checkpoints: Path, name: Name, folder: Path) -> None:
+def update_link(checkpoints: Path, name: Name, folder: Path) -> None:
     """Let last or best mean this folder from now on."""
     link = checkpoints / f".{name}.part"
     link.unlink(missing_ok=True)
@@ -196,7 +196,7 @@ def adopt_copies(checkpoints: Path) -> None:
             shutil.rmtree(copy)
         else:
             copy.rename(folder)
-        point(checkpoints, name, folder)
+        update_link(checkpoints, name, folder)
 
 
 def prune(checkpoints: Path, newest: Path, keep: int) -> list[Path]:

@@ -51,7 +51,7 @@ class Lock:
 _own: dict[tuple[int, int], Lock] = {}
 
 
-def take(folder: Path) -> Lock:
+def acquire(folder: Path) -> Lock:
     """Become the folder's writer. Raises MachineError, which names the process, if there is one already.
 
     The file stays when the lock is released: to remove it could take it from one who has just opened it.
@@ -84,10 +84,10 @@ def take(folder: Path) -> Lock:
     return Lock(path, descriptor)
 
 
-def take_if_free(folder: Path) -> Lock | None:
+def try_acquire(folder: Path) -> Lock | None:
     """The same; None if there is a writer already."""
     try:
-        return take(folder)
+        return acquire(folder)
     except InUse:
         return None
 

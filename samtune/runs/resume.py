@@ -12,13 +12,13 @@ from samtune.config.run_config import RunConfig, flag_name
 from samtune.errors import CheckpointError, UsageError
 from samtune.runs.run_log import has_checkpoints, holds_run, read_settings
 
-FREE = {
+RUNTIME_ONLY = {
     *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "track", "html", "output"),
     *("gpus", "processes", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts", "grad_checkpointing"),
 }
 """Settings that change no number: they may differ without being asked about."""
 # Settings that the weights, or the meaning of "step 123" or "validation", hang on: another value is another run.
-_FIXED = {
+_IMMUTABLE = {
     *("model", "weights", "pretrained", "img_size", "model_ema", "opt", "seed", "batch_size", "global_batch_size"),
     *("image_key", "label_key", "train_split", "val_split", "test_split", "val", "val_fraction", "split_seed"),
     *("train_fraction", "max_train", "max_eval", "on_bad_image", "on_unlabelled", "max_megapixels"),
@@ -39,7 +39,7 @@ class Resumed:
     other_devices: bool = False
 
 
-def settle(
+def resolve_resume(
     recipe: Path | None, flags: Mapping[str, Any], allow_change: Collection[str]
 ) -> tuple[RunConfig, Resumed | None]:
     """The settings of a run that goes on: those it was started with. Without a run there, a new one: (settings, None).
@@ -52,7 +52,7 @@ def settle(
         CheckpointError: other settings than before, with a table of them; a damaged config.toml.
     """
     for key in allow_change:
-        if key not in RunConfig.model_fields or key in _FIXED:
+        if key not in RunConfig.model_fields or key in _IMMUTABLE:
             _refuse_to_allow(key)
     output = loading.given(recipe, flags).get("output")
     if output is None:
@@ -82,13 +82,13 @@ def settle(
         ) from None
     settings, before, keys = loading.load_over(stored, origins, recipe, flags)
     changed = {key: (getattr(before, key), getattr(settings, key)) for key in keys if key != "output"}
-    if not set(changed) <= FREE | set(allow_change):
+    if not set(changed) <= RUNTIME_ONLY | set(allow_change):
         raise CheckpointError(
             f"run {folder} was started with other settings",
             _table(changed, allow_change),
             "leave them out to go on as before, or start a new run with another --output",
         )
-    differ = {key: values for key, values in changed.items() if key not in FREE}
+    differ = {key: values for key, values in changed.items() if key not in RUNTIME_ONLY}
     return settings, Resumed(folder, differ, not {"gpus", "processes"}.isdisjoint(allow_change))
 
 
@@ -111,8 +111,8 @@ def _table(changed: Mapping[str, tuple[Any, Any]], allow_change: Collection[str]
     for key in RunConfig.model_fields:
         if key in changed:
             before, now = (str(value) for value in changed[key])
-            allowed = key in FREE or key in allow_change
-            note = "allowed" if allowed else "cannot change" if key in _FIXED else f"--allow-change {key} lets it"
+            allowed = key in RUNTIME_ONLY or key in allow_change
+            note = "allowed" if allowed else "cannot change" if key in _IMMUTABLE else f"--allow-change {key} lets it"
             rows.append((key, before, now, note))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [

@@ -143,7 +143,7 @@ class RunLog:
         check_free(folder)
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            log = cls(folder, lock.take(folder), total_steps)
+            log = cls(folder, lock.acquire(folder), total_steps)
             _check_empty(folder)  # another process may have been here a moment ago
             _write_whole(folder / "provenance.json", _json(provenance))
             _write_whole(folder / "config.toml", config_toml)
@@ -270,7 +270,7 @@ class RunLog:
         self.degraded = True
 
 
-class RankLog(RunLog):
+class NullLog(RunLog):
     """What the ranks beside rank 0 have in its place: notes go to log-rank1.txt and so on, the rest is rank 0's."""
 
     def __init__(self, folder: Path, rank: int, total_steps: int, step: int = 0, seconds: float = 0.0) -> None:

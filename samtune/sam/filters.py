@@ -14,7 +14,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def chosen(model: nn.Module, perturb: str) -> dict[str, nn.Parameter]:
+def select_parameters(model: nn.Module, perturb: str) -> dict[str, nn.Parameter]:
     """The trainable parameters that a filter lets through, by name."""
     norm = {
         id(w)

@@ -9,9 +9,16 @@ import torch
 from torch import nn
 
 from samtune.distributed import collectives
-from samtune.sam.filters import chosen, first_match, unwrapped
+from samtune.sam.filters import first_match, select_parameters, unwrapped
 from samtune.sam.perturbation import Perturbation
-from samtune.sam.snapshot import batch_norms, generator_states, put_back, set_generator_states, statistics, updating
+from samtune.sam.snapshot import (
+    batch_norms,
+    bn_in_train_mode,
+    bn_stats,
+    generator_states,
+    restore_bn_stats,
+    set_generator_states,
+)
 
 if TYPE_CHECKING:
     from samtune.distributed.fsdp import Shards
@@ -102,7 +109,7 @@ class SAM:
         self.ascent_fraction, self.ascent_steps = ascent_fraction, ascent_steps
         self.perturbed = False
         """Whether the weights are w + e at this moment: False in pass 1, for a loss that wants to know."""
-        named = chosen(self._inner, perturb)
+        named = select_parameters(self._inner, perturb)
         self._params = list(named.values())
         self.shards = _shards_of(self._inner)
         """How the model is sharded; None if it is not."""
@@ -201,7 +208,7 @@ class SAM:
         if self.rho == 0:
             at_w = loss(*batch)
             with self._statistics_stay():
-                _descend(at_w, at_w, share)
+                _backward_nan_guarded(at_w, at_w, share)
             return at_w.detach()
 
         masks = generator_states(self._device)
@@ -224,7 +231,7 @@ class SAM:
             micro_batches = self._micro_batches(batch)
             for micro, of_batch in micro_batches:
                 with nullcontext() if micro is micro_batches[-1][0] else self._no_sync():
-                    _descend(loss(*micro), at_w, share * of_batch)
+                    _backward_nan_guarded(loss(*micro), at_w, share * of_batch)
         return at_w
 
     def _ascent_gradient(self, loss: Objective, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -250,7 +257,7 @@ class SAM:
                 torch._foreach_add_(grads, more, alpha=share)
                 del more  # before the next one needs the room
         if self._shares_perturbation:
-            grads = collectives.sum_lists_over_ranks(grads, self._group)
+            grads = collectives.all_reduce_sum_lists(grads, self._group)
             self._owed -= 1
         return mean, grads
 
@@ -260,7 +267,7 @@ class SAM:
         They get a gradient of NaN then, in place of waiting for ever. The model needs a new wrapper afterwards.
         """
         for _ in range(self._owed):
-            collectives.sum_lists_over_ranks([torch.full_like(w, math.nan) for w in self._params], self._group)
+            collectives.all_reduce_sum_lists([torch.full_like(w, math.nan) for w in self._params], self._group)
         if isinstance(self.model, collectives.DataParallel):
             self.model.complete()
 
@@ -291,7 +298,7 @@ class SAM:
             for micro, share in micro_batches:
                 value = loss(*micro)
                 with self._statistics_stay():
-                    _descend(value, value, share)
+                    _backward_nan_guarded(value, value, share)
                 mean = mean + share * value.detach()
             return mean, shards.parts([torch.zeros_like(w) if w.grad is None else w.grad for w in self._params])
         finally:
@@ -317,7 +324,7 @@ class SAM:
 
         g1: one gradient per perturbed parameter. The list is emptied, for pass 2 needs the room.
         """
-        resting = updating(self._batch_norms)
+        resting = bn_in_train_mode(self._batch_norms)
         guard = self._inner.register_state_dict_pre_hook(_refuse_to_save)
         try:
             with self._ball.perturbed(g1, radius):
@@ -337,9 +344,9 @@ class SAM:
     @contextmanager
     def _statistics_stay(self) -> Iterator[None]:
         """Where a backward pass computes activations again, they do not update batch-norm statistics once more."""
-        kept = statistics(self._batch_norms) if self._recomputes else []
+        kept = bn_stats(self._batch_norms) if self._recomputes else []
         yield
-        put_back(kept)
+        restore_bn_stats(kept)
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         """No reduction of gradients, where the model is wrapped in something that reduces them."""
@@ -348,7 +355,7 @@ class SAM:
 
 
 def _shards_of(model: nn.Module) -> "Shards | None":
-    if not collectives.in_use():
+    if not collectives.is_initialized():
         return None
     from samtune.distributed.fsdp import shards_of  # torch can be built without
 
@@ -467,7 +474,7 @@ def _second_backward_told() -> Iterator[None]:
         raise
 
 
-def _descend(loss: torch.Tensor, at_w: torch.Tensor, share: float) -> None:
+def _backward_nan_guarded(loss: torch.Tensor, at_w: torch.Tensor, share: float) -> None:
     """Backward; where the loss at w is not finite, the gradient is NaN."""
     at_w = at_w.detach().to(torch.promote_types(at_w.dtype, torch.float32))  # a 16-bit share would be off by 0.4 %
     (loss * torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)).backward()

@@ -87,14 +87,14 @@ def _largest(h: Tensors, group: collectives.Group) -> torch.Tensor:
         return torch.stack(torch._foreach_norm(h, math.inf)).max()
     parts = [x for x in h if x.numel() > 0]  # of a small tensor some ranks have nothing
     here = torch.stack(torch._foreach_norm(parts, math.inf)).max() if parts else h[0].new_zeros(())
-    return collectives.gathered(here, group).max()
+    return collectives.all_gather(here, group).max()
 
 
 def _joined(norm: torch.Tensor, q: float, group: collectives.Group) -> torch.Tensor:
     """||.||_q of what all ranks of a group hold, from that of each one's part: the same bits on all of them."""
     if group is None:
         return norm
-    of_all: torch.Tensor = torch.linalg.vector_norm(collectives.gathered(norm.double(), group), q)
+    of_all: torch.Tensor = torch.linalg.vector_norm(collectives.all_gather(norm.double(), group), q)
     return of_all
 
 
@@ -106,7 +106,7 @@ def _first_of_all(h: Tensors, sizes: torch.Tensor, group: collectives.Group) -> 
     first = sizes.argmax(keepdim=True) if len(sizes) else torch.zeros(0, dtype=torch.long, device=sizes.device)
     ends = torch.tensor([x.numel() for x in h], device=sizes.device).cumsum(0)
     here = torch.stack([sizes[first], torch.searchsorted(ends, first, right=True)], dim=1).double()
-    of_all = collectives.gathered(torch.cat([here, here.new_tensor([[-1.0, 0.0]])])[0], group)  # (ranks, 2)
+    of_all = collectives.all_gather(torch.cat([here, here.new_tensor([[-1.0, 0.0]])])[0], group)  # (ranks, 2)
     size, tensor = of_all.unbind(1)
     winner = int(torch.where(size == size.max(), tensor, math.inf).argmin())
     return first if winner == collectives.rank(group) else first[:0]

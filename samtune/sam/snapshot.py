@@ -30,29 +30,29 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
-def updating(norms: Sequence[_BatchNorm]) -> list[_BatchNorm]:
+def bn_in_train_mode(norms: Sequence[_BatchNorm]) -> list[_BatchNorm]:
     """Those of these batch-norm layers whose statistics the next training pass would change."""
     return [module for module in norms if module.training and module.track_running_stats]
 
 
-def statistics(norms: Sequence[_BatchNorm]) -> Statistics:
+def bn_stats(norms: Sequence[_BatchNorm]) -> Statistics:
     """What the next training pass would change in these batch-norm layers, with a copy of each buffer."""
-    return [(buffer, buffer.clone()) for module in updating(norms) for buffer in module.buffers(recurse=False)]
+    return [(buffer, buffer.clone()) for module in bn_in_train_mode(norms) for buffer in module.buffers(recurse=False)]
 
 
-def put_back(kept: Statistics) -> None:
+def restore_bn_stats(kept: Statistics) -> None:
     """Batch-norm statistics as they were when `statistics` copied them, in their own storage."""
     for buffer, value in kept:
         buffer.copy_(value)
 
 
 @contextmanager
-def undone_by_an_error(kept: Statistics, device: torch.device) -> Iterator[None]:
+def rollback_on_error(kept: Statistics, device: torch.device) -> Iterator[None]:
     """Where the block fails, generators are as they were before it, and batch-norm statistics as they were kept."""
     generators = generator_states(device)
     try:
         yield
     except BaseException:
-        put_back(kept)
+        restore_bn_stats(kept)
         set_generator_states(generators, device)
         raise

@@ -15,11 +15,11 @@ from samtune.sam.gradient import SAM, Loss
 from samtune.sam.snapshot import (
     Statistics,
     batch_norms,
+    bn_stats,
     generator_states,
-    put_back,
+    restore_bn_stats,
+    rollback_on_error,
     set_generator_states,
-    statistics,
-    undone_by_an_error,
 )
 
 
@@ -95,7 +95,7 @@ class Step:
         again with half as many images at once: `sam.micro_batch`, which then stays. The update is that of a step that
         had this micro-batch from the start. Raises OutOfMemory where one image does not fit; nothing is updated then.
         """
-        kept = statistics(self._batch_norms)
+        kept = bn_stats(self._batch_norms)
         self._settle_reductions(images, labels)
         # On all ranks the same number, which is halved on all of them, though some may have an image less.
         most = math.ceil(len(images) / weight - 1e-9) if weight > 0 else 1
@@ -105,13 +105,13 @@ class Step:
             if at_once < tried_first:
                 self.sam.micro_batch = at_once
             try:
-                with undone_by_an_error(kept, images.device):
+                with rollback_on_error(kept, images.device):
                     return self._attempt(images, labels, weight, asked_to_end)
             except BaseException:
                 self.optimizer.zero_grad(set_to_none=True)
                 raise
 
-        decided = device.halved_until_it_fits(attempt, tried_first, images.shape[1:])
+        decided = device.retry_with_smaller_batch(attempt, tried_first, images.shape[1:])
         loss_sum, wrong, n, asked, grad_norm = decided
         applied = math.isfinite(grad_norm)
         if self.scaler is not None:
@@ -123,7 +123,7 @@ class Step:
             self.optimizer.step()
             self._share_statistics(kept, weight)
         else:
-            put_back(kept)  # nothing of this step stays
+            restore_bn_stats(kept)  # nothing of this step stays
         if self.scaler is not None:
             self.scaler.update()
         return StepResult(loss_sum / n, int(wrong), int(n), grad_norm, applied, self.sam.passes, asked > 0)
@@ -174,13 +174,13 @@ class Step:
             self.sam.complete()
         # The step's one small reduction, and its one read from the device: all decisions, with what is logged.
         flags = torch.tensor([bool(no_memory), asked_to_end()], dtype=torch.float64).to(images.device)
-        sums = collectives.sum_over_ranks(torch.cat([torch.stack(seen).sum(0).double(), flags]))
+        sums = collectives.all_reduce_sum(torch.cat([torch.stack(seen).sum(0).double(), flags]))
         norm = self._total_norm([w.grad for w in self._params if w.grad is not None]).to(sums)
         if self.scaler is not None:
             norm = norm / self.scaler.scale(torch.ones_like(norm))
         loss_sum, wrong, n, without_memory, asked, norm = torch.cat([sums, norm.reshape(1)]).tolist()
         if without_memory:
-            self.sam.model = collectives.wrapped_anew(self.sam.model)
+            self.sam.model = collectives.rewrap(self.sam.model)
             self._settle_reductions(images, labels)
             raise MemoryError(no_memory or "memory ran out on another rank")
         return [loss_sum, wrong, n, asked, norm]
@@ -194,13 +194,13 @@ class Step:
         model = self.sam.model
         if not isinstance(model, collectives.DataParallel) or model.is_settled:
             return
-        kept, generators = statistics(self._batch_norms), generator_states(images.device)
+        kept, generators = bn_stats(self._batch_norms), generator_states(images.device)
         n = 2 if kept else 1  # batch norm that is not frozen wants more than one
-        with device.room_for(f"{n} images"), self.autocast():
+        with device.oom_as_user_error(f"{n} images"), self.autocast():
             loss = self.loss(model(images[:1].expand(n, *images.shape[1:])), labels[:1].expand(n, *labels.shape[1:]))
             loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
-        put_back(kept)
+        restore_bn_stats(kept)
         set_generator_states(generators, images.device)
         model.is_settled = True
 
@@ -208,5 +208,5 @@ class Step:
         """Batch-norm statistics that update become their mean over the ranks, each of which has seen its own images."""
         updated = [buffer for buffer, _ in kept if buffer.is_floating_point()]
         if collectives.world_size() > 1 and updated:
-            means = collectives.sum_lists_over_ranks(list(torch._foreach_mul(updated, weight)))
+            means = collectives.all_reduce_sum_lists(list(torch._foreach_mul(updated, weight)))
             torch._foreach_copy_(updated, torch._foreach_div(means, collectives.world_size()))

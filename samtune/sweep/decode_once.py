@@ -9,9 +9,9 @@ from typing import Any
 
 from samtune import console
 from samtune.config.run_config import RunConfig
-from samtune.data.splits import open_parts
+from samtune.data.splits import open_run_splits
 from samtune.runs import lock
-from samtune.train.setup import read_data
+from samtune.train.setup import load_run_data
 
 _LOOK = 1.0  # seconds
 _ROWS = (
@@ -37,12 +37,12 @@ def images_to_train_on(read: Callable[[RunConfig], int]) -> Callable[[RunConfig]
 
 def listed(config: RunConfig) -> int:
     """How many images a run would train on, by the data set's table of contents: no image is read."""
-    return len(open_parts(config).train_rows)
+    return len(open_run_splits(config).train_rows)
 
 
 def prepared(config: RunConfig) -> int:
     """The same, with all images decoded into the cache, once for all runs."""
-    return len(read_data(config).train_rows)
+    return len(load_run_data(config).train_rows)
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def alone_here(folder: Path) -> Iterator[None]:
             console.note(f"{who} is decoding the images; waiting for it")
         while lock.holder(place) is not None:
             time.sleep(_LOOK)
-        held = lock.take_if_free(place)
+        held = lock.try_acquire(place)
     try:
         yield
     finally:

@@ -129,7 +129,7 @@ def places_here(config: RunConfig, jobs: int) -> list[dict[str, str]]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = [visible[number] if visible != [""] else str(number) for number in numbers]
         return [{"CUDA_VISIBLE_DEVICES": name} for _ in range(jobs) for name in names]
-    cores = device.cores()
+    cores = device.available_cpus()
     if jobs > cores:
         raise UsageError(f"--jobs {jobs}: there are {cores} cores", "each run needs one", f"give {cores} at most")
     place = use_cpu()
@@ -145,7 +145,7 @@ def use_cpu() -> dict[str, str]:
 
 def refuse_ranks() -> None:
     """Raise UsageError in a rank of torchrun or of a Slurm step: a sweep starts runs, and is not one of several."""
-    if environment.place() is not None:
+    if environment.rank_info() is not None:
         raise UsageError(
             "samtune sweep as one of several ranks",
             "a sweep starts its runs by itself",

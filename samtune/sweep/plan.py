@@ -19,8 +19,8 @@ from samtune.sweep.arms import Point
 from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Run, Stage, run_folder
 from samtune.sweep.spec import Sweep
-from samtune.train.batch_plan import Batch
-from samtune.train.setup import Length
+from samtune.train.batch_plan import BatchPlan
+from samtune.train.setup import TrainingLength
 
 # Of each probe, where that makes 20 steps or more: those side by side share the machine to the end, as runs do.
 _PROBE_PASSES = 80
@@ -141,11 +141,11 @@ class Plan:
         passes = length.total_steps - on + on * sam_passes(config.ascent_steps, config.ascent_fraction)
         return Run(run_id, stage, budget, arm, point, seed, settings, length.total_steps, passes)
 
-    def _length(self, config: RunConfig) -> Length:
+    def _length(self, config: RunConfig) -> TrainingLength:
         images = self.rows(config)
-        batch = Batch.of(config, 1, images)
+        batch = BatchPlan.of(config, 1, images)
         batch.sharing(config.m)
-        return Length.of(config, batch, images)
+        return TrainingLength.of(config, batch, images)
 
 
 def _timed(point: Point) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, UsageE
 from samtune.models.pretrained import resolve
 from samtune.runs import lock
 from samtune.runs.listing import read_step
-from samtune.runs.resume import FREE
+from samtune.runs.resume import RUNTIME_ONLY
 from samtune.sweep import arms, ledger
 from samtune.sweep.decode_once import alone_here, images_to_train_on, prepared
 from samtune.sweep.executors import Engine, Local, places_here
@@ -116,7 +116,7 @@ def check_same(sweep: Sweep, folder: Path) -> None:
 
 
 def _recipe(text: str) -> dict[str, Any]:
-    return {key: value for key, value in tomllib.loads(text).items() if key not in FREE}
+    return {key: value for key, value in tomllib.loads(text).items() if key not in RUNTIME_ONLY}
 
 
 # ------------------------------------------------------------------------------------------------------------ the work
@@ -265,7 +265,7 @@ def _take_some(this: _Work, runs: Sequence[Run]) -> None:
             return
         place = ledger.log_folder(this.folder, run.id)
         place.mkdir(exist_ok=True)
-        held = lock.take_if_free(place)
+        held = lock.try_acquire(place)
         if held is None:
             continue
         if ledger.outcome(this.folder, run.id, mine=True).state in ("done", "running"):

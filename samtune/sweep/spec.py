@@ -95,7 +95,7 @@ _Seeds = Annotated[list[int], BeforeValidator(_seeds)]
 _Grid = Annotated[Grid, BeforeValidator(_grid), Field(default_factory=dict)]
 
 
-class Table(BaseModel):
+class SweepSpec(BaseModel):
     """What stands under [sweep]. Frozen; unknown keys are refused.
 
     seeds: of the last fits. selection_seeds: of the runs that choose. budgets: none is the recipe's own length.
@@ -149,7 +149,7 @@ class Sweep:
     recipe: Path
     flags: Mapping[str, Any]
     base: RunConfig
-    table: Table
+    table: SweepSpec
 
     def config(self, settings: Mapping[str, Any]) -> RunConfig:
         """A run's settings: what all share, and what this one has of its own. Raises UsageError."""
@@ -187,7 +187,7 @@ def load(
     if seeds is not None:
         given, origins["seeds"] = given | {"seeds": _read_seeds(seeds)}, "flag --seeds"
     try:
-        table = Table.model_validate(given)
+        table = SweepSpec.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         raise _explain([str(part) for part in first["loc"]], first["type"], first["msg"], given, origins) from None
@@ -203,7 +203,7 @@ def _read_seeds(seeds: str) -> int | list[int] | str:
     return int(seeds) if len(parts) == 1 else [int(part) for part in parts]
 
 
-def _with_defaults(table: Table) -> Table:
+def _with_defaults(table: SweepSpec) -> SweepSpec:
     """With the paper's rho, and starts of late SAM, where the recipe has no others."""
     late = table.sam_late
     if "sam-late" in table.arms and "sam_start" not in (*late, *table.grid):
@@ -214,7 +214,7 @@ def _with_defaults(table: Table) -> Table:
     return table.model_copy(update={"grid": grid, "sam_late": late})
 
 
-def _with_flags(table: Table, flags: Mapping[str, Any]) -> Table:
+def _with_flags(table: SweepSpec, flags: Mapping[str, Any]) -> SweepSpec:
     """A flag goes before the recipe, and so before its grids and the default ones."""
     grids = {name: getattr(table, name) for name in ("grid", "sam", "sam_late", "sgd", "sgd_2x")}
     given = {key: [value] for key, value in flags.items() if value is not None}
@@ -227,7 +227,7 @@ def _explain(
     place: list[str], kind: str, message: str, given: Mapping[str, Any], origins: Mapping[str, str]
 ) -> UsageError:
     key = place[0]
-    keys = [field.alias or name for name, field in Table.model_fields.items()]
+    keys = [field.alias or name for name, field in SweepSpec.model_fields.items()]
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, keys, n=1)
         mend = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"

@@ -22,7 +22,7 @@ _AT_END = ("rho", "lr")  # settings whose best value may lie beyond the grid
 _Scores = Sequence[Mapping[str, Any]]
 
 
-def collect(folder: Path) -> dict[str, Any]:
+def build(folder: Path) -> dict[str, Any]:
     """The report of a sweep: kind "sweep", schema version 1.
 
     Errors are top-1 in percent, differences in percentage points, intervals at 95 %, times in seconds; costs are means
@@ -74,7 +74,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "final": [_final(arm, groups.get((arm["budget"], arm["arm"]))) for arm in found["arms"]],
         "comparisons": comparisons,
         "baselines": list(_baselines(groups)),
-        "pays": list(_pays(comparisons)),
+        "pays": list(_break_even(comparisons)),
     }
     return report | {"verdict": verdict.verdict(report), "warnings": verdict.warnings(report)}
 
@@ -303,7 +303,7 @@ def _baselines(groups: Mapping[tuple[str | None, str], Group]) -> Iterator[dict[
             yield {"budget": budget, "arm": better, "mean_errors": means}
 
 
-def _pays(comparisons: _Scores) -> Iterator[dict[str, Any]]:
+def _break_even(comparisons: _Scores) -> Iterator[dict[str, Any]]:
     """For each arm with SAM and each unit of budgets of which several were tried: where its error begins to be less.
 
     from: the smallest budget at which, and at all larger ones, its mean is below that of sgd; sure_from: the same for

@@ -8,7 +8,7 @@ from samtune.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchPlan:
     """Images of a step: part of them at once on each device, `parts` times, which is total on all devices together.
 
     total is less where the data set has no more images.
@@ -20,7 +20,7 @@ class Batch:
     total: int
 
     @classmethod
-    def of(cls, config: RunConfig, devices: int, train_images: int) -> "Batch":
+    def of(cls, config: RunConfig, devices: int, train_images: int) -> "BatchPlan":
         """As the settings divide it. Raises UsageError where it cannot be divided evenly."""
         total = config.global_batch_size
         if total is None:

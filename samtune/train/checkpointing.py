@@ -13,14 +13,14 @@ from samtune.errors import MachineError, first_line
 from samtune.models import pretrained
 from samtune.runs import checkpoint, run_log
 from samtune.runs.run_log import RunLog
-from samtune.train.setup import Job
-from samtune.train.state import Position, to_state
+from samtune.train.setup import Setup
+from samtune.train.state import TrainState, state_dict
 
 
-class Saver:
+class CheckpointSaver:
     """Saves a run's position, and keeps in its folder what the settings ask for."""
 
-    def __init__(self, job: Job, log: RunLog, newest: Path | None) -> None:
+    def __init__(self, job: Setup, log: RunLog, newest: Path | None) -> None:
         """newest: the checkpoint that the run goes on from, if it does."""
         self._job, self._log = job, log
         self.newest = newest
@@ -34,10 +34,10 @@ class Saver:
         if self._minutes is not None:
             passed = time.monotonic() - self._saved_at >= 60 * self._minutes
             # All ranks have a part in the checkpoint of a sharded model, but not the same clock.
-            return collectives.any_rank(passed)[0] if self._job.is_sharded else passed
+            return collectives.any_rank_true(passed)[0] if self._job.is_sharded else passed
         return self._steps is not None and step % self._steps == 0
 
-    def save(self, position: Position) -> None:
+    def save(self, position: TrainState) -> None:
         """Write a checkpoint of this position, unless there is one, and let last and best mean what they should.
 
         Raises MachineError if it cannot be written, with all that is expendable gone; the last one stays. Rank 0 writes
@@ -59,7 +59,7 @@ class Saver:
         checkpoint.prune(self._log.checkpoints, self.newest, self._job.config.keep_checkpoints)
         self._saved_at = time.monotonic()
 
-    def link(self, position: Position) -> None:
+    def link(self, position: TrainState) -> None:
         """Let last mean the newest checkpoint, and best that of the position's best step, when a run begins or goes on.
 
         If that is gone, as it was damaged, there is no best one any more, on no rank: the run will come to it again.
@@ -68,18 +68,20 @@ class Saver:
             if position.best_step is not None and not self._folder(position.best_step).is_dir():
                 position.best = position.best_step = None
             self._point(position)
-        position.best, position.best_step = collectives.from_first(lambda: (position.best, position.best_step))
+        position.best, position.best_step = collectives.broadcast_from_rank0(
+            lambda: (position.best, position.best_step)
+        )
 
-    def _point(self, position: Position) -> None:
+    def _point(self, position: TrainState) -> None:
         if self.newest is not None:
-            checkpoint.point(self._log.checkpoints, "last", self.newest)
+            checkpoint.update_link(self._log.checkpoints, "last", self.newest)
         if position.best_step is not None and self._folder(position.best_step).is_dir():
-            checkpoint.point(self._log.checkpoints, "best", self._folder(position.best_step))
+            checkpoint.update_link(self._log.checkpoints, "best", self._folder(position.best_step))
 
     def _folder(self, step: int) -> Path:
         return self._log.checkpoints / f"step-{step:06d}"
 
-    def _with_room(self, position: Position) -> Path:
+    def _with_room(self, position: TrainState) -> Path:
         whole = content(self._job, position)
         try:
             return write(self._job, self._log.checkpoints, position.step, whole)
@@ -94,7 +96,7 @@ class Saver:
         except OSError as error:
             raise self._no_room(position, error) from None
 
-    def _no_room(self, position: Position, error: OSError) -> MachineError:
+    def _no_room(self, position: TrainState, error: OSError) -> MachineError:
         rest = f"{self.newest.name} is intact: " if self.newest else ""
         return MachineError(
             f"step {position.step} cannot be saved in {self._log.folder}",
@@ -103,16 +105,16 @@ class Saver:
         )
 
 
-def content(job: Job, position: Position) -> dict[str, Any]:
+def content(job: Setup, position: TrainState) -> dict[str, Any]:
     """What a checkpoint of this position holds; whole on rank 0."""
     return {
         "weights": job.weights(job.model),
         "ema": None if job.ema is None else job.weights(job.ema.module),
-        "state": to_state(job, position),
+        "state": state_dict(job, position),
     }
 
 
-def write(job: Job, checkpoints: Path, step: int, content: dict[str, Any]) -> Path:
+def write(job: Setup, checkpoints: Path, step: int, content: dict[str, Any]) -> Path:
     """Write the checkpoint of a step, and return its folder. Raises OSError as `checkpoint.save` does."""
     return checkpoint.save(
         checkpoints,
@@ -129,7 +131,7 @@ def write(job: Job, checkpoints: Path, step: int, content: dict[str, Any]) -> Pa
     )
 
 
-def room(job: Job, folder: Path) -> tuple[int, int, Path]:
+def needed_bytes(job: Setup, folder: Path) -> tuple[int, int, Path]:
     """Bytes that the checkpoints of a run need at once, bytes that are free, and the folder whose disk has them."""
     tensors = [*job.model.parameters(), *job.model.buffers()] * (1 if job.ema is None else 2)
     slots = 2 if isinstance(job.optimizer, torch.optim.AdamW) else int(job.config.momentum > 0)
@@ -140,9 +142,9 @@ def room(job: Job, folder: Path) -> tuple[int, int, Path]:
     return needed, shutil.disk_usage(there).free, there
 
 
-def check_room(job: Job, folder: Path) -> None:
+def check_disk_space(job: Setup, folder: Path) -> None:
     """Raise MachineError if the disk of a run folder has no room for the checkpoints that will be in it at once."""
-    needed, free, there = room(job, folder)
+    needed, free, there = needed_bytes(job, folder)
     if free < needed:
         raise MachineError(
             f"{there} has {free / 2**20:.0f} MiB free, and the run's checkpoints need {needed / 2**20:.0f} MiB",

@@ -7,10 +7,10 @@ from typing import Any
 
 from samtune import console
 from samtune.errors import first_line
-from samtune.train.setup import Job
+from samtune.train.setup import Setup
 
 
-def draw(job: Job, folder: Path, result: Mapping[str, Any]) -> Path | None:
+def draw(job: Setup, folder: Path, result: Mapping[str, Any]) -> Path | None:
     """The page of a run, drawn from its folder; None, with a warning, where that fails: it is not worth a run."""
     page = folder / "report.html"
     try:

@@ -16,13 +16,13 @@ from torch import nn
 from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.data import source
-from samtune.data.cache import Images, bad_among, refuse, without_bad
+from samtune.data.cache import Images, drop_undecodable, raise_if_undecodable, undecodable_rows
 from samtune.data.decode import DecodeRule
 from samtune.data.labels import some
 from samtune.data.loader import eval_batches
-from samtune.data.source import Source, Split
-from samtune.data.split_roles import Wanted
-from samtune.data.splits import Indices, Parts, open_parts
+from samtune.data.source import LabelledDataset, Split
+from samtune.data.split_roles import DataSelection
+from samtune.data.splits import Indices, RunSplits, open_run_splits
 from samtune.data.transforms import eval_transform, normalize
 from samtune.distributed import collectives, device
 from samtune.distributed.signals import Interrupted
@@ -31,7 +31,7 @@ from samtune.models import pretrained
 from samtune.report.stats import wilson_interval
 from samtune.runs import checkpoint
 from samtune.runs.run_log import read_provenance
-from samtune.train.setup import look_at_data, look_at_train
+from samtune.train.setup import decode_splits, decode_train
 
 Progress = Callable[[str, int, int], None]  # split, images done, images in all
 
@@ -159,16 +159,16 @@ def evaluate(
                     raise
                 failed = error
             progress(name, min(n, (turn + 1) * world * at_once), n)
-            asked, no_memory = collectives.any_rank(asked_to_end(), failed is not None)
+            asked, no_memory = collectives.any_rank_true(asked_to_end(), failed is not None)
             if no_memory:
                 raise failed or MemoryError("memory ran out on another rank")
             if asked:
                 raise Interrupted
         if keep_logits:
-            classes = max(collectives.from_all(0 if kept is None else kept.shape[1]))
+            classes = max(collectives.all_gather_object(0 if kept is None else kept.shape[1]))
             kept = torch.zeros((n, classes), device=target_device) if kept is None else kept
-            kept = collectives.sum_over_ranks(kept).cpu()
-        label, predicted, of_it, among_5, nats = collectives.sum_over_ranks(found).cpu().numpy()
+            kept = collectives.all_reduce_sum(kept).cpu()
+        label, predicted, of_it, among_5, nats = collectives.all_reduce_sum(found).cpu().numpy()
         return Evaluation(
             split=name,
             rows=rows,
@@ -182,7 +182,7 @@ def evaluate(
         )
 
     # Twice those of training: without gradients that fits where training does.
-    scored = device.halved_until_it_fits(attempt, batch_size or 2 * config.batch_size, data_config["input_size"])
+    scored = device.retry_with_smaller_batch(attempt, batch_size or 2 * config.batch_size, data_config["input_size"])
     if not np.isfinite(scored.nats).all():
         raise Diverged(
             f"the model's output on {name} is not finite",
@@ -206,7 +206,7 @@ def evaluate_checkpoint(
     name: str | None,
     split: str | None,
     dataset: str | None,
-    wanted: Wanted | None = None,
+    wanted: DataSelection | None = None,
     progress: Progress,
     ema: bool = False,
     gpus: str = "auto",
@@ -234,19 +234,19 @@ def evaluate_checkpoint(
     manifest = checkpoint.verify(folder)
     config = checkpoint.run_config(manifest)
     weights = checkpoint.weights(folder, config, ema=ema)
-    target = device.pick(gpus, processes)
-    collectives.join(target)
-    with collectives.first_of_machine():
+    target = device.select_device(gpus, processes)
+    collectives.init(target)
+    with collectives.local_main_process_first():
         model, data_config = pretrained.load_checkpoint(weights)
         chosen = _choose(folder, config, manifest, split, dataset, wanted)
         for note in chosen.notes:
             console.note(note)
         images = chosen.look()
         if chosen.on_bad_image == "error":
-            refuse(bad_among(images, chosen.rows))
+            raise_if_undecodable(undecodable_rows(images, chosen.rows))
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
-    rows = without_bad(images, chosen.rows)
+    rows = drop_undecodable(images, chosen.rows)
     evaluation = evaluate(model, images, rows, chosen.name, config, data_config, progress, keep_logits=keep_logits)
     about = {"checkpoint": str(folder), "step": manifest["step"], "ema": ema, "dataset": chosen.origin}
     return evaluation, about | {"unknown_classes": dict(chosen.split.unknown)}
@@ -271,12 +271,12 @@ def _choose(
     manifest: Mapping[str, Any],
     split: str | None,
     dataset: str | None,
-    wanted: Wanted | None,
+    wanted: DataSelection | None,
 ) -> _Chosen:
     """The run's own data, wherever they are now, or others. folder: the checkpoint's."""
     if dataset is None:
         _check_there(config, folder)
-        own = open_parts(config, classes=manifest["class_names"])
+        own = open_run_splits(config, classes=manifest["class_names"])
         if manifest.get("dataset", own.data.fingerprint) != own.data.fingerprint:
             raise DataError(
                 f"data set {config.dataset} is not the one that the run was made with",
@@ -285,7 +285,7 @@ def _choose(
             )
         return _choose_own(config, manifest, split or "test", own)
     try:
-        parts = open_parts(config, dataset, manifest["class_names"])
+        parts = open_run_splits(config, dataset, manifest["class_names"])
     except (DataError, UsageError):
         parts = None
     if (
@@ -311,14 +311,14 @@ def _check_there(config: RunConfig, folder: Path) -> None:
         )
 
 
-def _choose_own(config: RunConfig, manifest: Mapping[str, Any], split: str, parts: Parts) -> _Chosen:
+def _choose_own(config: RunConfig, manifest: Mapping[str, Any], split: str, parts: RunSplits) -> _Chosen:
     data, rule = parts.data, checkpoint.decode_rule(manifest)
     if split == "val" and not config.val:
         raise UsageError(
             "--split val: this run held nothing out", "--no-val: it trained on its validation images", "--split test"
         )
     if split == "train":
-        look = partial(look_at_train, config, parts, rule)
+        look = partial(decode_train, config, parts, rule)
         return _Chosen(split, data.origin, parts.train, parts.train_rows, look, config.on_bad_image)
     if split == "val":
         chosen, rows = parts.val, parts.val_rows
@@ -332,7 +332,11 @@ def _choose_own(config: RunConfig, manifest: Mapping[str, Any], split: str, part
 
 
 def _choose_other(
-    config: RunConfig, manifest: Mapping[str, Any], split: str | None, data: Source, wanted: Wanted | None
+    config: RunConfig,
+    manifest: Mapping[str, Any],
+    split: str | None,
+    data: LabelledDataset,
+    wanted: DataSelection | None,
 ) -> _Chosen:
     if not data.splits:
         raise DataError(f"data set {data.origin} has no labelled pictures", "; ".join(data.notes))
@@ -342,7 +346,7 @@ def _choose_other(
     if split is None and others and role not in data.splits:
         # Nothing says which pictures are meant: each is scored once.
         name = "all" if len(others) == 1 else "+".join(others)
-        chosen = reduce(source.united, data.splits.values())
+        chosen = reduce(source.concat_splits, data.splits.values())
         said = f"scored: all splits of {data.name}, {name}; --split takes one" if len(others) > 1 else ""
     elif role in data.splits:
         name, chosen = split or role, data.splits[role]
@@ -363,10 +367,10 @@ def _choose_other(
 
 
 def _looking(config: RunConfig, split: Split, rows: Indices, rule: DecodeRule) -> Callable[[], Images]:
-    return lambda: look_at_data(config, [(split, rows)], rule)[0]
+    return lambda: decode_splits(config, [(split, rows)], rule)[0]
 
 
-def _no_split(data: Source, split: str, more: list[str]) -> UsageError:
+def _no_split(data: LabelledDataset, split: str, more: list[str]) -> UsageError:
     return UsageError(
         f"data set {data.name} has no split {split!r}",
         mend="--split " + ", or one of: ".join([*more, ", ".join(data.splits)]),

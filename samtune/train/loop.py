@@ -31,27 +31,27 @@ from samtune.runs.run_log import RunLog
 from samtune.sam.snapshot import generator_states, set_generator_states
 from samtune.sam.step import StepResult
 from samtune.train import ending, opening, state
-from samtune.train.checkpointing import Saver
+from samtune.train.checkpointing import CheckpointSaver
 from samtune.train.evaluation import Evaluation, evaluate, to_device
 from samtune.train.schedule import cosine, warmup
-from samtune.train.setup import Job
-from samtune.train.state import Meter, Position
+from samtune.train.setup import Setup
+from samtune.train.state import StepStats, TrainState
 from samtune.train.trackers import Trackers
 from samtune.train.watchdog import Watchdog
 
 _ROW_STEPS = 100  # a row of metrics at least this often
 # Steps in a row without an update after which a run is given up. A loss scale for float16 finds its place in 16.
-_MOST_SKIPPED = 20
-_MOST_ROLLBACKS = 3
+_MAX_SKIPPED = 20
+_MAX_ROLLBACKS = 3
 
 
 @dataclass(frozen=True)
 class _Run:
     """A run and what goes with it."""
 
-    job: Job
+    job: Setup
     log: RunLog
-    saver: Saver
+    saver: CheckpointSaver
     stop: signals.StopRequest
     progress: console.RunProgress
     watchdog: Watchdog
@@ -71,18 +71,18 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
 
     Raises a SamtuneError for what the user can mend, Stopped after a signal; status.json says so too.
     """
-    with signals.listening() as stop, collectives.losses_named():
-        opened = opening.begin(config) if resumed is None else opening.go_on(config, resumed, stop)
+    with signals.listening() as stop, collectives.connection_errors():
+        opened = opening.start_run(config) if resumed is None else opening.resume_run(config, resumed, stop)
         job, log, newest, place = opened
         watchdog = opening.watchdog(log, 60 * config.step_timeout)
         with (
-            opening.outcome(job, log),
+            opening.recording_outcome(job, log),
             Trackers(job.config, log) as trackers,
             console.RunProgress(job.total_steps, place.step, run_log.read_metrics(log.folder)) as progress,
             watchdog,
         ):
             log.followers.append(progress.add)
-            this = _Run(job, log, Saver(job, log, newest), stop, progress, watchdog)
+            this = _Run(job, log, CheckpointSaver(job, log, newest), stop, progress, watchdog)
             stop.patient = True
             this.saver.link(place)  # a kill may have come before the links
             _train(this, place)
@@ -94,7 +94,7 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
                 return None
             with log.never_fatal("predictions.parquet"):
                 _write_predictions(log.folder / "predictions.parquet", scored)
-            result = run_report.collect(log.folder)
+            result = run_report.build(log.folder)
             with log.never_fatal("report"):
                 run_report.write(log.folder, result)
             trackers.result = result
@@ -108,7 +108,7 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
 # --------------------------------------------------------------------------------------------------------------- steps
 
 
-def _train(this: _Run, place: Position) -> None:
+def _train(this: _Run, place: TrainState) -> None:
     """All steps that are left, with validation and checkpoints on the way."""
     job, config = this.job, this.job.config
     batches = train_batches(
@@ -131,11 +131,11 @@ def _train(this: _Run, place: Position) -> None:
         # Between two steps, where all is whole: what is due is done before the next one, in this process or another.
         if place.settled < place.step:
             try:
-                _settle(this, place)
+                _log_and_validate(this, place)
             except signals.Interrupted:
                 pass  # it is done when the run goes on
             except (SamtuneError, OSError):
-                if not job.is_sharded and _finite(job.model):  # what was earned until now
+                if not job.is_sharded and _is_finite(job.model):  # what was earned until now
                     this.saver.save(place)
                 raise
         is_best, last, stopping = place.best_step == place.step > 0, place.step == job.total_steps, this.stop.agreed
@@ -143,7 +143,7 @@ def _train(this: _Run, place: Position) -> None:
             this.saver.save(place)
             this.stop.saved = True
         if stopping:
-            collectives.wait_for_all()  # none ends before rank 0 has saved
+            collectives.barrier()  # none ends before rank 0 has saved
             this.stop.end()
         if last:
             return
@@ -151,16 +151,16 @@ def _train(this: _Run, place: Position) -> None:
         this.beat(place.step)
 
 
-def _step(this: _Run, place: Position, batches: Iterator[Batch], peaks: list[float]) -> None:
+def _step(this: _Run, place: TrainState, batches: Iterator[Batch], peaks: list[float]) -> None:
     """One update, and what is counted of it."""
     job, config, step = this.job, this.job.config, place.step + 1
     asked = time.perf_counter()
     images, labels = next(batches)
     arrived = time.perf_counter()
-    set_rates(job, peaks, step)
+    set_learning_rates(job, peaks, step)
     rho = job.update.sam.rho = job.rho(step - 1)
     inputs, targets = ready(job, images, labels, step)
-    collectives.draw_apart(config.seed, step)
+    collectives.seed_this_rank(config.seed, step)
     generators = generator_states(job.device)
     at_once = job.update.sam.micro_batch
     result = job.update(inputs, targets, job.batch.weight(collectives.rank()), this.stop.is_heard)
@@ -171,7 +171,7 @@ def _step(this: _Run, place: Position, batches: Iterator[Batch], peaks: list[flo
     if result.applied:
         place.skipped_in_a_row = 0
     else:
-        _not_finite(this, place, step, result, generators)
+        _handle_not_finite(this, place, step, result, generators)
     place.step = step
     if result.applied and job.ema is not None:
         job.ema.update(job.model, step=step)
@@ -186,7 +186,7 @@ def _step(this: _Run, place: Position, batches: Iterator[Batch], peaks: list[flo
     )
 
 
-def set_rates(job: Job, peaks: list[float], step: int) -> None:
+def set_learning_rates(job: Setup, peaks: list[float], step: int) -> None:
     """Give the optimizer the learning rates of a step, from 1. peaks: of each group."""
     # While a new head knows nothing, gradients of the body and perturbations are noise: both rise slowly, rho by
     # its schedule.
@@ -195,7 +195,7 @@ def set_rates(job: Job, peaks: list[float], step: int) -> None:
         group["lr"] = peak * cosine(step - 1, job.total_steps) * (rising if group["name"] == "body" else 1)
 
 
-def ready(job: Job, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def ready(job: Setup, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch of the loader as the update of a step takes it: on the device, normalised, and mixed if asked for."""
     config = job.config
     # Mixed once, so that both passes see the same images and shares.
@@ -210,21 +210,23 @@ def ready(job: Job, images: torch.Tensor, labels: torch.Tensor, step: int) -> tu
     )
 
 
-def _not_finite(this: _Run, place: Position, step: int, result: StepResult, generators: list[torch.Tensor]) -> None:
+def _handle_not_finite(
+    this: _Run, place: TrainState, step: int, result: StepResult, generators: list[torch.Tensor]
+) -> None:
     """A step that was not applied: pass over it, go back to the newest checkpoint, or end the run, as --on-nan says."""
     job, config = this.job, this.job.config
     in_a_row = place.skipped_in_a_row + 1
     # Of a float16 loss scale that finds its place, gradients overflow while the loss is finite.
     searching = job.update.scaler is not None and math.isfinite(result.loss)
-    if (config.on_nan == "skip" or searching) and in_a_row < _MOST_SKIPPED:
+    if (config.on_nan == "skip" or searching) and in_a_row < _MAX_SKIPPED:
         place.skipped_in_a_row = in_a_row
         return
-    if config.on_nan == "rollback" and place.rollbacks < _MOST_ROLLBACKS and not searching:
-        newest = collectives.from_first(lambda: state.find(this.log.folder))
+    if config.on_nan == "rollback" and place.rollbacks < _MAX_ROLLBACKS and not searching:
+        newest = collectives.broadcast_from_rank0(lambda: state.find_newest(this.log.folder))
         if newest is None:
             raise CheckpointError(f"run {this.log.folder} has lost its checkpoints", mend="start a new run")
-        back = state.load(job, newest)
-        collectives.wait_for_all()  # before rank 0 saves again, and removes it
+        back = state.load_state_dict(job, newest)
+        collectives.barrier()  # before rank 0 saves again, and removes it
         pretrained.train_mode(job.model, freeze_bn=config.freeze_bn)
         place.rollbacks += 1
         place.skipped_in_a_row = 0
@@ -236,11 +238,11 @@ def _not_finite(this: _Run, place: Position, step: int, result: StepResult, gene
     if place.step > 0:
         this.saver.save(place)
         this.stop.saved = True
-        collectives.wait_for_all()
+        collectives.barrier()
     raise _diverged(this, place, step, result, in_a_row)
 
 
-def _diverged(this: _Run, place: Position, step: int, result: StepResult, in_a_row: int) -> Diverged:
+def _diverged(this: _Run, place: TrainState, step: int, result: StepResult, in_a_row: int) -> Diverged:
     job, config, rho = this.job, this.job.config, this.job.update.sam.rho
     where = "the loss is not finite at the weights themselves, in pass 1"
     if math.isfinite(result.loss):
@@ -254,7 +256,7 @@ def _diverged(this: _Run, place: Position, step: int, result: StepResult, in_a_r
         "mean_loss_before": str(place.epoch.means()["loss"]) if place.epoch.steps else None,
         "lr": [group["lr"] for group in job.optimizer.param_groups],
         "rho": rho,
-        "weights_finite": None if job.is_sharded else _finite(job.model),
+        "weights_finite": None if job.is_sharded else _is_finite(job.model),
         "rows": rows_of_step(job.train_rows, job.batch.total, config.seed, step - 1).tolist(),
     }
     with suppress(OSError):
@@ -271,14 +273,14 @@ def _diverged(this: _Run, place: Position, step: int, result: StepResult, in_a_r
     )
 
 
-def _finite(model: nn.Module) -> bool:
+def _is_finite(model: nn.Module) -> bool:
     return all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
 # ------------------------------------------------------------------------------------------------------ between steps
 
 
-def _settle(this: _Run, place: Position) -> None:
+def _log_and_validate(this: _Run, place: TrainState) -> None:
     """All that is due after a step: a row of metrics, validation, a line.
 
     Raises Interrupted where a signal asks to end during validation; to settle again gives the same.
@@ -317,11 +319,11 @@ def _settle(this: _Run, place: Position) -> None:
         )
         if warning:
             this.log.warn(warning)
-        place.epoch = Meter()
+        place.epoch = StepStats()
     place.settled = step
 
 
-def _write_row(this: _Run, place: Position) -> None:
+def _write_row(this: _Run, place: TrainState) -> None:
     job, row = this.job, place.row
     this.log.metrics(
         step=place.step,
@@ -338,7 +340,7 @@ def _write_row(this: _Run, place: Position) -> None:
         skipped=row.skipped,
         peak_memory_bytes=device.peak_memory_bytes(job.device),
     )
-    place.row = Meter()
+    place.row = StepStats()
 
 
 def _or_null(value: float) -> float | None:
@@ -383,7 +385,7 @@ def _score_selected(this: _Run) -> Evaluation:
     """Score the selected checkpoint on test, once; without a test split, or with --no-test, on validation again."""
     job = this.job
     folder = run_log.resolve_checkpoint(this.log.checkpoints, job.config.select)
-    step = int(collectives.from_first(lambda: checkpoint.verify(folder)["step"]))
+    step = int(collectives.broadcast_from_rank0(lambda: checkpoint.verify(folder)["step"]))
     checkpoint.load_weights(partial(job.load, job.model), folder / "model.safetensors")
     if job.test is None or not job.config.test:
         return _score(this, job.model, job.val, job.val_rows, "val")

@@ -16,18 +16,18 @@ from samtune.errors import ORPHANED, CheckpointError, MachineError, SamtuneError
 from samtune.report import run_report
 from samtune.runs import checkpoint, lock, run_log
 from samtune.runs.resume import Resumed
-from samtune.runs.run_log import RankLog, RunLog
+from samtune.runs.run_log import NullLog, RunLog
 from samtune.train import checkpointing, provenance, state
 from samtune.train.schedule import cosine, warmup
-from samtune.train.setup import Job, Settled, prepare
-from samtune.train.state import Position
+from samtune.train.setup import Resolved, Setup, build_setup
+from samtune.train.state import TrainState
 from samtune.train.watchdog import Watchdog
 
 _PATIENCE = 5.0  # seconds for a last word on the terminal
 
 
 @contextmanager
-def _disks(folder: Path) -> Iterator[None]:
+def _disk_errors(folder: Path) -> Iterator[None]:
     """What a disk refuses in this block is said as an error of the machine."""
     try:
         yield
@@ -39,17 +39,17 @@ def _disks(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def begin(config: RunConfig) -> tuple[Job, RunLog, None, Position]:
+def start_run(config: RunConfig) -> tuple[Setup, RunLog, None, TrainState]:
     """A new run and its folder."""
-    job = prepare(config)
-    job.config = collectives.from_first(job.config.with_output)
+    job = build_setup(config)
+    job.config = collectives.broadcast_from_rank0(job.config.with_output)
     assert job.config.output is not None
     folder = job.config.output
     about = provenance.describe(job)
 
     def create() -> RunLog:
         try:
-            checkpointing.check_room(job, folder)
+            checkpointing.check_disk_space(job, folder)
             return RunLog.create(folder, job.config.to_toml(), about, job.total_steps)
         except SamtuneError:
             if job.config.origins["output"].startswith("derived"):
@@ -57,42 +57,44 @@ def begin(config: RunConfig) -> tuple[Job, RunLog, None, Position]:
                     folder.rmdir()  # it was made for this run, and is empty
             raise
 
-    log = _by_rank(create, lambda: RankLog(folder, collectives.rank(), job.total_steps))
-    with _disks(folder):
-        _introduce(job, log, about)
-    return job, log, None, Position()
+    log = _by_rank(create, lambda: NullLog(folder, collectives.rank(), job.total_steps))
+    with _disk_errors(folder):
+        _log_startup(job, log, about)
+    return job, log, None, TrainState()
 
 
 def _by_rank(first: Callable[[], RunLog], others: Callable[[], RunLog]) -> RunLog:
     """The log of this rank: rank 0's goes before, and where it fails, all fail."""
     made = []
-    collectives.from_first(lambda: made.append(first()))
+    collectives.broadcast_from_rank0(lambda: made.append(first()))
     return made[0] if made else others()
 
 
-def go_on(config: RunConfig, resumed: Resumed, stop: signals.StopRequest) -> tuple[Job, RunLog, Path | None, Position]:
+def resume_run(
+    config: RunConfig, resumed: Resumed, stop: signals.StopRequest
+) -> tuple[Setup, RunLog, Path | None, TrainState]:
     """A run as its newest valid checkpoint left it; without one, from its beginning."""
     folder = resumed.folder
-    held = lock.take(folder) if environment.is_first() else None
+    held = lock.acquire(folder) if environment.is_rank0() else None
     try:
-        with _disks(folder):
-            return _go_on(config, resumed, stop, held)
+        with _disk_errors(folder):
+            return _resume(config, resumed, stop, held)
     except BaseException:
         if held is not None:
             held.release()
         raise
 
 
-def _go_on(
+def _resume(
     config: RunConfig, resumed: Resumed, stop: signals.StopRequest, held: lock.Lock | None
-) -> tuple[Job, RunLog, Path | None, Position]:
+) -> tuple[Setup, RunLog, Path | None, TrainState]:
     folder = resumed.folder
-    collectives.join(device.pick(config.gpus, config.processes))
-    newest, before = collectives.from_first(lambda: (state.find(folder), _provenance(folder)))
+    collectives.init(device.select_device(config.gpus, config.processes))
+    newest, before = collectives.broadcast_from_rank0(lambda: (state.find_newest(folder), _provenance(folder)))
     stop.saved = newest is not None
     if newest is not None and "epochs" in resumed.changed:
         config = _with_past(config, int(checkpoint.verify(newest)["step"]), before, resumed)
-    job = prepare(config, _settled(newest, before) if newest else None)
+    job = build_setup(config, _settled(newest, before) if newest else None)
     about = provenance.describe(job)
     if before:
         _check_same(job, before, about, resumed)
@@ -101,7 +103,7 @@ def _go_on(
             f"rank {collectives.rank()} does not see {newest}",
             mend="--output must be on a disk that all machines share",
         )
-    place = state.load(job, newest) if newest else Position()
+    place = state.load_state_dict(job, newest) if newest else TrainState()
     if job.total_steps < place.step:
         raise CheckpointError(
             f"run {folder} has done {place.step} steps already",
@@ -124,8 +126,8 @@ def _go_on(
             run_log.note_resume(folder, job.config.to_toml() if changed else None, entry, about)
         return log
 
-    log = _by_rank(reopen, lambda: RankLog(folder, collectives.rank(), job.total_steps, place.step, place.seconds))
-    _introduce(job, log, about)
+    log = _by_rank(reopen, lambda: NullLog(folder, collectives.rank(), job.total_steps, place.step, place.seconds))
+    _log_startup(job, log, about)
     log.say(f"resume  {newest.name if newest else 'from the beginning: no checkpoint was saved yet'}")
     if newest is not None and "epochs" in resumed.changed:
         log.say(_seam(job, place.step, resumed.changed["epochs"][0]))
@@ -134,7 +136,7 @@ def _go_on(
     return job, log, newest, place
 
 
-def _check_same(job: Job, before: Mapping[str, Any], about: Mapping[str, Any], resumed: Resumed) -> None:
+def _check_same(job: Setup, before: Mapping[str, Any], about: Mapping[str, Any], resumed: Resumed) -> None:
     """Raise CheckpointError where the run would go on with other images, or another division of them."""
     if about["dataset"]["split_hash"] != before["dataset"]["split_hash"]:
         raise CheckpointError(
@@ -174,7 +176,7 @@ def _with_past(config: RunConfig, step: int, before: Mapping[str, Any], resumed:
     return config
 
 
-def _seam(job: Job, step: int, epochs: Duration) -> str:
+def _seam(job: Setup, step: int, epochs: Duration) -> str:
     """What becomes of the learning rate where a run of another length goes on after so many steps."""
     steps_before = max(1, epochs.steps(job.steps_per_epoch))
     last = job.lr * cosine(step - 1, steps_before) * warmup(step - 1, job.warmup_steps) if step else 0.0
@@ -186,10 +188,10 @@ def _seam(job: Job, step: int, epochs: Duration) -> str:
     )
 
 
-def _settled(newest: Path, before: Mapping[str, Any]) -> Settled:
+def _settled(newest: Path, before: Mapping[str, Any]) -> Resolved:
     """What the run settled when it began, by its newest checkpoint and its provenance."""
     manifest = checkpoint.verify(newest)
-    return Settled(before.get("model", {}), manifest["class_names"], checkpoint.decode_rule(manifest))
+    return Resolved(before.get("model", {}), manifest["class_names"], checkpoint.decode_rule(manifest))
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
@@ -200,8 +202,8 @@ def _provenance(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _introduce(job: Job, log: RunLog, about: dict[str, Any]) -> None:
-    for line in provenance.lines(job, about):
+def _log_startup(job: Setup, log: RunLog, about: dict[str, Any]) -> None:
+    for line in provenance.startup_lines(job, about):
         log.say(line)
     for warning in about["warnings"]:
         log.warn(warning)
@@ -218,11 +220,11 @@ def _introduce(job: Job, log: RunLog, about: dict[str, Any]) -> None:
 
 
 @contextmanager
-def outcome(job: Job, log: RunLog) -> Iterator[None]:
+def recording_outcome(job: Setup, log: RunLog) -> Iterator[None]:
     """Whatever ends the run, status.json says how."""
     try:
         images = f"{job.update.sam.at_once(job.batch.per_device)} images of {job.info.img_size} px"
-        with _disks(log.folder), device.room_for(images), collectives.losses_named():
+        with _disk_errors(log.folder), device.oom_as_user_error(images), collectives.connection_errors():
             yield
         log.status("done", 0)
     except (SamtuneError, Stopped) as error:
@@ -269,7 +271,7 @@ def watchdog(log: RunLog, timeout: float) -> Watchdog:
         log.note(str(error))
         log.status("failed", error.exit_code, error)
 
-    environment.before_an_orphan_ends(orphaned)
+    environment.on_launcher_loss(orphaned)
     return Watchdog(timeout, slow, stuck)
 
 
@@ -280,7 +282,7 @@ def _long(seconds: float) -> str:
 def _absent_ranks() -> Sequence[int]:
     """Who the others wait for. They ask each other through rank 0: if even that does not answer, it is rank 0."""
     found: list[Sequence[int]] = []
-    asking = threading.Thread(target=lambda: found.append(collectives.absent_ranks(_PATIENCE)), daemon=True)
+    asking = threading.Thread(target=lambda: found.append(collectives.find_absent_ranks(_PATIENCE)), daemon=True)
     asking.start()
     asking.join(2 * _PATIENCE)
     return found[0] if found else [0]
@@ -295,8 +297,8 @@ def _named(error: WorkerLost, absent: Sequence[int]) -> WorkerLost:
 
 
 def _last_word(error: WorkerLost) -> None:
-    if environment.folder() is not None:
-        environment.say(error.exit_code, error)
+    if environment.status_folder() is not None:
+        environment.write_status(error.exit_code, error)
     else:
         console.error(str(error))
 

@@ -11,10 +11,10 @@ from samtune.data.splits import split_hash
 from samtune.distributed import collectives, device
 from samtune.report import run_report
 from samtune.runs import run_log
-from samtune.train.setup import Job
+from samtune.train.setup import Setup
 
 
-def describe(job: Job) -> dict[str, Any]:
+def describe(job: Setup) -> dict[str, Any]:
     """The content of provenance.json."""
     config, info, data = job.config, job.info, job.data
     optimizer: dict[str, Any] = {
@@ -36,7 +36,7 @@ def describe(job: Job) -> dict[str, Any]:
         "started": run_log.now(),
         "versions": run_log.versions(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "devices": collectives.from_all(device.describe(job.device)),
+        "devices": collectives.all_gather_object(device.describe(job.device)),
         "world_size": collectives.world_size(),
         "model": {
             "requested": info.requested,
@@ -93,7 +93,7 @@ def describe(job: Job) -> dict[str, Any]:
     return content
 
 
-def _warnings(job: Job) -> Iterator[str]:
+def _warnings(job: Setup) -> Iterator[str]:
     if job.seen_test_images:
         yield run_report.seen_warning(job.seen_test_images)
     if job.one_colour:
@@ -102,7 +102,7 @@ def _warnings(job: Job) -> Iterator[str]:
         yield f"{count} picture{'s show' if count > 1 else ' shows'} one colour and nothing else: {some}"
 
 
-def lines(job: Job, provenance: Mapping[str, Any]) -> list[str]:
+def startup_lines(job: Setup, provenance: Mapping[str, Any]) -> list[str]:
     """The same in a few lines, as a run says them when it begins."""
     config, data, model = job.config, job.data, provenance["model"]
     resolved = "" if model["requested"] == model["resolved"] else f" -> {model['resolved']}"
@@ -126,7 +126,7 @@ def lines(job: Job, provenance: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _scaled(job: Job) -> str:
+def _scaled(job: Setup) -> str:
     """Where the rate is not the one that was given, from what it follows."""
     base = job.config.lr_base_batch
     return "" if base is None else f" = {job.config.lr:g} x sqrt({job.batch.nominal} / {base})"

@@ -12,12 +12,21 @@ from torch import nn
 from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.data import depth, noise
-from samtune.data.cache import Images, bad_among, in_both, look_at, of_one_colour, refuse, united, without_bad
+from samtune.data.cache import (
+    Images,
+    concat_images,
+    count_shared_images,
+    decode_into_cache,
+    drop_undecodable,
+    of_one_colour,
+    raise_if_undecodable,
+    undecodable_rows,
+)
 from samtune.data.decode import DecodeRule
 from samtune.data.loader import steps_per_epoch
 from samtune.data.noise import LabelNoise
-from samtune.data.source import Source, Split
-from samtune.data.splits import Indices, Parts, open_parts
+from samtune.data.source import LabelledDataset, Split
+from samtune.data.splits import Indices, RunSplits, open_run_splits
 from samtune.data.transforms import min_side
 from samtune.distributed import collectives, device, fsdp
 from samtune.errors import UsageError
@@ -26,7 +35,7 @@ from samtune.models.pretrained import ModelInfo
 from samtune.sam.gradient import SAM
 from samtune.sam.losses import cross_entropy, l2_penalty
 from samtune.sam.step import Step
-from samtune.train.batch_plan import Batch, group_size
+from samtune.train.batch_plan import BatchPlan, group_size
 from samtune.train.schedule import RhoSchedule
 
 # Peak learning rates of the body for a batch of 32; they trained every data set we tried (README). They grow with the
@@ -37,7 +46,7 @@ _BASE_BATCH = 32
 # Weight decay is 1/n for n images: against the mean loss, a prior of constant strength. It binds the new head, which a
 # few hundred images fit in many ways; for 50,000 images it is near the paper's 1e-5. Clipping shrinks the gradient but
 # not the decay, so that more than this takes over.
-_MOST_DECAY = 0.002
+_MAX_WEIGHT_DECAY = 0.002
 
 
 # Of a config, (split, rows) each and a rule: the images, decoded as far as they shall be.
@@ -45,7 +54,7 @@ Look = Callable[[RunConfig, Iterable[tuple[Split, Indices]], DecodeRule], list[I
 
 
 @dataclass(frozen=True)
-class Settled:
+class Resolved:
     """What a run that goes on has settled when it began.
 
     model: what its provenance says of the model. classes: their names, in its order. rule: how it decodes.
@@ -57,10 +66,10 @@ class Settled:
 
 
 @dataclass
-class Data:
+class RunData:
     """The images of a run."""
 
-    data: Source
+    data: LabelledDataset
     rule: DecodeRule
     train: Images  # with the labels to train on
     train_rows: Indices
@@ -75,7 +84,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Length:
+class TrainingLength:
     """How many steps a run takes, and at which of them SAM perturbs by which radius."""
 
     steps_per_epoch: int
@@ -84,7 +93,7 @@ class Length:
     rho: RhoSchedule
 
     @classmethod
-    def of(cls, config: RunConfig, batch: Batch, train_images: int) -> "Length":
+    def of(cls, config: RunConfig, batch: BatchPlan, train_images: int) -> "TrainingLength":
         """As the settings have it. Raises UsageError where they leave SAM no step."""
         per_epoch = steps_per_epoch(train_images, batch.total)
         total_steps = max(1, config.epochs.steps(per_epoch))
@@ -93,7 +102,7 @@ class Length:
 
 
 @dataclass(kw_only=True)
-class Job(Data):
+class Setup(RunData):
     """All that a run needs, built before anything is written."""
 
     config: RunConfig  # nothing left open
@@ -104,7 +113,7 @@ class Job(Data):
     optimizer: torch.optim.Optimizer
     update: Step
     rho: RhoSchedule
-    batch: Batch
+    batch: BatchPlan
     lr: float  # peak rate of the body
     steps_per_epoch: int
     total_steps: int
@@ -146,13 +155,13 @@ class Job(Data):
         return (step - 1) // self.steps_per_epoch + 1
 
 
-def prepare(
+def build_setup(
     config: RunConfig,
-    settled: Settled | None = None,
+    settled: Resolved | None = None,
     *,
     look: Look | None = None,
     world: collectives.World | None = None,
-) -> Job:
+) -> Setup:
     """Read the data's table of contents, build the model, settle what the config leaves open but for the run folder.
 
     settled: of a run that goes on; the caller will load its weights. look: decodes the images, by default all of them
@@ -160,14 +169,14 @@ def prepare(
     ModelError or CheckpointError.
     """
     device.deterministic(config.deterministic)
-    target = device.pick(config.gpus, config.processes)
+    target = device.select_device(config.gpus, config.processes)
     pretrained.resolve(config.model)  # a misspelt name need not wait for the data
     if settled is None and config.img_size is not None:
         pretrained.check_size(config.model, config.weights, config.img_size)
-    collectives.join(target)
+    collectives.init(target)
     torch.manual_seed(config.seed)
-    with collectives.first_of_machine():
-        read = read_data(config, settled, look)
+    with collectives.local_main_process_first():
+        read = load_run_data(config, settled, look)
         console.note(f"loading model {config.model} ...")
         model, info = pretrained.build(
             config.model,
@@ -181,7 +190,7 @@ def prepare(
     if settled is not None:
         info = replace(info, **_kept(settled.model))
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    with device.room_for(f"the weights of {info.resolved}"):
+    with device.oom_as_user_error(f"the weights of {info.resolved}"):
         model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
     if config.sync_bn:
         model = pretrained.synchronised(model, target)
@@ -199,10 +208,12 @@ def prepare(
             ema.foreach = False  # torch's loops over lists mix parts with whole buffers
 
     world = world or collectives.world()
-    batch = Batch.of(config, world.size, len(read.train_rows))
-    config = _fill_in(config, target, info, len(read.train_rows), batch, device.cores() // world.local_size)
-    lr = _peak_rate(config, batch)
-    length = Length.of(config, batch, len(read.train_rows))
+    batch = BatchPlan.of(config, world.size, len(read.train_rows))
+    config = _resolve_auto(
+        config, target, info, len(read.train_rows), batch, device.available_cpus() // world.local_size
+    )
+    lr = _peak_lr(config, batch)
+    length = TrainingLength.of(config, batch, len(read.train_rows))
     optimizer, penalty = _optimizer(model, config, lr)
     update = Step(
         _sam(model, config, batch),
@@ -213,7 +224,7 @@ def prepare(
         scaler=device.loss_scaler(target, config.amp_dtype),
         penalty=penalty,
     )
-    return Job(
+    return Setup(
         **vars(read),
         config=config,
         device=target,
@@ -236,14 +247,14 @@ def _kept(model: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def read_data(config: RunConfig, settled: Settled | None = None, look: Look | None = None) -> Data:
+def load_run_data(config: RunConfig, settled: Resolved | None = None, look: Look | None = None) -> RunData:
     """The images of a run, decoded into the cache as far as they are not there. Raises DataError or UsageError.
 
     settled: of a run that goes on. look: decodes the images, in place of `look_at_data`.
     """
-    look = look or look_at_data
+    look = look or decode_splits
     console.note(f"reading data set {config.dataset} ...")
-    parts = open_parts(config, classes=settled.classes if settled else None)
+    parts = open_run_splits(config, classes=settled.classes if settled else None)
     rule = settled.rule if settled else decode_rule(config, parts.data)
     data = replace(
         parts.data, notes=(*parts.data.notes, *depth.words(rule.ranges), *depth.beyond(rule, parts.data.splits))
@@ -252,16 +263,16 @@ def read_data(config: RunConfig, settled: Settled | None = None, look: Look | No
         console.note(note)
     test_part = [(parts.test, parts.test_rows)] if parts.test else []
     used = [(parts.train, parts.train_rows), (parts.val, parts.val_rows), *test_part]
-    looked_at = [look_at_train(config, parts, rule, look), *look(config, used[1:], rule)]
-    bad = [item for images, (_, rows) in zip(looked_at, used, strict=True) for item in bad_among(images, rows)]
+    looked_at = [decode_train(config, parts, rule, look), *look(config, used[1:], rule)]
+    bad = [item for images, (_, rows) in zip(looked_at, used, strict=True) for item in undecodable_rows(images, rows)]
     if config.on_bad_image == "error":
-        refuse(bad)
+        raise_if_undecodable(bad)
     train, val, *tested = looked_at
     test = tested[0] if tested else None
-    train_rows, val_rows = without_bad(train, parts.train_rows), without_bad(val, parts.val_rows)
-    test_rows = without_bad(test, parts.test_rows) if test else parts.test_rows
-    noisy, wrong = _noisy(config, parts, train_rows)
-    return Data(
+    train_rows, val_rows = drop_undecodable(train, parts.train_rows), drop_undecodable(val, parts.val_rows)
+    test_rows = drop_undecodable(test, parts.test_rows) if test else parts.test_rows
+    noisy, wrong = _add_label_noise(config, parts, train_rows)
+    return RunData(
         data=data,
         rule=rule,
         train=replace(train, split=noisy),
@@ -272,14 +283,14 @@ def read_data(config: RunConfig, settled: Settled | None = None, look: Look | No
         test=test,
         test_rows=test_rows,
         bad_images=bad,
-        seen_test_images=in_both(train, train_rows, test, test_rows) if test else 0,
+        seen_test_images=count_shared_images(train, train_rows, test, test_rows) if test else 0,
         one_colour=[
             place for images, (_, rows) in zip(looked_at, used, strict=True) for place in of_one_colour(images, rows)
         ],
     )
 
 
-def decode_rule(config: RunConfig, data: Source) -> DecodeRule:
+def decode_rule(config: RunConfig, data: LabelledDataset) -> DecodeRule:
     """How a run decodes its images: as large as its model needs them, deep ones by the range of the training images."""
     data_config = pretrained.look_up(config.model, config.weights).data_config(config.img_size)
     train = data.splits["train"]
@@ -287,22 +298,22 @@ def decode_rule(config: RunConfig, data: Source) -> DecodeRule:
     return DecodeRule(min_side(data_config, config), config.max_megapixels, ranges)
 
 
-def look_at_train(config: RunConfig, parts: Parts, rule: DecodeRule, look: Look | None = None) -> Images:
+def decode_train(config: RunConfig, parts: RunSplits, rule: DecodeRule, look: Look | None = None) -> Images:
     """The images to train on; with --no-val through the cached files of both parts, that other runs have, too."""
-    looked_at = (look or look_at_data)(config, parts.sources or [(parts.train, parts.train_rows)], rule)
-    return united(parts.train, *looked_at) if parts.sources else looked_at[0]
+    looked_at = (look or decode_splits)(config, parts.sources or [(parts.train, parts.train_rows)], rule)
+    return concat_images(parts.train, *looked_at) if parts.sources else looked_at[0]
 
 
-def look_at_data(config: RunConfig, parts: Iterable[tuple[Split, Indices]], rule: DecodeRule) -> list[Images]:
+def decode_splits(config: RunConfig, parts: Iterable[tuple[Split, Indices]], rule: DecodeRule) -> list[Images]:
     """The images of (split, rows) each, decoded into the cache as far as the config allows."""
     with console.RunProgress() as progress:
         return [
-            look_at(
+            decode_into_cache(
                 split,
                 rows,
                 rule=rule,
                 limit=int(config.cache_limit * 2**30),
-                threads=max(1, device.cores() // collectives.local_world_size()),
+                threads=max(1, device.available_cpus() // collectives.local_world_size()),
                 progress=progress.count,
                 always=config.on_bad_image == "skip",
             )
@@ -310,7 +321,7 @@ def look_at_data(config: RunConfig, parts: Iterable[tuple[Split, Indices]], rule
         ]
 
 
-def _noisy(config: RunConfig, parts: Parts, rows: Indices) -> tuple[Split, LabelNoise | None]:
+def _add_label_noise(config: RunConfig, parts: RunSplits, rows: Indices) -> tuple[Split, LabelNoise | None]:
     """The train split with the labels to train on; another split object than the one that validation may share."""
     train, class_names = parts.train, parts.data.class_names
     if config.train_labels is not None:
@@ -324,7 +335,7 @@ def _noisy(config: RunConfig, parts: Parts, rows: Indices) -> tuple[Split, Label
     return train, None
 
 
-def _peak_rate(config: RunConfig, batch: Batch) -> float:
+def _peak_lr(config: RunConfig, batch: BatchPlan) -> float:
     assert config.lr is not None
     if config.lr_base_batch is None:
         return config.lr
@@ -347,7 +358,7 @@ def _optimizer(
     return torch.optim.AdamW(groups), penalty
 
 
-def _sam(model: nn.Module, config: RunConfig, batch: Batch) -> SAM:
+def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan) -> SAM:
     batch.sharing(config.m)  # whether it can be
     m: Any = config.m
     micro_batch = config.micro_batch
@@ -356,7 +367,7 @@ def _sam(model: nn.Module, config: RunConfig, batch: Batch) -> SAM:
     elif batch.parts > 1 and isinstance(m, str):
         micro_batch = min(micro_batch or batch.part, batch.part)
     if isinstance(m, str) and m.startswith("group:"):
-        m = collectives.subgroup(group_size(m)) if collectives.world_size() > 1 else "device"
+        m = collectives.new_subgroup(group_size(m)) if collectives.world_size() > 1 else "device"
     head = "|".join(rf"^{re.escape(name)}\." for name in pretrained.head_names(model))
     if not config.shard:
         model = collectives.data_parallel(model, next(model.parameters()).device)
@@ -417,8 +428,8 @@ def _rho_schedule(config: RunConfig, per_epoch: int, total_steps: int, warmup_st
     )
 
 
-def _fill_in(
-    config: RunConfig, target: torch.device, info: ModelInfo, train_images: int, batch: Batch, cores: int
+def _resolve_auto(
+    config: RunConfig, target: torch.device, info: ModelInfo, train_images: int, batch: BatchPlan, cores: int
 ) -> RunConfig:
     """Settle what the config leaves open, with the reason as origin. cores: of each rank."""
     if config.batch_size != batch.part:
@@ -430,9 +441,9 @@ def _fill_in(
         reason += "" if config.pretrained else ", from scratch"
         config = config.derive("lr", float(f"{lr:.3g}"), reason)
     if config.weight_decay is None:
-        decay = min(_MOST_DECAY, 1 / train_images)
+        decay = min(_MAX_WEIGHT_DECAY, 1 / train_images)
         config = config.derive(
-            "weight_decay", float(f"{decay:.3g}"), f"1 / {train_images} training images, at most {_MOST_DECAY:g}"
+            "weight_decay", float(f"{decay:.3g}"), f"1 / {train_images} training images, at most {_MAX_WEIGHT_DECAY:g}"
         )
     if config.workers is None:
         workers = device.loading_workers(target, cores)

@@ -15,11 +15,11 @@ from samtune.errors import CheckpointError, first_line
 from samtune.runs import checkpoint
 from samtune.sam.snapshot import generator_states, set_generator_states
 from samtune.sam.step import StepResult
-from samtune.train.setup import Job
+from samtune.train.setup import Setup
 
 
 @dataclass
-class Meter:
+class StepStats:
     """Sums over some steps; means are taken when they are asked for."""
 
     steps: int = 0
@@ -70,7 +70,7 @@ class Meter:
 
 
 @dataclass
-class Position:
+class TrainState:
     """step: how many are done. settled: the last one after which all that is due (validation, say) has been done.
 
     row, epoch: sums since the last row of metrics, and since the epoch began. best, best_step: error and loss of the
@@ -80,8 +80,8 @@ class Position:
 
     step: int = 0
     settled: int = 0
-    row: Meter = field(default_factory=Meter)
-    epoch: Meter = field(default_factory=Meter)
+    row: StepStats = field(default_factory=StepStats)
+    epoch: StepStats = field(default_factory=StepStats)
     best: tuple[float, float] | None = None
     best_step: int | None = None
     skipped_in_a_row: int = 0
@@ -90,7 +90,7 @@ class Position:
     seconds: float = 0.0
 
 
-def to_state(job: Job, position: Position) -> dict[str, Any]:
+def state_dict(job: Setup, position: TrainState) -> dict[str, Any]:
     """What a checkpoint holds besides weights: tensors, numbers and texts."""
     scaler = job.update.scaler
     return {
@@ -102,7 +102,7 @@ def to_state(job: Job, position: Position) -> dict[str, Any]:
     }
 
 
-def load(job: Job, folder: Path) -> Position:
+def load_state_dict(job: Setup, folder: Path) -> TrainState:
     """Put a job where it was when a valid checkpoint was saved: weights, optimizer, averages, random numbers.
 
     Raises CheckpointError for state or weights that do not fit, or that are no data but code.
@@ -118,7 +118,7 @@ def load(job: Job, folder: Path) -> Position:
         set_generator_states(state["generators"], job.device)
         job.update.sam.micro_batch = state["micro_batch"]
         kept = state["position"]
-        return Position(**kept | {"row": Meter(**kept["row"]), "epoch": Meter(**kept["epoch"])})
+        return TrainState(**kept | {"row": StepStats(**kept["row"]), "epoch": StepStats(**kept["epoch"])})
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(
             f"the state in checkpoint {folder} does not fit this run",
@@ -127,7 +127,7 @@ def load(job: Job, folder: Path) -> Position:
         ) from None
 
 
-def find(folder: Path) -> Path | None:
+def find_newest(folder: Path) -> Path | None:
     """The newest valid checkpoint of a run folder, None if none was saved yet; damage and leftovers are named.
 
     Raises CheckpointError if there are checkpoints, but none that is valid.

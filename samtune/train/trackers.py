@@ -61,7 +61,7 @@ class Trackers:
         self._indices = itertools.count()
 
     def __enter__(self) -> Self:
-        names = _chosen(self._config.track) if environment.is_first() else []
+        names = _chosen(self._config.track) if environment.is_rank0() else []
         started = time.time() - self._log.seconds()
         self._feeds = [_Feed(name, self._config, self._log, started) for name in names]
         deadline = time.monotonic() + _PATIENCE

@@ -62,8 +62,8 @@ def samtune_epochs(split, crop, size, batch_size, workers, epochs) -> Iterator[I
         def one_epoch():
             nonlocal batches
             if batches is None:
-                images = cache.look_at(
-                    split, np.arange(len(split)), limit=2**34, threads=device.cores(), progress=lambda *_: None
+                images = cache.decode_into_cache(
+                    split, np.arange(len(split)), limit=2**34, threads=device.available_cpus(), progress=lambda *_: None
                 )
                 batches = train_batches(
                     images,
@@ -181,7 +181,7 @@ def main() -> None:
             rows = measure(split, crop, size, batch_size, workers, options.epochs)
             tables[f"{title}, {len(split)} images, {workers} workers"] = rows
     result = {
-        "machine": f"{platform.machine()}, {device.cores()} cores",
+        "machine": f"{platform.machine()}, {device.available_cpus()} cores",
         "torch": torch.__version__,
         "timm": timm.__version__,
         "epochs": options.epochs,

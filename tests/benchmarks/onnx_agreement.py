@@ -25,7 +25,7 @@ from PIL import Image
 
 from samtune.data.cache import Images
 from samtune.data.decode import PLAIN
-from samtune.data.splits import open_parts
+from samtune.data.splits import open_run_splits
 from samtune.data.transforms import eval_transform, normalize
 from samtune.export import export
 from samtune.models import pretrained
@@ -74,7 +74,7 @@ def agreement(run: Path, scratch: Path) -> dict[str, int | float | str]:
     )
     folder = checkpoint.find(run)
     manifest = checkpoint.verify(folder)
-    parts = open_parts(checkpoint.run_config(manifest), classes=manifest["class_names"])
+    parts = open_run_splits(checkpoint.run_config(manifest), classes=manifest["class_names"])
     assert parts.test is not None
     model, data_config = pretrained.load_checkpoint(folder)
     transform = eval_transform(data_config)

@@ -45,7 +45,7 @@ def measure(folder: Path, times: int) -> dict[str, dict[str, float]]:
     """Seconds of each part; medians where there are several."""
     output = Path(tempfile.mkdtemp(prefix="samtune-page-"))
     try:
-        result, opened = run_report.recollect(folder), open_splits(loading.load(folder / "config.toml"))
+        result, opened = run_report.rebuild(folder), open_splits(loading.load(folder / "config.toml"))
         drawn = [_draw(folder, output / "report.html", result, opened) for _ in range(times + 1)]
         reported = [_report(folder, output) for _ in range(times)]
     finally:

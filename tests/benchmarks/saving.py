@@ -19,7 +19,7 @@ import torch
 
 from samtune.config import loading
 from samtune.train import loop
-from samtune.train.checkpointing import Saver
+from samtune.train.checkpointing import CheckpointSaver
 
 SETTINGS = {"model": "tf_efficientnet_lite0", "dataset": "mnist5k", "img_size": 64, "epochs": "1 epochs"}
 
@@ -30,14 +30,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     given = parser.parse_args()
     seconds: list[float] = []
-    save = Saver.save
+    save = CheckpointSaver.save
 
-    def timed(self: Saver, *arguments: object, **named: object) -> None:
+    def timed(self: CheckpointSaver, *arguments: object, **named: object) -> None:
         began = time.perf_counter()
         save(self, *arguments, **named)  # type: ignore[arg-type]
         seconds.append(time.perf_counter() - began)
 
-    Saver.save = timed  # type: ignore[method-assign]
+    CheckpointSaver.save = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(prefix="samtune-saving-") as scratch:
         run = Path(scratch) / "run"
         report = loop.run(loading.load(None, SETTINGS | {"output": str(run)}))

@@ -78,12 +78,12 @@ def pin(core: int) -> None:
 @contextmanager
 def switched_off() -> Iterator[None]:
     """In the block, samtune is in a process that is alone."""
-    plain = collectives.in_use
-    collectives.in_use = lambda: False
+    plain = collectives.is_initialized
+    collectives.is_initialized = lambda: False
     try:
         yield
     finally:
-        collectives.in_use = plain
+        collectives.is_initialized = plain
 
 
 def build(settings: Settings) -> nn.Module:

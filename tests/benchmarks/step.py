@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    target = device.pick()
+    target = device.select_device()
     tables = []
     for name, img_size, batch_size in STEPS[target.type]:
         images = torch.randn(batch_size, 3, img_size, img_size, device=target)

@@ -12,8 +12,8 @@ from samtune.data import depth
 from samtune.data.check import duplicates, scan
 from samtune.data.check.scan import Picture, Progress
 from samtune.data.decode import DecodeRule
-from samtune.data.source import Source, open_source
-from samtune.data.split_roles import Wanted
+from samtune.data.source import LabelledDataset, open_source
+from samtune.data.split_roles import DataSelection
 from samtune.distributed import device
 from samtune.errors import DataError
 
@@ -34,7 +34,7 @@ def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict
         ModelError: the hub cannot be reached.
     """
     console.note(f"reading data set {config.dataset} ...")
-    data = open_source(config.dataset, Wanted.of(config))
+    data = open_source(config.dataset, DataSelection.of(config))
     train = data.splits["train"]
     ranges = depth.value_ranges(train, train.labelled)
     rule = DecodeRule(_MIN_SIDE, config.max_megapixels, ranges)
@@ -46,7 +46,7 @@ def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict
             "  mend: pip install imagehash (extra: check)"
         )
     if workers is None:
-        workers = device.cores() if device.cores() > 1 else 0
+        workers = device.available_cpus() if device.available_cpus() > 1 else 0
     pictures: list[Picture] = []
     for split in data.splits.values():
         pictures += scan.scan(split, rule, workers=workers, progress=progress)
@@ -90,7 +90,7 @@ def _group(kind: str, group: Sequence[Picture], class_names: Sequence[str]) -> d
     }
 
 
-def _split(data: Source, pictures: Sequence[Picture]) -> dict[str, Any]:
+def _split(data: LabelledDataset, pictures: Sequence[Picture]) -> dict[str, Any]:
     """Counts of one split; images that cannot be read count for their class, not for modes and sizes."""
     labels = [picture.label for picture in pictures if picture.label >= 0]
     counts = np.bincount(labels, minlength=len(data.class_names)).tolist()
