@@ -153,7 +153,7 @@ def start_or_resume(
         if resumed is None and resume:
             console.note(f"{settings.output} holds no run yet: a new one begins")
     elif allow_change:
-        raise UsageError("--allow-change without --resume", mend="it says what may differ from the run that goes on")
+        raise UsageError("--allow-change without --resume", hint="it says what may differ from the run that goes on")
     else:
         settings = loading.load(recipe, flags)
     if resumed is not None:
@@ -229,7 +229,7 @@ def score_checkpoint(
     if checkpoint not in (None, "last", "best"):
         raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
     if data_settings and dataset is None:
-        raise UsageError(f"{flag_name(next(iter(data_settings)))} without --dataset", mend="it is about other data")
+        raise UsageError(f"{flag_name(next(iter(data_settings)))} without --dataset", hint="it is about other data")
     if temperature and dataset is not None:
         raise UsageError("--temperature with --dataset", "it is fitted on the run's own validation images")
     if temperature and split not in (None, "val"):

@@ -1,6 +1,6 @@
 """What can go wrong for a user, and the exit code that says so to a script.
 
-    SamtuneError                 what, why, how to mend: one line each
+    SamtuneError                 message, cause, hint: one line each
      |- UsageError          2    the command line or the recipe
      |- DataError           3    images, labels, splits
      |- ModelError          4    model names, pretrained weights, the hub
@@ -17,22 +17,22 @@ Exit code 0 is success and 1 is a defect of samtune itself, which keeps its trac
 
 
 class SamtuneError(Exception):
-    """An error that the user can mend.
+    """An error that the user can fix.
 
-    what: the value and the rule it broke. why: where it came from, if that helps. mend: what to do next.
+    message: the value and the rule it broke. cause: where it came from, if that helps. hint: what to do next.
     The arguments are the exception's own, so that it survives the way back from a data-loading process.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, why: str = "", mend: str = "") -> None:
-        super().__init__(what, why, mend)
-        self.what, self.why, self.mend = what, why, mend
+    def __init__(self, message: str, cause: str = "", hint: str = "") -> None:
+        super().__init__(message, cause, hint)
+        self.message, self.cause, self.hint = message, cause, hint
 
     def __str__(self) -> str:
-        lines = [self.what]
-        lines += [f"  why:  {self.why}"] if self.why else []
-        lines += [f"  mend: {self.mend}"] if self.mend else []
+        lines = [self.message]
+        lines += [f"  cause: {self.cause}"] if self.cause else []
+        lines += [f"  hint:  {self.hint}"] if self.hint else []
         return "\n".join(lines)
 
 
@@ -100,7 +100,7 @@ class Stopped(BaseException):
 
     SAVED = 75  # sysexits.h: temporary failure, try again
 
-    def __init__(self, what: str, exit_code: int, mend: str = "") -> None:
-        super().__init__(what)
+    def __init__(self, message: str, exit_code: int, hint: str = "") -> None:
+        super().__init__(message)
         self.exit_code = exit_code
-        self.mend = mend or ("go on with --resume" if exit_code == self.SAVED else "what was saved before is intact")
+        self.hint = hint or ("go on with --resume" if exit_code == self.SAVED else "what was saved before is intact")

@@ -263,15 +263,15 @@ def _error(repository: Repository, error: Exception, damaged: list[str] | None =
             first_line(error) + cache,
             f"`{repository.fetch} --force-download` fetches it anew; or {repository.instead}",
         )
-    mend = f"`{repository.fetch}` fetches it into the cache; or {repository.instead}"
+    hint = f"`{repository.fetch}` fetches it into the cache; or {repository.instead}"
     if status in (401, 403, 404):
-        mend = (
+        hint = (
             f"if you have access, `hf auth login` or set HF_TOKEN, then `{repository.fetch}`; or {repository.instead}"
         )
     elif _is_offline(error):
-        mend = f"with a network and without HF_HUB_OFFLINE, {mend}"
+        hint = f"with a network and without HF_HUB_OFFLINE, {hint}"
     what = f"{repository.what}: neither in the cache nor to be had from the hub"
-    return ModelError(what, _answer(error) + cache, mend)
+    return ModelError(what, _answer(error) + cache, hint)
 
 
 def _answer(error: BaseException) -> str:

@@ -126,7 +126,7 @@ def test_a_converted_repository_is_read_by_config_split_and_revision(hub_cache):
 def test_what_a_converted_repository_lacks_in_the_cache_is_named_with_its_revision():
     with pytest.raises(ModelError, match="frgfm/imagenette") as error:
         source.open_source("imagenette")
-    assert "hf download --repo-type dataset --revision refs/convert/parquet frgfm/imagenette" in error.value.mend
+    assert "hf download --repo-type dataset --revision refs/convert/parquet frgfm/imagenette" in error.value.hint
 
 
 def test_any_id_of_the_hub_is_a_data_set(hub_cache):

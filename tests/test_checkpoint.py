@@ -125,7 +125,7 @@ def test_what_is_no_checkpoint_says_what_it_is(tmp_path, model_and_info):
     (tmp_path / "runs" / "r1" / "config.toml").touch()
     with pytest.raises(CheckpointError, match="is a folder of runs") as raised:
         checkpoint.locate(tmp_path / "runs")
-    assert raised.value.why == "r1"
+    assert raised.value.cause == "r1"
     folder = checkpoint.locate(tmp_path / "runs" / "r1" / "checkpoints", "last")
     assert checkpoint.verify(folder)["step"] == 3
     (folder / "manifest.json").rename(tmp_path / "manifest.json")
@@ -138,7 +138,7 @@ def test_one_flipped_bit_is_seen(tmp_path, model_and_info):
     flip(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="damaged") as error:
         checkpoint.verify(folder)
-    assert "model.safetensors" in error.value.why
+    assert "model.safetensors" in error.value.cause
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json", "config.json"])
@@ -147,7 +147,7 @@ def test_a_missing_file_is_named(tmp_path, model_and_info, name):
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match="not complete") as error:
         checkpoint.verify(folder)
-    assert name in error.value.why
+    assert name in error.value.cause
 
 
 def test_an_empty_manifest_is_refused(tmp_path, model_and_info):
@@ -212,7 +212,7 @@ def test_the_newest_valid_one_is_found_by_its_step_whatever_is_broken(tmp_path, 
     flip(tmp_path / "step-000011" / "model.safetensors")
     found, damage = checkpoint.newest_valid(tmp_path)
     assert found == tmp_path / "step-000010"
-    assert ["step-000012" in damage[0].what, "step-000011" in damage[1].what] == [True, True]
+    assert ["step-000012" in damage[0].message, "step-000011" in damage[1].message] == [True, True]
 
 
 def test_a_checkpoint_is_hardly_larger_than_weights_optimizer_and_average(tmp_path, model_and_info):
@@ -237,7 +237,7 @@ def test_a_state_that_holds_code_is_refused_and_nothing_is_executed(tmp_path, mo
     torch.save({"position": Bomb(tmp_path / "executed")}, folder / "state.pt")
     with pytest.raises(CheckpointError, match="cannot be read") as error:
         checkpoint.load_state(folder)
-    assert "nothing of it was executed" in error.value.mend
+    assert "nothing of it was executed" in error.value.hint
     assert not (tmp_path / "executed").exists()
 
 

@@ -44,7 +44,7 @@ def test_what_cannot_be_meant_ends_with_its_code_the_reason_and_the_mend(tmp_pat
     assert "Traceback" not in done.stderr
     errors = done.stderr[done.stderr.index("error:") :].splitlines()
     assert len(errors) <= 3
-    assert any("mend:" in line for line in errors)
+    assert any("hint:" in line for line in errors)
 
 
 def test_every_setting_is_a_flag_with_help():
@@ -109,7 +109,7 @@ def test_odd_terminals_get_plain_text(env):
     done = samtune("run", "--model", "x", "--dataset", "./nowhere", env=env)
     assert done.returncode == 3
     assert "\x1b" not in done.stderr
-    assert "mend" in done.stderr
+    assert "hint" in done.stderr
 
 
 def test_resume_where_no_run_is_says_so(tmp_path):

@@ -364,5 +364,5 @@ def test_what_cannot_be_reported_ends_in_one_line_each(two, tmp_path):
     ):
         done = samtune("report", *arguments)
         assert (done.returncode, done.stdout) == (code, "")
-        assert "mend:" in done.stderr
+        assert "hint:" in done.stderr
         assert "Traceback" not in done.stderr

@@ -82,20 +82,20 @@ def test_a_recipe_may_carry_its_claim(tmp_path):
 def test_a_value_that_cannot_be_meant_is_refused_by_name_with_the_rule(tmp_path, key, value, said):
     with pytest.raises(UsageError, match=said) as by_flag:
         loading.load(None, NEEDED | {key: value})
-    assert loading.flag_name(key) in by_flag.value.what
+    assert loading.flag_name(key) in by_flag.value.message
     if value == value:  # TOML has nan too, but not by this name
         text = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
         path = recipe(tmp_path, f'model = "a"\ndataset = "b"\n{key} = {text}\n')
         with pytest.raises(UsageError, match=said) as by_recipe:
             loading.load(path)
-        assert key in by_recipe.value.what
-        assert str(path) in by_recipe.value.what
+        assert key in by_recipe.value.message
+        assert str(path) in by_recipe.value.message
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(UsageError, match="unknown key bath_size") as error:
         loading.load(recipe(tmp_path, 'model = "a"\ndataset = "b"\nbath_size = 3\n'))
-    assert "batch_size" in error.value.mend
+    assert "batch_size" in error.value.hint
 
 
 def test_an_unknown_key_goes_before_what_is_missing_for_it(tmp_path):
@@ -219,8 +219,8 @@ def test_every_number_has_a_least_and_a_largest_value_that_float32_holds():
 def test_numbers_beyond_their_arithmetic_are_refused_by_name(key, value):
     with pytest.raises(UsageError) as error:
         loading.load(None, {"model": "m", "dataset": "d", key: value})
-    assert error.value.what.startswith(f"--{key.replace('_', '-')} ")
-    assert len(error.value.what) < 600
+    assert error.value.message.startswith(f"--{key.replace('_', '-')} ")
+    assert len(error.value.message) < 600
 
 
 @pytest.mark.parametrize(
@@ -245,4 +245,4 @@ def test_names_that_no_report_could_hold_are_refused_with_a_way_out(key):
     given = {"model": "m", "dataset": "d"} | {key: Path(name) if key in ("output", "weights") else name}
     with pytest.raises(UsageError, match=f"--{key} café is no valid UTF-8") as error:
         loading.load(None, given)
-    assert "ln -s" in error.value.mend
+    assert "ln -s" in error.value.hint

@@ -126,29 +126,29 @@ def test_a_class_folder_that_train_lacks_is_named(tmp_path):
         (__file__, "is a file", "folder"),
     ],
 )
-def test_a_data_set_that_is_not_there(dataset, said, mend):
+def test_a_data_set_that_is_not_there(dataset, said, hint):
     with pytest.raises(DataError, match=said) as error:
         source.locate(dataset)
-    assert mend in error.value.mend
+    assert hint in error.value.hint
 
 
 def test_a_folder_without_data_says_what_it_should_hold(tmp_path):
     with pytest.raises(DataError, match="cannot be read") as error:
         source.open_source(str(tmp_path))
-    assert "parquet" in error.value.mend
+    assert "parquet" in error.value.hint
 
 
 def test_a_folder_without_a_train_split_says_what_it_has(tmp_path):
     write_parquet(tmp_path, [0, 1], datasets.ClassLabel(names=["a", "b"]), split="test")
     with pytest.raises(DataError, match="no train split") as error:
         source.open_source(str(tmp_path))
-    assert "test" in error.value.why
+    assert "test" in error.value.cause
 
 
 def test_a_name_of_the_hub_without_network_or_cache_names_repository_and_cache():
     with pytest.raises(ModelError, match="dpdl-benchmark/oxford_flowers102") as error:
         source.open_source("flowers102")
-    assert "cache" in error.value.why
+    assert "cache" in error.value.cause
     assert error.value.exit_code == 4
 
 

@@ -188,5 +188,5 @@ def test_of_a_folder_with_oddities_only_the_damaged_ones_are_named(tmp_path, mon
         assert len(drop_undecodable(images, rows)) == len(odd) - 3
         with pytest.raises(DataError, match="3 images cannot be decoded") as error:
             raise_if_undecodable(bad)
-        assert error.value.why.count(".jpg") == 3
+        assert error.value.cause.count(".jpg") == 3
     raise_if_undecodable([])

@@ -262,9 +262,9 @@ def test_every_kind_of_tiff_is_read_rightly_or_refused_by_what_it_is(dtype, comp
         if pixels is not None:
             assert np.abs(pixels - expected_pixels(values, photometric, extra, range_)).max() <= 1.5, case
             continue
-        assert f"it is a TIFF of {values.shape[2]} channel" in refused.why, case
-        assert f" of {8 * values.dtype.itemsize} bits (" in refused.why, case
-        assert "converts it: " in refused.why, case
+        assert f"it is a TIFF of {values.shape[2]} channel" in refused.cause, case
+        assert f" of {8 * values.dtype.itemsize} bits (" in refused.cause, case
+        assert "converts it: " in refused.cause, case
         assert planes == 2 or (dtype, photometric, extra) not in READ, case
 
 
@@ -336,12 +336,12 @@ def test_integers_of_32_bits_without_a_sign_stay_positive(compressed, tmp_path):
 def test_a_tiff_that_cannot_be_read_is_described_with_what_converts_it(values, options, what, command):
     with pytest.raises(DataError) as error:
         decode(odd_tiff(values, **options), lambda: "a.tif", PLAIN)
-    assert what in error.value.why
-    assert command in error.value.why
+    assert what in error.value.cause
+    assert command in error.value.cause
 
 
 @pytest.mark.parametrize("length", [4, 8, 30, 120])
 def test_a_damaged_tiff_is_no_image(length):
     with pytest.raises(DataError, match=r"a.tif cannot be decoded") as error:
         decode(odd_tiff(numbers_of("u2", 3), photometric=2)[:length], lambda: "a.tif")
-    assert "\n" not in error.value.why
+    assert "\n" not in error.value.cause

@@ -46,7 +46,7 @@ def test_what_is_broken_is_named_and_ends_with_8(monkeypatch, capsys):
     with pytest.raises(MachineError, match="broken: GPU") as caught:
         command(as_json=True)
     assert caught.value.exit_code == 8
-    assert "no such library" in caught.value.why
+    assert "no such library" in caught.value.cause
     result = json.loads(capsys.readouterr().out)
     assert result["ok"] is False
     assert [check["status"] for check in result["checks"]] == ["failed", "ok"]  # the others go on

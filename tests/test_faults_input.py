@@ -46,8 +46,8 @@ def folder(tmp_path):
 
 
 def lines_of(error):
-    """What, why and mend of the error at the end of what a command said; "" for no why."""
-    found = re.search(r"(?:\A|\n)error: (.+)\n(?:  why:  (.+)\n)?  mend: (.+)\n\Z", error)
+    """Message, cause and hint of the error at the end of what a command said; "" for no cause."""
+    found = re.search(r"(?:\A|\n)error: (.+)\n(?:  cause: (.+)\n)?  hint:  (.+)\n\Z", error)
     assert found is not None, error
     return found[1], found[2] or "", found[3]
 
@@ -108,14 +108,14 @@ def test_one_look_names_every_damaged_image_of_every_split_with_its_reason_befor
     damaged_data, command, folder
 ):
     done = command("run", *RANDOM, "--dataset", damaged_data, "--output", folder)
-    what, why, mend = refusal(done, 3, folder)
+    what, why, hint = refusal(done, 3, folder)
     assert what == "8 images cannot be decoded"
     named = {path: reason for _, path, reason in re.findall(r"image (\d+) of split \w+ \((.+?)\): (.+?)(?:; |$)", why)}
     expected = damaged_files(damaged_data)
     assert named.keys() == expected.keys()
     for path, reason in expected.items():
         assert reason in named[path]
-    assert "--on-bad-image skip" in mend
+    assert "--on-bad-image skip" in hint
 
 
 @row(15)
@@ -289,11 +289,11 @@ NO_CLASSES = {
 def test_a_label_that_is_no_class_ends_the_run_with_its_row(name, tmp_path, command, folder):
     how, labels, said = NO_CLASSES[name]
     data = write_list(tmp_path, how, labels) if isinstance(how, str) else write_table(tmp_path / "d", labels, how)
-    what, why, mend = refusal(command("run", *RANDOM, "--dataset", data, "--output", folder), 3, folder)
+    what, why, hint = refusal(command("run", *RANDOM, "--dataset", data, "--output", folder), 3, folder)
     assert re.search(said, what), what
     assert "which is no class" in what
     assert why
-    assert "mend or remove the" in mend
+    assert "fix or remove the" in hint
 
 
 @row(17)
@@ -427,9 +427,9 @@ def test_a_model_that_cannot_be_meant_brings_the_nearest_pretrained_ones(
 ):
     data = write_image_folder(tmp_path / "data", {"train": 4})
     done = command("run", "--model", model, "--dataset", data, "--output", folder, *SHORT)
-    what, why, mend = refusal(done, 4, folder)
+    what, why, hint = refusal(done, 4, folder)
     assert said in what
-    assert nearest in re.findall(r"[\w.]+(?: \([\w.]+\))?", f"{why} {mend}")
+    assert nearest in re.findall(r"[\w.]+(?: \([\w.]+\))?", f"{why} {hint}")
 
 
 @pytest.fixture
@@ -465,11 +465,11 @@ def test_weights_of_something_else_are_refused_with_their_first_keys(name, data,
     make, count, first = OTHERS[name]
     save_file(make().state_dict(), tmp_path / "w.safetensors")
     done = command("run", *NET, *SHORT, "--weights", tmp_path / "w.safetensors", "--dataset", data, "--output", folder)
-    what, why, mend = refusal(done, 5, folder)
+    what, why, hint = refusal(done, 5, folder)
     assert what == f"weights file:{tmp_path / 'w.safetensors'} do not fit the model"
     assert count in why
     assert re.search(f"first: {first}", why), why
-    assert "--model" in mend
+    assert "--model" in hint
 
 
 @row(22)
@@ -498,12 +498,12 @@ def test_offline_with_an_empty_cache_the_error_names_the_cache_and_the_command_t
     model, dataset, repository, data, command, folder
 ):
     done = command("run", "--model", model, "--dataset", dataset or data, "--output", folder, *SHORT)
-    what, why, mend = refusal(done, 4, folder)
+    what, why, hint = refusal(done, 4, folder)
     assert repository.rpartition(" ")[2] in what
     assert "HF_HUB_OFFLINE is set" in why
     assert f"(cache: {os.environ['HF_HOME']}/hub)" in why
-    assert f"`hf download {repository}`" in mend
-    assert ("--dataset" if dataset else "--weights") in mend
+    assert f"`hf download {repository}`" in hint
+    assert ("--dataset" if dataset else "--weights") in hint
 
 
 @row(26)
@@ -517,10 +517,10 @@ def test_weights_with_code_in_them_are_refused_and_none_of_it_runs(kind, name, d
     else:
         torch.save(bomb, tmp_path / name, _use_new_zipfile_serialization=kind == "archive")
     done = command("run", *NET, *SHORT, "--weights", tmp_path / name, "--dataset", data, "--output", folder)
-    what, why, mend = refusal(done, 5, folder)
+    what, why, hint = refusal(done, 5, folder)
     assert what == f"weights {tmp_path / name} cannot be read"
     assert "weights_only=False" not in why  # torch's own advice
-    assert "tensors only" in mend
+    assert "tensors only" in hint
     assert not mark.exists()
     if kind != "pickle" and name == "w.pth":  # it is a bomb
         torch.load(tmp_path / name, weights_only=False)
@@ -529,7 +529,7 @@ def test_weights_with_code_in_them_are_refused_and_none_of_it_runs(kind, name, d
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
-# A line of a recipe -> what is said of it: what, the range, and how to mend it.
+# A line of a recipe -> what is said of it: message, the range, and a hint.
 SETTINGS = {
     "bath_size = 3": ("unknown key bath_size", "", "did you mean batch_size?"),
     "label_nose = 0.1": ("unknown key label_nose", "", "did you mean label_noise?"),
@@ -556,11 +556,11 @@ def test_a_setting_that_cannot_be_meant_is_named_with_key_origin_range_and_mend(
     said, allowed, mended = SETTINGS[line]
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f"{line}\n")
-    what, why, mend = refusal(command("run", recipe, *NET, "--dataset", data, "--output", folder), 2, folder)
+    what, why, hint = refusal(command("run", recipe, *NET, "--dataset", data, "--output", folder), 2, folder)
     assert re.search(said, what), what
     assert f"in recipe {recipe}" in what
     assert allowed in why
-    assert mended in mend
+    assert mended in hint
 
 
 @row(27)
@@ -577,9 +577,9 @@ def test_a_setting_that_cannot_be_meant_is_named_with_key_origin_range_and_mend(
     ],
 )
 def test_a_flag_that_cannot_be_meant_is_named_with_its_range(flags, said, data, command, folder):
-    what, _, mend = refusal(command("run", *NET, "--dataset", data, "--output", folder, *flags), 2, folder)
+    what, _, hint = refusal(command("run", *NET, "--dataset", data, "--output", folder, *flags), 2, folder)
     assert re.search(said, what), what
-    assert mend
+    assert hint
 
 
 # ------------------------------------------------------------------------------------------------------------- devices

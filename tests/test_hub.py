@@ -120,9 +120,9 @@ def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:
 
 
 def three_lines(stderr: str) -> tuple[str, str, str]:
-    """What, why and mend of the error that ends a command; nothing follows it, and no traceback goes before."""
+    """Message, cause and hint of the error that ends a command; nothing follows it, and no traceback goes before."""
     assert "Traceback" not in stderr
-    found = re.search(r"error: (.*)\n  why:  (.*)\n  mend: (.*)\n\Z", stderr)
+    found = re.search(r"error: (.*)\n  cause: (.*)\n  hint:  (.*)\n\Z", stderr)
     assert found is not None, stderr
     return found[1], found[2], found[3]
 
@@ -340,14 +340,14 @@ def test_a_fault_that_lasts_ends_with_what_why_and_how_to_mend_and_the_next_run_
     hub.faults = [Fault(fault.status, fault.code, fault.cut, fault.silent, fault.where or repository, fault.method)]
     done, seconds = client(data=data)
     assert done.returncode == 4, done.stderr
-    what, why, mend = three_lines(done.stderr)
+    what, why, hint = three_lines(done.stderr)
     assert repository in what
     assert says in why
     assert str(folder / "home" / "hub") in why
     fetch = f"hf download {'--repo-type dataset ' if kind == 'dataset' else ''}{repository}"
-    assert f"`{fetch}`" in mend
-    assert advises.replace("fetch", fetch) in mend
-    assert ("--weights" if kind == "model" else "--dataset") in mend
+    assert f"`{fetch}`" in hint
+    assert advises.replace("fetch", fetch) in hint
+    assert ("--weights" if kind == "model" else "--dataset") in hint
     assert seconds < 60
     if not fault.where:  # a try and, where that may help, some more
         tries = [path for _, path, status in hub.requests if status == fault.status and repository in path]

@@ -293,9 +293,9 @@ def test_what_cannot_be_told_is_refused_with_its_tree_and_settled_by_flags(name,
     write(tmp_path, *paths)
     with pytest.raises(DataError, match="it cannot be told which folders are splits") as error:
         read(tmp_path)
-    assert said in error.value.why
-    assert f"{paths[0].split('/')[0]}/  " in error.value.why  # the tree
-    assert "--train-split" in error.value.mend
+    assert said in error.value.cause
+    assert f"{paths[0].split('/')[0]}/  " in error.value.cause  # the tree
+    assert "--train-split" in error.value.hint
     assert sizes(read(tmp_path, **flags)) == found
 
 
@@ -315,7 +315,7 @@ def test_a_flag_may_leave_one_folder_out_of_the_classes(tmp_path):
 def test_a_split_that_is_not_there_is_answered_with_those_that_are(tmp_path):
     with pytest.raises(UsageError, match="no split 'trian'") as error:
         read(write(tmp_path, "train/cat/1", "train/dog/1"), train_split="trian")
-    assert "it has: train" in error.value.mend
+    assert "it has: train" in error.value.hint
 
 
 def test_the_deepest_folders_are_classes_where_that_is_asked_for(tmp_path):
@@ -330,21 +330,21 @@ def test_pictures_without_class_folders_are_answered_with_the_list_that_lies_the
     (tmp_path / "labels.csv").write_text("id,breed\n")
     with pytest.raises(DataError, match="lie in no class folders") as error:
         read(tmp_path)
-    assert str(tmp_path / "labels.csv") in error.value.mend
+    assert str(tmp_path / "labels.csv") in error.value.hint
 
 
 def test_a_class_folder_that_train_writes_otherwise_is_named_with_its_likeness(tmp_path):
     write(tmp_path, "train/Cat/0.png", "train/Dog/0.png", "test/cat/0.png", "test/Dog/0.png")
     with pytest.raises(DataError) as raised:
         source.open_source(str(tmp_path))
-    assert raised.value.what == "class folder cat of split test is no class of train"
-    assert raised.value.why == "train has 2 classes: Cat, Dog; Cat is written otherwise"
+    assert raised.value.message == "class folder cat of split test is no class of train"
+    assert raised.value.cause == "train has 2 classes: Cat, Dog; Cat is written otherwise"
 
 
 def test_a_data_set_with_nothing_but_unlabelled_pictures_says_so(tmp_path):
     with pytest.raises(DataError, match="no labelled pictures") as error:
         read(write(tmp_path, "test/3"))
-    assert "without a label" in error.value.why
+    assert "without a label" in error.value.cause
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
@@ -369,7 +369,7 @@ def test_a_folder_that_the_system_refuses_is_named(folder, tmp_path, monkeypatch
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=r"folder .* cannot be read") as error:
         read(tmp_path)
-    assert error.value.why == "Permission denied"
+    assert error.value.cause == "Permission denied"
 
 
 def test_a_path_that_the_system_refuses_is_named(tmp_path):
@@ -464,7 +464,7 @@ def test_a_class_that_would_vanish_is_named_with_what_reads_its_pictures(tmp_pat
     (tmp_path / "train" / "hen" / "1.dng").unlink()
     with pytest.raises(DataError, match="class owl of train") as error:
         read(tmp_path)
-    assert "pip install 'samtune[heif]'" in error.value.mend
+    assert "pip install 'samtune[heif]'" in error.value.hint
     data = read(tmp_path, on_bad_image="skip")
     assert data.class_names == ("cat", "dog")
     assert any("class owl of train" in note for note in data.notes)
@@ -502,7 +502,7 @@ def test_the_error_for_one_class_alone_says_what_became_of_the_other(tmp_path):
     (tmp_path / "train" / "owl").mkdir()
     with pytest.raises(DataError, match="one class alone: cat") as error:
         read(tmp_path)
-    assert "class owl of train is left out: it is empty" in error.value.why
+    assert "class owl of train is left out: it is empty" in error.value.cause
 
 
 @pytest.mark.parametrize("path", ["train/owl/1", "train/owl/1.npy", "train/owl/x/1.jpg_large", "val/cat/1"])
@@ -587,7 +587,7 @@ def test_an_archive_that_may_be_a_class_or_a_split_is_not_dropped(name, tmp_path
     write(tmp_path, *paths, archive)  # it is not opened
     with pytest.raises(DataError, match=f"archive {said} lies beside") as error:
         read(tmp_path)
-    assert "unpack it" in error.value.mend
+    assert "unpack it" in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -649,7 +649,7 @@ def test_an_archive_that_cannot_be_unpacked_is_named_each_time(form, damage, tmp
     for _ in range(2):  # nothing half unpacked is left for the second time
         with pytest.raises(DataError, match=r"archive .*all.* cannot be (opened|unpacked)") as error:
             read(tmp_path / "set")
-        assert "download it again" in error.value.mend
+        assert "download it again" in error.value.hint
 
 
 @pytest.mark.parametrize("archives", ["train test", "images"])
@@ -662,14 +662,14 @@ def test_archives_beside_a_list_are_answered_with_the_command_that_unpacks_them(
     with pytest.raises(DataError, match="is not there") as error:
         read(root)
     for name in archives.split():
-        assert f"`unzip {name}.zip -d {name}`" in error.value.mend
+        assert f"`unzip {name}.zip -d {name}`" in error.value.hint
 
 
 def test_a_packed_train_beside_a_test_without_labels_is_answered_with_the_command(tmp_path):
     pack(write(tmp_path / "set", "test/2"), "train.zip", "cat/1", "dog/1")
     with pytest.raises(DataError, match="has no labelled pictures") as error:
         read(tmp_path / "set")
-    assert "`unzip train.zip -d train`" in error.value.mend
+    assert "`unzip train.zip -d train`" in error.value.hint
 
 
 @pytest.mark.parametrize("form", ["zip", "gztar", "bztar", "xztar"])
@@ -694,7 +694,7 @@ def test_archives_that_are_not_read_are_answered_with_the_command_that_unpacks_t
         write(tmp_path, f"files/{name}")
         with pytest.raises(DataError, match="is an archive") as error:
             read(tmp_path / "files" / name)
-        assert command in error.value.mend
+        assert command in error.value.hint
     write(tmp_path, "foreign/pets.7z")
     with pytest.raises(DataError, match=r"pets\.7z .* cannot be read here"):
         read(tmp_path / "foreign")
@@ -773,8 +773,8 @@ def test_folders_are_no_classes_where_a_list_tells_other_labels_of_their_picture
     table(write(tmp_path, *paths), listed, *lines)
     with pytest.raises(DataError, match=f"list .*{listed} tells other labels than the folders") as error:
         read(tmp_path)
-    assert f"--dataset {tmp_path / listed}" in error.value.mend
-    assert error.value.mend.endswith(f"take it away, or say --train-split {train}")
+    assert f"--dataset {tmp_path / listed}" in error.value.hint
+    assert error.value.hint.endswith(f"take it away, or say --train-split {train}")
     data = read(tmp_path, train_split=train)
     assert len(data.class_names) == 2
     assert sum(sizes(data).values()) == len(paths)
@@ -816,8 +816,8 @@ COPIES = {
 def test_a_copy_of_the_classes_among_them_is_no_class(name, tmp_path):
     with pytest.raises(DataError, match="it cannot be told") as error:
         read(write(tmp_path, *COPIES[name]))
-    assert "may be a class or a copy of those beside it: it holds" in error.value.why
-    assert f"{COPIES[name][0].split('/')[0]}/  " in error.value.why
+    assert "may be a class or a copy of those beside it: it holds" in error.value.cause
+    assert f"{COPIES[name][0].split('/')[0]}/  " in error.value.cause
     data = read(tmp_path, train_split="train" if name == "in train" else ".")
     assert len(data.class_names) >= 3
 

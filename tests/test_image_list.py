@@ -90,7 +90,7 @@ def test_columns_of_splits_are_chosen_by_name_where_there_are_several(folder):
     path = write(folder, "path,label,one,two", *rows)
     with pytest.raises(DataError, match="2 columns of splits: one, two") as error:
         read(path)
-    assert "--split-key" in error.value.mend
+    assert "--split-key" in error.value.hint
     assert pictures(read(path, split_key="two"), "test") == [3]
     with pytest.raises(UsageError, match="--split-key three"):
         read(path, split_key="three")
@@ -178,8 +178,8 @@ def test_a_value_that_may_mean_anything_is_shown_and_never_trained_on(kind, fold
     path = table_of_splits(folder, kind, "set", ["train", "train", "test", "test", "gallery", "gallery"])
     with pytest.raises(DataError, match="'gallery' is the name of none") as error:
         read(path)
-    assert "train 2, test 2, gallery 2" in error.value.why
-    assert "--split-key set" in error.value.mend
+    assert "train 2, test 2, gallery 2" in error.value.cause
+    assert "--split-key set" in error.value.hint
     assert pictures(read(path, split_key="set")) == [0, 1]
     assert pictures(read(path, train_split="train+gallery")) == [0, 1, 4, 5]
     path = table_of_splits(folder, kind, "subset", ["train", "train", "query", "query", "gallery", "gallery"])
@@ -201,7 +201,7 @@ def test_numbers_that_may_be_splits_are_asked_about(column, folder):
     file = write(folder, f"path,label,{column}", *rows)
     with pytest.raises(DataError, match=f"column {column} of data set .* '0' is the name of none") as raised:
         read(file)
-    assert "0 4, 1 1, 2 1" in raised.value.why
+    assert "0 4, 1 1, 2 1" in raised.value.cause
     data = read(file, split_key=column, train_split="0", val_split="1", test_split="2")
     assert (pictures(data), pictures(data, "validation"), pictures(data, "test")) == ([0, 1, 2, 3], [4], [5])
 
@@ -232,11 +232,11 @@ def test_a_column_that_is_called_as_splits_are_is_asked_about(column, kind, fold
     path = table_of_splits(folder, kind, column, UNNAMED[column])
     with pytest.raises(DataError, match=f"column {column} of .* is the name of none") as raised:
         read(path)
-    command = shlex.split(raised.value.mend.rpartition("if it tells no splits, ")[2].removesuffix(" takes all rows"))
+    command = shlex.split(raised.value.hint.rpartition("if it tells no splits, ")[2].removesuffix(" takes all rows"))
     assert command[::2] == ["--split-key", "--train-split"]
     assert pictures(read(path, split_key=command[1], train_split=command[3])) == [0, 1, 2, 3, 4, 5]
     first = command[3].split("+")[0]
-    assert f"{first} {[str(v) for v in UNNAMED[column]].count(first)}" in raised.value.why
+    assert f"{first} {[str(v) for v in UNNAMED[column]].count(first)}" in raised.value.cause
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -304,7 +304,7 @@ def test_a_list_without_train_names_the_column_that_says_so(folder):
     path = table_of_splits(folder, "csv", "subset", ["test"] * 4 + ["val"] * 2)
     with pytest.raises(DataError, match="no train split") as raised:
         read(path)
-    assert "column subset tells the splits: test 4, val 2" in raised.value.why
+    assert "column subset tells the splits: test 4, val 2" in raised.value.cause
 
 
 @pytest.mark.parametrize("blank", ["nan", "N/A", "null"])
@@ -429,7 +429,7 @@ def test_columns_of_classes_are_named_where_they_cannot_be_told(folder):
     path = write(folder, "path,cat,dog,male,age", *rows)
     with pytest.raises(DataError, match="no label column") as raised:
         read(path)
-    assert "--label-key a,b where each class has a column" in raised.value.mend
+    assert "--label-key a,b where each class has a column" in raised.value.hint
     assert labels(read(path, label_key="dog,cat")) == ["dog", "cat"] * 3
     with pytest.raises(DataError, match=r"column age of .* holds other than 0 and 1"):
         read(path, label_key="cat,age")
@@ -543,7 +543,7 @@ def test_a_picture_that_is_missing_is_not_another_one_of_its_name(tmp_path):
             data.splits["train"].image_bytes(missing)
     with pytest.raises(DataError, match="is not there") as error:
         read(write(tmp_path, "path,label", "/x/dog/1.png,b", "/x/cat/0.png,a", "/x/dog/0.png,a"))
-    assert "--image-root FOLDER" in error.value.mend
+    assert "--image-root FOLDER" in error.value.hint
 
 
 def test_an_end_that_lies_right_in_the_root_goes_before_those_below(tmp_path):
@@ -586,7 +586,7 @@ def test_endings_may_differ_in_case_and_a_like_name_is_told(folder):
     for name, near in (("7", "photos/007.png"), ("heron.png", "photos/Heron.png"), ("herron", "photos/Heron.png")):
         with pytest.raises(DataError, match=f"{name} of list .* is not there") as raised:
             read(write(folder, "path,label", f"{name},a"))
-        assert raised.value.why.endswith(f"; the nearest is {near}")
+        assert raised.value.cause.endswith(f"; the nearest is {near}")
 
 
 def test_an_id_with_several_pictures_is_refused_and_a_folder_settles_it(folder):
@@ -595,7 +595,7 @@ def test_an_id_with_several_pictures_is_refused_and_a_folder_settles_it(folder):
     path = write(folder, "id,breed", *(f"{i},{'ab'[i % 2]}" for i in range(4)))
     with pytest.raises(DataError, match=r"picture 0 of list .* may be any of 2 files") as error:
         read(path)
-    assert "--image-root" in error.value.mend
+    assert "--image-root" in error.value.hint
     assert pictures(read(path, image_root="photos")) == [0, 1, 2, 3]
 
 
@@ -603,7 +603,7 @@ def test_a_folder_or_a_picture_that_is_not_there_is_named(folder):
     path = write(folder, "id,breed", "9,a", "1,b")
     with pytest.raises(DataError, match=r"9 of list .* is not there") as error:
         read(path)
-    assert "--image-suffix" in error.value.mend
+    assert "--image-suffix" in error.value.hint
     with pytest.raises(DataError, match="--image-root nowhere is no folder"):
         read(path, image_root="nowhere")
 
@@ -718,14 +718,14 @@ def test_the_list_with_a_column_of_labels_by_name_or_one_for_each_class_is_named
     write(competition, "image,mel,nv", "0,1.0,0.0", "1,0.0,1.0", name="GroundTruth.csv")
     with pytest.raises(DataError, match="lie in no class folders") as error:
         read(competition)
-    assert f"if {competition / 'GroundTruth.csv'} lists them" in error.value.mend
+    assert f"if {competition / 'GroundTruth.csv'} lists them" in error.value.hint
 
 
 def test_a_table_beside_one_folder_of_pictures_is_named(folder):
     pq.write_table(pa.table({"path": ["photos/0.png"], "label": ["a"]}), folder / "rows.parquet")
     with pytest.raises(DataError, match="one class alone: photos") as error:
         read(folder)
-    assert f"{folder / 'rows.parquet'} lists them" in error.value.mend
+    assert f"{folder / 'rows.parquet'} lists them" in error.value.hint
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
@@ -746,18 +746,18 @@ def test_a_list_beside_one_folder_of_pictures_tells_their_labels(folder):
     (folder / "train.csv").rename(folder / "labels.csv")
     with pytest.raises(DataError, match="one class alone: photos") as error:
         read(folder)
-    assert f"{folder / 'labels.csv'} lists them" in error.value.mend
+    assert f"{folder / 'labels.csv'} lists them" in error.value.hint
 
 
 def test_the_list_that_has_labels_is_named_and_no_form_for_answers(competition):
     with pytest.raises(DataError, match="lie in no class folders") as error:
         read(competition)
-    assert "submission" not in error.value.mend
+    assert "submission" not in error.value.hint
     write(competition, "id", "0", name="about.csv")
     write(competition, *TRAIN, name="labels.csv")
     with pytest.raises(DataError, match="lie in no class folders") as error:
         read(competition)
-    assert f"if {competition / 'labels.csv'} lists them" in error.value.mend
+    assert f"if {competition / 'labels.csv'} lists them" in error.value.hint
     write(competition, "what,breed,more", "0,a,c", name="train.csv")
     with pytest.raises(DataError, match=r"train.csv has no image column") as error:
         read(competition)
@@ -819,7 +819,7 @@ def test_several_labels_a_picture_are_refused_by_their_names(folder):
     path = write(folder, "image,MEL,NV,BCC", "photos/0.png,1,0,0", "photos/1.png,0,1,1")
     with pytest.raises(DataError, match=r"line 3 of .* has 2 labels: NV, BCC") as error:
         read(path)
-    assert error.value.why == "several labels a picture are not supported"
+    assert error.value.cause == "several labels a picture are not supported"
 
 
 def test_rows_without_a_label_are_left_out_and_counted_where_that_is_asked_for(folder):
@@ -827,7 +827,7 @@ def test_rows_without_a_label_are_left_out_and_counted_where_that_is_asked_for(f
     path = write(folder, "path,label", *rows)
     with pytest.raises(DataError, match="row 1 of split train has the label ''") as error:
         read(path)
-    assert "--on-unlabelled skip leaves out the 2 rows" in error.value.mend
+    assert "--on-unlabelled skip leaves out the 2 rows" in error.value.hint
     data = read(path, on_unlabelled="skip")
     assert data.splits["train"].labelled.tolist() == [0, 2, 3]
     assert data.notes == ("split train: 2 of 5 rows have no label and are left out",)
@@ -896,7 +896,7 @@ def test_several_labels_a_picture_in_a_table_are_refused_by_the_column(folder):
     table.to_parquet(folder / "train.parquet")
     with pytest.raises(DataError, match=r"column label of .* holds lists of labels") as error:
         read(folder / "train.parquet")
-    assert error.value.why == "several labels a picture are not supported"
+    assert error.value.cause == "several labels a picture are not supported"
 
 
 def table_of(labels, names):
@@ -941,14 +941,14 @@ def test_configurations_are_named_in_the_error_and_chosen_by_name(readme, tmp_pa
         (tmp_path / "README.md").write_text(readme)
     with pytest.raises(UsageError, match="has 2 configurations: a, b") as error:
         read(tmp_path)
-    assert f"--dataset {tmp_path}:a" in error.value.mend
+    assert f"--dataset {tmp_path}:a" in error.value.hint
     for name, count in (("a", 2), ("b", 4)):
         data = read(f"{tmp_path}:{name}")
         assert len(data.splits["train"]) == len(read(tmp_path, dataset_config=name).splits["train"]) == count
         assert data.name.endswith(f":{name}")
     with pytest.raises(UsageError, match="no configuration 'c'") as error:
         read(f"{tmp_path}:c")
-    assert "a, b" in error.value.mend
+    assert "a, b" in error.value.hint
 
 
 def test_the_same_pictures_read_the_same_as_folder_and_as_list(tmp_path):

@@ -397,7 +397,7 @@ def test_gpus_are_chosen_by_number_or_by_name(three_gpus, gpus, numbers, monkeyp
 def test_more_gpus_than_there_are_are_refused_with_those_that_are_there(three_gpus, gpus):
     with pytest.raises(MachineError, match="there are 3 GPUs here") as refused:
         device.gpu_numbers(gpus)
-    assert "2: H100" in refused.value.why
+    assert "2: H100" in refused.value.cause
 
 
 @pytest.mark.gpu

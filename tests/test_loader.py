@@ -362,9 +362,9 @@ def test_the_second_death_of_a_worker_ends_the_run_with_what_to_do(train_split, 
     with pytest.raises(WorkerLost) as error:
         list(batches)
     assert error.value.exit_code == 9
-    assert f"process {victim}" in error.value.what
-    assert "/dev/shm" in error.value.why
-    assert "--workers 0" in error.value.mend
+    assert f"process {victim}" in error.value.message
+    assert "/dev/shm" in error.value.cause
+    assert "--workers 0" in error.value.hint
     assert loaders() == []
 
 

@@ -73,8 +73,8 @@ def test_a_folder_that_another_process_writes_is_refused_with_its_pid_and_host(t
             lock.acquire(tmp_path)
     assert str(error.value).splitlines() == [
         f"run folder {tmp_path} is in use",
-        f"  why:  {who} writes it",
-        "  mend: wait for it, or give another --output",
+        f"  cause: {who} writes it",
+        "  hint:  wait for it, or give another --output",
     ]
     assert error.value.exit_code == 8
 
@@ -178,7 +178,7 @@ def test_a_folder_that_may_only_be_read_can_be_asked_and_not_taken(tmp_path, mon
         assert lock.holder(tmp_path) == f"process {pid} on host {socket.gethostname()}"
         with pytest.raises(MachineError, match="cannot be written") as error:
             lock.acquire(tmp_path)
-    assert error.value.why == "Permission denied"
+    assert error.value.cause == "Permission denied"
 
 
 def test_a_folder_that_is_not_there_has_no_writer_and_cannot_be_taken(tmp_path):

@@ -137,7 +137,7 @@ def test_names_of_models_and_data_make_no_folders_of_their_own(tmp_path, monkeyp
     (tmp_path / "elsewhere" / "runs").write_text("a file")
     with pytest.raises(MachineError, match="cannot be made") as error:
         settings.with_output()
-    assert "--output" in error.value.mend
+    assert "--output" in error.value.hint
 
 
 def test_a_run_that_cannot_begin_leaves_no_empty_folder(photos, tmp_path):
@@ -189,8 +189,8 @@ def test_processes_in_a_rank_of_another_launcher_are_refused(monkeypatch):
     environment.check_processes(4)
     with pytest.raises(UsageError, match="--processes 2 in one of 4 ranks") as error:
         environment.check_processes(2)
-    assert "RANK=0 WORLD_SIZE=4" in error.value.why
-    assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
+    assert "RANK=0 WORLD_SIZE=4" in error.value.cause
+    assert "env -u RANK -u WORLD_SIZE samtune" in error.value.hint
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     assert (environment.launcher_variables(), environment.command_without_launcher()) == (
         "SLURM_STEP_NUM_TASKS=4",
@@ -223,7 +223,7 @@ def test_a_variable_that_cannot_be_meant_is_named(variables, said, monkeypatch):
     with pytest.raises(UsageError) as error:
         environment.rank_info()
     assert said in str(error.value)
-    assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
+    assert "env -u RANK -u WORLD_SIZE samtune" in error.value.hint
     assert environment.is_rank0()  # it speaks for itself
 
 
@@ -236,7 +236,7 @@ def test_so_is_one_of_slurm(variables, monkeypatch):
     environment.rank_info.cache_clear()
     with pytest.raises(UsageError, match=r"SLURM_.*=[xy] in the environment") as error:
         environment.rank_info()
-    assert "env -u SLURM_STEP_NUM_TASKS samtune" in error.value.mend
+    assert "env -u SLURM_STEP_NUM_TASKS samtune" in error.value.hint
 
 
 def test_every_command_says_it_in_words(tmp_path):
@@ -269,7 +269,7 @@ def test_the_host_where_ranks_meet_must_have_a_name_that_is_known(monkeypatch):
     environment.rank_info.cache_clear()
     with pytest.raises(MachineError, match=r"MASTER_ADDR=no-such-host.invalid: there is no host of that name") as error:
         collectives.init(torch.device("cpu"))
-    assert "env -u RANK -u WORLD_SIZE samtune" in error.value.mend
+    assert "env -u RANK -u WORLD_SIZE samtune" in error.value.hint
     environment.rank_info.cache_clear()
     fleet = launch.LaunchSpec(1, 2, 1, "no-such-host.invalid:29500")
     with pytest.raises(MachineError, match=r"--rdzv-endpoint no-such-host.invalid: there is no host of that name"):

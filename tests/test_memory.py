@@ -361,8 +361,8 @@ def test_where_one_image_does_not_fit_nothing_is_updated_and_the_error_says_so(s
         step(*batch)
     assert memory.failures == 4  # 8, 4, 2 and 1
     assert caught.value.exit_code == 6
-    assert "2.00 GiB" in caught.value.why
-    assert "--img-size" in caught.value.mend
+    assert "2.00 GiB" in caught.value.cause
+    assert "--img-size" in caught.value.hint
     assert_same(state(small_net), before)
     assert places == [w.data_ptr() for w in small_net.parameters()]
     assert torch.equal(torch.get_rng_state(), generator)

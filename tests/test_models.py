@@ -40,13 +40,13 @@ def test_bare_names_resolve_to_the_tag_that_timm_would_load(name, full):
 def test_an_unknown_name_brings_the_nearest_pretrained_ones():
     with pytest.raises(ModelError, match="efficientnet_b77") as error:
         pretrained.resolve("efficientnet_b77")
-    assert "efficientnet_b7 (tf_efficientnet_b7.ra_in1k)" in error.value.mend
+    assert "efficientnet_b7 (tf_efficientnet_b7.ra_in1k)" in error.value.hint
 
 
 def test_an_unknown_tag_brings_the_tags_that_there_are():
     with pytest.raises(ModelError, match="no weights 'in2k'") as error:
         pretrained.resolve("tf_efficientnet_b7.in2k")
-    assert "ra_in1k" in error.value.mend
+    assert "ra_in1k" in error.value.hint
 
 
 def test_a_model_without_pretrained_weights_is_never_started_at_random_in_silence():
@@ -55,14 +55,14 @@ def test_a_model_without_pretrained_weights_is_never_started_at_random_in_silenc
     )
     with pytest.raises(ModelError, match="no pretrained weights") as error:
         pretrained.build(name, classes=3)
-    assert "--no-pretrained" in error.value.mend
+    assert "--no-pretrained" in error.value.hint
 
 
 def test_without_network_or_cache_the_error_names_weights_cache_and_way_out():
     with pytest.raises(ModelError, match=r"timm/efficientnet_b0\.ra_in1k") as error:
         pretrained.build("efficientnet_b0", classes=3)
-    assert "cache" in error.value.why
-    assert "--weights" in error.value.mend
+    assert "cache" in error.value.cause
+    assert "--weights" in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_new_head_predicts_uniformly_so_the_first_loss_is_ln_classes(name, tmp
 def test_an_option_that_a_model_does_not_know_is_named():
     with pytest.raises(ModelError, match=r"cannot be built with .*drop_path_rate") as error:
         pretrained.build("densenet121", classes=3, pretrained=False, drop_path=0.2)
-    assert "--drop-path" in error.value.mend
+    assert "--drop-path" in error.value.hint
 
 
 def test_frozen_statistics_means_batch_norm_alone_in_evaluation_mode():
@@ -164,7 +164,7 @@ def test_weights_of_another_architecture_are_refused_with_the_first_keys(tmp_pat
     save_file(donor.state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match="do not fit") as error:
         pretrained.build(LITE0, classes=3, weights=tmp_path / "w.safetensors")
-    assert "conv_stem.weight" in error.value.why
+    assert "conv_stem.weight" in error.value.cause
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):

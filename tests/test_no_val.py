@@ -103,7 +103,7 @@ def test_a_run_without_validation_trains_on_all_is_scored_on_test_and_says_so(da
 def test_what_needs_a_validation_contradicts_it(data, other):
     with pytest.raises(UsageError, match="contradict") as error:
         settings(data, val=False, **other)
-    assert flag_name("select" if "select" in other else "no_test") in error.value.what
+    assert flag_name("select" if "select" in other else "no_test") in error.value.message
 
 
 def test_a_data_set_without_test_has_nothing_left_to_score(tmp_path):

@@ -163,7 +163,7 @@ def test_a_test_split_does_not_become_validation_when_another_is_scored():
 def test_two_splits_that_may_both_be_validation_are_asked_about():
     with pytest.raises(DataError, match="2 splits for validation: val, dev") as error:
         split_roles.assign("d", ["train", "val", "dev"], DataSelection(), {})
-    assert "--val-split" in error.value.mend
+    assert "--val-split" in error.value.hint
     assert split_roles.assign("d", ["train", "val", "dev"], DataSelection(val_split="dev"), {})["validation"] == (
         "dev",
     )
@@ -185,7 +185,7 @@ def test_a_column_that_is_not_there_is_answered_with_those_that_are(tmp_path):
     for wanted in (DataSelection(image_key="img"), DataSelection(label_key="class")):
         with pytest.raises(UsageError, match="no such column") as error:
             source.open_source(folder, wanted)
-        assert error.value.mend == "its columns: picture, label"
+        assert error.value.hint == "its columns: picture, label"
     with pytest.raises(DataError, match="holds no images"):
         source.open_source(write(tmp_path, train=table([0, 1], ["a", "b"])), DataSelection(image_key="label"))
 
@@ -208,7 +208,7 @@ def test_a_class_of_which_train_has_no_image_is_named_with_its_row(tmp_path):
     names = ["ash", "elm", "oak"]
     with pytest.raises(DataError, match="images of class 'oak', and train has none") as error:
         source.open_source(write(tmp_path, train=table([0, 1], names), test=table([1, 2], names)))
-    assert "row 1" in error.value.why
+    assert "row 1" in error.value.cause
 
 
 @pytest.mark.parametrize("hidden", [[-1, -1], [None, None]])
@@ -290,7 +290,7 @@ def test_a_key_that_a_list_does_not_have_is_answered_with_its_columns(photos):
     (photos / "a.csv").write_text("path,label\nphotos/0.png,a\nphotos/1.png,b\n")
     with pytest.raises(UsageError, match="--label-key kind") as error:
         source.open_source(str(photos / "a.csv"), DataSelection(label_key="kind"))
-    assert error.value.mend == "its columns: path, label"
+    assert error.value.hint == "its columns: path, label"
 
 
 def test_a_saved_table_and_a_saved_dictionary_of_tables_are_data_sets(tmp_path):

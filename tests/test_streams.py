@@ -96,10 +96,10 @@ def test_a_result_that_cannot_be_written_is_an_error_of_the_machine(commands):
         done = in_shell(*words, redirect=">/dev/full")
         assert done.returncode == (code or 8), words
         if code == 0:
-            first, why, mend = done.stderr.decode().splitlines()
+            first, why, hint = done.stderr.decode().splitlines()
             assert first == "error: the result could not be written"
             assert "No space left on device" in why
-            assert "mend:" in mend
+            assert "hint:" in hint
 
 
 @pytest.mark.parametrize("env", ODD.values(), ids=ODD)

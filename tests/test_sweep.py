@@ -99,7 +99,7 @@ def test_a_table_that_cannot_be_meant_is_refused_with_the_rule(tmp_path, table, 
     with pytest.raises(UsageError) as error:
         load(tmp_path, table)
     assert said in str(error.value)
-    assert "recipe.toml" in error.value.what
+    assert "recipe.toml" in error.value.message
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_the_point_with_the_lowest_mean_error_then_loss_then_the_first_is_chosen
 def test_the_state_of_a_run_is_told_by_its_folders(tmp_path, status, exit_code, state, why):
     log = ledger.log_folder(tmp_path, "r")
     log.mkdir(parents=True)
-    (log / "output.txt").write_text("reading ...\nerror: no such model\n  mend: choose another\n")
+    (log / "output.txt").write_text("reading ...\nerror: no such model\n  hint:  choose another\n")
     if status is not None:
         ledger.run_folder(tmp_path, "r").mkdir(parents=True)
         (ledger.run_folder(tmp_path, "r") / "status.json").write_text(json.dumps(status))
@@ -371,7 +371,7 @@ def test_the_state_of_a_run_is_told_by_its_folders(tmp_path, status, exit_code, 
         state,
         exit_code if state == "failed" else None,
     )
-    assert why in found.why
+    assert why in found.cause
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(found, whole_swee
     asked = spec.load(whole_sweep_recipe, {"lr": 0.02, "workers": 1}, seeds="3")  # workers change no number
     with pytest.raises(UsageError, match="holds a sweep with other settings") as error:
         protocol.open_folder(asked, folder)
-    assert error.value.why == "lr: 0.01 before, 0.02 now; sweep.seeds: [0] before, [0, 1, 2] now"
+    assert error.value.cause == "lr: 0.01 before, 0.02 now; sweep.seeds: [0] before, [0, 1, 2] now"
     for dry in (), ("--dry-run",):
         refused = sweep(whole_sweep_recipe, folder, "--lr", 0.02, *dry)
         assert refused.returncode == 2, refused.stdout

@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_written_ends_the_sweep_and_says_so(plan, tmp_pa
     monkeypatch.setattr(ledger, "write_whole", full)
     with pytest.raises(MachineError, match="cannot be written") as error:
         work(plan, tmp_path, Engine(), monkeypatch, lambda run: Outcome("waiting"))
-    assert "No space left" in error.value.why
+    assert "No space left" in error.value.cause
 
 
 def test_a_node_that_lends_no_cores_does_not_count(monkeypatch):

@@ -91,7 +91,7 @@ def test_a_prefix_that_fits_by_chance_does_not_hide_that_the_model_is_another(tm
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match="do not fit the model") as error:
         pretrained.build(NAME, classes=2, weights=tmp_path / "w.pth")
-    assert "conv1.0.weight is missing" in error.value.why
+    assert "conv1.0.weight is missing" in error.value.cause
 
 
 def test_a_run_and_its_checkpoints_are_weights_with_their_own_normalisation(run):
@@ -199,7 +199,7 @@ def test_what_a_folder_says_holds_and_the_rest_is_as_the_architecture_has_it(con
 def test_a_folder_of_something_else_is_refused_in_words(config, why, donor, tmp_path):
     with pytest.raises(CheckpointError, match=r"config.json is not what timm writes") as error:
         pretrained.build(f"local-dir:{write_folder(tmp_path, donor, config)}", classes=3)
-    assert why in error.value.why
+    assert why in error.value.cause
 
 
 def test_models_without_a_classifier_are_refused_by_name():

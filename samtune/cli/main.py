@@ -118,7 +118,7 @@ def _exit_code() -> int:
             print(error.format_message())
             return 2
         context = f"{error.ctx.command_path} --help" if error.ctx else "samtune --help"
-        _print_error(f"{error.format_message()}\n  mend: `{context}` shows what there is")
+        _print_error(f"{error.format_message()}\n  hint:  `{context}` shows what there is")
         return 2
     except (SamtuneError, Stopped) as error:
         return _end(error)
@@ -142,7 +142,7 @@ def _end(error: SamtuneError | Stopped) -> int:
         # All ranks have agreed to stop: nothing for torch's agent to clear up, or to begin again.
         return 0 if error.exit_code == Stopped.SAVED else error.exit_code
     who = "" if environment.is_rank0() else f"rank {os.environ['RANK']}: "
-    _print_error(who + (str(error) if isinstance(error, SamtuneError) else f"{error}\n  mend: {error.mend}"))
+    _print_error(who + (str(error) if isinstance(error, SamtuneError) else f"{error}\n  hint:  {error.hint}"))
     return error.exit_code
 
 

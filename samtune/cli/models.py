@@ -46,11 +46,11 @@ def list_models(
     through.
     """
     if pattern == "show" and name is None:
-        raise UsageError("models show: no NAME is given", mend="samtune models show tf_efficientnet_lite0")
+        raise UsageError("models show: no NAME is given", hint="samtune models show tf_efficientnet_lite0")
     if pattern != "show" and name is not None:
-        raise UsageError(f"models {pattern} {name}: one PATTERN is enough", mend=f"samtune models show {name}")
+        raise UsageError(f"models {pattern} {name}: one PATTERN is enough", hint=f"samtune models show {name}")
     if every and pattern == "show":
-        raise UsageError("models show --all: --all is of a list", mend="leave it out")
+        raise UsageError("models show --all: --all is of a list", hint="leave it out")
     os.environ["HF_HUB_OFFLINE"] = "1"  # what is in the cache is read from there
     if name is not None:
         _show(name, results, as_json)

@@ -116,7 +116,7 @@ def predict(
     if as_json and output is None and kind != "json":
         raise UsageError(f"--json with --format {kind}", "both say what stdout is", "leave one out, or give --output")
     if kind == "parquet" and output is None and sys.stdout.isatty():
-        raise UsageError("--format parquet to a terminal", mend="give --output FILE, or send stdout elsewhere")
+        raise UsageError("--format parquet to a terminal", hint="give --output FILE, or send stdout elsewhere")
     files = {"--output": output, "--embeddings": embeddings, "--html": html}
     writers.check(files, force=force, read=[Path(image) for image in images if os.path.isfile(image)])
     for image in images:

@@ -67,7 +67,7 @@ def copy(
     if path.is_dir():
         path /= recipe.path.name
     if path.exists() and not force:
-        raise UsageError(f"{path} exists", mend="give another path, or --force to replace it")
+        raise UsageError(f"{path} exists", hint="give another path, or --force to replace it")
     try:
         path.write_text(recipe.text, encoding="utf-8")
     except OSError as error:
@@ -102,7 +102,7 @@ def validate(
         try:
             kind = _check(recipe)
         except SamtuneError as error:
-            row |= {"ok": False, "what": error.what, "why": error.why, "mend": error.mend}
+            row |= {"ok": False, "what": error.message, "why": error.cause, "mend": error.hint}
             console.error(str(error))
         else:
             if not as_json:

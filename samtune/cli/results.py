@@ -107,7 +107,7 @@ def report_runs(
     os.environ["HF_HUB_OFFLINE"] = "1"  # pictures are shown if they are here
     sweeps = [folder for folder in runs if (folder / "sweep.toml").is_file()]
     if watch and (sweeps or len(runs) > 1):
-        raise UsageError("--watch is for one run", mend="give one run folder, or leave --watch out")
+        raise UsageError("--watch is for one run", hint="give one run folder, or leave --watch out")
     if sweeps and len(runs) > 1:
         raise UsageError(
             f"{sweeps[0]} is a sweep, and not a run that could be compared",

@@ -48,7 +48,7 @@ def run(
     if recipe is None and not flags and not resume and sys.stderr.isatty():
         from samtune.cli import start
 
-        raise UsageError("no model and no data set are given", mend=start.shortest_commands())
+        raise UsageError("no model and no data set are given", hint=start.shortest_commands())
     from samtune import api
 
     with signals.listening() as stop:

@@ -128,7 +128,7 @@ def report_sweep(folder: Path, output: Path, as_json: bool) -> None:
 
 def _check_address(address: str, engine: str) -> None:
     if engine != "ray":
-        raise UsageError(f"--address {address} without --engine ray", mend="give both, or none")
+        raise UsageError(f"--address {address} without --engine ray", hint="give both, or none")
     try:
         endpoint(address)
     except ValueError:

@@ -68,7 +68,7 @@ def given(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, Any
 def check_devices(gpus: str, processes: int | None) -> None:
     """Raise UsageError for a choice of devices that cannot be meant."""
     if processes is not None and gpus != "auto":
-        raise UsageError("--processes and --gpus contradict each other", mend="give one of them")
+        raise UsageError("--processes and --gpus contradict each other", hint="give one of them")
     try:
         gpu_choice(gpus)
     except ValueError as error:
@@ -106,9 +106,9 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a typo leaves others missing
         raise _explain(str(first["loc"][0]), first["type"], first["msg"], given) from None
     if config.weights is not None and not config.pretrained:
-        raise UsageError("--weights and --no-pretrained contradict each other", mend="give one of them")
+        raise UsageError("--weights and --no-pretrained contradict each other", hint="give one of them")
     if config.train_labels is not None and config.label_noise > 0:
-        raise UsageError("--train-labels and --label-noise contradict each other", mend="give one of them")
+        raise UsageError("--train-labels and --label-noise contradict each other", hint="give one of them")
     for key, value in (("select", "best"), ("test", False)):
         if not config.val and getattr(config, key) == value:
             given_as = "--no-test" if key == "test" else "--select best"
@@ -120,11 +120,11 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
     check_devices(config.gpus, config.processes)
     if config.nnodes > 1 and config.rdzv_endpoint is None:
         raise UsageError(
-            "--nnodes without --rdzv-endpoint", mend="tell where the machines meet: --rdzv-endpoint HOST:PORT"
+            "--nnodes without --rdzv-endpoint", hint="tell where the machines meet: --rdzv-endpoint HOST:PORT"
         )
     if config.node_rank >= config.nnodes:
         raise UsageError(
-            f"--node-rank {config.node_rank} of --nnodes {config.nnodes}", mend="the machines are numbered from 0"
+            f"--node-rank {config.node_rank} of --nnodes {config.nnodes}", hint="the machines are numbered from 0"
         )
     if config.sync_bn and config.freeze_bn:
         raise UsageError("--sync-bn without --no-freeze-bn", "frozen statistics are the same everywhere", "give both")
@@ -189,17 +189,17 @@ def _explain(key: str, kind: str, message: str, given: Mapping[str, tuple[Any, s
     if kind == "extra_forbidden":
         return unknown_key(key, origin)
     rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
-    mend = f"{flag_name(key)}: {RunConfig.model_fields[key].description}"
+    hint = f"{flag_name(key)}: {RunConfig.model_fields[key].description}"
     if kind in ("float_type", "int_type", "bool_type") and isinstance(value, str) and origin != "flag":
-        mend = f"write {key} = {value} without quotes, if that is meant; {mend}"
-    return UsageError(f"{where}: {rule}", _allowed(key), mend)
+        hint = f"write {key} = {value} without quotes, if that is meant; {hint}"
+    return UsageError(f"{where}: {rule}", _allowed(key), hint)
 
 
 def unknown_key(key: str, origin: str) -> UsageError:
     """The error for a setting that there is not, with the nearest one."""
     near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
-    mend = f"did you mean {near[0]}?" if near else "`samtune run --help-all` lists all keys (as flags)"
-    return UsageError(f"unknown key {key} in {origin}", mend=mend)
+    hint = f"did you mean {near[0]}?" if near else "`samtune run --help-all` lists all keys (as flags)"
+    return UsageError(f"unknown key {key} in {origin}", hint=hint)
 
 
 def _allowed(key: str) -> str:

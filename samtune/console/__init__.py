@@ -61,7 +61,7 @@ def _say(console: Console, text: str, label: str = "", style: str = "") -> None:
 
 
 def wrapped(line: str, width: int) -> str:
-    """A line broken between words, below its label: "data    ...", "  mend: ...".
+    """A line broken between words, below its label: "data    ...", "  hint:  ...".
 
     A word stays in one piece, however long it is, and so does a command in backquotes.
     """

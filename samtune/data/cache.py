@@ -373,7 +373,7 @@ def _decoded(
         try:
             pixels = decode(split.image_bytes(row), lambda: split.where(row), rule)
         except DataError as error:
-            return error.why or error.what, False
+            return error.cause or error.message, False
         return pixels, is_constant(pixels)
 
     def some(part: Indices) -> list[Decoded]:
@@ -501,5 +501,5 @@ def raise_if_undecodable(bad: list[dict[str, Any]]) -> None:
     raise DataError(
         f"{len(bad)} image{'s' if len(bad) > 1 else ''} cannot be decoded",
         named + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""),
-        "mend or remove them, or train without them by --on-bad-image skip",
+        "fix or remove them, or train without them by --on-bad-image skip",
     )

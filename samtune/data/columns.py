@@ -78,7 +78,7 @@ def find(dataset: str, table: Table, wanted: DataSelection, *, needs_label: bool
     if len(several) > 1:
         raise DataError(
             f"data set {dataset} has {len(several)} columns of splits: {', '.join(several)}",
-            mend="choose one by --split-key",
+            hint="choose one by --split-key",
         )
     return Columns(search.image, search.label or "", tuple(search.splits), search.one_hot, tuple(search.notes()))
 
@@ -109,7 +109,7 @@ def _check_wanted(dataset: str, table: Table, wanted: DataSelection) -> None:
         classes = _classes_wanted(table, wanted) if flag == "--label-key" else ()
         if key is not None and key not in table.kinds and not classes:
             raise UsageError(
-                f"{flag} {key}: data set {dataset} has no such column", mend=f"its columns: {', '.join(table.kinds)}"
+                f"{flag} {key}: data set {dataset} has no such column", hint=f"its columns: {', '.join(table.kinds)}"
             )
     for name in set(_classes_wanted(table, wanted)) & set(table.values):
         if table.kinds[name] not in ("text", "number") or not _is_indicator(table.values[name]):
@@ -119,7 +119,7 @@ def _check_wanted(dataset: str, table: Table, wanted: DataSelection) -> None:
                 "name columns of 0 and 1 alone, or one column of labels",
             )
     if wanted.image_key is not None and table.kinds[wanted.image_key] in ("classes", "list"):
-        raise DataError(f"column {wanted.image_key} holds no images", mend="name another by --image-key")
+        raise DataError(f"column {wanted.image_key} holds no images", hint="name another by --image-key")
 
 
 def _classes_wanted(table: Table, wanted: DataSelection) -> tuple[str, ...]:

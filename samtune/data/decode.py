@@ -128,14 +128,14 @@ def decode_pixels(encoded: bytes, where: Callable[[], str], rule: DecodeRule = P
             return _decode(encoded, image, rule)
     except UnidentifiedImageError:
         why = str(tiff.unopened(encoded) or "it is no image") if encoded else "it is empty"
-        raise DataError(f"{where()} cannot be decoded", why, "mend or remove the image") from None
+        raise DataError(f"{where()} cannot be decoded", why, "fix or remove the image") from None
     except tiff.Unreadable as error:
         raise DataError(f"{where()} cannot be decoded", str(error), "convert or remove the image") from None
     except _TooLarge as error:
-        mend = "remove the image, or allow it by --max-megapixels"
-        raise DataError(f"{where()} cannot be decoded", str(error), mend) from None
+        hint = "remove the image, or allow it by --max-megapixels"
+        raise DataError(f"{where()} cannot be decoded", str(error), hint) from None
     except Exception as error:  # each format of damaged bytes has its own: OSError, SyntaxError, struct.error, ...
-        raise DataError(f"{where()} cannot be decoded", first_line(error), "mend or remove the image") from None
+        raise DataError(f"{where()} cannot be decoded", first_line(error), "fix or remove the image") from None
 
 
 def from_pillow(image: Image.Image, rule: DecodeRule = PLAIN) -> "torch.Tensor":
@@ -157,7 +157,7 @@ def from_pillow(image: Image.Image, rule: DecodeRule = PLAIN) -> "torch.Tensor":
         rgb = _to_rgb(b"", own if deep is None else image, deep, rule, by)
         return torch.from_numpy(np.array(rgb if turn is None else rgb.transpose(turn))).permute(2, 0, 1)
     except Exception as error:
-        raise DataError("an image in memory cannot be read", first_line(error), "mend or leave out the image") from None
+        raise DataError("an image in memory cannot be read", first_line(error), "fix or leave out the image") from None
 
 
 class _TooLarge(ValueError):

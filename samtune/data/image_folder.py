@@ -133,7 +133,7 @@ def read_folder(
         foreign = [name for name in _archives(tree) if not name.lower().endswith(ARCHIVES)]
         if foreign:
             what = f"archive {readable(foreign[0])} of folder {readable(str(root))} cannot be read here"
-            raise DataError(what, mend=f"unpack it: `{unpacking(os.path.basename(foreign[0]))}`")
+            raise DataError(what, hint=f"unpack it: `{unpacking(os.path.basename(foreign[0]))}`")
         hidden = [path for path in _others(tree)[:_DRAWN] if is_picture(path)]
         if hidden:
             raise _without_ending(f"folder {readable(str(root))}", hidden[0])
@@ -178,7 +178,7 @@ def _read_tree(path: str, key: str, place: str, archives: Mapping[str, str], abo
         if entry.path in archives:
             stem = _stem(entry.name)
             if any(other.key == stem and other.count for other in folder.folders):
-                raise DataError(f"archive {below} has the name of another beside it", mend="keep one of them")
+                raise DataError(f"archive {below} has the name of another beside it", hint="keep one of them")
             unpacked = os.path.join(place, readable(stem))
             folder.folders.append(_read_tree(archives[entry.path], stem, unpacked, archives, above))
         elif is_folder(entry):
@@ -240,7 +240,7 @@ class _Reader:
         self._tell_left_out(self.tree)
         if self.vanished and self.wanted.on_bad_image == "error":
             raise self.vanished[0]
-        self.found.notes += [error.what for error in self.vanished]
+        self.found.notes += [error.message for error in self.vanished]
 
     # -------------------------------------------------------------------------------------------------------- layouts
 

@@ -49,7 +49,7 @@ def read_list(path: Path, wanted: DataSelection) -> ListSplits:
     """
     read = read_table(path)
     if not read.lines:
-        raise DataError(f"list {path} has no rows", mend="one picture a row: path,label or path,label,split")
+        raise DataError(f"list {path} has no rows", hint="one picture a row: path,label or path,label,split")
     where = [f"line {line} of {path}" for line in read.lines]
     found = columns.find(str(path), Table.of_lists(read.values), wanted)
     used = (found.image, found.label, *found.splits, *found.one_hot)
@@ -70,7 +70,7 @@ def read_list(path: Path, wanted: DataSelection) -> ListSplits:
     labels = _numbers([_plain(label, place) for label, place in zip(labels, where, strict=True)])
     for place, image in zip(where, values[found.image], strict=True):
         if not isinstance(image, str | int) or image == "":
-            raise DataError(f"{place} has no {found.image}", mend="mend or remove the line")
+            raise DataError(f"{place} has no {found.image}", hint="fix or remove the line")
     groups: dict[str, list[int]] = {}
     for row, split in enumerate(of_used):
         groups.setdefault(split, []).append(row)
@@ -106,11 +106,11 @@ def read_names(path: Path, wanted: DataSelection) -> tuple[list[str], list[str]]
     column = columns.find_image(str(path), Table.of_lists(read.values), wanted)
     read.check_names(path, [column])
     if not read.lines:
-        raise DataError(f"list {path} has no rows", mend="one picture a row, below a header such as path")
+        raise DataError(f"list {path} has no rows", hint="one picture a row, below a header such as path")
     values, _ = _without_blanks(read.values, [column])
     for line, image in zip(read.lines, values[column], strict=True):
         if not isinstance(image, str | int) or image == "":
-            raise DataError(f"line {line} of {path} has no {column}", mend="mend or remove the line")
+            raise DataError(f"line {line} of {path} has no {column}", hint="fix or remove the line")
     names = list(map(str, values[column]))
     return find_files(names, [range(len(names))], path.parent, wanted, f"list {path}")
 
@@ -317,7 +317,7 @@ def _read_csv(path: Path) -> _Rows:
             if any(row[len(names) :]):
                 raise DataError(
                     f"line {reader.line_num} of {path} has more values than the header",
-                    mend=f"quote values that hold {delimiter!r}",
+                    hint=f"quote values that hold {delimiter!r}",
                 )
             lines.append(reader.line_num)
             cells = dict(zip(names, row, strict=False))
@@ -360,7 +360,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise DataError(f"line {number} of {path} is not JSON", str(error)) from None
         if not isinstance(row, dict):
-            raise DataError(f"line {number} of {path} is no object", mend='write {"path": ..., "label": ...}')
+            raise DataError(f"line {number} of {path} is no object", hint='write {"path": ..., "label": ...}')
         yield number, row
 
 
@@ -376,7 +376,7 @@ def _plain(label: Any, where: str) -> str | int | None:
         raise DataError(
             f"{where} has the label {label!r}, which is no class",
             "several labels a picture are not supported" if several else "a label is text, or a whole number from 0 on",
-            "mend or remove the line",
+            "fix or remove the line",
         )
     return label
 

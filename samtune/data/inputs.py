@@ -43,8 +43,8 @@ class Input:
             return self.encoded
         if is_unreadable(self.file):
             command = installation(self.file)
-            mend = f"`{command}` reads it" if command else "convert it"
-            raise DataError(f"{self.path} cannot be decoded", "nothing here reads its format", mend)
+            hint = f"`{command}` reads it" if command else "convert it"
+            raise DataError(f"{self.path} cannot be decoded", "nothing here reads its format", hint)
         try:
             return Path(self.file).read_bytes()
         except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError

@@ -140,7 +140,7 @@ def no_class(
     return DataError(
         f"row {row} of split {split} has the label {value!r}, which is no class",
         has,
-        "mend or remove the row; labels count from 0" + (skip if labels.lacks(value) else ""),
+        "fix or remove the row; labels count from 0" + (skip if labels.lacks(value) else ""),
     )
 
 

@@ -60,7 +60,7 @@ def read_lists(root: Path, wanted: DataSelection) -> ListSplits | None:
         if len(more.splits) > 1:
             raise DataError(
                 f"list {path} tells {len(more.splits)} splits, and so does its name: {', '.join(more.splits)}",
-                mend="give one list by --dataset",
+                hint="give one list by --dataset",
             )
         splits[role] = next(iter(more.splits.values()))
         notes += more.notes

@@ -97,7 +97,7 @@ def from_file(
     if len(values) != labelled:
         raise DataError(
             f"--train-labels {path} has {len(values)} rows, and split train has {labelled}",
-            mend="give one label for every row of the split, validation part included",
+            hint="give one label for every row of the split, validation part included",
         )
     meaning = _meaning(class_names)
     given = np.array([meaning.get(v, -1) if isinstance(v, str | int) else -1 for v in values], dtype=np.int64)
@@ -114,7 +114,7 @@ def from_file(
         if not np.array_equal(np.sort(place), np.arange(labelled)):
             raise DataError(
                 f"column {_ROW_COLUMN} of --train-labels {path} is not each row of split train once",
-                mend=f"number the rows from 0 to {labelled - 1}, or remove the column",
+                hint=f"number the rows from 0 to {labelled - 1}, or remove the column",
             )
         given = given[np.argsort(place)]
     noisy = train.labels.copy()
@@ -142,7 +142,7 @@ def _meaning(class_names: Sequence[str]) -> Mapping[Any, int]:
 def _read(path: Path) -> pa.Table:
     readers = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}
     if path.suffix.lower() not in readers:
-        raise DataError(f"--train-labels {path}: unknown kind of file", mend=f"give {', '.join(readers)}")
+        raise DataError(f"--train-labels {path}: unknown kind of file", hint=f"give {', '.join(readers)}")
     try:
         return readers[path.suffix.lower()](path)
     except (OSError, pa.ArrowException) as error:

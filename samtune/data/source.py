@@ -143,11 +143,11 @@ def locate(dataset: str) -> Dataset | Path:
         return path
     if path.exists() and archive_ending(path.name):
         what = f"data set {dataset} is an archive"
-        raise DataError(what, mend=f"unpack it (`{unpacking(dataset)}`), and give the folder by --dataset")
+        raise DataError(what, hint=f"unpack it (`{unpacking(dataset)}`), and give the folder by --dataset")
     if path.exists():
         raise DataError(
             f"data set {dataset} is a file, and no list",
-            mend=f"give a folder that holds parquet files or train/<class>/, or a list: {', '.join(_FILES)}",
+            hint=f"give a folder that holds parquet files or train/<class>/, or a list: {', '.join(_FILES)}",
         )
     near = difflib.get_close_matches(dataset, CATALOG, n=2)
     if _is_hub_id(dataset):
@@ -318,7 +318,7 @@ def _read_lists(path: Path, wanted: DataSelection) -> ListSplits | None:
         return listed_folder.read_lists(path, wanted)
     except DataError as error:
         packed = _unpacking(path)
-        raise DataError(error.what, error.why, f"{packed}; or: {error.mend}") if packed else error from None
+        raise DataError(error.message, error.cause, f"{packed}; or: {error.hint}") if packed else error from None
 
 
 def _unpacking(path: Path) -> str:

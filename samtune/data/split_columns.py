@@ -95,7 +95,7 @@ def role_of_flag(name: str, values: Callable[[], Sequence[Any]]) -> str | None:
             raise DataError(
                 f"column {name} speaks of a split, and has the value {odd!r}",
                 "a flag is 0 or 1, false or true",
-                "mend or remove the column, or name another that tells the splits by --split-key",
+                "fix or remove the column, or name another that tells the splits by --split-key",
             )
         return None
     count = sum(number for value, number in found.items() if _FLAGS[value])
@@ -155,7 +155,7 @@ def _by_flags(flags: Mapping[str, str], values: Mapping[str, Sequence[Any]], whe
         there = [name for name, value in zip(flags, row, strict=True) if _FLAGS.get(_plain(value))]
         if len(there) > 1:
             raise DataError(
-                f"{place} is in {len(there)} splits: {', '.join(there)}", mend="mend the row, or name one --split-key"
+                f"{place} is in {len(there)} splits: {', '.join(there)}", hint="fix the row, or name one --split-key"
             )
         of_row.append(flags[there[0]] if there else without)
     return of_row

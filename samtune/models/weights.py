@@ -45,7 +45,7 @@ def locate(given: Path) -> WeightsFile:
     if given.is_file():
         return WeightsFile(given, {})
     if not given.is_dir():
-        raise CheckpointError(f"weights {given} are not there", mend="check the path of --weights")
+        raise CheckpointError(f"weights {given} are not there", hint="check the path of --weights")
     folder = checkpoint.find(given) if (given / "checkpoints").is_dir() else given
     if (folder / "manifest.json").is_file():
         checkpoint.verify(folder)

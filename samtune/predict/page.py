@@ -43,7 +43,7 @@ class Gallery:
                 heapq.heappush(self._heap, entry)
             else:
                 heapq.heappushpop(self._heap, entry)
-        self._bad += [(one.path, error.why or error.what) for one, error in batch.bad]
+        self._bad += [(one.path, error.cause or error.message) for one, error in batch.bad]
 
     def write(self, path: Path) -> None:
         """Draw the page. Raises MachineError where it cannot be written."""

@@ -152,7 +152,7 @@ class Predictor:
             picture = _of_array(picture)
         if not isinstance(picture, Image.Image):
             raise UsageError(
-                f"a {type(picture).__name__} is no picture", mend="give a path, a PIL image or a uint8 array"
+                f"a {type(picture).__name__} is no picture", hint="give a path, a PIL image or a uint8 array"
             )
         return self._transform(from_pillow(picture, self.decode_rule))
 
@@ -220,7 +220,7 @@ def _of_array(array: npt.NDArray[Any]) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in ((1,), (3,), (4,)) or 0 in array.shape:
         raise UsageError(
             f"an array of {array.dtype} {array.shape} is no picture",
-            mend="give uint8 (height, width), (height, width, 3) RGB, or 4 with alpha",
+            hint="give uint8 (height, width), (height, width, 3) RGB, or 4 with alpha",
         )
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if channels == (1,) and array.ndim == 3 else array))
 

@@ -81,8 +81,8 @@ def run(
             if gallery is not None:
                 gallery.add(batch)
             for one, error in batch.bad:
-                console.warn(f"left out: {one.path}: {error.why or error.what}")
-                bad.append({"path": one.path, "reason": error.why or error.what})
+                console.warn(f"left out: {one.path}: {error.cause or error.message}")
+                bad.append({"path": one.path, "reason": error.cause or error.message})
             n += len(batch.inputs)
             seconds = time.monotonic() - started
             progress.count("predicting", n + len(bad), total, n / seconds)
@@ -114,6 +114,6 @@ def _judge(bad: Sequence[dict[str, str]], on_bad_image: str) -> dict[str, Any]:
         raise DataError(
             f"{len(bad)} picture{'s' if len(bad) > 1 else ''} cannot be decoded",
             named + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""),
-            "all others are predicted; mend or remove these, or take it for no error by --on-bad-image skip",
+            "all others are predicted; fix or remove these, or take it for no error by --on-bad-image skip",
         )
     return {}

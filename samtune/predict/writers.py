@@ -46,7 +46,7 @@ def format_of(kind: str | None, output: Path | None) -> str:
             f"--format {chosen}: must be one of {', '.join(FORMATS)}"
             if kind
             else f"--output {output}: ends in no format",
-            mend=f"--format is one of {', '.join(FORMATS)}",
+            hint=f"--format is one of {', '.join(FORMATS)}",
         )
     return chosen
 
@@ -217,15 +217,15 @@ def check(files: Mapping[str, Path | None], *, force: bool, read: Sequence[Path]
     given = {flag: path for flag, path in files.items() if path is not None}
     for flag, path in given.items():
         if path.is_file() and (is_readable(path.name) or _is_of_run(path) or any(map(path.samefile, read))):
-            raise UsageError(f"{flag} {path} is a picture, a file of a run, or read here", mend="name another file")
+            raise UsageError(f"{flag} {path} is a picture, a file of a run, or read here", hint="name another file")
         if path.is_dir():
-            raise UsageError(f"{flag} {path} is a folder", mend="name a file")
+            raise UsageError(f"{flag} {path} is a folder", hint="name a file")
         if _is_stream(path) and flag != "--output":
-            raise UsageError(f"{flag} {path} is a device or a pipe", mend="name a file")
+            raise UsageError(f"{flag} {path} is a device or a pipe", hint="name a file")
         if path.exists() and not (force or _is_stream(path)):
-            raise UsageError(f"{flag} {path} is there already", mend="name another file, or write over it by --force")
+            raise UsageError(f"{flag} {path} is there already", hint="name another file, or write over it by --force")
     if len({path.absolute() for path in given.values()}) < len(given):
-        raise UsageError(f"{' and '.join(given)} name one file", mend="give each a file of its own")
+        raise UsageError(f"{' and '.join(given)} name one file", hint="give each a file of its own")
     embeddings = given.get("--embeddings")
     if embeddings is not None and embeddings.suffix.lower() not in EMBEDDINGS:
         raise UsageError(f"--embeddings {embeddings}: must end in {' or '.join(EMBEDDINGS)}")

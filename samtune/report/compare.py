@@ -62,11 +62,11 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
         CheckpointError: files of a run that cannot be read.
     """
     if len(folders) < 2:
-        raise UsageError("a comparison needs at least two runs", mend="give their folders")
+        raise UsageError("a comparison needs at least two runs", hint="give their folders")
     paths = [path.resolve() for path in folders]
     for path, given in zip(paths, folders, strict=True):
         if paths.count(path) > 1:
-            raise UsageError(f"run {given} is given twice", mend="give each run once")
+            raise UsageError(f"run {given} is given twice", hint="give each run once")
     runs = [finished_run.read(path, label) for path, label in zip(folders, _labels(paths), strict=True)]
     groups = _groups(runs)
     return {

@@ -23,7 +23,7 @@ _LABELLED = 40  # classes up to which a confusion matrix has its names, and a ta
 _WORST = 25  # classes that the chart of errors shows
 _PAIRS = 15  # confusions that are listed; ten times as many where the matrix is too large for a table
 _MISTAKES = 12  # pictures
-_CALIBRATED = 0.02  # an expected calibration error below which there is nothing to mend
+_CALIBRATED = 0.02  # an expected calibration error below which there is nothing to fix
 
 
 def curves(rows: Sequence[Mapping[str, Any]], per_epoch: int, spans: Sequence[Span]) -> list[Chart]:
@@ -165,7 +165,7 @@ def calibration(found: Predictions, *, classes: int, smoothing: float, has_val: 
         "calibration_note": f"Expected calibration error: {100 * error:.2f} % ({len(bins)} bins of equal width, Guo et "
         f"al. 2017). The model gives its predictions a probability of {confidence:.2f} % in the mean, and "
         f"{accuracy:.2f} % of them are right: it is {surer}."
-        + _mend(error, confidence < accuracy, smoothing, has_val, classes),
+        + _hint(error, confidence < accuracy, smoothing, has_val, classes),
         "calibration": Chart(
             svg_charts.reliability(words, bins),
             "Accuracy against confidence: on the dotted line a model is as sure as it is right. Below, the images of "
@@ -175,7 +175,7 @@ def calibration(found: Predictions, *, classes: int, smoothing: float, has_val: 
     }
 
 
-def _mend(error: float, is_unsure: bool, smoothing: float, has_val: bool, classes: int) -> str:
+def _hint(error: float, is_unsure: bool, smoothing: float, has_val: bool, classes: int) -> str:
     if error < _CALIBRATED:
         return ""
     why = ""
@@ -185,7 +185,7 @@ def _mend(error: float, is_unsure: bool, smoothing: float, has_val: bool, classe
             f" Label smoothing ({smoothing:g}) does that: in training the right class is to get {most:.4g} %, not 100."
         )
     if not has_val:
-        return f"{why} One temperature would mend most of it, fitted on validation images; this run held none out."
+        return f"{why} One temperature would fix most of it, fitted on validation images; this run held none out."
     return (
         f"{why} `samtune eval RUN --temperature` fits one temperature on validation, which leaves every class as it is "
         "and mends most of this; `samtune predict` then uses it."

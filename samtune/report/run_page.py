@@ -216,8 +216,8 @@ def _predictions(folder: Path, result: Mapping[str, Any], scored: str | None) ->
     try:
         found = read(folder / "predictions.parquet", result["dataset"]["classes"])
     except CheckpointError as error:
-        why = f" ({error.why})" if error.why else ""
-        return f"{error.what}{why}: {lost}".replace(str(folder), folder.resolve().name)
+        why = f" ({error.cause})" if error.cause else ""
+        return f"{error.message}{why}: {lost}".replace(str(folder), folder.resolve().name)
     n, wrong = len(found.rows), int((~found.correct).sum())
     if (found.split, n, wrong) != (scored, result[scored]["n"], result[scored]["wrong"]):
         return f"predictions.parquet is not of the result above ({wrong} of {n} images of {found.split} wrong): {lost}"

@@ -53,7 +53,7 @@ def rebuild(folder: Path) -> dict[str, Any]:
     Raises UsageError where there is no run, CheckpointError where its files are damaged.
     """
     if not run_log.holds_run(folder):
-        raise UsageError(f"there is no run in {folder}", mend="give a folder that `samtune run` made")
+        raise UsageError(f"there is no run in {folder}", hint="give a folder that `samtune run` made")
     try:
         return build(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:

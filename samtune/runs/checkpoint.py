@@ -72,7 +72,7 @@ def save(
         try:
             verify(unfinished)
         except CheckpointError as error:
-            raise OSError(errno.EIO, f"what was written is not what is read: {error.why}") from None
+            raise OSError(errno.EIO, f"what was written is not what is read: {error.cause}") from None
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -161,7 +161,7 @@ def locate(path: Path, name: str | None = None) -> Path:
     if path.is_file():  # last or best on a disk without links
         path = resolve_checkpoint(path.parent, path.name)
     if not path.is_dir():
-        raise CheckpointError(f"there is no run or checkpoint {path}", mend="give a folder that `samtune run` made")
+        raise CheckpointError(f"there is no run or checkpoint {path}", hint="give a folder that `samtune run` made")
     if path.name == "checkpoints":
         path = path.parent
     if (path / "checkpoints").is_dir():
@@ -298,7 +298,7 @@ def run_config(manifest: Mapping[str, Any]) -> RunConfig:
 def weights(folder: Path, config: RunConfig, *, ema: bool) -> Path:
     """Where a checkpoint's weights lie. ema: the averaged ones. Raises UsageError if it has none of these."""
     if ema and not config.model_ema:
-        raise UsageError(f"--ema: {folder} has no averaged weights", mend="train with --model-ema")
+        raise UsageError(f"--ema: {folder} has no averaged weights", hint="train with --model-ema")
     return folder / "ema" if ema else folder
 
 

@@ -25,7 +25,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     """
     if not folder.is_dir():
         raise UsageError(
-            f"there is no folder {folder}", mend="give the folder that holds the runs: samtune runs FOLDER"
+            f"there is no folder {folder}", hint="give the folder that holds the runs: samtune runs FOLDER"
         )
     rows = [_row(path.parent) for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}status.json")]
     return sorted(rows, key=lambda row: (row["updated"] or "", row["path"]), reverse=True)
@@ -116,12 +116,12 @@ def _state(written: str, writer: str | None) -> str:
     return "killed" if written == "running" else written
 
 
-def _next(folder: Path, state: str, mend: object) -> str | None:
+def _next(folder: Path, state: str, hint: object) -> str | None:
     resume = f"samtune run --resume --output {shlex.quote(str(folder))}"
     if state in ("stopped", "killed"):
         return resume
-    if state == "failed" and mend:
-        return f"{mend} ({resume})" if "--resume" in str(mend) else str(mend)
+    if state == "failed" and hint:
+        return f"{hint} ({resume})" if "--resume" in str(hint) else str(hint)
     return f"look at {folder / 'log.txt'}" if state == "failed" else None
 
 

@@ -56,7 +56,7 @@ def resolve_resume(
             _refuse_to_allow(key)
     output = loading.given(recipe, flags).get("output")
     if output is None:
-        raise UsageError("--resume without --output", mend="give the run folder to go on with by --output")
+        raise UsageError("--resume without --output", hint="give the run folder to go on with by --output")
     folder = Path(output)
     if not holds_run(folder) and has_checkpoints(folder):
         raise CheckpointError(
@@ -78,7 +78,7 @@ def resolve_resume(
         raise CheckpointError(
             f"the settings of run {folder} cannot be read",
             f"config.toml: {error}",
-            "mend it: manifest.json of a checkpoint has them as `config`",
+            "fix it: manifest.json of a checkpoint has them as `config`",
         ) from None
     settings, before, keys = loading.load_over(stored, origins, recipe, flags)
     changed = {key: (getattr(before, key), getattr(settings, key)) for key in keys if key != "output"}
@@ -102,7 +102,7 @@ def _refuse_to_allow(key: str) -> None:
     near = difflib.get_close_matches(key.removeprefix("--").replace("-", "_"), RunConfig.model_fields, n=1)
     raise UsageError(
         f"--allow-change {key}: there is no such setting",
-        mend=f"did you mean {near[0]}?" if near else "give a setting's name, as in config.toml",
+        hint=f"did you mean {near[0]}?" if near else "give a setting's name, as in config.toml",
     )
 
 

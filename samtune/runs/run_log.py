@@ -67,7 +67,7 @@ def resolve_checkpoint(checkpoints: Path, name: str) -> Path:
 def check_done(folder: Path) -> None:
     """Raise UsageError for a folder that holds no run, or one that has not come to its end."""
     if not holds_run(folder):
-        raise UsageError(f"there is no run in {folder}", mend="give a run folder: `samtune runs FOLDER` lists them")
+        raise UsageError(f"there is no run in {folder}", hint="give a run folder: `samtune runs FOLDER` lists them")
     try:
         state = json.loads((folder / "status.json").read_text(encoding="utf-8"))["state"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -299,9 +299,9 @@ def amend_status(folder: Path, error: SamtuneError | Stopped) -> None:
 
 def _in_words(error: BaseException) -> dict[str, str]:
     if isinstance(error, SamtuneError):
-        return {"what": error.what, "why": error.why, "mend": error.mend}
+        return {"what": error.message, "why": error.cause, "mend": error.hint}
     if isinstance(error, Stopped):
-        return {"what": str(error), "why": "", "mend": error.mend}
+        return {"what": str(error), "why": "", "mend": error.hint}
     return {"what": first_line(error), "why": "", "mend": ""}
 
 

@@ -52,7 +52,7 @@ class Outcome:
 
     state: State
     exit_code: int | None = None
-    why: str = ""
+    cause: str = ""
     report: Mapping[str, Any] | None = None
 
     @property
@@ -182,7 +182,7 @@ def write(
 
 def _entry(run: Run, found: Outcome) -> dict[str, Any]:
     about = {"folder": f"runs/{run.id}", "state": found.state, "exit_code": found.exit_code}
-    return asdict(run) | about | {"why": found.why or None}
+    return asdict(run) | about | {"why": found.cause or None}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -197,10 +197,10 @@ def read(folder: Path) -> dict[str, Any]:
     Raises UsageError for a folder without a sweep, DataError for a ledger that cannot be read.
     """
     if not (folder / "ledger.json").is_file():
-        mend = "give the folder that `samtune sweep` made"
+        hint = "give the folder that `samtune sweep` made"
         if (folder / "sweep.toml").is_file():
-            mend = "it has not begun a run yet; the same `samtune sweep` goes on"
-        raise UsageError(f"there is no ledger of a sweep in {folder}", mend=mend)
+            hint = "it has not begun a run yet; the same `samtune sweep` goes on"
+        raise UsageError(f"there is no ledger of a sweep in {folder}", hint=hint)
     try:
         ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
         runs = [Run(**{key: entry[key] for key in Run.__dataclass_fields__}) for entry in ledger["runs"]]
@@ -225,7 +225,7 @@ def read(folder: Path) -> dict[str, Any]:
             {
                 "id": run,
                 "exit_code": found.exit_code,
-                "why": found.why,
+                "why": found.cause,
                 "log": str(log_folder(folder, run) / "output.txt"),
             }
             for run, found in outcomes.items()

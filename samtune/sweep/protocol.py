@@ -204,7 +204,7 @@ def open_engine(name: str, address: str, config: RunConfig, jobs: int) -> Engine
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        raise MachineError("--engine ray needs the package ray", mend="pip install 'samtune[ray]'") from None
+        raise MachineError("--engine ray needs the package ray", hint="pip install 'samtune[ray]'") from None
     return Cluster(address, config, jobs)
 
 
@@ -248,8 +248,8 @@ def work(plan: Plan, folder: Path, engine: Engine, stop: signals.StopRequest, to
                     _stop(this, stop)
         except OSError as error:
             engine.kill()
-            mend = "mend the cause; the same command goes on"
-            raise MachineError(f"{folder} cannot be written", first_line(error), mend) from None
+            hint = "fix the cause; the same command goes on"
+            raise MachineError(f"{folder} cannot be written", first_line(error), hint) from None
         except BaseException:
             engine.kill()
             raise
@@ -309,7 +309,7 @@ def _end(this: _Work, run_id: str, code: int, runs: Sequence[Run]) -> None:
 
 def _said(found: Outcome) -> str:
     if found.report is None:
-        return found.why or "the same command goes on with it"
+        return found.cause or "the same command goes on with it"
     return ", ".join(
         f"{split} error {found.report[split]['top1_error']:.2f} %" for split in ("val", "test") if found.report[split]
     )
@@ -345,20 +345,20 @@ def _failure(this: _Work, runs: Sequence[Run], chosen: Sequence[Mapping[str, Any
         if outcome.state == "failed":
             log = ledger.log_folder(this.folder, run.id) / "output.txt"
             out = ledger.is_answer(run, outcome)
-            console.warn(f"{run.id} failed: {outcome.why}{'; its point is out' if out else ''}; see {log}")
+            console.warn(f"{run.id} failed: {outcome.cause}{'; its point is out' if out else ''}; see {log}")
             failed |= {} if out else {run: outcome}
     left = [run.id for run, outcome in found.items() if outcome.state == "stopped"]
     if not failed and not left:
         hopeless = [entry["arm"] for entry in chosen if entry["point"] is None]
         what = f"no point of {' and '.join(hopeless)} trained: every loss was not finite"
-        mend = "give a smaller grid of rho or lr, in a sweep of its own (--output)"
-        return Diverged(what, mend=mend) if hopeless else None
+        hint = "give a smaller grid of rho or lr, in a sweep of its own (--output)"
+        return Diverged(what, hint=hint) if hopeless else None
     codes = {outcome.exit_code for outcome in failed.values()}
     names = ", ".join(run.id for run in failed) or ", ".join(left)
     error = WorkerLost(
         f"{len(failed) or len(left)} of {this.total} runs {'failed' if failed else 'were stopped'}: {names}",
         "their log.txt and output.txt say why" if failed else "",
-        "mend the cause; the same command tries them again, and does what waits for them",
+        "fix the cause; the same command tries them again, and does what waits for them",
     )
     if len(codes) == 1 and (code := codes.pop()) is not None and 0 < code < Stopped.SAVED:
         error.exit_code = code

@@ -178,7 +178,7 @@ def load(
         if several:
             raise UsageError(
                 f"{key} = {getattr(base, key)} in recipe {recipe}: each run of a sweep is on one device",
-                mend="leave it out; --gpus all has a run on each GPU, --jobs so many on a CPU",
+                hint="leave it out; --gpus all has a run on each GPU, --jobs so many on a CPU",
             )
     given = loading.sweep_table(recipe)
     origins = dict.fromkeys(given, f"[sweep] of recipe {recipe}")
@@ -230,10 +230,10 @@ def _explain(
     keys = [field.alias or name for name, field in SweepSpec.model_fields.items()]
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, keys, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
-        return UsageError(f"unknown key {key} in {origins[key]}", mend=mend)
+        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+        return UsageError(f"unknown key {key} in {origins[key]}", hint=hint)
     rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
-    return UsageError(f"{key} = {given[key]!r} in {origins[key]}: {rule}", mend="README, Sweep, has an example")
+    return UsageError(f"{key} = {given[key]!r} in {origins[key]}: {rule}", hint="README, Sweep, has an example")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

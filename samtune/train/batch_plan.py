@@ -71,7 +71,7 @@ class BatchPlan:
         """How many images share a perturbation, where --m is this. Raises UsageError for more than there are."""
         if isinstance(m, int):
             if m > self.per_device:
-                raise UsageError(f"--m {m} is more than the {self.per_device} images of a device", mend="give less")
+                raise UsageError(f"--m {m} is more than the {self.per_device} images of a device", hint="give less")
             return m
         if m.startswith("group:"):
             size = group_size(m)

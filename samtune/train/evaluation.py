@@ -373,5 +373,5 @@ def _looking(config: RunConfig, split: Split, rows: Indices, rule: DecodeRule) -
 def _no_split(data: LabelledDataset, split: str, more: list[str]) -> UsageError:
     return UsageError(
         f"data set {data.name} has no split {split!r}",
-        mend="--split " + ", or one of: ".join([*more, ", ".join(data.splits)]),
+        hint="--split " + ", or one of: ".join([*more, ", ".join(data.splits)]),
     )

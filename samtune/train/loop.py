@@ -69,7 +69,7 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
 
     Each rank of a launch calls it; rank 0 writes and reports, the others return None.
 
-    Raises a SamtuneError for what the user can mend, Stopped after a signal; status.json says so too.
+    Raises a SamtuneError for what the user can fix, Stopped after a signal; status.json says so too.
     """
     with signals.listening() as stop, collectives.connection_errors():
         opened = opening.start_run(config) if resumed is None else opening.resume_run(config, resumed, stop)
@@ -224,7 +224,7 @@ def _handle_not_finite(
     if config.on_nan == "rollback" and place.rollbacks < _MAX_ROLLBACKS and not searching:
         newest = collectives.broadcast_from_rank0(lambda: state.find_newest(this.log.folder))
         if newest is None:
-            raise CheckpointError(f"run {this.log.folder} has lost its checkpoints", mend="start a new run")
+            raise CheckpointError(f"run {this.log.folder} has lost its checkpoints", hint="start a new run")
         back = state.load_state_dict(job, newest)
         collectives.barrier()  # before rank 0 saves again, and removes it
         pretrained.train_mode(job.model, freeze_bn=config.freeze_bn)

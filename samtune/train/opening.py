@@ -101,7 +101,7 @@ def _resume(
     if newest is not None and not newest.is_dir():
         raise MachineError(
             f"rank {collectives.rank()} does not see {newest}",
-            mend="--output must be on a disk that all machines share",
+            hint="--output must be on a disk that all machines share",
         )
     place = state.load_state_dict(job, newest) if newest else TrainState()
     if job.total_steps < place.step:
@@ -293,7 +293,7 @@ def _named(error: WorkerLost, absent: Sequence[int]) -> WorkerLost:
     if not absent:
         return error
     names = " and ".join(f"rank {rank}" for rank in absent)
-    return WorkerLost(f"{names} is stuck: {error.what}", "the other ranks wait for it", error.mend)
+    return WorkerLost(f"{names} is stuck: {error.message}", "the other ranks wait for it", error.hint)
 
 
 def _last_word(error: WorkerLost) -> None:

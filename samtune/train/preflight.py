@@ -22,7 +22,7 @@ def check_before_slow_work(settings: RunConfig, resumed: Resumed | None) -> None
 def check_apart(output: Path | None, dataset: str) -> None:
     """Raise UsageError for an output folder that is the data set's own: its files would lie among the pictures."""
     if output is not None and output.is_dir() and output.resolve() == Path(split_config(dataset)[0]).resolve():
-        raise UsageError(f"--output {output} is the folder of the data set", mend="give another --output")
+        raise UsageError(f"--output {output} is the folder of the data set", hint="give another --output")
 
 
 def check_inputs(settings: RunConfig, *, weights: bool = True) -> None:
@@ -32,9 +32,9 @@ def check_inputs(settings: RunConfig, *, weights: bool = True) -> None:
     """
     locate(settings.dataset)
     if weights and settings.weights is not None and not settings.weights.exists():
-        raise CheckpointError(f"weights {settings.weights} are not there", mend="check the path of --weights")
+        raise CheckpointError(f"weights {settings.weights} are not there", hint="check the path of --weights")
     if settings.train_labels is not None and not settings.train_labels.is_file():
-        raise DataError(f"labels {settings.train_labels} are not there", mend="check the path of --train-labels")
+        raise DataError(f"labels {settings.train_labels} are not there", hint="check the path of --train-labels")
     if settings.track != "none":
         from samtune.train import trackers
 

@@ -140,9 +140,9 @@ def find_newest(folder: Path) -> Path | None:
     if found is None and damage:
         raise CheckpointError(
             f"run {folder} has no valid checkpoint left",
-            "; ".join(f"{error.what.removeprefix('checkpoint ')}: {error.why}" for error in damage),
+            "; ".join(f"{error.message.removeprefix('checkpoint ')}: {error.cause}" for error in damage),
             "start a new run with another --output",
         )
     for error in damage:
-        console.warn(f"{error.what} ({error.why}): going on from {found.name if found else ''}")
+        console.warn(f"{error.message} ({error.cause}): going on from {found.name if found else ''}")
     return found

@@ -123,8 +123,8 @@ def read(weights: Path) -> Temperature | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        mend = "fit it again by `samtune eval RUN --temperature`, or leave it out by --no-temperature"
-        raise CheckpointError(f"{path} cannot be read", first_line(error), mend) from None
+        hint = "fit it again by `samtune eval RUN --temperature`, or leave it out by --no-temperature"
+        raise CheckpointError(f"{path} cannot be read", first_line(error), hint) from None
     return found
 
 

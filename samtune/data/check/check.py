@@ -43,7 +43,7 @@ def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict
     if not scan.can_see_likeness():
         console.warn(
             "only equal files are found as duplicates: what looks alike needs the package imagehash\n"
-            "  mend: pip install imagehash (extra: check)"
+            "  hint:  pip install imagehash (extra: check)"
         )
     if workers is None:
         workers = device.available_cpus() if device.available_cpus() > 1 else 0
@@ -228,5 +228,5 @@ def refuse_unreadable(result: Mapping[str, Any]) -> None:
         raise DataError(
             f"{len(images)} of {total} images cannot be read",
             f"the first: {_where(images[0])}: {images[0]['reason']}",
-            "mend or remove them; a run stops at the first",
+            "fix or remove them; a run stops at the first",
         )

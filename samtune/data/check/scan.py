@@ -98,7 +98,7 @@ class _Pictures(torch.utils.data.Dataset[Picture]):
             pixels = decode(encoded, lambda: split.where(row), self.rule)
         except DataError as error:
             digest = hashlib.sha256(encoded).digest() if encoded else b""
-            return Picture(**place, sha256=digest, unreadable=error.why)
+            return Picture(**place, sha256=digest, unreadable=error.cause)
         about = _header(encoded) | _appearance(pixels)
         return Picture(**place, sha256=hashlib.sha256(encoded).digest(), one_colour=is_constant(pixels), **about)
 
