@@ -100,7 +100,7 @@ def _prepare() -> None:
     console.configure(quiet=not environment.is_rank0())
     note = cache_folders.prepare()
     if note is not None:
-        console.note(note)
+        console.info(note)
 
 
 def _plain(value: Any) -> Any:
@@ -151,7 +151,7 @@ def start_or_resume(
     if resume or environment.status_folder() is not None or environment.restart_count() > 0:
         settings, resumed = resolve_resume(recipe, flags, allow_change)
         if resumed is None and resume:
-            console.note(f"{settings.output} holds no run yet: a new one begins")
+            console.info(f"{settings.output} holds no run yet: a new one begins")
     elif allow_change:
         raise UsageError("--allow-change without --resume", hint="it says what may differ from the run that goes on")
     else:
@@ -160,7 +160,7 @@ def start_or_resume(
         stop.saved = has_checkpoints(resumed.folder)
         result = finished_report(resumed.folder) if not resumed.changed else None
         if result is not None:
-            console.note(f"run {resumed.folder} is done already; this is its result")
+            console.info(f"run {resumed.folder} is done already; this is its result")
             return {"folder": str(resumed.folder), **result}
     environment.check_processes(settings.processes)
     if environment.is_rank0():
@@ -203,7 +203,7 @@ def _launch(settings: RunConfig, stop: signals.StopRequest, arguments: Sequence[
                 settings.output.rmdir()  # it was made for this run, and is still empty
         raise
     if result is None:
-        console.note("the result is on the machine of rank 0")
+        console.info("the result is on the machine of rank 0")
     return result
 
 

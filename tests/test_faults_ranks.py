@@ -169,9 +169,9 @@ def test_where_a_rank_is_killed_all_end_and_the_cause_is_named(rank, photos, who
 def test_a_run_whose_end_is_written_is_not_said_to_run_by_a_step_that_was_under_way(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log, "_HEARTBEAT", 0.0)
     log = run_log.RunLog.create(tmp_path / "r", "", {}, total_steps=9)
-    log.beat(3)
+    log.heartbeat(3)
     log.status("failed", 9, WorkerLost("the launcher is gone"))  # from the thread that watches it
-    log.beat(4)
+    log.heartbeat(4)
     log.close()
     assert (status(tmp_path / "r")["state"], status(tmp_path / "r")["step"]) == ("failed", 3)
 

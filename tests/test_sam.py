@@ -207,7 +207,7 @@ def test_python_does_not_loop_over_tensors(name):
         params, grads = weights() * times, gradients() * times
         many = {name: value * times if isinstance(value, list) else value for name, value in options.items()}
         ball = Perturbation([w.clone() for w in params], **many)
-        ball.reserve()
+        ball.allocate_backup()
         with Calls() as calls, ball.perturbed(grads, RHO):
             pass
         return calls.count

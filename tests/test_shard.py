@@ -420,7 +420,7 @@ def held(build, group=None):
         "weights": parts(model),
         "gradients": [w.grad.to_local() for w in model.parameters()],
         "momentum": [values["momentum_buffer"].to_local() for values in step.optimizer.state.values()],
-        "copy": step.sam._ball._backup,
+        "copy": step.sam._perturbation._backup,
     }
     names = [name for name, module in model.named_modules() if module in fsdp.shards_of(model).blocks]
     return {key: sum(t.numel() for t in value) for key, value in tensors.items()}, names

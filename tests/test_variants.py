@@ -129,7 +129,7 @@ def test_groups_of_parameters_have_radii_of_their_own(small_net, batch):
 
 
 def test_the_adaptive_radius_spares_biases_and_norm_parameters(small_net):
-    adaptive = SAM(small_net, adaptive=True)._ball.adaptive
+    adaptive = SAM(small_net, adaptive=True)._perturbation.adaptive
     names = [name for name, _ in small_net.named_parameters()]
     assert {name for name, scaled in zip(names, adaptive, strict=True) if scaled} == {"conv.weight", "fc.weight"}
 

@@ -17,12 +17,12 @@ def looks(dog, seconds):
 
 def test_a_step_that_takes_far_longer_than_usual_is_said_once():
     dog, said = watched()
-    dog.beat()
+    dog.heartbeat()
     looks(dog, 30)
     assert said == []
     looks(dog, 30)
     assert said == [("slow", 31.0)]
-    dog.beat()
+    dog.heartbeat()
     looks(dog, 31)
     assert len(said) == 2
 
@@ -46,7 +46,7 @@ def test_a_beat_begins_anew():
     dog, said = watched()
     for _ in range(20):
         looks(dog, 25)
-        dog.beat()
+        dog.heartbeat()
     assert said == []
 
 

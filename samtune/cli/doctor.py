@@ -15,7 +15,7 @@ def doctor(as_json: Json = False) -> None:
     from samtune import console
     from samtune.doctor import checks as checks
 
-    findings = list(checks.run_all(lambda name: console.note(f"checking {name} ...")))
+    findings = list(checks.run_all(lambda name: console.info(f"checking {name} ...")))
     broken = [finding for finding in findings if finding.status == "failed"]
     if as_json:
         console.print_json({"ok": not broken, "checks": [finding.to_json() for finding in findings]})

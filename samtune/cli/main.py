@@ -93,7 +93,7 @@ def main() -> None:
     if note is not None:
         from samtune import console
 
-        console.note(note)
+        console.info(note)
     sys.exit(_exit_code())
 
 

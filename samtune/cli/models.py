@@ -81,7 +81,7 @@ def _list(pattern: str | None, results: Path | None, every: bool, as_json: bool)
     shown = names if every else names[: listing.MOST]
     count = len(shown) <= listing.MOST
     if count:
-        console.note(f"counting the parameters of {len(shown)} models ...")
+        console.info(f"counting the parameters of {len(shown)} models ...")
     rows = listing.rows(shown, accuracy, count=count)
     if as_json:
         console.print_json(rows)
@@ -89,8 +89,8 @@ def _list(pattern: str | None, results: Path | None, every: bool, as_json: bool)
         console.print_rows("Pretrained models", listing.table(rows))
         console.print_lines(listing.alias_lines(rows))
     if not count:
-        console.note(f"parameters are counted in lists of up to {listing.MOST}")
+        console.info(f"parameters are counted in lists of up to {listing.MOST}")
     if len(shown) < len(names):
-        console.note(f"{len(names) - len(shown)} more match: narrow the pattern, or --all")
+        console.info(f"{len(names) - len(shown)} more match: narrow the pattern, or --all")
     if pattern is None and not every:
-        console.note('search with `samtune models PATTERN` ("convnext*", vit); `samtune models show NAME` tells more')
+        console.info('search with `samtune models PATTERN` ("convnext*", vit); `samtune models show NAME` tells more')

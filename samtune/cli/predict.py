@@ -127,7 +127,7 @@ def predict(
         from samtune import console
 
         for note in found.notes:
-            console.note(note)
+            console.info(note)
 
     def classify() -> dict[str, Any]:
         from samtune import console

@@ -43,7 +43,7 @@ def list_runs(
         console.print_rows(title, listing.table(rows, folder), droppable=listing.DROPPABLE)
         console.print_lines(listing.todo(rows))
     else:
-        console.note(f"there are no runs in {folder}")
+        console.info(f"there are no runs in {folder}")
 
 
 def _check_watchable(as_json: bool) -> None:
@@ -128,10 +128,10 @@ def _report_run(run: Path, output: Path, as_json: bool, watch: bool) -> None:
     from samtune import console
     from samtune.report import run_page, run_report
 
-    console.note(f"drawing the page of {run} ...")
+    console.info(f"drawing the page of {run} ...")
     if watch:
         with suppress(KeyboardInterrupt):
-            run_page.follow(run, output, _LOOK, console.note)
+            run_page.follow(run, output, _LOOK, console.info)
     result, drawn = run_page.write_report_page(run, output)
     for warning in run_page.state(run):
         console.warn(warning)

@@ -89,7 +89,7 @@ def sweep(
     protocol.check_names(asked, runs)
     protocol.check_same(asked, folder)
     for note in arms.notes(asked):
-        console.note(note)
+        console.info(note)
     if dry_run:
         if engine == "local":
             executors.places_here(asked.base, jobs)

@@ -95,7 +95,7 @@ def find(path: Path, *, quiet: bool = False) -> Path:
         if not quiet:
             from samtune import console
 
-            console.note(f"recipe {recipe.name} that comes with samtune: {recipe.path}")
+            console.info(f"recipe {recipe.name} that comes with samtune: {recipe.path}")
         return recipe.path
     if path.exists():
         return path  # a folder: whoever reads it says so

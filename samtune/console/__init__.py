@@ -37,7 +37,7 @@ def configure(*, quiet: bool) -> None:
     _err.quiet = quiet
 
 
-def note(text: str) -> None:
+def info(text: str) -> None:
     """A line about what is going on."""
     _say(_err, text)
 
@@ -312,7 +312,7 @@ class RunsProgress(_Live):
             said = ", ".join(f"{run} step {steps[0]}/{steps[1]}" for run, steps in runs.items() if steps)
             if said and time.monotonic() - self._last_line >= _RUNS_INTERVAL:
                 self._last_line = time.monotonic()
-                note(said)
+                info(said)
             return
         for run, steps in runs.items():
             if steps:
@@ -443,4 +443,4 @@ class RunProgress(_Live):
     def _line(self, text: str) -> None:
         if time.monotonic() - self._last_line >= _PLAIN_INTERVAL:
             self._last_line = time.monotonic()
-            note(text)
+            info(text)

@@ -170,7 +170,7 @@ class _Watch:
             self._handed_on = bool(said)
             if self._handed_on:
                 (self._folder / "over").write_text(str(128 + self._stop.by), encoding="utf-8")  # none begins any more
-                console.note(f"{self._stop.by.name}: the ranks end after their step; a second one ends them at once")
+                console.info(f"{self._stop.by.name}: the ranks end after their step; a second one ends them at once")
             # Not the signal itself: a terminal or Slurm has sent that to the ranks already, and twice means at once.
             _send(said.values(), signal.SIGUSR1)
         if not said and self._fleet.nnodes > 1 and time.monotonic() >= self._warned_at:

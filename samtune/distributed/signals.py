@@ -55,7 +55,7 @@ class StopRequest:
         self.agreed = False
         self.by: signal.Signals | None = None
 
-    def is_heard(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether this process was asked to end."""
         return self.by is not None
 

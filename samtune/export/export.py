@@ -113,7 +113,7 @@ def export(
     model, data_config = pretrained.load_checkpoint(original.weights)
     module = WithPreprocessing(model, data_config, temperature or 1.0).eval() if with_preprocessing else model
     about = _metadata(original, data_config, temperature)
-    console.note(f"exporting {about['architecture']} of {original.folder} --to {to}")
+    console.info(f"exporting {about['architecture']} of {original.folder} --to {to}")
     pictures = find_pictures(original)
     with _taking_its_name(output) as unfinished:
         _write(unfinished, to, original.weights, module, data_config, about)
@@ -287,7 +287,7 @@ def find_pictures(original: Original) -> Pictures:
             if found:
                 return Pictures(found, f"{len(found)} {name} images of {parts.data.name}")
     except SamtuneError as error:
-        console.note(f"the run's data set is not here ({error.message})")
+        console.info(f"the run's data set is not here ({error.message})")
     found = _parts_of_a_photograph()
     return Pictures(found, f"{len(found)} parts of a photograph that comes with Matplotlib")
 

@@ -289,7 +289,7 @@ def build(
         load(model, state_dict, head=head, origin=start)
         if classes is not None:
             given = weights or source.weights.path
-            console.note(f"{given} {_head_words(model, state_dict)}; a new head of {classes} starts at zero")
+            console.info(f"{given} {_head_words(model, state_dict)}; a new head of {classes} starts at zero")
     elif package is not None and pretrained:
         load(model, read_lite(package, model), head=head, origin=start)
     if classes is not None:

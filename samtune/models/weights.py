@@ -83,7 +83,7 @@ def read(path: Path, model: nn.Module) -> StateDict:
         state_dict = timm_names(state_dict, model)
         taken.append("names of the first PyTorch EfficientNets turned into timm's")
     if taken:
-        console.note(f"{path}: {'; '.join(taken)}")
+        console.info(f"{path}: {'; '.join(taken)}")
     return state_dict
 
 
@@ -229,5 +229,5 @@ def _converted(
         changed = [key for key in body if key in converted and body[key].shape != converted[key].shape]
         words = [f"{key} {tuple(body[key].shape)} -> {tuple(converted[key].shape)}" for key in changed]
         if words:
-            console.note(f"resampled to the size of the input: {'; '.join(words[:3])}")
+            console.info(f"resampled to the size of the input: {'; '.join(words[:3])}")
     return converted

@@ -102,7 +102,7 @@ def memory(job: Setup) -> dict[str, int]:
 
 def images_at_once(job: Setup) -> int:
     """Images that pass through the model together on each device."""
-    return job.update.sam.at_once(min(job.batch.per_device, job.batch.total))
+    return job.update.sam.effective_micro_batch(min(job.batch.per_device, job.batch.total))
 
 
 def activation_bytes(job: Setup, images: int) -> int:
@@ -224,8 +224,8 @@ def evaluation(job: Setup, images: Images, rows: Indices, whole: int, progress: 
         job.eval_batch = scored.batch_size
         return time.perf_counter() - started
 
-    at_once = job.eval_batch or 2 * job.config.batch_size
-    few = min(len(rows), 2 * at_once)
+    size = job.eval_batch or 2 * job.config.batch_size
+    few = min(len(rows), 2 * size)
     first = score(few)
     usual = score(few)
     many = min(few * max(1, round(_EVALUATION / usual)), max(whole, few))
@@ -243,7 +243,7 @@ def checkpoint(job: Setup) -> tuple[int, float]:
     with tempfile.TemporaryDirectory(prefix="samtune-plan-") as name:
         for _ in range(3):
             started = time.perf_counter()
-            position = TrainState(step=job.total_steps, settled=job.total_steps)
+            position = TrainState(step=job.total_steps, evaluated_step=job.total_steps)
             whole = checkpointing.content(job, position)
             folder = checkpointing.write(job, Path(name), job.total_steps, whole)
             seconds.append(time.perf_counter() - started)

@@ -50,7 +50,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         sampler = Sampler(Path(folder), cores)
         job = build_setup(config, look=sampler.look, world=world)
         start = max(0.0, _seconds_since_start() - sampler.spent)
-        images = f"{job.update.sam.at_once(job.batch.per_device)} images of {job.info.img_size} px"
+        images = f"{job.update.sam.effective_micro_batch(job.batch.per_device)} images of {job.info.img_size} px"
         with device.oom_as_user_error(images):
             return _measured(job, sampler.found, start)
 
@@ -79,7 +79,7 @@ def _measured(job: Setup, decoding: list[Decoding], start: float) -> dict[str, A
     config, name = job.config, device.describe(job.device)
     about, length, asked = provenance.describe(job), _length(job), job.update.sam.micro_batch
     kinds = [config.rho, 0.0] if config.rho > 0 else [0.0]
-    console.note(f"measuring steps of {'SAM and ' if config.rho > 0 else ''}the plain optimizer on {name} ...")
+    console.info(f"measuring steps of {'SAM and ' if config.rho > 0 else ''}the plain optimizer on {name} ...")
     with console.RunProgress() as progress:
         macs = measure.multiply_accumulates(job)
         steps = measure.steps(job, known_rows(job.train, job.train_rows), kinds, progress.count)
@@ -88,7 +88,7 @@ def _measured(job: Setup, decoding: list[Decoding], start: float) -> dict[str, A
         assert scored is not None  # without validation there is a test split
         evaluating = measure.evaluation(job, scored, known_rows(scored, rows), len(rows), progress.count)
         memory = measure.memory(job)
-        console.note("measuring a checkpoint ...")
+        console.info("measuring a checkpoint ...")
         checkpoint, warnings = _checkpoint(job)
         fits, why_fits = _fits(job, progress.count)
     sam, plain = steps[config.rho] if config.rho > 0 else None, steps[0.0]

@@ -52,7 +52,7 @@ def run(
             checkpoint_or_run, name=name, ema=ema, use_temperature=use_temperature, tta=tta, device=target
         )
     if collectives.rank() == 0 and predictor.temperature is not None:
-        console.note(f"temperature {predictor.temperature.temperature:.3g} (--no-temperature leaves it out)")
+        console.info(f"temperature {predictor.temperature.temperature:.3g} (--no-temperature leaves it out)")
     if workers is None:
         workers = device.loading_workers(target, device.available_cpus() // collectives.local_world_size())
     batches = predict(
@@ -103,7 +103,7 @@ def run(
             gallery.write(html)
     written = [str(path) for path in (output, embeddings, html) if path is not None]
     said = f"{n} pictures, {summary['images_per_second']:.0f} images/s" + (f", {len(bad)} left out" if bad else "")
-    console.note(said + (f"; written: {', '.join(written)}" if written else ""))
+    console.info(said + (f"; written: {', '.join(written)}" if written else ""))
     collectives.broadcast_from_rank0(lambda: _judge(bad, on_bad_image))
     return summary
 

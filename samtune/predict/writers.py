@@ -260,7 +260,7 @@ def opened(path: Path | None) -> Iterator[BinaryIO]:
             try:
                 yield file
             except BaseException:
-                console.note(f"what was written of {path} until now is in {part}")
+                console.info(f"what was written of {path} until now is in {part}")
                 raise
         os.replace(part, path)
     except OSError as error:

@@ -164,7 +164,7 @@ class RunLog:
         log.checkpoints.mkdir(exist_ok=True)
         with suppress(OSError, ValueError, AttributeError):
             log.degraded = bool(json.loads((folder / "status.json").read_text(encoding="utf-8")).get("degraded"))
-        with log.never_fatal("metrics.jsonl"):
+        with log.best_effort("metrics.jsonl"):
             metrics = folder / "metrics.jsonl"
             length = metrics.stat().st_size if metrics.exists() else 0
             log._metrics_bytes = min(length, metrics_bytes)
@@ -186,7 +186,7 @@ class RunLog:
         row = dict.fromkeys(_COLUMNS) | row | {"seconds": self.seconds()}
         self._unwritten.append(json.dumps(row, allow_nan=False) + "\n")
         rows = "".join(self._unwritten).encode()
-        with self.never_fatal("metrics.jsonl"), (self.folder / "metrics.jsonl").open("ab", buffering=0) as file:
+        with self.best_effort("metrics.jsonl"), (self.folder / "metrics.jsonl").open("ab", buffering=0) as file:
             if file.tell() > self._metrics_bytes:  # half a row, for which there was no room
                 file.truncate(self._metrics_bytes)
             if file.write(rows) < len(rows):
@@ -198,7 +198,7 @@ class RunLog:
 
     def synced_metrics_bytes(self) -> int:
         """Length of metrics.jsonl up to the last whole row, which is on the disk now."""
-        with self.never_fatal("metrics.jsonl"), (self.folder / "metrics.jsonl").open("ab") as file:
+        with self.best_effort("metrics.jsonl"), (self.folder / "metrics.jsonl").open("ab") as file:
             os.fsync(file.fileno())
         return self._metrics_bytes
 
@@ -211,22 +211,22 @@ class RunLog:
         """log.txt, of the other ranks log-rank1.txt and so on."""
         return self.folder / self._name
 
-    def note(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Append a line, with its time, to log.txt."""
-        with self.never_fatal(self._name), self.notes.open("a", encoding="utf-8") as file:
+        with self.best_effort(self._name), self.notes.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line for the terminal and for log.txt."""
-        console.note(text)
-        self.note(text)
+        console.info(text)
+        self.log(text)
 
     def warn(self, text: str) -> None:
         """The same, for what the user should look at though the run goes on."""
         console.warn(text)
-        self.note(f"warning: {text}")
+        self.log(f"warning: {text}")
 
-    def beat(self, step: int) -> None:
+    def heartbeat(self, step: int) -> None:
         """The run has done so many steps; status.json says so every few seconds."""
         self.step = step
         if time.monotonic() - self._last_status >= _HEARTBEAT:
@@ -252,11 +252,11 @@ class RunLog:
             "updated": now(),
             "error": None if error is None else _in_words(error),
         }
-        with self.never_fatal("status.json"):
+        with self.best_effort("status.json"):
             _write_whole(self.folder / "status.json", _json(content), durable=False)
 
     @contextmanager
-    def never_fatal(self, what: str) -> Iterator[None]:
+    def best_effort(self, what: str) -> Iterator[None]:
         """Where a file of the run folder cannot be written in this block, the run goes on without it."""
         try:
             yield

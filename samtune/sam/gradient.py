@@ -115,7 +115,7 @@ class SAM:
         """How the model is sharded; None if it is not."""
         if self.shards is not None:
             self.shards.refuse_other_than(m)
-        self._ball = Perturbation(
+        self._perturbation = Perturbation(
             self._params if self.shards is None else self.shards.parts(self._params),
             p=p,
             adaptive=[adaptive and w.ndim > 1 for w in self._params],
@@ -124,7 +124,7 @@ class SAM:
             group=None if self.shards is None else self.shards.group,
         )
         if rho > 0:
-            self._ball.reserve()
+            self._perturbation.allocate_backup()
         self._owed = 0  # reductions of an ascent gradient that this call has still to take part in
         self._device = self._params[0].device
         self._batch_norms = batch_norms(model)
@@ -152,7 +152,7 @@ class SAM:
             raise ValueError(f"micro_batch {value}: must be at least 1, or None")
         self._micro_batch = value
 
-    def at_once(self, n: int) -> int:
+    def effective_micro_batch(self, n: int) -> int:
         """Of a batch of n samples, how many pass through the model at once."""
         return min(n, self.m if isinstance(self.m, int) else n, self.micro_batch or n)
 
@@ -194,7 +194,7 @@ class SAM:
             self.model.begin()
         # The samples of a perturbation; without one, those that pass at once.
         together = self.m if isinstance(self.m, int) else n
-        pieces = _split(batch, together) if self.rho > 0 else self._split(batch, self.at_once(n))
+        pieces = _split(batch, together) if self.rho > 0 else self._split(batch, self.effective_micro_batch(n))
         at_w = []
         with nullcontext() if self.shards is None else self.shards.reset_by_an_error(), _second_backward_told():
             for piece in pieces:
@@ -224,7 +224,7 @@ class SAM:
             # Further ascent, if it is asked for, from where the last pass arrived.
             for _ in range(self.ascent_steps - 1):
                 set_generator_states(masks, self._device)
-                self._ball.add_(self._ascent_gradient(loss, part)[1], radius)
+                self._perturbation.add_(self._ascent_gradient(loss, part)[1], radius)
                 torch.clear_autocast_cache()  # the weights moved again
             # Pass 2, at w + e: same samples, same masks; statistics stay as pass 1 left them.
             set_generator_states(masks, self._device)
@@ -327,7 +327,7 @@ class SAM:
         resting = bn_in_train_mode(self._batch_norms)
         guard = self._inner.register_state_dict_pre_hook(_refuse_to_save)
         try:
-            with self._ball.perturbed(g1, radius):
+            with self._perturbation.perturbed(g1, radius):
                 g1.clear()
                 self.perturbed = True
                 torch.clear_autocast_cache()  # 16-bit copies of w, where a caller's autocast is around all passes

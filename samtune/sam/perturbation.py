@@ -171,7 +171,7 @@ class Perturbation:
         self._round = p == 2 and not any(self.adaptive) and all(factor == 1 for factor in self.factors)
         self._backup: list[torch.Tensor] = []
 
-    def reserve(self) -> None:
+    def allocate_backup(self) -> None:
         """Take the room for the copy of w now; otherwise the first perturbation does."""
         if not self._backup:
             self._backup = [torch.empty_like(w, requires_grad=False) for w in self.params]
@@ -219,7 +219,7 @@ class Perturbation:
         They come back by copy, in their own storage: subtracting e would lose bits, and leave a NaN for ever.
         grads: one tensor per parameter, in order. No reference to them outlives the perturbation.
         """
-        self.reserve()
+        self.allocate_backup()
         with torch.no_grad():
             torch._foreach_copy_(self._backup, self.params)
         try:

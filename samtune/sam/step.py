@@ -29,7 +29,7 @@ class StepResult:
 
     loss: mean over the samples of pass 1, nats. wrong: images of those whose class was missed. n: how many they were.
     grad_norm: L2 norm of the final gradient before clipping. applied: False where a value was not finite and nothing
-    was updated. passes: forward-backward passes over the batch. asked_to_end: whether any rank was.
+    was updated. passes: forward-backward passes over the batch. stop_requested: whether any rank was.
     """
 
     loss: float
@@ -38,7 +38,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     passes: float
-    asked_to_end: bool = False
+    stop_requested: bool = False
 
 
 class Step:
@@ -83,12 +83,12 @@ class Step:
         images: torch.Tensor,
         labels: torch.Tensor,
         weight: float = 1.0,
-        asked_to_end: Callable[[], bool] = bool,
+        stop_requested: Callable[[], bool] = bool,
     ) -> StepResult:
         """One update on images (batch, 3, h, w), normalised, and labels: (batch,) int64, or (batch, classes) shares.
 
         weight: number of images here over its mean over the ranks, where they differ; 0 for a rank that has none, and
-        is given one so that it can take part. asked_to_end: whether somebody wants this rank to end; the ranks decide
+        is given one so that it can take part. stop_requested: whether somebody wants this rank to end; the ranks decide
         that together.
 
         Where memory runs out for the gradient, on any rank, all is as before the step on all of them, and it begins
@@ -99,14 +99,14 @@ class Step:
         self._settle_reductions(images, labels)
         # On all ranks the same number, which is halved on all of them, though some may have an image less.
         most = math.ceil(len(images) / weight - 1e-9) if weight > 0 else 1
-        tried_first = self.sam.at_once(most)
+        tried_first = self.sam.effective_micro_batch(most)
 
-        def attempt(at_once: int) -> list[float]:
-            if at_once < tried_first:
-                self.sam.micro_batch = at_once
+        def attempt(micro_batch: int) -> list[float]:
+            if micro_batch < tried_first:
+                self.sam.micro_batch = micro_batch
             try:
                 with rollback_on_error(kept, images.device):
-                    return self._attempt(images, labels, weight, asked_to_end)
+                    return self._attempt(images, labels, weight, stop_requested)
             except BaseException:
                 self.optimizer.zero_grad(set_to_none=True)
                 raise
@@ -129,7 +129,7 @@ class Step:
         return StepResult(loss_sum / n, int(wrong), int(n), grad_norm, applied, self.sam.passes, asked > 0)
 
     def _attempt(
-        self, images: torch.Tensor, labels: torch.Tensor, weight: float, asked_to_end: Callable[[], bool]
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float, stop_requested: Callable[[], bool]
     ) -> list[float]:
         """SAM's gradient in `.grad`, the same on every rank, and NaN on every rank if a value anywhere was not finite.
 
@@ -173,7 +173,7 @@ class Step:
             device.free_memory()
             self.sam.complete()
         # The step's one small reduction, and its one read from the device: all decisions, with what is logged.
-        flags = torch.tensor([bool(no_memory), asked_to_end()], dtype=torch.float64).to(images.device)
+        flags = torch.tensor([bool(no_memory), stop_requested()], dtype=torch.float64).to(images.device)
         sums = collectives.all_reduce_sum(torch.cat([torch.stack(seen).sum(0).double(), flags]))
         norm = self._total_norm([w.grad for w in self._params if w.grad is not None]).to(sums)
         if self.scaler is not None:

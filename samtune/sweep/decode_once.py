@@ -54,7 +54,7 @@ def alone_here(folder: Path) -> Iterator[None]:
     while held is None:
         who = lock.holder(place)
         if who is not None:
-            console.note(f"{who} is decoding the images; waiting for it")
+            console.info(f"{who} is decoding the images; waiting for it")
         while lock.holder(place) is not None:
             time.sleep(_LOOK)
         held = lock.try_acquire(place)

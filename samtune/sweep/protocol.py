@@ -244,7 +244,7 @@ def work(plan: Plan, folder: Path, engine: Engine, stop: signals.StopRequest, to
                 progress.show({run: read_step(ledger.run_folder(folder, run)) for run in this.taken})
                 for run, code in engine.ended(_LOOK):
                     _end(this, run, code, runs)
-                if stop.is_heard():
+                if stop.is_requested():
                     _stop(this, stop)
         except OSError as error:
             engine.kill()
@@ -274,16 +274,16 @@ def _take_some(this: _Work, runs: Sequence[Run]) -> None:
         this.tried.add(run.id)
         this.taken[run.id] = run, held, time.monotonic()
         this.engine.start(this.folder, run)
-        console.note(f"begin  {run.id}: {run.steps} steps, {run.passes:.0f} passes")
+        console.info(f"begin  {run.id}: {run.steps} steps, {run.passes:.0f} passes")
 
 
 def _waits(this: _Work, runs: Sequence[Run]) -> bool:
     """Whether something will come of waiting: others are at work, or there is no room for what is left."""
     others = [run.id for run in runs if this.outcome(run).state == "running"]
     if others:
-        this.once("waiting", lambda: console.note(f"waiting for other processes: {', '.join(others)}"))
+        this.once("waiting", lambda: console.info(f"waiting for other processes: {', '.join(others)}"))
     elif not this.engine.slots:
-        this.once("no room", lambda: console.note("waiting for a node that can have a run: there is none now"))
+        this.once("no room", lambda: console.info("waiting for a node that can have a run: there is none now"))
     return bool(others) or any(map(this.is_open, runs))
 
 
@@ -302,7 +302,7 @@ def _end(this: _Work, run_id: str, code: int, runs: Sequence[Run]) -> None:
     if found.state == "done":
         this.spent.append((run.passes, seconds))
     done = sum(this.outcome(other).state == "done" for other in runs)
-    console.note(
+    console.info(
         f"{found.state:<6} {run_id}: {_said(found)}, {seconds:.0f} s  ({done} of {this.total}{_left(this, runs)})"
     )
 
@@ -330,7 +330,7 @@ def _stop(this: _Work, stop: signals.StopRequest) -> NoReturn:
     """Hand a signal on, and wait until all have saved."""
     assert stop.by is not None
     if this.taken:
-        console.note(f"{stop.by.name}: {len(this.taken)} runs end after their step; a second one ends them at once")
+        console.info(f"{stop.by.name}: {len(this.taken)} runs end after their step; a second one ends them at once")
     this.engine.stop()
     while this.taken:
         for run_id, _ in this.engine.ended(_LOOK):

@@ -90,7 +90,7 @@ def evaluate(
     data_config: Mapping[str, Any],
     progress: Progress,
     batch_size: int | None = None,
-    asked_to_end: Callable[[], bool] = bool,
+    stop_requested: Callable[[], bool] = bool,
     keep_logits: bool = False,
 ) -> Evaluation:
     """Score every one of these rows once, the ranks in turns. Puts the model into evaluation mode.
@@ -101,7 +101,7 @@ def evaluate(
     config gives workers, memory layout and arithmetic; data_config the size, crop and normalisation of the weights.
     batch_size: images at once, such as the `batch_size` of an evaluation before; None: twice those of training. Where
     memory runs out, on any rank, it is halved and the pass begins again: what is said of an image does not depend on
-    the others. asked_to_end: whether somebody wants this rank to end. keep_logits: whether the result has them.
+    the others. stop_requested: whether somebody wants this rank to end. keep_logits: whether the result has them.
 
     Raises:
         Diverged: NaN or inf.
@@ -116,14 +116,14 @@ def evaluate(
     is_sharded = collectives.is_sharded(model)
 
     @torch.inference_mode()
-    def attempt(at_once: int) -> Evaluation:
-        starts = range(0, n, at_once)
+    def attempt(size: int) -> Evaluation:
+        starts = range(0, n, size)
         own = starts[collectives.rank() :: world]
         batches = eval_batches(
             images,
-            np.concatenate([rows[i : i + at_once] for i in own]) if own else rows[:0],
+            np.concatenate([rows[i : i + size] for i in own]) if own else rows[:0],
             eval_transform(data_config),
-            batch_size=at_once,
+            batch_size=size,
             workers=config.workers or 0,
             pin_memory=target_device.type == "cuda",
         )
@@ -143,9 +143,9 @@ def evaluate(
             nats = F.cross_entropy(logits, target, reduction="none")
             if keep_logits:
                 kept = torch.zeros((n, logits.shape[1]), device=target_device) if kept is None else kept
-                kept[start : start + at_once] = logits
+                kept[start : start + size] = logits
             for row, values in zip(found, (target, prediction, probability, in_top5, nats), strict=True):
-                row[start : start + at_once] = values
+                row[start : start + size] = values
 
         for turn in range(math.ceil(len(starts) / world)):
             failed: Exception | None = None
@@ -158,8 +158,8 @@ def evaluate(
                 if world == 1 or is_sharded or not device.is_out_of_memory(error):
                     raise
                 failed = error
-            progress(name, min(n, (turn + 1) * world * at_once), n)
-            asked, no_memory = collectives.any_rank_true(asked_to_end(), failed is not None)
+            progress(name, min(n, (turn + 1) * world * size), n)
+            asked, no_memory = collectives.any_rank_true(stop_requested(), failed is not None)
             if no_memory:
                 raise failed or MemoryError("memory ran out on another rank")
             if asked:
@@ -177,7 +177,7 @@ def evaluate(
             probability=of_it.astype(np.float32),
             in_top5=among_5 > 0,
             nats=nats.astype(np.float32),
-            batch_size=at_once,
+            batch_size=size,
             logits=None if kept is None else kept.numpy(),
         )
 
@@ -240,7 +240,7 @@ def evaluate_checkpoint(
         model, data_config = pretrained.load_checkpoint(weights)
         chosen = _choose(folder, config, manifest, split, dataset, wanted)
         for note in chosen.notes:
-            console.note(note)
+            console.info(note)
         images = chosen.look()
         if chosen.on_bad_image == "error":
             raise_if_undecodable(undecodable_rows(images, chosen.rows))

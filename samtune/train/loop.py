@@ -56,10 +56,10 @@ class _Run:
     progress: console.RunProgress
     watchdog: Watchdog
 
-    def beat(self, step: int) -> None:
+    def heartbeat(self, step: int) -> None:
         """After so many steps something more is done: for those who look from outside, and for the watchdog."""
-        self.log.beat(step)
-        self.watchdog.beat()
+        self.log.heartbeat(step)
+        self.watchdog.heartbeat()
 
 
 def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | None:
@@ -92,16 +92,16 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
                 stop.end()
             if collectives.rank() > 0:
                 return None
-            with log.never_fatal("predictions.parquet"):
+            with log.best_effort("predictions.parquet"):
                 _write_predictions(log.folder / "predictions.parquet", scored)
             result = run_report.build(log.folder)
-            with log.never_fatal("report"):
+            with log.best_effort("report"):
                 run_report.write(log.folder, result)
             trackers.result = result
         # The run is done, and what is still to come can be made again.
         drawn = ending.draw(job, log.folder, result) if config.html else None
         for line in ending.words(log.folder, result, drawn):
-            log.say(line)
+            log.info(line)
         return {"folder": str(log.folder), **result}
 
 
@@ -129,7 +129,7 @@ def _train(this: _Run, place: TrainState) -> None:
         this.saver.save(place)  # to go back to
     while True:
         # Between two steps, where all is whole: what is due is done before the next one, in this process or another.
-        if place.settled < place.step:
+        if place.evaluated_step < place.step:
             try:
                 _log_and_validate(this, place)
             except signals.Interrupted:
@@ -148,7 +148,7 @@ def _train(this: _Run, place: TrainState) -> None:
         if last:
             return
         _step(this, place, batches, peaks)
-        this.beat(place.step)
+        this.heartbeat(place.step)
 
 
 def _step(this: _Run, place: TrainState, batches: Iterator[Batch], peaks: list[float]) -> None:
@@ -162,11 +162,11 @@ def _step(this: _Run, place: TrainState, batches: Iterator[Batch], peaks: list[f
     inputs, targets = ready(job, images, labels, step)
     collectives.seed_this_rank(config.seed, step)
     generators = generator_states(job.device)
-    at_once = job.update.sam.micro_batch
-    result = job.update(inputs, targets, job.batch.weight(collectives.rank()), this.stop.is_heard)
-    this.stop.agreed = result.asked_to_end
-    if job.update.sam.micro_batch != at_once:
-        less = f"step {step}: no memory for {at_once or job.batch.per_device} images at once"
+    micro_batch = job.update.sam.micro_batch
+    result = job.update(inputs, targets, job.batch.weight(collectives.rank()), this.stop.is_requested)
+    this.stop.agreed = result.stop_requested
+    if job.update.sam.micro_batch != micro_batch:
+        less = f"step {step}: no memory for {micro_batch or job.batch.per_device} images at once"
         this.log.warn(f"{less}; from now on {job.update.sam.micro_batch}, with the same update")
     if result.applied:
         place.skipped_in_a_row = 0
@@ -311,7 +311,7 @@ def _log_and_validate(this: _Run, place: TrainState) -> None:
         left = this.log.seconds() / step * (job.total_steps - step)
         line += f"  {means['images_per_second']:.0f} images/s, data wait {100 * means['data_wait']:.0f} %"
         line += f", {left:.0f} s left"
-        this.log.say(line)
+        this.log.info(line)
     if step % job.steps_per_epoch == 0:
         means = place.epoch.means()
         warning = run_report.collapse_warning(
@@ -320,7 +320,7 @@ def _log_and_validate(this: _Run, place: TrainState) -> None:
         if warning:
             this.log.warn(warning)
         place.epoch = StepStats()
-    place.settled = step
+    place.evaluated_step = step
 
 
 def _write_row(this: _Run, place: TrainState) -> None:
@@ -365,11 +365,11 @@ def _score(this: _Run, model: nn.Module, images: Images, rows: Indices, name: st
 
     def seen(split: str, done: int, total: int) -> None:
         this.progress.score(split, done, total)
-        this.beat(this.log.step)
+        this.heartbeat(this.log.step)
 
     try:
         scored = evaluate(
-            model, images, rows, name, job.config, job.info.data_config, seen, job.eval_batch, this.stop.is_heard
+            model, images, rows, name, job.config, job.info.data_config, seen, job.eval_batch, this.stop.is_requested
         )
     except signals.Interrupted:
         this.stop.agreed = True

@@ -122,15 +122,15 @@ def _resume(
         log = RunLog.reopen(
             folder, held, job.total_steps, step=place.step, seconds=place.seconds, metrics_bytes=place.metrics_bytes
         )
-        with log.never_fatal("provenance.json"):
+        with log.best_effort("provenance.json"):
             run_log.note_resume(folder, job.config.to_toml() if changed else None, entry, about)
         return log
 
     log = _by_rank(reopen, lambda: NullLog(folder, collectives.rank(), job.total_steps, place.step, place.seconds))
     _log_startup(job, log, about)
-    log.say(f"resume  {newest.name if newest else 'from the beginning: no checkpoint was saved yet'}")
+    log.info(f"resume  {newest.name if newest else 'from the beginning: no checkpoint was saved yet'}")
     if newest is not None and "epochs" in resumed.changed:
-        log.say(_seam(job, place.step, resumed.changed["epochs"][0]))
+        log.info(_seam(job, place.step, resumed.changed["epochs"][0]))
     if before.get("versions", entry["versions"]) != entry["versions"]:
         log.warn("versions have changed since: the run is no longer the same to the last bit")
     return job, log, newest, place
@@ -204,7 +204,7 @@ def _provenance(folder: Path) -> dict[str, Any]:
 
 def _log_startup(job: Setup, log: RunLog, about: dict[str, Any]) -> None:
     for line in provenance.startup_lines(job, about):
-        log.say(line)
+        log.info(line)
     for warning in about["warnings"]:
         log.warn(warning)
     if job.bad_images:
@@ -212,9 +212,9 @@ def _log_startup(job: Setup, log: RunLog, about: dict[str, Any]) -> None:
     if job.noise is not None:
         if collectives.rank() == 0:
             job.noise.write(log.folder / "label_noise.parquet")
-        log.say(f"noise   {run_report.noise_words(job.noise.about)}; what is scored keeps clean labels")
+        log.info(f"noise   {run_report.noise_words(job.noise.about)}; what is scored keeps clean labels")
     for note in job.data.notes:
-        log.note(note)
+        log.log(note)
     if job.data.test is None:
         log.warn(f"{job.data.name} has no test split: the report will show the validation error alone")
 
@@ -223,12 +223,12 @@ def _log_startup(job: Setup, log: RunLog, about: dict[str, Any]) -> None:
 def recording_outcome(job: Setup, log: RunLog) -> Iterator[None]:
     """Whatever ends the run, status.json says how."""
     try:
-        images = f"{job.update.sam.at_once(job.batch.per_device)} images of {job.info.img_size} px"
+        images = f"{job.update.sam.effective_micro_batch(job.batch.per_device)} images of {job.info.img_size} px"
         with _disk_errors(log.folder), device.oom_as_user_error(images), collectives.connection_errors():
             yield
         log.status("done", 0)
     except (SamtuneError, Stopped) as error:
-        log.note(str(error))
+        log.log(str(error))
         log.status("stopped" if isinstance(error, Stopped) else "failed", error.exit_code, error)
         raise
     except BaseException as error:
@@ -256,7 +256,7 @@ def watchdog(log: RunLog, timeout: float) -> Watchdog:
         try:
             if collectives.world_size() > 1:
                 error = _named(error, _absent_ranks())
-            log.note(str(error))
+            log.log(str(error))
             _write_stacks(log)
             log.status("failed", error.exit_code, error)
             # The main thread may hang in a terminal that takes nothing more, and so would this one.
@@ -268,7 +268,7 @@ def watchdog(log: RunLog, timeout: float) -> Watchdog:
 
     def orphaned() -> None:
         error = WorkerLost(ORPHANED, "nobody watches over the ranks any more", "go on with --resume")
-        log.note(str(error))
+        log.log(str(error))
         log.status("failed", error.exit_code, error)
 
     environment.on_launcher_loss(orphaned)

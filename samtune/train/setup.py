@@ -177,7 +177,7 @@ def build_setup(
     torch.manual_seed(config.seed)
     with collectives.local_main_process_first():
         read = load_run_data(config, settled, look)
-        console.note(f"loading model {config.model} ...")
+        console.info(f"loading model {config.model} ...")
         model, info = pretrained.build(
             config.model,
             classes=len(read.data.class_names),
@@ -253,14 +253,14 @@ def load_run_data(config: RunConfig, settled: Resolved | None = None, look: Look
     settled: of a run that goes on. look: decodes the images, in place of `look_at_data`.
     """
     look = look or decode_splits
-    console.note(f"reading data set {config.dataset} ...")
+    console.info(f"reading data set {config.dataset} ...")
     parts = open_run_splits(config, classes=settled.classes if settled else None)
     rule = settled.rule if settled else decode_rule(config, parts.data)
     data = replace(
         parts.data, notes=(*parts.data.notes, *depth.words(rule.ranges), *depth.beyond(rule, parts.data.splits))
     )
     for note in data.notes:
-        console.note(note)
+        console.info(note)
     test_part = [(parts.test, parts.test_rows)] if parts.test else []
     used = [(parts.train, parts.train_rows), (parts.val, parts.val_rows), *test_part]
     looked_at = [decode_train(config, parts, rule, look), *look(config, used[1:], rule)]

@@ -71,7 +71,7 @@ class StepStats:
 
 @dataclass
 class TrainState:
-    """step: how many are done. settled: the last one after which all that is due (validation, say) has been done.
+    """step: how many are done. evaluated_step: the last one after which all that is due (as validation) has been done.
 
     row, epoch: sums since the last row of metrics, and since the epoch began. best, best_step: error and loss of the
     best validation so far, and after which step it was. metrics_bytes: length of metrics.jsonl. seconds: time since the
@@ -79,7 +79,7 @@ class TrainState:
     """
 
     step: int = 0
-    settled: int = 0
+    evaluated_step: int = 0
     row: StepStats = field(default_factory=StepStats)
     epoch: StepStats = field(default_factory=StepStats)
     best: tuple[float, float] | None = None
@@ -118,6 +118,8 @@ def load_state_dict(job: Setup, folder: Path) -> TrainState:
         set_generator_states(state["generators"], job.device)
         job.update.sam.micro_batch = state["micro_batch"]
         kept = state["position"]
+        if "settled" in kept:  # as checkpoints called it before
+            kept["evaluated_step"] = kept.pop("settled")
         return TrainState(**kept | {"row": StepStats(**kept["row"]), "epoch": StepStats(**kept["epoch"])})
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(

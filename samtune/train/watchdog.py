@@ -34,7 +34,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """A step, or a batch of an evaluation, is done."""
         now = time.monotonic()
         self._durations.append(now - self._beaten)

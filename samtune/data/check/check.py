@@ -33,13 +33,13 @@ def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict
         DataError: no data set that training could open.
         ModelError: the hub cannot be reached.
     """
-    console.note(f"reading data set {config.dataset} ...")
+    console.info(f"reading data set {config.dataset} ...")
     data = open_source(config.dataset, DataSelection.of(config))
     train = data.splits["train"]
     ranges = depth.value_ranges(train, train.labelled)
     rule = DecodeRule(_MIN_SIDE, config.max_megapixels, ranges)
     total = sum(map(len, data.splits.values()))
-    console.note(f"checking {total} images ...")
+    console.info(f"checking {total} images ...")
     if not scan.can_see_likeness():
         console.warn(
             "only equal files are found as duplicates: what looks alike needs the package imagehash\n"
