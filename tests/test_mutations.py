@@ -136,18 +136,18 @@ MUTATIONS = {
         "test_sam.py::test_further_ascent_measures_the_ball_at_the_unperturbed_weights",
     ),
     "a resumed run draws other masks": (
-        {"train/state.py": [('set_generator_states(state["generators"], job.device)', "pass")]},
+        {"train/state.py": [('set_generator_states(state["generators"], setup.device)', "pass")]},
         RESUMED,
     ),
     "a resumed run forgets its momentum": (
-        {"train/state.py": [('job.load_optimizer_state(state["optimizer"])', "pass")]},
+        {"train/state.py": [('setup.load_optimizer_state(state["optimizer"])', "pass")]},
         RESUMED,
     ),
     "a resumed run averages anew": (
         {
             "train/state.py": [
                 (
-                    'checkpoint.load_weights(partial(job.load, job.ema.module), folder / "ema" / "model.safetensors")',
+                    'checkpoint.load_weights(partial(setup.load, setup.ema.module), folder / "ema" / "model.safetensors")',
                     "pass",
                 )
             ]

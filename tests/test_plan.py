@@ -182,12 +182,12 @@ def test_what_a_run_refuses_a_plan_refuses(photos, arguments, code, said):
 
 
 @pytest.fixture(scope="module")
-def small_job(photos):
+def small_setup(photos):
     flags = {"model": "test_resnet", "pretrained": False, "img_size": 32, "dataset": str(photos), "workers": 0}
     return setup.build_setup(loading.load(None, flags | {"batch_size": 8}))
 
 
-def test_multiply_accumulates_are_those_of_convolutions_and_linear_layers(small_job):
+def test_multiply_accumulates_are_those_of_convolutions_and_linear_layers(small_setup):
     counted = 0
 
     def count(module, inputs, output):
@@ -195,20 +195,20 @@ def test_multiply_accumulates_are_those_of_convolutions_and_linear_layers(small_
         per_output = module.weight.numel() // module.weight.shape[0]  # channels in x kernel
         counted += output.numel() * per_output
 
-    layers = [m for m in small_job.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = [m for m in small_setup.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     with torch.no_grad():
-        small_job.model.eval()(torch.zeros(1, 3, 32, 32))
+        small_setup.model.eval()(torch.zeros(1, 3, 32, 32))
     for hook in hooks:
         hook.remove()
-    assert measure.multiply_accumulates(small_job) == counted > 0
+    assert measure.multiply_accumulates(small_setup) == counted > 0
 
 
-def test_activations_are_four_bytes_for_each_value_that_is_kept(small_job, monkeypatch):
+def test_activations_are_four_bytes_for_each_value_that_is_kept(small_setup, monkeypatch):
     def kept(hidden, images):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, hidden), nn.ReLU(), nn.Linear(hidden, 2))
-        monkeypatch.setattr(small_job, "model", model)
-        return measure.activation_bytes(small_job, images)
+        monkeypatch.setattr(small_setup, "model", model)
+        return measure.activation_bytes(small_setup, images)
 
     assert kept(107, 5) - kept(7, 5) == 4 * 100 * 5  # the ReLU and the layer after it keep the same ones, once
     input_bytes = 4 * 3 * 32 * 32
@@ -241,20 +241,20 @@ def test_the_batch_that_fits_is_found_to_an_eighth():
             assert len(set(tried)) == len(tried)
 
 
-def test_memory_that_runs_out_bounds_the_batch(small_job, monkeypatch):
-    plain = small_job.update.sam.backward
+def test_memory_that_runs_out_bounds_the_batch(small_setup, monkeypatch):
+    plain = small_setup.update.sam.backward
 
     def full(loss, images, labels):
         if len(images) > 21:
             raise torch.OutOfMemoryError("full")
         return plain(loss, images, labels)
 
-    monkeypatch.setattr(small_job.update.sam, "backward", full)
+    monkeypatch.setattr(small_setup.update.sam, "backward", full)
     monkeypatch.setattr(
         "samtune.distributed.device.free_memory", lambda: None
     )  # it looks through all that the libraries made
-    assert 19 <= measure.largest_batch(small_job, 44, lambda *_: None) <= 21
-    assert small_job.update.sam.micro_batch is None
+    assert 19 <= measure.largest_batch(small_setup, 44, lambda *_: None) <= 21
+    assert small_setup.update.sam.micro_batch is None
 
 
 def test_a_sample_stands_for_all(tmp_path, photos, monkeypatch):

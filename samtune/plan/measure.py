@@ -71,13 +71,13 @@ class Steps:
         return self.waiting / sum(self.seconds)
 
 
-def multiply_accumulates(job: Setup) -> int:
+def multiply_accumulates(setup: Setup) -> int:
     """Of the forward pass of one image: of convolutions and products of matrices, attention included."""
-    job.model.eval()
-    image = torch.zeros((1, *job.info.data_config["input_size"]), device=job.device)
+    setup.model.eval()
+    image = torch.zeros((1, *setup.info.data_config["input_size"]), device=setup.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        job.model(image)
-    pretrained.train_mode(job.model, freeze_bn=job.config.freeze_bn)
+        setup.model(image)
+    pretrained.train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
     return int(counter.get_total_flops()) // 2  # which counts 2 for each
 
 
@@ -85,30 +85,30 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def memory(job: Setup) -> dict[str, int]:
+def memory(setup: Setup) -> dict[str, int]:
     """Bytes by part, after a step: weights, gradients, the copy of the weights that SAM keeps, and so on."""
-    model, config = job.model, job.config
-    state = (value for values in job.optimizer.state.values() for value in values.values())
+    model, config = setup.model, setup.config
+    state = (value for values in setup.optimizer.state.values() for value in values.values())
     parts = {
         "weights": _bytes([*model.parameters(), *model.buffers()]),
         "gradients": _bytes(w for w in model.parameters() if w.requires_grad),
         "weights_copy": _bytes(select_parameters(model, config.perturb).values()) if config.rho > 0 else 0,
         "optimizer": _bytes(value for value in state if isinstance(value, torch.Tensor)),
-        "ema": 0 if job.ema is None else _bytes([*job.ema.module.parameters(), *job.ema.module.buffers()]),
-        "activations": activation_bytes(job, images_at_once(job)),
+        "ema": 0 if setup.ema is None else _bytes([*setup.ema.module.parameters(), *setup.ema.module.buffers()]),
+        "activations": activation_bytes(setup, images_at_once(setup)),
     }
     return parts | {"total": sum(parts.values())}
 
 
-def images_at_once(job: Setup) -> int:
+def images_at_once(setup: Setup) -> int:
     """Images that pass through the model together on each device."""
-    return job.update.sam.effective_micro_batch(min(job.batch.per_device, job.batch.total))
+    return setup.update.sam.effective_micro_batch(min(setup.batch.per_device, setup.batch.total))
 
 
-def activation_bytes(job: Setup, images: int) -> int:
+def activation_bytes(setup: Setup, images: int) -> int:
     """What a forward pass of training keeps for the backward pass, with so many images."""
-    inputs, targets = _any_batch(job, images)
-    own = {t.untyped_storage().data_ptr() for t in (*job.model.parameters(), *job.model.buffers())}
+    inputs, targets = _any_batch(setup, images)
+    own = {t.untyped_storage().data_ptr() for t in (*setup.model.parameters(), *setup.model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> Any:
@@ -117,18 +117,18 @@ def activation_bytes(job: Setup, images: int) -> int:
             kept[storage.data_ptr()] = storage  # while it is held, its place is not given to another
         return None  # no backward pass follows
 
-    before = batch_norm_statistics(batch_norms(job.model))
-    with saved_tensors_hooks(keep, keep), job.update.autocast():
-        job.update.loss(job.model(inputs), targets)
+    before = batch_norm_statistics(batch_norms(setup.model))
+    with saved_tensors_hooks(keep, keep), setup.update.autocast():
+        setup.update.loss(setup.model(inputs), targets)
     restore_bn_stats(before)
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _any_batch(job: Setup, images: int) -> Batch:
+def _any_batch(setup: Setup, images: int) -> Batch:
     """So many black images, as the model takes them, and their labels."""
-    channels, height, width = job.info.data_config["input_size"]
+    channels, height, width = setup.info.data_config["input_size"]
     black = torch.zeros((images, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
-    return loop.ready(job, black, torch.zeros(images, dtype=torch.int64), 1)
+    return loop.to_model_inputs(setup, black, torch.zeros(images, dtype=torch.int64), 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -137,47 +137,47 @@ def _any_batch(job: Setup, images: int) -> Batch:
 class _Stepping:
     """Steps of a run, one after the other, at any radius."""
 
-    def __init__(self, job: Setup, batches: Iterator[Batch]) -> None:
-        self.job, self.batches, self.done = job, batches, 0
-        self.peaks = [group["lr"] for group in job.optimizer.param_groups]
+    def __init__(self, setup: Setup, batches: Iterator[Batch]) -> None:
+        self.setup, self.batches, self.done = setup, batches, 0
+        self.peaks = [group["lr"] for group in setup.optimizer.param_groups]
 
     def __call__(self, rho: float) -> tuple[float, float]:
         """Seconds of a step, and of them those of waiting for data."""
-        job, started = self.job, time.perf_counter()
+        setup, started = self.setup, time.perf_counter()
         images, labels = next(self.batches)
         arrived = time.perf_counter()
-        step = self.done % job.total_steps + 1
-        loop.set_learning_rates(job, self.peaks, step)
-        job.update.sam.rho = rho
-        result = job.update(*loop.ready(job, images, labels, step))
-        if result.applied and job.ema is not None:
-            job.ema.update(job.model, step=step)
+        step = self.done % setup.total_steps + 1
+        loop.set_learning_rates(setup, self.peaks, step)
+        setup.update.sam.rho = rho
+        result = setup.update(*loop.to_model_inputs(setup, images, labels, step))
+        if result.applied and setup.ema is not None:
+            setup.ema.update(setup.model, step=step)
         self.done += 1
         return time.perf_counter() - started, arrived - started
 
 
-def steps(job: Setup, rows: Indices, kinds: Iterable[float], progress: Progress) -> dict[float, Steps]:
+def steps(setup: Setup, rows: Indices, kinds: Iterable[float], progress: Progress) -> dict[float, Steps]:
     """Steps of each radius in turn, on real batches of these rows; 0 is a step of the base optimizer.
 
     In each turn the first steps do not count: they use up what was loaded during the turn before. Of each kind no more
     steps are taken than the run has, but six at least.
     """
-    kinds, workers = list(kinds), job.config.workers or 0
-    most = max(_FEWEST, min(_MOST, math.ceil(job.total_steps / _ROUNDS)))
-    pretrained.train_mode(job.model, freeze_bn=job.config.freeze_bn)
+    kinds, workers = list(kinds), setup.config.workers or 0
+    most = max(_FEWEST, min(_MOST, math.ceil(setup.total_steps / _ROUNDS)))
+    pretrained.train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
     batches = train_batches(
-        job.train,
-        np.resize(rows, max(len(rows), job.batch.total)),  # so that there is a batch
-        train_transform(job.info.data_config, job.config),
-        batch_size=job.batch.total,
-        seed=job.config.seed,
+        setup.train,
+        np.resize(rows, max(len(rows), setup.batch.total)),  # so that there is a batch
+        train_transform(setup.info.data_config, setup.config),
+        batch_size=setup.batch.total,
+        seed=setup.config.seed,
         total_steps=sys.maxsize,
         workers=workers,
-        pin_memory=job.device.type == "cuda",
-        share=lambda rows: job.batch.share(rows, 0),
+        pin_memory=setup.device.type == "cuda",
+        share=lambda rows: setup.batch.share(rows, 0),
     )
     with closing(batches):  # type: ignore[type-var]
-        step = _Stepping(job, batches)
+        step = _Stepping(setup, batches)
         firsts = {rho: step(rho)[0] for rho in kinds}
         seconds: dict[float, list[float]] = {rho: [] for rho in kinds}
         waiting = dict.fromkeys(kinds, 0.0)
@@ -195,9 +195,9 @@ def steps(job: Setup, rows: Indices, kinds: Iterable[float], progress: Progress)
                     done = sum(map(len, seconds.values()))
                     foreseen = _ROUNDS * sum(n or per_turn[rho] for n in per_turn.values())
                     what = f"measuring steps, round {number + 1} of {_ROUNDS}"
-                    progress(what, done * job.batch.total, foreseen * job.batch.total)
-    job.update.sam.rho = job.config.rho
-    loop.set_learning_rates(job, step.peaks, 1)
+                    progress(what, done * setup.batch.total, foreseen * setup.batch.total)
+    setup.update.sam.rho = setup.config.rho
+    loop.set_learning_rates(setup, step.peaks, 1)
     return {rho: Steps(tuple(seconds[rho]), waiting[rho], firsts[rho]) for rho in kinds}
 
 
@@ -212,29 +212,36 @@ class Evaluating:
     first: float
 
 
-def evaluation(job: Setup, images: Images, rows: Indices, whole: int, progress: Progress) -> Evaluating:
+def evaluation(setup: Setup, images: Images, rows: Indices, whole: int, progress: Progress) -> Evaluating:
     """Score some of these rows as a run does, first once to get ready. whole: images of the split in all."""
 
     def score(count: int) -> float:
         started = time.perf_counter()
         some = np.resize(rows, count)
         scored = evaluate(
-            job.model, images, some, "measuring evaluation", job.config, job.info.data_config, progress, job.eval_batch
+            setup.model,
+            images,
+            some,
+            "measuring evaluation",
+            setup.config,
+            setup.info.data_config,
+            progress,
+            setup.eval_batch,
         )
-        job.eval_batch = scored.batch_size
+        setup.eval_batch = scored.batch_size
         return time.perf_counter() - started
 
-    size = job.eval_batch or 2 * job.config.batch_size
+    size = setup.eval_batch or 2 * setup.config.batch_size
     few = min(len(rows), 2 * size)
     first = score(few)
     usual = score(few)
     many = min(few * max(1, round(_EVALUATION / usual)), max(whole, few))
     each = score(many) / many if many > few else usual / few
-    pretrained.train_mode(job.model, freeze_bn=job.config.freeze_bn)
+    pretrained.train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
     return Evaluating(each, max(0.0, first - usual))
 
 
-def checkpoint(job: Setup) -> tuple[int, float]:
+def checkpoint(setup: Setup) -> tuple[int, float]:
     """Bytes of a checkpoint, and the seconds that it takes to save one in the folder of temporary files.
 
     Raises OSError where that has no room.
@@ -243,9 +250,9 @@ def checkpoint(job: Setup) -> tuple[int, float]:
     with tempfile.TemporaryDirectory(prefix="samtune-plan-") as name:
         for _ in range(3):
             started = time.perf_counter()
-            position = TrainState(step=job.total_steps, evaluated_step=job.total_steps)
-            whole = checkpointing.content(job, position)
-            folder = checkpointing.write(job, Path(name), job.total_steps, whole)
+            state = TrainState(step=setup.total_steps, evaluated_step=setup.total_steps)
+            whole = checkpointing.content(setup, state)
+            folder = checkpointing.write(setup, Path(name), setup.total_steps, whole)
             seconds.append(time.perf_counter() - started)
             if seconds[0] > 1:
                 break
@@ -256,7 +263,7 @@ def checkpoint(job: Setup) -> tuple[int, float]:
 # -------------------------------------------------------------------------------------------------- the batch that fits
 
 
-def largest_batch(job: Setup, most: int, progress: Progress) -> int:
+def largest_batch(setup: Setup, most: int, progress: Progress) -> int:
     """How many images of a step pass through the model at once before memory runs out, at most `most`.
 
     Found by steps on black images: twice as many until they do not fit, then between the two, to an eighth. 0: none.
@@ -264,23 +271,23 @@ def largest_batch(job: Setup, most: int, progress: Progress) -> int:
 
     def fits(images: int) -> bool:
         progress("searching the batch that fits: tried", images, most)
-        job.update.sam.micro_batch = None
+        setup.update.sam.micro_batch = None
         try:
-            job.update(*_any_batch(job, images))
+            setup.update(*_any_batch(setup, images))
         except OutOfMemory:
             return False
         except Exception as error:
             if not device.is_out_of_memory(error):
                 raise
             return False
-        return job.update.sam.micro_batch is None  # else it was halved
+        return setup.update.sam.micro_batch is None  # else it was halved
 
-    before = job.update.sam.micro_batch
+    before = setup.update.sam.micro_batch
     try:
-        return search(fits, min(most, job.batch.per_device), most)
+        return search(fits, min(most, setup.batch.per_device), most)
     finally:
-        job.update.sam.micro_batch = before
-        job.optimizer.zero_grad(set_to_none=True)
+        setup.update.sam.micro_batch = before
+        setup.optimizer.zero_grad(set_to_none=True)
         device.free_memory()
 
 

@@ -48,11 +48,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
         torch.set_num_threads(cores)  # as each rank has it
     with tempfile.TemporaryDirectory(prefix="samtune-plan-") as folder:
         sampler = Sampler(Path(folder), cores)
-        job = build_setup(config, look=sampler.look, world=world)
+        setup = build_setup(config, look=sampler.look, world=world)
         start = max(0.0, _seconds_since_start() - sampler.spent)
-        images = f"{job.update.sam.effective_micro_batch(job.batch.per_device)} images of {job.info.img_size} px"
+        images = f"{setup.update.sam.effective_micro_batch(setup.batch.per_device)} images of {setup.info.img_size} px"
         with device.oom_as_user_error(images):
-            return _measured(job, sampler.found, start)
+            return _measured(setup, sampler.found, start)
 
 
 def _world(config: RunConfig) -> collectives.World:
@@ -74,63 +74,63 @@ def _seconds_since_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
-def _measured(job: Setup, decoding: list[Decoding], start: float) -> dict[str, Any]:
+def _measured(setup: Setup, decoding: list[Decoding], start: float) -> dict[str, Any]:
     """Measure, and put together."""
-    config, name = job.config, device.describe(job.device)
-    about, length, asked = provenance.describe(job), _length(job), job.update.sam.micro_batch
+    config, name = setup.config, device.describe(setup.device)
+    about, length, asked = provenance.describe(setup), _length(setup), setup.update.sam.micro_batch
     kinds = [config.rho, 0.0] if config.rho > 0 else [0.0]
     console.info(f"measuring steps of {'SAM and ' if config.rho > 0 else ''}the plain optimizer on {name} ...")
     with console.RunProgress() as progress:
-        macs = measure.multiply_accumulates(job)
-        steps = measure.steps(job, known_rows(job.train, job.train_rows), kinds, progress.count)
-        peak = device.peak_memory_bytes(job.device)
-        scored, rows = (job.val, job.val_rows) if config.val else (job.test, job.test_rows)
+        macs = measure.multiply_accumulates(setup)
+        steps = measure.steps(setup, known_rows(setup.train, setup.train_rows), kinds, progress.count)
+        peak = device.peak_memory_bytes(setup.device)
+        scored, rows = (setup.val, setup.val_rows) if config.val else (setup.test, setup.test_rows)
         assert scored is not None  # without validation there is a test split
-        evaluating = measure.evaluation(job, scored, known_rows(scored, rows), len(rows), progress.count)
-        memory = measure.memory(job)
+        evaluating = measure.evaluation(setup, scored, known_rows(scored, rows), len(rows), progress.count)
+        memory = measure.memory(setup)
         console.info("measuring a checkpoint ...")
-        checkpoint, warnings = _checkpoint(job)
-        fits, why_fits = _fits(job, progress.count)
+        checkpoint, warnings = _checkpoint(setup)
+        fits, why_fits = _fits(setup, progress.count)
     sam, plain = steps[config.rho] if config.rho > 0 else None, steps[0.0]
-    needed, free, there = checkpointing.needed_bytes(job, config.output or Path("runs"))
+    needed, free, there = checkpointing.needed_bytes(setup, config.output or Path("runs"))
     if free < needed:
         warnings.append(
             f"{there} has {_size(free)} free, and the run's checkpoints need {_size(needed)}: it would refuse to begin"
         )
-    if job.update.sam.micro_batch != asked:
-        warnings.append(f"no memory for the batch at once: {job.update.sam.micro_batch} images, with the same update")
-    if job.batch.devices > 1:
+    if setup.update.sam.micro_batch != asked:
+        warnings.append(f"no memory for the batch at once: {setup.update.sam.micro_batch} images, with the same update")
+    if setup.batch.devices > 1:
         left_out = "what they send each other, and that they share a machine"
-        warnings.append(f"the time of {job.batch.devices} devices leaves out {left_out}")
-    time_parts = _time(job, length, decoding, start, steps, evaluating, checkpoint[1])
-    at_once = measure.images_at_once(job)
+        warnings.append(f"the time of {setup.batch.devices} devices leaves out {left_out}")
+    time_parts = _time(setup, length, decoding, start, steps, evaluating, checkpoint[1])
+    at_once = measure.images_at_once(setup)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": about["model"]
         | {
-            "trainable_parameters": sum(w.numel() for w in job.model.parameters() if w.requires_grad),
+            "trainable_parameters": sum(w.numel() for w in setup.model.parameters() if w.requires_grad),
             "multiply_accumulates": macs,
         },
         "dataset": {key: about["dataset"][key] for key in ("name", "source", "train", "val", "test", "classes")}
-        | _data(job, decoding),
+        | _data(setup, decoding),
         "device": {
             "name": name,
-            "count": job.batch.devices,
+            "count": setup.batch.devices,
             "precision": config.amp_dtype,
-            "memory_bytes": device.memory_bytes(job.device),
+            "memory_bytes": device.memory_bytes(setup.device),
         },
         "settings": {
-            key: {"value": job.lr if key == "lr" else _plain(getattr(config, key)), "origin": config.origins[key]}
+            key: {"value": setup.lr if key == "lr" else _plain(getattr(config, key)), "origin": config.origins[key]}
             for key in _SHOWN
         }
         | {"head_lr": {"value": about["optimizer"]["head_lr"], "origin": f"lr x {config.head_lr_factor:g}"}},
         "optimizer": about["optimizer"],
         "sam": about["sam"],
         "batch": {
-            "images": job.batch.total,
-            "per_device": job.batch.part,
-            "devices": job.batch.devices,
-            "micro_batches": job.batch.parts,
+            "images": setup.batch.total,
+            "per_device": setup.batch.part,
+            "devices": setup.batch.devices,
+            "micro_batches": setup.batch.parts,
             "at_once": at_once,
             "fits": fits,
             "fits_why": why_fits,
@@ -138,11 +138,11 @@ def _measured(job: Setup, decoding: list[Decoding], start: float) -> dict[str, A
         "length": length,
         "memory": memory | {"measured_peak": peak, "at_once": at_once},
         "step": {
-            "sam": None if sam is None else _step(sam, job.batch.total),
-            "sgd": _step(plain, job.batch.total),
+            "sam": None if sam is None else _step(sam, setup.batch.total),
+            "sgd": _step(plain, setup.batch.total),
             "cost_against_sgd": 1.0 if sam is None else sam.mean / plain.mean,
         },
-        "evaluation": {"images_per_second": job.batch.devices / evaluating.per_image},
+        "evaluation": {"images_per_second": setup.batch.devices / evaluating.per_image},
         "disk": {
             "checkpoint_bytes": checkpoint[0],
             "checkpoint_seconds": checkpoint[1],
@@ -159,52 +159,52 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
-def _checkpoint(job: Setup) -> tuple[tuple[int, float], list[str]]:
+def _checkpoint(setup: Setup) -> tuple[tuple[int, float], list[str]]:
     """((bytes, seconds), warnings)."""
     try:
-        return measure.checkpoint(job), []
+        return measure.checkpoint(setup), []
     except OSError as error:
         text = (
             f"no checkpoint could be written into {tempfile.gettempdir()} ({first_line(error)}): its time is left out"
         )
-        slots = job.config.keep_checkpoints + 2
-        return (checkpointing.needed_bytes(job, Path("runs"))[0] // slots, 0.0), [text]
+        slots = setup.config.keep_checkpoints + 2
+        return (checkpointing.needed_bytes(setup, Path("runs"))[0] // slots, 0.0), [text]
 
 
-def _fits(job: Setup, progress: measure.Progress) -> tuple[int | None, str]:
+def _fits(setup: Setup, progress: measure.Progress) -> tuple[int | None, str]:
     """How many images fit at once, and why it is not known where it is not."""
-    if job.device.type != "cuda":
+    if setup.device.type != "cuda":
         return None, "searched on a GPU only"
-    if isinstance(job.update.sam.m, int):
-        return None, f"--m {job.config.m} decides how many images pass at once"
-    most = min(_MOST_IMAGES, len(job.train_rows))
-    found = measure.largest_batch(job, most, progress)
-    return found, "all training images" if found == len(job.train_rows) else "found by steps, to an eighth"
+    if isinstance(setup.update.sam.m, int):
+        return None, f"--m {setup.config.m} decides how many images pass at once"
+    most = min(_MOST_IMAGES, len(setup.train_rows))
+    found = measure.largest_batch(setup, most, progress)
+    return found, "all training images" if found == len(setup.train_rows) else "found by steps, to an eighth"
 
 
-def _length(job: Setup) -> dict[str, int | float]:
+def _length(setup: Setup) -> dict[str, int | float]:
     """How many steps, passes, validations and checkpoints there are; the last if each validation is the best so far."""
-    config, total = job.config, job.total_steps
-    sam_steps = len(job.rho.sam_steps)
-    every = max(1, config.eval_every.steps(job.steps_per_epoch, total))
+    config, total = setup.config, setup.total_steps
+    sam_steps = len(setup.rho.sam_steps)
+    every = max(1, config.eval_every.steps(setup.steps_per_epoch, total))
     validated = {*range(every, total + 1, every), total} if config.val else set()
     saved = validated | {total}
     if config.save_every.unit != "minutes":
-        between = max(1, config.save_every.steps(job.steps_per_epoch, total))
+        between = max(1, config.save_every.steps(setup.steps_per_epoch, total))
         saved |= {*range(between, total + 1, between)}
     return {
-        "epochs": total / job.steps_per_epoch,
-        "steps_per_epoch": job.steps_per_epoch,
+        "epochs": total / setup.steps_per_epoch,
+        "steps_per_epoch": setup.steps_per_epoch,
         "steps": total,
-        "warmup_steps": job.warmup_steps,
+        "warmup_steps": setup.warmup_steps,
         "sam_steps": sam_steps,
-        "passes": sam_steps * job.update.sam.passes + (total - sam_steps),
+        "passes": sam_steps * setup.update.sam.passes + (total - sam_steps),
         "validations": len(validated),
         "checkpoints": len(saved),
     }
 
 
-def _data(job: Setup, decoding: list[Decoding]) -> dict[str, Any]:
+def _data(setup: Setup, decoding: list[Decoding]) -> dict[str, Any]:
     """Whether the images are decoded, how long that takes and how large they are then."""
     sampled = [part for part in decoding if part.seconds_per_image is not None]
     images = sum(part.images for part in sampled)
@@ -215,7 +215,7 @@ def _data(job: Setup, decoding: list[Decoding]) -> dict[str, Any]:
         "decode_seconds": sum(part.seconds for part in decoding),
         "decode_seconds_per_image": each,
         "pixel_bytes": sum(part.pixel_bytes for part in decoding),
-        "cache_limit_bytes": int(job.config.cache_limit * 2**30),
+        "cache_limit_bytes": int(setup.config.cache_limit * 2**30),
     }
 
 
@@ -232,7 +232,7 @@ def _step(steps: Steps, images: int) -> dict[str, Any]:
 
 
 def _time(
-    job: Setup,
+    setup: Setup,
     length: Mapping[str, Any],
     decoding: list[Decoding],
     start: float,
@@ -241,12 +241,12 @@ def _time(
     save: float,
 ) -> dict[str, float]:
     """Seconds of each part of the run; train_seconds as its report counts them, from the first step to the last."""
-    config, devices = job.config, job.batch.devices
+    config, devices = setup.config, setup.batch.devices
     plain, sam = steps[0.0], steps.get(config.rho, steps[0.0])
-    sam_steps, total = length["sam_steps"], job.total_steps
-    scored = 1 if job.ema is None else 2  # the averaged weights, too
-    one_validation = scored * evaluating.per_image * math.ceil(len(job.val_rows) / devices)
-    test_rows = job.test_rows if job.test is not None and config.test else job.val_rows
+    sam_steps, total = length["sam_steps"], setup.total_steps
+    scored = 1 if setup.ema is None else 2  # the averaged weights, too
+    one_validation = scored * evaluating.per_image * math.ceil(len(setup.val_rows) / devices)
+    test_rows = setup.test_rows if setup.test is not None and config.test else setup.val_rows
     parts = {
         "start": start,
         "decode": sum(part.seconds for part in decoding),

@@ -18,136 +18,134 @@ from samtune.train.state import TrainState, state_dict
 
 
 class CheckpointSaver:
-    """Saves a run's position, and keeps in its folder what the settings ask for."""
+    """Saves the state of a run, and keeps as many checkpoints as the settings ask for."""
 
-    def __init__(self, job: Setup, log: RunLog, newest: Path | None) -> None:
+    def __init__(self, setup: Setup, log: RunLog, newest: Path | None) -> None:
         """newest: the checkpoint that the run goes on from, if it does."""
-        self._job, self._log = job, log
+        self._setup, self._log = setup, log
         self.newest = newest
         self._saved_at = time.monotonic()
-        every = job.config.save_every
+        every = setup.config.save_every
         self._minutes = every.amount if every.unit == "minutes" else None
-        self._steps = None if self._minutes else max(1, every.steps(job.steps_per_epoch, job.total_steps))
+        self._steps = None if self._minutes else max(1, every.steps(setup.steps_per_epoch, setup.total_steps))
 
     def due(self, step: int) -> bool:
         """Whether --save-every asks for a checkpoint after this step."""
         if self._minutes is not None:
             passed = time.monotonic() - self._saved_at >= 60 * self._minutes
             # All ranks have a part in the checkpoint of a sharded model, but not the same clock.
-            return collectives.any_rank_true(passed)[0] if self._job.is_sharded else passed
+            return collectives.any_rank_true(passed)[0] if self._setup.is_sharded else passed
         return self._steps is not None and step % self._steps == 0
 
-    def save(self, position: TrainState) -> None:
-        """Write a checkpoint of this position, unless there is one, and let last and best mean what they should.
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint of this state, unless there is one, and let last and best mean what they should.
 
         Raises MachineError if it cannot be written, with all that is expendable gone; the last one stays. Rank 0 writes
         for all, and needs nothing of the others unless the model is sharded: what they draw follows from the step.
         """
-        is_there = self.newest == self._folder(position.step)
+        is_there = self.newest == self._folder(state.step)
         if collectives.rank() > 0:
-            if self._job.is_sharded and not is_there:
-                content(self._job, position)
-            self.newest = self._folder(position.step)
+            if self._setup.is_sharded and not is_there:
+                content(self._setup, state)
+            self.newest = self._folder(state.step)
             self._saved_at = time.monotonic()
             return
         if not is_there:
-            position.metrics_bytes = self._log.synced_metrics_bytes()
-            position.seconds = self._log.seconds()
-            self.newest = self._with_room(position)
+            state.metrics_bytes = self._log.synced_metrics_bytes()
+            state.seconds = self._log.seconds()
+            self.newest = self._with_room(state)
         assert self.newest is not None
-        self._point(position)
-        checkpoint.prune(self._log.checkpoints, self.newest, self._job.config.keep_checkpoints)
+        self._point(state)
+        checkpoint.prune(self._log.checkpoints, self.newest, self._setup.config.keep_checkpoints)
         self._saved_at = time.monotonic()
 
-    def link(self, position: TrainState) -> None:
-        """Let last mean the newest checkpoint, and best that of the position's best step, when a run begins or goes on.
+    def link(self, state: TrainState) -> None:
+        """Let last mean the newest checkpoint, and best that of the best step, when a run begins or goes on.
 
         If that is gone, as it was damaged, there is no best one any more, on no rank: the run will come to it again.
         """
         if collectives.rank() == 0:
-            if position.best_step is not None and not self._folder(position.best_step).is_dir():
-                position.best = position.best_step = None
-            self._point(position)
-        position.best, position.best_step = collectives.broadcast_from_rank0(
-            lambda: (position.best, position.best_step)
-        )
+            if state.best_step is not None and not self._folder(state.best_step).is_dir():
+                state.best = state.best_step = None
+            self._point(state)
+        state.best, state.best_step = collectives.broadcast_from_rank0(lambda: (state.best, state.best_step))
 
-    def _point(self, position: TrainState) -> None:
+    def _point(self, state: TrainState) -> None:
         if self.newest is not None:
             checkpoint.update_link(self._log.checkpoints, "last", self.newest)
-        if position.best_step is not None and self._folder(position.best_step).is_dir():
-            checkpoint.update_link(self._log.checkpoints, "best", self._folder(position.best_step))
+        if state.best_step is not None and self._folder(state.best_step).is_dir():
+            checkpoint.update_link(self._log.checkpoints, "best", self._folder(state.best_step))
 
     def _folder(self, step: int) -> Path:
         return self._log.checkpoints / f"step-{step:06d}"
 
-    def _with_room(self, position: TrainState) -> Path:
-        whole = content(self._job, position)
+    def _with_room(self, state: TrainState) -> Path:
+        whole = content(self._setup, state)
         try:
-            return write(self._job, self._log.checkpoints, position.step, whole)
+            return write(self._setup, self._log.checkpoints, state.step, whole)
         except OSError as error:
             gone = checkpoint.prune(self._log.checkpoints, self.newest, 1) if self.newest else []
             if not gone:
-                raise self._no_room(position, error) from None
+                raise self._no_room(state, error) from None
             names = ", ".join(sorted(path.name for path in gone))
-            console.warn(f"step {position.step} cannot be saved ({first_line(error)}): {names} removed to make room")
+            console.warn(f"step {state.step} cannot be saved ({first_line(error)}): {names} removed to make room")
         try:
-            return write(self._job, self._log.checkpoints, position.step, whole)
+            return write(self._setup, self._log.checkpoints, state.step, whole)
         except OSError as error:
-            raise self._no_room(position, error) from None
+            raise self._no_room(state, error) from None
 
-    def _no_room(self, position: TrainState, error: OSError) -> MachineError:
+    def _no_room(self, state: TrainState, error: OSError) -> MachineError:
         rest = f"{self.newest.name} is intact: " if self.newest else ""
         return MachineError(
-            f"step {position.step} cannot be saved in {self._log.folder}",
+            f"step {state.step} cannot be saved in {self._log.folder}",
             error.strerror or first_line(error),
             f"{rest}make room, then go on with --resume",
         )
 
 
-def content(job: Setup, position: TrainState) -> dict[str, Any]:
-    """What a checkpoint of this position holds; whole on rank 0."""
+def content(setup: Setup, state: TrainState) -> dict[str, Any]:
+    """What a checkpoint of this state holds; whole on rank 0."""
     return {
-        "weights": job.weights(job.model),
-        "ema": None if job.ema is None else job.weights(job.ema.module),
-        "state": state_dict(job, position),
+        "weights": setup.weights(setup.model),
+        "ema": None if setup.ema is None else setup.weights(setup.ema.module),
+        "state": state_dict(setup, state),
     }
 
 
-def write(job: Setup, checkpoints: Path, step: int, content: dict[str, Any]) -> Path:
+def write(setup: Setup, checkpoints: Path, step: int, content: dict[str, Any]) -> Path:
     """Write the checkpoint of a step, and return its folder. Raises OSError as `checkpoint.save` does."""
     return checkpoint.save(
         checkpoints,
         step=step,
-        timm_config=pretrained.timm_config(job.model, job.info, job.data.class_names),
+        timm_config=pretrained.timm_config(setup.model, setup.info, setup.data.class_names),
         about={
-            "config": job.config.model_dump(mode="json"),
-            "class_names": list(job.data.class_names),
-            "dataset": job.data.fingerprint,
-            "decode": job.rule.to_json(),
+            "config": setup.config.model_dump(mode="json"),
+            "class_names": list(setup.data.class_names),
+            "dataset": setup.data.fingerprint,
+            "decode": setup.rule.to_json(),
             "versions": run_log.versions(),
         },
         **content,
     )
 
 
-def needed_bytes(job: Setup, folder: Path) -> tuple[int, int, Path]:
+def needed_bytes(setup: Setup, folder: Path) -> tuple[int, int, Path]:
     """Bytes that the checkpoints of a run need at once, bytes that are free, and the folder whose disk has them."""
-    tensors = [*job.model.parameters(), *job.model.buffers()] * (1 if job.ema is None else 2)
-    slots = 2 if isinstance(job.optimizer, torch.optim.AdamW) else int(job.config.momentum > 0)
-    tensors += [w for group in job.optimizer.param_groups for w in group["params"]] * slots
-    at_once = job.config.keep_checkpoints + 2  # the best, and one that is being written
+    tensors = [*setup.model.parameters(), *setup.model.buffers()] * (1 if setup.ema is None else 2)
+    slots = 2 if isinstance(setup.optimizer, torch.optim.AdamW) else int(setup.config.momentum > 0)
+    tensors += [w for group in setup.optimizer.param_groups for w in group["params"]] * slots
+    at_once = setup.config.keep_checkpoints + 2  # the best, and one that is being written
     needed = at_once * sum(w.numel() * w.element_size() for w in tensors)
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return needed, shutil.disk_usage(there).free, there
 
 
-def check_disk_space(job: Setup, folder: Path) -> None:
+def check_disk_space(setup: Setup, folder: Path) -> None:
     """Raise MachineError if the disk of a run folder has no room for the checkpoints that will be in it at once."""
-    needed, free, there = needed_bytes(job, folder)
+    needed, free, there = needed_bytes(setup, folder)
     if free < needed:
         raise MachineError(
             f"{there} has {free / 2**20:.0f} MiB free, and the run's checkpoints need {needed / 2**20:.0f} MiB",
-            f"--keep-checkpoints {job.config.keep_checkpoints}, the best, and one that is being written",
+            f"--keep-checkpoints {setup.config.keep_checkpoints}, the best, and one that is being written",
             "make room, lower --keep-checkpoints, or give another --output",
         )

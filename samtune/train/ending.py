@@ -10,13 +10,13 @@ from samtune.errors import first_line
 from samtune.train.setup import Setup
 
 
-def draw(job: Setup, folder: Path, result: Mapping[str, Any]) -> Path | None:
+def draw(setup: Setup, folder: Path, result: Mapping[str, Any]) -> Path | None:
     """The page of a run, drawn from its folder; None, with a warning, where that fails: it is not worth a run."""
     page = folder / "report.html"
     try:
         from samtune.report import run_page  # with matplotlib, which takes long to load
 
-        opened = {"val": job.val.split, "test": job.test.split if job.test is not None else None}
+        opened = {"val": setup.val.split, "test": setup.test.split if setup.test is not None else None}
         run_page.write(page, folder, result, opened)
     except Exception as error:
         again = f"samtune report {shlex.quote(str(folder))}"

@@ -17,10 +17,10 @@ from samtune.report import run_report
 from samtune.runs import checkpoint, lock, run_log
 from samtune.runs.resume import Resumed
 from samtune.runs.run_log import NullLog, RunLog
-from samtune.train import checkpointing, provenance, state
+from samtune.train import checkpointing, provenance
 from samtune.train.schedule import cosine, warmup
 from samtune.train.setup import Resolved, Setup, build_setup
-from samtune.train.state import TrainState
+from samtune.train.state import TrainState, find_newest, load_state_dict
 from samtune.train.watchdog import Watchdog
 
 _PATIENCE = 5.0  # seconds for a last word on the terminal
@@ -41,26 +41,26 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 def start_run(config: RunConfig) -> tuple[Setup, RunLog, None, TrainState]:
     """A new run and its folder."""
-    job = build_setup(config)
-    job.config = collectives.broadcast_from_rank0(job.config.with_output)
-    assert job.config.output is not None
-    folder = job.config.output
-    about = provenance.describe(job)
+    setup = build_setup(config)
+    setup.config = collectives.broadcast_from_rank0(setup.config.with_output)
+    assert setup.config.output is not None
+    folder = setup.config.output
+    about = provenance.describe(setup)
 
     def create() -> RunLog:
         try:
-            checkpointing.check_disk_space(job, folder)
-            return RunLog.create(folder, job.config.to_toml(), about, job.total_steps)
+            checkpointing.check_disk_space(setup, folder)
+            return RunLog.create(folder, setup.config.to_toml(), about, setup.total_steps)
         except SamtuneError:
-            if job.config.origins["output"].startswith("derived"):
+            if setup.config.origins["output"].startswith("derived"):
                 with suppress(OSError):
                     folder.rmdir()  # it was made for this run, and is empty
             raise
 
-    log = _by_rank(create, lambda: NullLog(folder, collectives.rank(), job.total_steps))
+    log = _by_rank(create, lambda: NullLog(folder, collectives.rank(), setup.total_steps))
     with _disk_errors(folder):
-        _log_startup(job, log, about)
-    return job, log, None, TrainState()
+        _log_startup(setup, log, about)
+    return setup, log, None, TrainState()
 
 
 def _by_rank(first: Callable[[], RunLog], others: Callable[[], RunLog]) -> RunLog:
@@ -90,67 +90,67 @@ def _resume(
 ) -> tuple[Setup, RunLog, Path | None, TrainState]:
     folder = resumed.folder
     collectives.init(device.select_device(config.gpus, config.processes))
-    newest, before = collectives.broadcast_from_rank0(lambda: (state.find_newest(folder), _provenance(folder)))
+    newest, before = collectives.broadcast_from_rank0(lambda: (find_newest(folder), _provenance(folder)))
     stop.saved = newest is not None
     if newest is not None and "epochs" in resumed.changed:
         config = _with_past(config, int(checkpoint.verify(newest)["step"]), before, resumed)
-    job = build_setup(config, _settled(newest, before) if newest else None)
-    about = provenance.describe(job)
+    setup = build_setup(config, _settled(newest, before) if newest else None)
+    about = provenance.describe(setup)
     if before:
-        _check_same(job, before, about, resumed)
+        _check_same(setup, before, about, resumed)
     if newest is not None and not newest.is_dir():
         raise MachineError(
             f"rank {collectives.rank()} does not see {newest}",
             hint="--output must be on a disk that all machines share",
         )
-    place = state.load_state_dict(job, newest) if newest else TrainState()
-    if job.total_steps < place.step:
+    state = load_state_dict(setup, newest) if newest else TrainState()
+    if setup.total_steps < state.step:
         raise CheckpointError(
-            f"run {folder} has done {place.step} steps already",
-            f"--epochs {job.config.epochs} is {job.total_steps} steps",
+            f"run {folder} has done {state.step} steps already",
+            f"--epochs {setup.config.epochs} is {setup.total_steps} steps",
             "give it more",
         )
     if "micro_batch" in resumed.changed:
-        job.update.sam.micro_batch = job.config.micro_batch
+        setup.update.sam.micro_batch = setup.config.micro_batch
     changed = {key: [str(value) for value in values] for key, values in resumed.changed.items()}
-    entry = {"step": place.step, "started": run_log.now(), "command": run_log.command()}
+    entry = {"step": state.step, "started": run_log.now(), "command": run_log.command()}
     entry |= {"versions": run_log.versions(), "changed": changed}
     about["model"] = before.get("model", about["model"])
 
     def reopen() -> RunLog:
         assert held is not None
         log = RunLog.reopen(
-            folder, held, job.total_steps, step=place.step, seconds=place.seconds, metrics_bytes=place.metrics_bytes
+            folder, held, setup.total_steps, step=state.step, seconds=state.seconds, metrics_bytes=state.metrics_bytes
         )
         with log.best_effort("provenance.json"):
-            run_log.note_resume(folder, job.config.to_toml() if changed else None, entry, about)
+            run_log.note_resume(folder, setup.config.to_toml() if changed else None, entry, about)
         return log
 
-    log = _by_rank(reopen, lambda: NullLog(folder, collectives.rank(), job.total_steps, place.step, place.seconds))
-    _log_startup(job, log, about)
+    log = _by_rank(reopen, lambda: NullLog(folder, collectives.rank(), setup.total_steps, state.step, state.seconds))
+    _log_startup(setup, log, about)
     log.info(f"resume  {newest.name if newest else 'from the beginning: no checkpoint was saved yet'}")
     if newest is not None and "epochs" in resumed.changed:
-        log.info(_seam(job, place.step, resumed.changed["epochs"][0]))
+        log.info(_seam(setup, state.step, resumed.changed["epochs"][0]))
     if before.get("versions", entry["versions"]) != entry["versions"]:
         log.warn("versions have changed since: the run is no longer the same to the last bit")
-    return job, log, newest, place
+    return setup, log, newest, state
 
 
-def _check_same(job: Setup, before: Mapping[str, Any], about: Mapping[str, Any], resumed: Resumed) -> None:
+def _check_same(setup: Setup, before: Mapping[str, Any], about: Mapping[str, Any], resumed: Resumed) -> None:
     """Raise CheckpointError where the run would go on with other images, or another division of them."""
     if about["dataset"]["split_hash"] != before["dataset"]["split_hash"]:
         raise CheckpointError(
-            f"run {resumed.folder} cannot go on: data set {job.data.origin} is not what it was",
+            f"run {resumed.folder} cannot go on: data set {setup.data.origin} is not what it was",
             "other images or labels would be trained and validated on",
             "give the data of the run by --dataset and --allow-change dataset, or start a new run",
         )
     then, now = before.get("world_size", 1), about["world_size"]
     if then == now:
         return
-    if before["steps_per_epoch"] != job.steps_per_epoch:
+    if before["steps_per_epoch"] != setup.steps_per_epoch:
         raise CheckpointError(
             f"run {resumed.folder} was started with {then} devices, and there are {now}",
-            f"a step would have {job.batch.total} images, and not {before['optimizer']['batch_size']}",
+            f"a step would have {setup.batch.total} images, and not {before['optimizer']['batch_size']}",
             f"go on with {then}; only a run with --global-batch-size can go on with another number",
         )
     if not resumed.other_devices:
@@ -176,15 +176,15 @@ def _with_past(config: RunConfig, step: int, before: Mapping[str, Any], resumed:
     return config
 
 
-def _seam(job: Setup, step: int, epochs: Duration) -> str:
+def _seam(setup: Setup, step: int, epochs: Duration) -> str:
     """What becomes of the learning rate where a run of another length goes on after so many steps."""
-    steps_before = max(1, epochs.steps(job.steps_per_epoch))
-    last = job.lr * cosine(step - 1, steps_before) * warmup(step - 1, job.warmup_steps) if step else 0.0
-    now = job.lr * cosine(step, job.total_steps) * warmup(step, job.warmup_steps)
+    steps_before = max(1, epochs.steps(setup.steps_per_epoch))
+    last = setup.lr * cosine(step - 1, steps_before) * warmup(step - 1, setup.warmup_steps) if step else 0.0
+    now = setup.lr * cosine(step, setup.total_steps) * warmup(step, setup.warmup_steps)
     return (
-        f"rate    a cosine over {job.total_steps} steps in place of {steps_before}: {last:.3g} in step {step} and "
-        f"{now:.3g} in step {step + 1}; the warm-up of {job.warmup_steps} steps is "
-        + ("not repeated" if step >= job.warmup_steps else "not over yet")
+        f"rate    a cosine over {setup.total_steps} steps in place of {steps_before}: {last:.3g} in step {step} and "
+        f"{now:.3g} in step {step + 1}; the warm-up of {setup.warmup_steps} steps is "
+        + ("not repeated" if step >= setup.warmup_steps else "not over yet")
     )
 
 
@@ -202,28 +202,28 @@ def _provenance(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _log_startup(job: Setup, log: RunLog, about: dict[str, Any]) -> None:
-    for line in provenance.startup_lines(job, about):
+def _log_startup(setup: Setup, log: RunLog, about: dict[str, Any]) -> None:
+    for line in provenance.startup_lines(setup, about):
         log.info(line)
     for warning in about["warnings"]:
         log.warn(warning)
-    if job.bad_images:
-        log.warn(f"{len(job.bad_images)} images cannot be decoded and are left out; the report lists them")
-    if job.noise is not None:
+    if setup.bad_images:
+        log.warn(f"{len(setup.bad_images)} images cannot be decoded and are left out; the report lists them")
+    if setup.noise is not None:
         if collectives.rank() == 0:
-            job.noise.write(log.folder / "label_noise.parquet")
-        log.info(f"noise   {run_report.noise_words(job.noise.about)}; what is scored keeps clean labels")
-    for note in job.data.notes:
+            setup.noise.write(log.folder / "label_noise.parquet")
+        log.info(f"noise   {run_report.noise_words(setup.noise.about)}; what is scored keeps clean labels")
+    for note in setup.data.notes:
         log.log(note)
-    if job.data.test is None:
-        log.warn(f"{job.data.name} has no test split: the report will show the validation error alone")
+    if setup.data.test is None:
+        log.warn(f"{setup.data.name} has no test split: the report will show the validation error alone")
 
 
 @contextmanager
-def recording_outcome(job: Setup, log: RunLog) -> Iterator[None]:
+def recording_outcome(setup: Setup, log: RunLog) -> Iterator[None]:
     """Whatever ends the run, status.json says how."""
     try:
-        images = f"{job.update.sam.effective_micro_batch(job.batch.per_device)} images of {job.info.img_size} px"
+        images = f"{setup.update.sam.effective_micro_batch(setup.batch.per_device)} images of {setup.info.img_size} px"
         with _disk_errors(log.folder), device.oom_as_user_error(images), collectives.connection_errors():
             yield
         log.status("done", 0)

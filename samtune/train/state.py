@@ -90,33 +90,33 @@ class TrainState:
     seconds: float = 0.0
 
 
-def state_dict(job: Setup, position: TrainState) -> dict[str, Any]:
+def state_dict(setup: Setup, state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds besides weights: tensors, numbers and texts."""
-    scaler = job.update.scaler
+    scaler = setup.update.scaler
     return {
-        "position": asdict(position),
-        "optimizer": job.optimizer_state(),
+        "position": asdict(state),
+        "optimizer": setup.optimizer_state(),
         "scaler": None if scaler is None else scaler.state_dict(),
-        "generators": generator_states(job.device),
-        "micro_batch": job.update.sam.micro_batch,
+        "generators": generator_states(setup.device),
+        "micro_batch": setup.update.sam.micro_batch,
     }
 
 
-def load_state_dict(job: Setup, folder: Path) -> TrainState:
+def load_state_dict(setup: Setup, folder: Path) -> TrainState:
     """Put a job where it was when a valid checkpoint was saved: weights, optimizer, averages, random numbers.
 
     Raises CheckpointError for state or weights that do not fit, or that are no data but code.
     """
     state = checkpoint.load_state(folder)
-    checkpoint.load_weights(partial(job.load, job.model), folder / "model.safetensors")
-    if job.ema is not None:
-        checkpoint.load_weights(partial(job.load, job.ema.module), folder / "ema" / "model.safetensors")
+    checkpoint.load_weights(partial(setup.load, setup.model), folder / "model.safetensors")
+    if setup.ema is not None:
+        checkpoint.load_weights(partial(setup.load, setup.ema.module), folder / "ema" / "model.safetensors")
     try:
-        job.load_optimizer_state(state["optimizer"])
-        if job.update.scaler is not None and state["scaler"] is not None:
-            job.update.scaler.load_state_dict(state["scaler"])
-        set_generator_states(state["generators"], job.device)
-        job.update.sam.micro_batch = state["micro_batch"]
+        setup.load_optimizer_state(state["optimizer"])
+        if setup.update.scaler is not None and state["scaler"] is not None:
+            setup.update.scaler.load_state_dict(state["scaler"])
+        set_generator_states(state["generators"], setup.device)
+        setup.update.sam.micro_batch = state["micro_batch"]
         kept = state["position"]
         if "settled" in kept:  # as checkpoints called it before
             kept["evaluated_step"] = kept.pop("settled")
