@@ -22,7 +22,7 @@ KILLED = {
     "in_validation_of_averaged_weights": {"at": "samtune.train.loop:evaluate", "call": 4},
     "in_the_test": {"at": "samtune.train.loop:evaluate", "call": 7},
     "before_the_report": {"at": "samtune.report.run_report:build", "call": 1},
-    "before_the_settings_are_written": {"at": "samtune.runs.run_log:_write_whole", "call": 2},
+    "before_the_settings_are_written": {"at": "samtune.runs.run_log:write_atomic", "call": 2},
 }
 
 

@@ -20,7 +20,7 @@ from samtune.data.formats import register_plugins
 from samtune.data.image_folder import read_folder
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError
-from samtune.names import natural_key
+from samtune.files import natural_key
 from tests.conftest import image_bytes
 
 PICTURE = image_bytes(0)

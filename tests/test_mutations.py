@@ -147,7 +147,8 @@ MUTATIONS = {
         {
             "train/state.py": [
                 (
-                    'checkpoint.load_weights(partial(setup.load, setup.ema.module), folder / "ema" / "model.safetensors")',
+                    "checkpoint.load_weights(partial(setup.load, setup.ema.module), "
+                    'folder / "ema" / "model.safetensors")',
                     "pass",
                 )
             ]

@@ -22,7 +22,7 @@ ORDER = (
     {"config"},
     {"hub"},
     {"console"},
-    {"errors", "names"},
+    {"errors", "files"},
 )
 LIBRARIES = {
     "datasets": "samtune.data.tables",

@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_written_ends_the_sweep_and_says_so(plan, tmp_pa
     def full(*about):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ledger, "write_whole", full)
+    monkeypatch.setattr(ledger, "write_atomic", full)
     with pytest.raises(MachineError, match="cannot be written") as error:
         work(plan, tmp_path, Engine(), monkeypatch, lambda run: Outcome("waiting"))
     assert "No space left" in error.value.cause

@@ -14,7 +14,7 @@ from samtune.config.dataset_defaults import DATASET_DEFAULTS
 from samtune.config.run_config import RunConfig, flag_name
 from samtune.config.types import gpu_choice
 from samtune.errors import UsageError
-from samtune.names import readable
+from samtune.files import readable
 
 # What differs where the weights start at random: nothing pretrained is to be kept, and the head knows no less than the
 # body. A data set's own row, a recipe and flags take precedence.

@@ -32,7 +32,7 @@ from samtune.data.formats import (
 from samtune.data.labels import some
 from samtune.data.split_roles import ROLES, UNLABELLED, DataSelection, parse, role_of
 from samtune.errors import DataError
-from samtune.names import readable
+from samtune.files import readable
 
 _LEFT_BY_SYSTEMS = {
     *("thumbs.db", "desktop.ini", "lost+found", "@eadir", "__macosx", "$recycle.bin", "system volume information"),

@@ -21,7 +21,7 @@ from samtune.data.formats import is_readable
 from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError
-from samtune.names import readable
+from samtune.files import readable
 
 LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
 _DELIMITERS = (",", ";", "\t", "|")

@@ -20,7 +20,7 @@ from samtune.data.formats import installation, is_readable, is_unreadable
 from samtune.data.image_folder import entries, is_folder, is_passed_over
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError, first_line
-from samtune.names import readable
+from samtune.files import readable
 
 STDIN = "-"
 _ROWS = 16  # of a parquet file that are read at once: their pictures are in memory together

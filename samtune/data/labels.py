@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samtune.errors import DataError
-from samtune.names import natural_key, readable
+from samtune.files import natural_key, readable
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from samtune.data.image_list import ListSplits
 from samtune.data.labels import some
 from samtune.data.split_roles import ROLES, DataSelection, parse, role_of
 from samtune.errors import DataError, UsageError
-from samtune.names import readable
+from samtune.files import readable
 
 # Words in the name of a list whose labels are examples or guesses; and those that a list of true ones may have.
 _FORMS = {

@@ -10,7 +10,7 @@ from samtune.data.labels import Labels, is_missing, some
 from samtune.data.split_roles import ROLES
 from samtune.data.tables import RawSplits
 from samtune.errors import DataError
-from samtune.names import readable
+from samtune.files import readable
 
 
 def without_repeats(dataset: str, raw: RawSplits) -> tuple[RawSplits, list[str]]:

@@ -26,7 +26,7 @@ from samtune.data.labels import Classified, Labels
 from samtune.data.split_roles import ROLES, DataSelection, role_of
 from samtune.data.tables import RawSplits
 from samtune.errors import DataError, UsageError
-from samtune.names import readable
+from samtune.files import readable
 
 _FILES = (*image_list.LISTS, ".parquet", ".arrow")
 _SAMPLED = 64  # images whose bytes tell one data set from another

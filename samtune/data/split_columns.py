@@ -9,7 +9,7 @@ from typing import Any
 
 from samtune.data.split_roles import ROLES, UNLABELLED, DataSelection, parse, role_of, roles_beside, words_of
 from samtune.errors import DataError
-from samtune.names import readable
+from samtune.files import readable
 
 _MOST = 50  # values of a column that may be names of splits; paths and words of a language are more
 _MOST_UNNAMED = 5  # splits of names that say nothing, as 0, 1 and 2

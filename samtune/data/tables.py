@@ -30,7 +30,7 @@ from samtune.data.labels import Labels, without_blanks
 from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import ROLES, DataSelection, role_of
 from samtune.errors import DataError, MachineError, UsageError, first_line
-from samtune.names import readable
+from samtune.files import readable
 
 if TYPE_CHECKING:
     from datasets import Dataset as ArrowTable

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from samtune.errors import MachineError, SamtuneError, Stopped, UsageError, WorkerLost, first_line
+from samtune.files import write_atomic
 
 FOLDER, LAUNCHER = "SAMTUNE_LAUNCH", "SAMTUNE_LAUNCHER"  # where ranks leave their words; the launcher's process
 _LOOK = 0.5  # seconds
@@ -247,9 +248,7 @@ def write_status(
     words = (error.message, error.cause, error.hint) if isinstance(error, SamtuneError) else (str(error or ""), "", "")
     attempt = os.environ["MASTER_PORT"]  # our launcher has another one for each
     word = RankStatus(here.rank, os.getpid(), attempt, exit_code, *words, time.time(), result)
-    part = there / f".{here.rank}"
-    part.write_text(json.dumps(asdict(word)), encoding="utf-8")
-    part.replace(there / f"{here.rank}.json")
+    write_atomic(there / f"{here.rank}.json", json.dumps(asdict(word)))
 
 
 def exit_code_of_launch() -> int | None:

@@ -1,6 +1,5 @@
 """A run folder that is done, as comparisons need it: settings, scores, cost, and what was said of each image."""
 
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from samtune.config.run_config import RunConfig
 from samtune.errors import CheckpointError, UsageError, first_line
 from samtune.report import run_report
 from samtune.runs import resume
-from samtune.runs.run_log import check_done
+from samtune.runs.run_log import check_done, read_report
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +55,7 @@ def read(folder: Path, label: str) -> FinishedRun:
     check_done(folder)
     try:
         if (folder / "report.json").is_file():
-            about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            about = read_report(folder)
         else:
             about = run_report.rebuild(folder)
         stored = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from samtune import __version__
+from samtune.files import write_atomic
 
 _NONE = "\N{EN DASH}"
 
@@ -46,9 +47,7 @@ class Chart:
 
 def write(path: Path, template: str, content: Mapping[str, Any]) -> None:
     """Write the page that a template makes of its content. Raises OSError."""
-    part = path.with_name(f".{path.name}.part")  # whoever looks at a page that is written again sees a whole one
-    part.write_text(render(template, content), encoding="utf-8", errors="replace")  # a file's name may be any bytes
-    part.replace(path)
+    write_atomic(path, render(template, content))  # whoever looks at a page that is written again sees a whole one
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:

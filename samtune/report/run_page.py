@@ -144,7 +144,7 @@ def _reading(result: Mapping[str, Any], scored: str | None) -> list[str]:
 def state(folder: Path) -> list[str]:
     """What there is to say of a run that is not done, or lost files of its own; nothing of others."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        status = run_log.read_status(folder)
         said = []
         if status["state"] != "done":
             said.append(

@@ -1,6 +1,5 @@
 """A folder of runs -> one row for each: what became of it, and what to do next. For `samtune runs`."""
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -9,7 +8,7 @@ from typing import Any
 
 from samtune.errors import UsageError, first_line
 from samtune.runs import lock
-from samtune.runs.run_log import read_metrics
+from samtune.runs.run_log import read_metrics, read_report, read_status
 
 DROPPABLE = ("updated (UTC)", "progress", "val %")
 """Columns of `table` that a narrow room does without, the first of them first."""
@@ -67,7 +66,7 @@ def is_running(folder: Path) -> bool:
 def read_step(folder: Path) -> tuple[int, int] | None:
     """(step, total steps) as a run has last said it; None if it has not yet."""
     try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        status = read_status(folder)
         return int(status["step"]), int(status["total_steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -86,8 +85,8 @@ def _row(folder: Path) -> dict[str, Any]:
     writer = lock.holder(folder)
     try:
         row["updated"] = _when_written(folder / "status.json")
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        if not isinstance(status, dict) or status.get("state") not in _STATES:
+        status = read_status(folder)
+        if status.get("state") not in _STATES:
             raise ValueError("it names no state of a run")
     except (OSError, ValueError) as error:
         return row | {"error": f"status.json cannot be read: {first_line(error)}"}
@@ -130,7 +129,7 @@ def _errors(folder: Path, state: str) -> dict[str, float | None]:
     scores: dict[str, Any] = {}
     if state == "done":
         try:
-            scores = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            scores = read_report(folder)
         except (OSError, ValueError):
             state = "without report"
     if state != "done":

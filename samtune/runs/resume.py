@@ -1,7 +1,6 @@
 """Going on with an interrupted run: with which settings, and from which checkpoint."""
 
 import difflib
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from samtune.config import loading
 from samtune.config.run_config import RunConfig, flag_name
 from samtune.errors import CheckpointError, UsageError
-from samtune.runs.run_log import has_checkpoints, holds_run, read_settings
+from samtune.runs.run_log import has_checkpoints, holds_run, read_report, read_settings, read_status
 
 RUNTIME_ONLY = {
     *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "track", "html", "output"),
@@ -124,10 +123,9 @@ def _table(changed: Mapping[str, tuple[Any, Any]], allow_change: Collection[str]
 def finished_report(folder: Path) -> dict[str, Any] | None:
     """The report of a run that is done; None if there is something left to do."""
     try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        status = read_status(folder)
         if status["state"] == "done":
-            report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            return report
+            return read_report(folder)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # whatever cannot be read is made again
     return None

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from samtune import console
 from samtune.errors import LOST, MachineError, SamtuneError, Stopped, UsageError, first_line
+from samtune.files import write_atomic
 from samtune.runs import lock
 
 _COLUMNS = (
@@ -69,7 +70,7 @@ def check_done(folder: Path) -> None:
     if not holds_run(folder):
         raise UsageError(f"there is no run in {folder}", hint="give a run folder: `samtune runs FOLDER` lists them")
     try:
-        state = json.loads((folder / "status.json").read_text(encoding="utf-8"))["state"]
+        state = read_status(folder)["state"]
     except (OSError, ValueError, KeyError, TypeError):
         state = "done" if (folder / "report.json").is_file() else "not known, as status.json cannot be read"
     if state != "done":
@@ -145,8 +146,8 @@ class RunLog:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             log = cls(folder, lock.acquire(folder), total_steps)
             _check_empty(folder)  # another process may have been here a moment ago
-            _write_whole(folder / "provenance.json", _json(provenance))
-            _write_whole(folder / "config.toml", config_toml)
+            write_atomic(folder / "provenance.json", _json(provenance), durable=True)
+            write_atomic(folder / "config.toml", config_toml, durable=True)
         except OSError as error:
             raise MachineError(
                 f"run folder {folder} cannot be written", error.strerror or "", "give another --output"
@@ -163,7 +164,7 @@ class RunLog:
         log.step = step
         log.checkpoints.mkdir(exist_ok=True)
         with suppress(OSError, ValueError, AttributeError):
-            log.degraded = bool(json.loads((folder / "status.json").read_text(encoding="utf-8")).get("degraded"))
+            log.degraded = bool(read_status(folder).get("degraded"))
         with log.best_effort("metrics.jsonl"):
             metrics = folder / "metrics.jsonl"
             length = metrics.stat().st_size if metrics.exists() else 0
@@ -253,7 +254,7 @@ class RunLog:
             "error": None if error is None else _in_words(error),
         }
         with self.best_effort("status.json"):
-            _write_whole(self.folder / "status.json", _json(content), durable=False)
+            write_atomic(self.folder / "status.json", _json(content))
 
     @contextmanager
     def best_effort(self, what: str) -> Iterator[None]:
@@ -290,11 +291,11 @@ class NullLog(RunLog):
 def amend_status(folder: Path, error: SamtuneError | Stopped) -> None:
     """The launcher knows better what ended a run than rank 0, which was only left alone, or was killed itself."""
     with suppress(OSError, ValueError):
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        status = read_status(folder)
         if status["state"] in ("running", "stopped") or (status["error"] or {}).get("what") == LOST:
             state = "stopped" if isinstance(error, Stopped) else "failed"
             status |= {"state": state, "exit_code": error.exit_code, "error": _in_words(error), "updated": now()}
-            _write_whole(folder / "status.json", _json(status), durable=False)
+            write_atomic(folder / "status.json", _json(status))
 
 
 def _in_words(error: BaseException) -> dict[str, str]:
@@ -320,8 +321,8 @@ def note_resume(
     after = dict(provenance) | {key: before[key] for key in kept if key in before}
     after["resumed"] = [*before.get("resumed", []), resumed]
     if config_toml is not None:
-        _write_whole(folder / "config.toml", config_toml)
-    _write_whole(folder / "provenance.json", _json(after))
+        write_atomic(folder / "config.toml", config_toml, durable=True)
+    write_atomic(folder / "provenance.json", _json(after), durable=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -347,8 +348,24 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """The content of provenance.json."""
-    content: dict[str, Any] = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    """The content of provenance.json. Raises OSError, or ValueError for what is no JSON object."""
+    return _read_object(folder / "provenance.json")
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """The content of status.json. Raises as `read_provenance`."""
+    return _read_object(folder / "status.json")
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The content of report.json. Raises as `read_provenance`."""
+    return _read_object(folder / "report.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
     return content
 
 
@@ -370,14 +387,3 @@ def now() -> str:
 
 def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write_whole(path: Path, content: str, *, durable: bool = True) -> None:
-    """Replace a file, so that there is the old or the new one, whole; durable: also if the power fails now."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    part.replace(path)

@@ -9,10 +9,8 @@ What a run folder says of its run is true; the ledger repeats it, and can be mad
 """
 
 import json
-import os
 import shutil
 import signal
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, Literal
 
 from samtune.config import loading
 from samtune.errors import DataError, Diverged, Stopped, UsageError
+from samtune.files import write_atomic
 from samtune.runs import lock, run_log
 from samtune.runs.resume import finished_report
 
@@ -101,7 +100,7 @@ def _why(there: Path, log: Path, code: int) -> str:
         memory = ": the system does so when memory runs out" if code == -signal.SIGKILL else ""
         return f"it was ended by {signal.Signals(-code).name}{memory}"
     try:
-        status = json.loads((there / "status.json").read_text(encoding="utf-8"))
+        status = run_log.read_status(there)
         if status["state"] == "failed" and status["exit_code"] == code:
             return str(status["error"]["what"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -122,7 +121,7 @@ def _tail(path: Path) -> str:
 
 def note_end(folder: Path, run: str, code: int) -> None:
     """Keep how a run ended by itself."""
-    write_whole(log_folder(folder, run) / "exit_code", f"{code}\n")
+    write_atomic(log_folder(folder, run) / "exit_code", f"{code}\n")
 
 
 def drop_checkpoints(folder: Path, run: Run) -> None:
@@ -177,7 +176,7 @@ def write(
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     file = folder / "ledger.json"
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        write_whole(file, text)
+        write_atomic(file, text)
 
 
 def _entry(run: Run, found: Outcome) -> dict[str, Any]:
@@ -280,13 +279,6 @@ def _distinct(points: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _said_of(folder: Path, run: Run, found: Outcome) -> dict[str, Any]:
     about = {"id": run.id, "seed": run.seed, "folder": str(run_folder(folder, run.id)), "state": found.state}
     return about | {"settings": run.settings, "steps": run.steps, "passes": run.passes, "report": found.report}
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Replace a file that several processes may write: a reader finds one of theirs, whole."""
-    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
-    part.write_text(content, encoding="utf-8")
-    part.replace(path)
 
 
 def check_usable(folder: Path) -> None:

@@ -12,6 +12,7 @@ from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.distributed import signals
 from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, UsageError, WorkerLost, first_line
+from samtune.files import write_atomic
 from samtune.models.pretrained import resolve
 from samtune.runs import lock
 from samtune.runs.listing import read_step
@@ -89,7 +90,7 @@ def open_folder(sweep: Sweep, folder: Path) -> Sweep:
             (folder / part).mkdir(parents=True, exist_ok=True)
         with alone_here(folder):  # two that begin at once are not both the first
             check_same(sweep, folder)
-            ledger.write_whole(file, sweep.to_toml())
+            write_atomic(file, sweep.to_toml())
     except OSError as error:
         raise MachineError(f"{folder} cannot be written", error.strerror or "", "give another --output") from None
     return Sweep(file, {}, sweep.base, sweep.table)

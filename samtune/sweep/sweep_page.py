@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from samtune.files import write_atomic
 from samtune.report import html, learning_curves, svg_charts
 from samtune.report.html import Chart, Column, Table
 from samtune.report.svg_charts import Series, Words
@@ -16,7 +17,7 @@ _BOUNDS = {"from": ".2f", "to": ".2f"}
 
 def write(path: Path, folder: Path, report: _Report) -> None:
     """Write the page of a sweep whose report is `report`; several processes may do so. Raises OSError."""
-    ledger.write_whole(path, html.render("sweep.html", content(folder, report)))
+    write_atomic(path, html.render("sweep.html", content(folder, report)))
 
 
 def content(folder: Path, report: _Report) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from samtune.files import write_atomic
 from samtune.report import compare, finished_run, stats
 from samtune.report.compare import Group
 from samtune.sweep import arms, ledger, tables, verdict
@@ -82,8 +83,8 @@ def build(folder: Path) -> dict[str, Any]:
 def write(folder: Path, report: Mapping[str, Any]) -> None:
     """Write report.json and report.md from what `collect` returned; several processes may do so."""
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    ledger.write_whole(folder / "report.json", text)
-    ledger.write_whole(folder / "report.md", tables.markdown(report))
+    write_atomic(folder / "report.json", text)
+    write_atomic(folder / "report.md", tables.markdown(report))
 
 
 # ----------------------------------------------------------------------------------------------------- what there is

@@ -4,7 +4,6 @@ Logits are divided by it before the softmax: which class is the most probable st
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from samtune import console
 from samtune.errors import CheckpointError, DataError, MachineError, first_line
+from samtune.files import write_atomic
 from samtune.report.stats import expected_calibration_error
 
 if TYPE_CHECKING:
@@ -102,10 +102,9 @@ def _log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 def write(weights: Path, fitted: Temperature) -> Path:
     """Store it beside the weights that it was fitted for, in place of an earlier one. Raises MachineError."""
-    path, part = weights / NAME, weights / f".{NAME}.part"
+    path = weights / NAME
     try:
-        part.write_text(json.dumps(fitted.to_json(), indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_atomic(path, json.dumps(fitted.to_json(), indent=2) + "\n")
     except OSError as error:
         raise MachineError(
             f"{path} cannot be written", error.strerror or "", "copy the checkpoint where you may write"

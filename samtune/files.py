@@ -1,8 +1,10 @@
-"""Names of files, folders and classes as text that can be printed, stored and compared."""
+"""Files: their names as text that can be printed, stored and compared, and files that are replaced as a whole."""
 
 import os
 import re
+import socket
 import unicodedata
+from pathlib import Path
 
 
 def readable(name: str) -> str:
@@ -29,3 +31,17 @@ def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
     digits = (part.lstrip("0") for part in parts[1::2])
     numbers = iter([(len(number), number) for number in digits])  # compared as numbers of any length
     return [next(numbers) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def write_atomic(path: Path, content: str, *, durable: bool = False) -> None:
+    """Replace a file: a reader finds the old one or the new one, whole, also where several processes write it.
+
+    durable: also after a loss of power. Raises OSError.
+    """
+    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    with part.open("w", encoding="utf-8", errors="replace") as file:  # a file's name may be any bytes
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    part.replace(path)
