@@ -54,10 +54,7 @@ def read(folder: Path, label: str) -> FinishedRun:
     """
     check_done(folder)
     try:
-        if (folder / "report.json").is_file():
-            about = read_report(folder)
-        else:
-            about = run_report.rebuild(folder)
+        about = read_report(folder) if (folder / "report.json").is_file() else run_report.rebuild(folder)
         stored = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
         scores = about["test"] or about["val"]
         if scores is None:
