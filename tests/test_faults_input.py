@@ -376,7 +376,7 @@ def test_a_last_batch_of_one_image_counts_as_one_image(tmp_path, command, folder
     whole = pq.read_table(folder / "predictions.parquet").to_pydict()
     assert whole["index"] == list(range(17))
     (data / "test" / "dog" / "last.png").unlink()
-    without = json.loads(command("eval", folder, "--json").stdout)
+    without = json.loads(command("eval", folder, "--dataset", data, "--json").stdout)
     last = whole["prediction"][16] != whole["label"][16]
     assert without["n"] == 16
     assert report["test"]["wrong"] == without["wrong"] + last
