@@ -12,8 +12,8 @@ import timm
 import torch
 
 from samtune.config import loading
-from samtune.distributed import device, environment, launch
-from samtune.distributed.environment import RankStatus
+from samtune.distributed import device, environment, launch, rank_status
+from samtune.distributed.rank_status import RankStatus
 from samtune.errors import MachineError, SamtuneError, Stopped, UsageError
 from tests.conftest import ROOT, samtune, write_image_folder
 from tests.matrix import row
@@ -355,7 +355,7 @@ def test_words_of_ranks_that_were_started_again_take_the_place_of_all_before(tmp
     again = RankStatus(0, 12, "port 2", time=3.0)
     for word in (RankStatus(0, 10, "port 1", 9, "lost", time=2.0), RankStatus(1, 11, "port 1", time=1.0), again):
         (tmp_path / f"{word.rank}.json").write_text(json.dumps(vars(word)))
-    assert environment.read_statuses(tmp_path) == {0: again}
+    assert rank_status.read_statuses(tmp_path) == {0: again}
 
 
 @pytest.mark.parametrize(

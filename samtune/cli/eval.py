@@ -10,7 +10,7 @@ from samtune.cli.arguments import CheckpointName, RunOrCheckpoint
 from samtune.cli.config_flags import DATA_KEYS, Gpus, Processes, with_config_flags
 from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
-from samtune.distributed import environment, signals
+from samtune.distributed import rank_status, signals
 
 
 @partial(with_config_flags, only=DATA_KEYS)
@@ -61,7 +61,7 @@ def evaluate(
     from samtune import api
 
     with signals.listening() as stop:
-        environment.report_ready()
+        rank_status.report_ready()
         result = api.score_checkpoint(
             run_or_checkpoint,
             split=split,

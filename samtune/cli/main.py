@@ -10,7 +10,7 @@ from samtune import __version__
 from samtune.cli.help import SETTINGS, Commands
 from samtune.config import cache_folders
 from samtune.console import stdio
-from samtune.distributed import environment, signals
+from samtune.distributed import environment, rank_status, signals
 from samtune.errors import MachineError, SamtuneError, Stopped, first_line
 
 
@@ -80,7 +80,7 @@ def main() -> None:
         _print_error(str(error))
         sys.exit(error.exit_code)
     if environment.status_folder() is not None:
-        over = environment.exit_code_of_launch()
+        over = rank_status.exit_code_of_launch()
         if over is not None:
             sys.exit(over)
     if not environment.is_rank0():
@@ -138,7 +138,7 @@ def _call(arguments: list[str]) -> Any:
 def _end(error: SamtuneError | Stopped) -> int:
     """Say why the command ends, or have the launcher say it; returns the exit code."""
     if environment.status_folder() is not None:
-        environment.write_status(error.exit_code, error)
+        rank_status.write_status(error.exit_code, error)
         # All ranks have agreed to stop: nothing for torch's agent to clear up, or to begin again.
         return 0 if error.exit_code == Stopped.SAVED else error.exit_code
     who = "" if environment.is_rank0() else f"rank {os.environ['RANK']}: "

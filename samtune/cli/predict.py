@@ -13,7 +13,7 @@ from samtune.cli import completion
 from samtune.cli.config_flags import Gpus, Processes, with_config_flags
 from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
-from samtune.distributed import environment, signals
+from samtune.distributed import environment, rank_status, signals
 from samtune.errors import UsageError
 from samtune.runs.run_log import holds_run
 
@@ -161,7 +161,7 @@ def predict(
         return launch.launch(sys.argv[1:], launch.LaunchSpec(launch.local_rank_count(gpus, processes)), stop)
 
     with signals.listening() as stop:
-        environment.report_ready()
+        rank_status.report_ready()
         result = classify_on_ranks() if environment.wants_launch(gpus, processes) else classify()
     result = result_to_print(result)
     if result is not None and as_json and output is not None:

@@ -9,7 +9,7 @@ from samtune.cli.arguments import Recipe
 from samtune.cli.config_flags import with_config_flags
 from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
-from samtune.distributed import environment, signals
+from samtune.distributed import rank_status, signals
 from samtune.errors import UsageError
 
 
@@ -52,7 +52,7 @@ def run(
     from samtune import api
 
     with signals.listening() as stop:
-        environment.report_ready()
+        rank_status.report_ready()
         result = api.start_or_resume(recipe, flags, resume, allow_change or [], stop, sys.argv[1:])
     mine = result_to_print(result)
     if mine is not None:

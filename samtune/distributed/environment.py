@@ -1,24 +1,20 @@
-"""Which of several processes of one command this one is, and what it tells the process that launched it.
+"""The environment of a rank: which of the processes of a launch this one is.
 
-A launcher gives each of its processes, the ranks, a place: ours and torchrun by RANK, WORLD_SIZE and their like, Slurm
-by variables of its own. Ours also gives them a folder, in which each says who it is and how it ended: an exit code
-alone could not carry an error's words, nor tell the cause from what follows from it.
+samtune's launcher and torchrun set RANK, WORLD_SIZE and the like. Slurm sets variables of its own, which are translated.
 """
 
-import json
 import os
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from samtune.errors import MachineError, SamtuneError, Stopped, UsageError, WorkerLost, first_line
-from samtune.files import write_atomic
+from samtune.errors import MachineError, UsageError, WorkerLost, first_line
 
 FOLDER, LAUNCHER = "SAMTUNE_LAUNCH", "SAMTUNE_LAUNCHER"  # where ranks leave their words; the launcher's process
 _LOOK = 0.5  # seconds
@@ -196,78 +192,7 @@ def is_orphan() -> bool:
     return _launcher is not None and os.getppid() != _launcher
 
 
-# ----------------------------------------------------------------------------------------------- words to the launcher
-
-
-@dataclass(frozen=True)
-class RankStatus:
-    """What a rank tells its launcher. exit_code: None while it is at work. result: what rank 0 has to print.
-
-    attempt: what the ranks have in common that were started together, and no others.
-    """
-
-    rank: int
-    pid: int
-    attempt: str = ""
-    exit_code: int | None = None
-    message: str = ""
-    cause: str = ""
-    hint: str = ""
-    time: float = 0.0
-    result: Mapping[str, Any] | None = None
-
-    @property
-    def is_cause(self) -> bool:
-        """Whether this rank ended for a reason of its own, which a restart would not fix.
-
-        A signal before there was anything to save is none: torch's agent sends it to those that are left.
-        """
-        none = (None, 0, SamtuneError.exit_code, WorkerLost.exit_code)
-        return self.exit_code not in none and (self.exit_code or 0) < 128
-
-
 def status_folder() -> Path | None:
     """Where a rank of our own launcher leaves its words; None for all other processes."""
     given = os.environ.get(FOLDER)
     return Path(given) if given and rank_info() is not None else None
-
-
-def report_ready() -> None:
-    """Tell the launcher that this rank is there, and hears signals from now on. In other processes it does nothing."""
-    if status_folder() is not None:
-        write_status(None)
-
-
-def write_status(
-    exit_code: int | None, error: SamtuneError | Stopped | None = None, result: Mapping[str, Any] | None = None
-) -> None:
-    """Tell the launcher that this rank is at work (None), or how it ended."""
-    there, here = status_folder(), rank_info()
-    assert there is not None
-    assert here is not None
-    words = (error.message, error.cause, error.hint) if isinstance(error, SamtuneError) else (str(error or ""), "", "")
-    attempt = os.environ["MASTER_PORT"]  # our launcher has another one for each
-    word = RankStatus(here.rank, os.getpid(), attempt, exit_code, *words, time.time(), result)
-    write_atomic(there / f"{here.rank}.json", json.dumps(asdict(word)))
-
-
-def exit_code_of_launch() -> int | None:
-    """The exit code of a launch that is over, for a rank that is started all the same; None if there is work to do."""
-    there = status_folder()
-    if there is None:
-        return None
-    if (there / "over").exists():
-        return int((there / "over").read_text(encoding="utf-8"))
-    return next((word.exit_code for word in _all_statuses(there) if word.is_cause), None)
-
-
-def read_statuses(there: Path) -> dict[int, RankStatus]:
-    """What the ranks of this machine have said, by rank; of those that were started last."""
-    said = _all_statuses(there)
-    latest = max(said, key=lambda word: word.time).attempt if said else ""
-    return {word.rank: word for word in said if word.attempt == latest}
-
-
-def _all_statuses(there: Path) -> list[RankStatus]:
-    said = (RankStatus(**json.loads(path.read_text(encoding="utf-8"))) for path in there.glob("[0-9]*.json"))
-    return sorted(said, key=lambda word: word.rank)

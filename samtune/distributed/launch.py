@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from samtune import console
-from samtune.distributed import device, environment
-from samtune.distributed.environment import RankStatus
+from samtune.distributed import device, environment, rank_status
+from samtune.distributed.rank_status import RankStatus
 from samtune.distributed.signals import StopRequest
 from samtune.errors import MachineError, SamtuneError, Stopped, WorkerLost, first_line
 
@@ -77,7 +77,7 @@ def launch(arguments: Sequence[str], fleet: LaunchSpec, stop: StopRequest) -> Ma
         except BaseException as error:
             _give_up(folder, error, agent)
             raise
-        said = environment.read_statuses(folder)
+        said = rank_status.read_statuses(folder)
         cause = _cause(said, agent.error, watch)
         if isinstance(cause, Stopped | WorkerLost) and stop.by is not None:  # they ended as they were asked to
             stop.saved = isinstance(cause, Stopped) and cause.exit_code == Stopped.SAVED
@@ -163,7 +163,7 @@ class _Watch:
         self._warned_at = time.monotonic() + _WARNED_AFTER
 
     def look(self) -> None:
-        said = environment.read_statuses(self._folder)
+        said = rank_status.read_statuses(self._folder)
         if self._stop.by is not None and not self._handed_on:
             if not said and self._fleet.nnodes > 1:
                 self._stop.end()  # no rank has begun; the other machines may never come
@@ -227,7 +227,7 @@ def _give_up(folder: Path, error: BaseException, agent: _Agent) -> None:
     (folder / "over").write_text(str(code), encoding="utf-8")
     deadline = time.monotonic() + _GRACE
     while True:
-        _send(environment.read_statuses(folder).values(), signal.SIGKILL)
+        _send(rank_status.read_statuses(folder).values(), signal.SIGKILL)
         if agent.ended.wait(_LOOK) or time.monotonic() > deadline:
             return
 

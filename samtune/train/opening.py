@@ -11,7 +11,7 @@ from typing import Any
 from samtune import console
 from samtune.config.duration import Duration
 from samtune.config.run_config import RunConfig
-from samtune.distributed import collectives, device, environment, signals
+from samtune.distributed import collectives, device, environment, rank_status, signals
 from samtune.errors import ORPHANED, CheckpointError, MachineError, SamtuneError, Stopped, WorkerLost, first_line
 from samtune.report import run_report
 from samtune.runs import checkpoint, lock, run_log
@@ -298,7 +298,7 @@ def _named(error: WorkerLost, absent: Sequence[int]) -> WorkerLost:
 
 def _last_word(error: WorkerLost) -> None:
     if environment.status_folder() is not None:
-        environment.write_status(error.exit_code, error)
+        rank_status.write_status(error.exit_code, error)
     else:
         console.error(str(error))
 
