@@ -1,6 +1,6 @@
 """The environment of a rank: which of the processes of a launch this one is.
 
-samtune's launcher and torchrun set RANK, WORLD_SIZE and the like. Slurm sets variables of its own, which are translated.
+samtune's launcher and torchrun set RANK, WORLD_SIZE and the like. Slurm sets variables of its own.
 """
 
 import os
