@@ -14,7 +14,7 @@ from samtune.config import loading
 from samtune.data import depth, source
 from samtune.data.decode import PLAIN, DecodeRule, decode, decode_pixels
 from samtune.errors import DataError
-from samtune.train import setup
+from samtune.train import run_data
 from tests.conftest import samtune
 
 SMALL = ("--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--epochs", "2 steps", "--workers", 0)
@@ -234,7 +234,7 @@ def test_a_split_that_does_not_fit_8_bits_of_train_is_told_in_a_run(tmp_path):
     for file in (tmp_path / "test").rglob("*.tif"):
         file.write_bytes(tiff(ramp(0, 4000, np.uint16)))
     flags = {"dataset": str(tmp_path), "model": "test_resnet", "pretrained": False, "img_size": 32, "cache_limit": 0.0}
-    notes = setup.load_run_data(loading.load(None, flags)).data.notes
+    notes = run_data.load_run_data(loading.load(None, flags)).data.notes
     assert any("16-bit grey pictures of test hold 0 to 4000" in note for note in notes)
 
 

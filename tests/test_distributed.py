@@ -19,7 +19,7 @@ from samtune.errors import DataError
 from samtune.models import pretrained
 from samtune.models.pretrained import train_mode
 from samtune.train.evaluation import evaluate
-from samtune.train.setup import decode_splits
+from samtune.train.run_data import decode_splits
 from tests.conftest import SmallNet, image_bytes, write_image_folder
 from tests.engines import cross_entropy_of, gradient, make_step, sgd, state
 from tests.matrix import row

@@ -11,7 +11,7 @@ from samtune.data import cache
 from samtune.data.decode import decode
 from samtune.data.splits import open_run_splits, split_hash
 from samtune.errors import UsageError
-from samtune.train import setup
+from samtune.train import run_data
 from tests.conftest import samtune, write_image_folder
 from tests.fingerprint import fingerprint
 from tests.interruptions import resume, run
@@ -53,9 +53,9 @@ def test_no_image_is_decoded_again_and_the_pixels_are_those_of_its_row(data, tmp
     monkeypatch.setenv("SAMTUNE_CACHE", str(tmp_path / "cache"))
     calls = []
     monkeypatch.setattr(cache, "decode", lambda *a: calls.append(a) or decode(*a))
-    setup.load_run_data(settings(data))
+    run_data.load_run_data(settings(data))
     assert len(calls) == 24
-    read = setup.load_run_data(settings(data, val=False))
+    read = run_data.load_run_data(settings(data, val=False))
     assert len(calls) == 24
     rows = np.random.default_rng(0).permutation(read.train_rows)
     expected = [decode(one, lambda: "") for one in encoded(read.train.split, rows)]
@@ -65,7 +65,7 @@ def test_no_image_is_decoded_again_and_the_pixels_are_those_of_its_row(data, tmp
 
 
 def test_without_a_cache_the_pixels_are_the_same(data):
-    read = setup.load_run_data(settings(data, val=False, cache_limit=0.0))
+    read = run_data.load_run_data(settings(data, val=False, cache_limit=0.0))
     expected = [decode(one, lambda: "") for one in encoded(read.train.split, read.train_rows)]
     assert all((a == b).all() for a, b in zip(read.train.take(read.train_rows), expected, strict=True))
 
@@ -74,7 +74,7 @@ def test_damaged_images_of_both_parts_are_named_by_their_rows(data):
     validation = data / "validation" if (data / "validation").is_dir() else data / "train"
     for path in (data / "train" / "cat" / "1.png", validation / "dog" / "2.png"):
         path.write_bytes(b"no image")
-    read = setup.load_run_data(settings(data, val=False, on_bad_image="skip"))
+    read = run_data.load_run_data(settings(data, val=False, on_bad_image="skip"))
     assert sorted(item["where"].rsplit("/")[-1].rstrip(")") for item in read.bad_images) == ["1.png", "2.png"]
     assert len(read.train_rows) == 18
 
@@ -113,7 +113,7 @@ def test_a_data_set_without_test_has_nothing_left_to_score(tmp_path):
 
 
 def test_label_noise_falls_on_all_that_is_trained_on(data):
-    read = setup.load_run_data(settings(data, val=False, label_noise=1.0))
+    read = run_data.load_run_data(settings(data, val=False, label_noise=1.0))
     clean = open_run_splits(settings(data, val=False)).train.labels
     assert (read.train.split.labels[read.train_rows] == 1 - clean[read.train_rows]).all()
     assert read.noise.about["n"] == 20
@@ -123,7 +123,7 @@ def test_labels_of_a_file_are_those_of_train_and_official_validation_keeps_its_o
     before = open_run_splits(settings(data))
     wrong = 1 - before.train.labels
     file = write_labels(tmp_path / "labels.csv", {"label": wrong.tolist()})
-    read = setup.load_run_data(settings(data, val=False, train_labels=str(file)))
+    read = run_data.load_run_data(settings(data, val=False, train_labels=str(file)))
     trained_on = read.train.split.labels
     assert trained_on[: len(wrong)].tolist() == wrong.tolist()
     official = before.val.labels.tolist() if before.val is not before.train else []

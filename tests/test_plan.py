@@ -16,7 +16,7 @@ from torch import nn
 from samtune.config import loading
 from samtune.plan import measure
 from samtune.plan.sample import Sampler, known_rows
-from samtune.train import setup
+from samtune.train import run_data, setup
 from tests.conftest import SMALL_MODEL, samtune, write_image_folder
 
 FLAGS = (
@@ -265,13 +265,13 @@ def test_a_sample_stands_for_all(tmp_path, photos, monkeypatch):
     for more, states, sampled in (({}, {"once"}, 9), ({"cache_limit": 0.0}, {"every epoch"}, None)):
         sampler = Sampler(tmp_path / str(sampled), 1)
         (tmp_path / str(sampled)).mkdir()
-        read = setup.load_run_data(loading.load(None, flags | more), look=sampler.look)
+        read = run_data.load_run_data(loading.load(None, flags | more), look=sampler.look)
         assert {part.state for part in sampler.found} == states
         assert [part.images for part in sampler.found] == [len(read.train_rows), len(read.val_rows), 16]
         known = known_rows(read.train, read.train_rows)
         assert len(known) == (sampled or len(read.train_rows))
         assert set(known) <= set(read.train_rows)
-        whole = setup.load_run_data(loading.load(None, flags | {"cache_limit": 0.0}))
+        whole = run_data.load_run_data(loading.load(None, flags | {"cache_limit": 0.0}))
         row = int(known[-1])
         assert np.array_equal(read.train[row], whole.train[row])
     assert not (tmp_path / "cache").exists()

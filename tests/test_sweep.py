@@ -16,8 +16,7 @@ from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Outcome
 from samtune.sweep.plan import Plan, seconds_per_step
 from samtune.train.batch_plan import BatchPlan
-from samtune.train.schedule import Duration
-from samtune.train.setup import TrainingLength
+from samtune.train.schedule import Duration, TrainingLength
 from tests.conftest import samtune, write_image_folder
 from tests.sweeps import attempts, sweep, write_recipe
 

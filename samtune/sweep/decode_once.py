@@ -11,7 +11,7 @@ from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.data.splits import open_run_splits
 from samtune.runs import lock
-from samtune.train.setup import load_run_data
+from samtune.train.run_data import load_run_data
 
 _LOOK = 1.0  # seconds
 _ROWS = (

@@ -20,7 +20,7 @@ from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Run, Stage, run_folder
 from samtune.sweep.spec import Sweep
 from samtune.train.batch_plan import BatchPlan
-from samtune.train.setup import TrainingLength
+from samtune.train.schedule import TrainingLength
 
 # Of each probe, where that makes 20 steps or more: those side by side share the machine to the end, as runs do.
 _PROBE_PASSES = 80

@@ -18,8 +18,9 @@ from samtune.runs import checkpoint, lock, run_log
 from samtune.runs.resume import Resumed
 from samtune.runs.run_log import NullLog, RunLog
 from samtune.train import checkpointing, provenance
+from samtune.train.run_data import Resolved
 from samtune.train.schedule import cosine, warmup
-from samtune.train.setup import Resolved, Setup, build_setup
+from samtune.train.setup import Setup, build_setup
 from samtune.train.state import TrainState, find_newest, load_state_dict
 from samtune.train.watchdog import Watchdog
 

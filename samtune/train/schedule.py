@@ -1,8 +1,13 @@
-"""Learning rate and rho as pure functions of the step."""
+"""Learning rate and rho as pure functions of the step, and how many steps a run takes."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+from samtune.config.run_config import RunConfig
+from samtune.data.loader import steps_per_epoch
+from samtune.errors import UsageError
+from samtune.train.batch_plan import BatchPlan
 
 
 def cosine(step: int, total_steps: int) -> float:
@@ -52,3 +57,41 @@ class RhoSchedule:
         passed, length = step - self.start, end - self.start
         left = cosine(passed, length) if self.shape == "cosine" else 1 - passed / length
         return (self.final + (self.peak - self.final) * left) * rising
+
+
+@dataclass(frozen=True)
+class TrainingLength:
+    """How many steps a run takes, and at which of them SAM perturbs by which radius."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    rho: RhoSchedule
+
+    @classmethod
+    def of(cls, config: RunConfig, batch: BatchPlan, train_images: int) -> "TrainingLength":
+        """As the settings have it. Raises UsageError where they leave SAM no step."""
+        per_epoch = steps_per_epoch(train_images, batch.total)
+        total_steps = max(1, config.epochs.steps(per_epoch))
+        warmup_steps = config.warmup_epochs.steps(per_epoch, total_steps)
+        return cls(per_epoch, total_steps, warmup_steps, _rho_schedule(config, per_epoch, total_steps, warmup_steps))
+
+
+def _rho_schedule(config: RunConfig, per_epoch: int, total_steps: int, warmup_steps: int) -> RhoSchedule:
+    start, end = (duration.steps(per_epoch, total_steps) for duration in (config.sam_start, config.sam_end))
+    if config.rho > 0 and not start < min(end, total_steps):
+        raise UsageError(
+            f"--sam-start {config.sam_start} and --sam-end {config.sam_end} leave SAM no step",
+            f"they are steps {start} and {end} of {total_steps}",
+            "let it begin earlier, or switch it off with --rho 0",
+        )
+    return RhoSchedule(
+        peak=config.rho,
+        final=config.rho_final,
+        shape=config.rho_schedule,
+        start=start,
+        end=min(end, total_steps),
+        every=config.sam_every,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+    )

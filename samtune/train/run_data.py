@@ -1,0 +1,147 @@
+"""The images of a run: which rows of the data set, decoded, with the labels to train on."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from samtune import console
+from samtune.config.run_config import RunConfig
+from samtune.data import depth, noise
+from samtune.data.cache import (
+    Images,
+    concat_images,
+    count_shared_images,
+    decode_into_cache,
+    drop_undecodable,
+    of_one_colour,
+    raise_if_undecodable,
+    undecodable_rows,
+)
+from samtune.data.decode import DecodeRule
+from samtune.data.noise import LabelNoise
+from samtune.data.source import LabelledDataset, Split
+from samtune.data.splits import Indices, RunSplits, open_run_splits
+from samtune.data.transforms import min_side
+from samtune.distributed import collectives, device
+from samtune.models import pretrained
+
+# Of a config, (split, rows) each and a rule: the images, decoded as far as they shall be.
+DecodeFunction = Callable[[RunConfig, Iterable[tuple[Split, Indices]], DecodeRule], list[Images]]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a run that goes on has settled when it began.
+
+    model: what its provenance says of the model. classes: their names, in its order. rule: how it decodes.
+    """
+
+    model: Mapping[str, Any]
+    classes: Sequence[str]
+    rule: DecodeRule
+
+
+@dataclass
+class RunData:
+    """The images of a run."""
+
+    data: LabelledDataset
+    rule: DecodeRule
+    train: Images  # with the labels to train on
+    train_rows: Indices
+    noise: LabelNoise | None  # what differs in them from the data set's own
+    val: Images
+    val_rows: Indices
+    test: Images | None
+    test_rows: Indices
+    bad_images: list[dict[str, Any]]  # left out of the rows
+    seen_test_images: int  # of the test rows, those that are in train too
+    one_colour: list[str]  # places of pictures that show nothing
+
+
+def load_run_data(config: RunConfig, settled: Resolved | None = None, look: DecodeFunction | None = None) -> RunData:
+    """The images of a run, decoded into the cache as far as they are not there. Raises DataError or UsageError.
+
+    settled: of a run that goes on. look: decodes the images, in place of `look_at_data`.
+    """
+    look = look or decode_splits
+    console.info(f"reading data set {config.dataset} ...")
+    parts = open_run_splits(config, classes=settled.classes if settled else None)
+    rule = settled.rule if settled else decode_rule(config, parts.data)
+    data = replace(
+        parts.data, notes=(*parts.data.notes, *depth.words(rule.ranges), *depth.beyond(rule, parts.data.splits))
+    )
+    for note in data.notes:
+        console.info(note)
+    test_part = [(parts.test, parts.test_rows)] if parts.test else []
+    used = [(parts.train, parts.train_rows), (parts.val, parts.val_rows), *test_part]
+    looked_at = [decode_train(config, parts, rule, look), *look(config, used[1:], rule)]
+    bad = [item for images, (_, rows) in zip(looked_at, used, strict=True) for item in undecodable_rows(images, rows)]
+    if config.on_bad_image == "error":
+        raise_if_undecodable(bad)
+    train, val, *tested = looked_at
+    test = tested[0] if tested else None
+    train_rows, val_rows = drop_undecodable(train, parts.train_rows), drop_undecodable(val, parts.val_rows)
+    test_rows = drop_undecodable(test, parts.test_rows) if test else parts.test_rows
+    noisy, wrong = _add_label_noise(config, parts, train_rows)
+    return RunData(
+        data=data,
+        rule=rule,
+        train=replace(train, split=noisy),
+        train_rows=train_rows,
+        noise=wrong,
+        val=val,
+        val_rows=val_rows,
+        test=test,
+        test_rows=test_rows,
+        bad_images=bad,
+        seen_test_images=count_shared_images(train, train_rows, test, test_rows) if test else 0,
+        one_colour=[
+            place for images, (_, rows) in zip(looked_at, used, strict=True) for place in of_one_colour(images, rows)
+        ],
+    )
+
+
+def decode_rule(config: RunConfig, data: LabelledDataset) -> DecodeRule:
+    """How a run decodes its images: as large as its model needs them, deep ones by the range of the training images."""
+    data_config = pretrained.look_up(config.model, config.weights).data_config(config.img_size)
+    train = data.splits["train"]
+    ranges = depth.value_ranges(train, train.labelled)
+    return DecodeRule(min_side(data_config, config), config.max_megapixels, ranges)
+
+
+def decode_train(config: RunConfig, parts: RunSplits, rule: DecodeRule, look: DecodeFunction | None = None) -> Images:
+    """The images to train on; with --no-val through the cached files of both parts, that other runs have, too."""
+    looked_at = (look or decode_splits)(config, parts.sources or [(parts.train, parts.train_rows)], rule)
+    return concat_images(parts.train, *looked_at) if parts.sources else looked_at[0]
+
+
+def decode_splits(config: RunConfig, parts: Iterable[tuple[Split, Indices]], rule: DecodeRule) -> list[Images]:
+    """The images of (split, rows) each, decoded into the cache as far as the config allows."""
+    with console.RunProgress() as progress:
+        return [
+            decode_into_cache(
+                split,
+                rows,
+                rule=rule,
+                limit=int(config.cache_limit * 2**30),
+                threads=max(1, device.available_cpus() // collectives.local_world_size()),
+                progress=progress.count,
+                always=config.on_bad_image == "skip",
+            )
+            for split, rows in parts
+        ]
+
+
+def _add_label_noise(config: RunConfig, parts: RunSplits, rows: Indices) -> tuple[Split, LabelNoise | None]:
+    """The train split with the labels to train on; another split object than the one that validation may share."""
+    train, class_names = parts.train, parts.data.class_names
+    if config.train_labels is not None:
+        labelled = len(parts.data.splits["train"])
+        file, key = config.train_labels, config.train_labels_key
+        return noise.from_file(train, rows, class_names, path=file, key=key, labelled=labelled)
+    if config.label_noise > 0:
+        return noise.flip(
+            train, rows, class_names, fraction=config.label_noise, kind=config.noise_kind, seed=config.noise_seed
+        )
+    return train, None
