@@ -38,8 +38,8 @@ from samtune.sam.step import Step
 from samtune.train.batch_plan import BatchPlan, group_size
 from samtune.train.schedule import RhoSchedule
 
-# Peak learning rates of the body for a batch of 32; they trained every data set we tried (README). They grow with the
-# square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.
+# Peak learning rates of the body for a batch of 32; they trained every data set we tried (recipes/README.md). They grow
+# with the square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.
 _BASE_LR = {"sgd": 0.004, "adamw": 1e-4}
 _BASE_LR_FROM_SCRATCH = {"sgd": 0.07, "adamw": 1e-3}  # random weights have far to go
 _BASE_BATCH = 32
