@@ -9,6 +9,7 @@ import torch
 
 from samtune.cli.main import app
 from samtune.config.run_config import RunConfig, flag_name
+from samtune.runs.resume import resolve_resume
 from tests.conftest import ROOT, SmallNet, samtune, write_image_folder
 
 README = (ROOT / "README.md").read_text()
@@ -35,6 +36,10 @@ def test_every_command_in_readme_guide_and_recipes_parses(command, monkeypatch):
     def begin(*_, **__):
         raise Parsed
 
+    def begin_where_no_run_is(recipe, flags, allow_change):
+        return resolve_resume(recipe, flags, allow_change) if recipe else begin()
+
+    monkeypatch.setattr("samtune.api.resolve_resume", begin_where_no_run_is)
     monkeypatch.setattr("samtune.train.preflight.check_before_slow_work", lambda settings, resumed: None)
     monkeypatch.setattr("samtune.train.loop.run", begin)
     monkeypatch.setattr("samtune.plan.plan.plan", begin)
