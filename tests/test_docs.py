@@ -1,4 +1,4 @@
-"""What README and recipes say is what the program does."""
+"""What README, guide and recipes say is what the program does."""
 
 import re
 import shlex
@@ -9,19 +9,22 @@ import torch
 
 from samtune.cli.main import app
 from samtune.config.run_config import RunConfig, flag_name
+from samtune.runs.resume import resolve_resume
 from tests.conftest import ROOT, SmallNet, samtune, write_image_folder
 
 README = (ROOT / "README.md").read_text()
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 SCRIPTS = sorted((ROOT / "recipes").rglob("*.sbatch"))
-PAGES = (ROOT / "README.md", ROOT / "recipes" / "README.md", *RECIPES, *SCRIPTS)
+GUIDE = sorted((ROOT / "samtune" / "guide").glob("*.md"))
+PAGES = (ROOT / "README.md", ROOT / "recipes" / "README.md", *GUIDE, *RECIPES, *SCRIPTS)
 COMMAND = {".md": r"^(samtune .+)$", ".toml": r"^#     (samtune .+)$", ".sbatch": r"^[^#\n]*?(samtune [a-z]+ .+)$"}
 COMMANDS = [
     command
     for page in PAGES
     for command in re.findall(COMMAND[page.suffix], page.read_text().replace("\\\n", " "), re.M)
 ]
-EXAMPLES = re.findall(r"```python\n(.+?)```", README, re.S)
+EXAMPLES = {path.stem: re.findall(r"```python\n(.+?)```", path.read_text(), re.S) for path in PAGES[:1] + tuple(GUIDE)}
+RUN, CHECKPOINT, *LOOPS = EXAMPLES["python"]
 
 
 class Parsed(Exception):
@@ -29,10 +32,14 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
+def test_every_command_in_readme_guide_and_recipes_parses(command, monkeypatch):
     def begin(*_, **__):
         raise Parsed
 
+    def begin_where_no_run_is(recipe, flags, allow_change):
+        return resolve_resume(recipe, flags, allow_change) if recipe else begin()
+
+    monkeypatch.setattr("samtune.api.resolve_resume", begin_where_no_run_is)
     monkeypatch.setattr("samtune.train.preflight.check_before_slow_work", lambda settings, resumed: None)
     monkeypatch.setattr("samtune.train.loop.run", begin)
     monkeypatch.setattr("samtune.plan.plan.plan", begin)
@@ -55,6 +62,7 @@ def test_every_command_in_readme_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.config.shipped_recipes.Recipe.about", begin)
     monkeypatch.setattr("samtune.config.shipped_recipes.get", begin)
     monkeypatch.setattr("samtune.cli.recipes._check", begin)
+    monkeypatch.setattr("samtune.console.print_markdown", begin)
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.split(">")[0], comments=True)
     with pytest.raises(Parsed):
@@ -70,7 +78,23 @@ def test_no_page_has_a_gap_to_be_filled_in():
         assert "@@" not in page.read_text()
 
 
-def test_options_in_the_readme_exist():
+def test_the_front_page_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 200
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).is_file(), target
+        headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.M) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings]
+    assert (ROOT / "recipes" / "report.png").stat().st_size < 150_000
+
+
+def test_files_that_the_guide_names_exist():
+    for page in GUIDE:
+        for name in re.findall(r"(?:samtune|tests|recipes)(?:/[\w-]+)*/[\w-]+\.\w+", page.read_text()):
+            assert (ROOT / name).is_file(), f"{page.name}: {name}"
+
+
+def test_options_in_readme_and_guide_exist():
     known = {flag_name(key) for key in RunConfig.model_fields}
     known |= {flag_name(f"no_{key}") for key, field in RunConfig.model_fields.items() if field.annotation is bool}
     known |= {"--seeds", "--budget", "--jobs", "--engine", "--address", "--dry-run", "--all", "--force"}
@@ -79,7 +103,8 @@ def test_options_in_the_readme_exist():
     known |= {"--to", "--with-preprocessing", "--top", "--tta", "--embeddings", "--temperature", "--watch"}
     known |= {"--help-all", "--install-completion"}
     known |= {"--logdir"}  # of TensorBoard
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+    for page in (ROOT / "README.md", *GUIDE):
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z\d-]+", page.read_text())) <= known, page
 
 
 def test_continuous_integration_runs_the_readmes_test_command():
@@ -98,39 +123,43 @@ def test_continuous_integration_runs_every_lane_and_the_readme_names_them():
         assert f"`-m {lane}`" in README
 
 
-def test_the_python_example_of_runs_in_the_readme_runs(tmp_path, monkeypatch):
+def test_the_python_example_of_runs_in_the_guide_runs(tmp_path, monkeypatch):
     write_image_folder(tmp_path / "path/to/photos", {"train": 12, "test": 4})
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(next(block for block in EXAMPLES if "samtune.run(" in block), names)
+    exec(RUN, names)
     assert names["scores"]["n"] == names["report"]["dataset"]["val"]
     (prediction,) = names["predictor"](["path/to/photos/test/cat/0.png"])
     assert prediction.class_name in ("cat", "dog")
 
 
-def test_the_python_example_in_the_readme_runs_on_a_checkpoint(tmp_path, monkeypatch):
+def test_the_python_example_in_the_guide_runs_on_a_checkpoint(tmp_path, monkeypatch):
     data = write_image_folder(tmp_path / "data", {"train": 6})
     small = ["--model", "resnet10t", "--no-pretrained", "--img-size", 32, "--epochs", 1]
     assert samtune("run", *small, "--dataset", data, "--output", tmp_path / "runs" / "r1").returncode == 0
-    example = next(block for block in EXAMPLES if "local-dir" in block)
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(example, names)
+    exec(CHECKPOINT, names)
     assert names["classes"] == ["cat", "dog"]
     assert names["config"]["input_size"][1] == 32
 
 
-def test_the_loops_in_the_readme_train(tmp_path):
+def test_every_python_block_is_run_by_a_test():
+    assert {page for page, blocks in EXAMPLES.items() if blocks} == {"README", "python"}
+    assert EXAMPLES["README"] == LOOPS[:1]
+    assert len(LOOPS) == 4
+    assert all("sam.backward(" in loop for loop in LOOPS)
+
+
+def test_the_loops_in_the_guide_train(tmp_path):
     """One after the other, as they stand there, on a small net."""
     torch.manual_seed(0)
     model = SmallNet()
     batch = torch.randn(8, 3, 6, 6), torch.arange(8) % 3
     names = {"model": model, "loader": [batch] * 4, "device": "cpu"}
-    loops = [block for block in EXAMPLES if "sam.backward" in block]
-    assert len(loops) == 4
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
-        for loop in loops:
+        for loop in LOOPS:
             before = [w.detach().clone() for w in model.parameters()]
             exec(loop, names)
             assert any(not torch.equal(w, b) for w, b in zip(model.parameters(), before, strict=True))

@@ -21,7 +21,7 @@ ORDER = (
     {"distributed"},
     {"config"},
     {"hub"},
-    {"console"},
+    {"console", "guide"},
     {"errors", "files"},
 )
 LIBRARIES = {

@@ -1,4 +1,4 @@
-"""What a shell completes: models, data sets, recipes and runs. A key press waits for it: nothing heavy is imported."""
+"""What a shell completes: models, data sets, recipes, runs, topics. A key press waits for it: no heavy imports."""
 
 import os
 import re
@@ -45,6 +45,13 @@ def recipes(incomplete: str) -> list[str]:
     return [recipe.name for recipe in shipped_recipes.recipes() if recipe.name.startswith(incomplete)] + list(
         _paths(incomplete, (".toml",))
     )
+
+
+def topics(incomplete: str) -> list[str]:
+    """Topics of `samtune guide`."""
+    from samtune import guide
+
+    return [topic for topic in guide.topics() if topic.startswith(incomplete)]
 
 
 def runs(incomplete: str) -> list[str]:

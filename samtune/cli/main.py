@@ -24,6 +24,7 @@ class _Samtune(Commands):
             "datasets": ("samtune.cli.data", "datasets_app", "the data sets that have a name"),
             "data": ("samtune.cli.data", "data_app", "check a data set of your own"),
             "recipes": ("samtune.cli.recipes", "recipes_app", "settings that ship with samtune, to run or to copy"),
+            "guide": ("samtune.cli.guide", "guide", "how things work: data, training, SAM, resume, sweeps, ..."),
         },
         "Train": {
             "plan": ("samtune.cli.plan", "plan", "what a run will do, take and cost, before it starts"),

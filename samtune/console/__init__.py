@@ -189,6 +189,13 @@ def print_prose(lines: Iterable[str]) -> None:
     print_lines(wrapped(line, console.width) if console.is_terminal else line for line in lines)
 
 
+def print_markdown(text: str) -> None:
+    """A page of Markdown on stdout, rendered for the width of the terminal."""
+    from samtune.console import markdown
+
+    _to_stdout(markdown.render(text))
+
+
 def is_watched() -> bool:
     """Whether results go to a terminal, where they can be drawn over."""
     return Console().is_interactive

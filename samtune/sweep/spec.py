@@ -233,7 +233,7 @@ def _explain(
         hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
         return UsageError(f"unknown key {key} in {origins[key]}", hint=hint)
     rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
-    return UsageError(f"{key} = {given[key]!r} in {origins[key]}: {rule}", hint="README, Sweep, has an example")
+    return UsageError(f"{key} = {given[key]!r} in {origins[key]}: {rule}", hint="`samtune guide sweep` has an example")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

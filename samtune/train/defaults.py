@@ -7,8 +7,8 @@ from samtune.distributed import device
 from samtune.models.pretrained import ModelInfo
 from samtune.train.batch_plan import BatchPlan
 
-# Peak learning rates of the body for a batch of 32; they trained every data set we tried (README). They grow with the
-# square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.
+# Peak learning rates of the body for a batch of 32; they trained every data set we tried (recipes/README.md). They grow
+# with the square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.
 _BASE_LR = {"sgd": 0.004, "adamw": 1e-4}
 
 
