@@ -29,7 +29,7 @@ def text() -> str:
         "",
         *_where_one_is(),
         "",
-        "samtune --help lists all commands; samtune COMMAND --help explains one.",
+        "samtune --help lists all commands; samtune COMMAND --help explains one; samtune guide explains the rest.",
     ]
     columns = min(100, shutil.get_terminal_size().columns)
     return "\n".join(_filled(line, columns) for line in lines)
