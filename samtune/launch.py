@@ -266,20 +266,24 @@ def _give_up(folder: Path, error: BaseException, agent: _Agent) -> None:
 def _cause(said: Mapping[int, Word], failure: Exception | None, watch: _Watch) -> SamtuneError | Stopped | None:
     """What ended the launch; None if nothing did."""
     stopped = [word for word in said.values() if word.exit_code is not None and word.exit_code >= Stopped.SAVED]
-    if failure is None and not stopped:
+    # What a rank has said counts, whatever ends its process afterwards: a signal that comes late, or torch's agent.
+    done = {rank for rank, word in said.items() if word.exit_code in (0, Stopped.SAVED)}
+    all_ended = _ended(failure)
+    ended = {rank: how for rank, how in all_ended.items() if rank not in done}
+    if not stopped and not ended and (failure is None or all_ended):
         return None
-    ended = _ended(failure)
     by_time = sorted(said.values(), key=lambda word: word.time)
     for word in by_time:
         if word.is_cause and word not in stopped:
             return _error(word, said)
+    saved = [word for word in by_time if word.exit_code == Stopped.SAVED]
+    if saved:  # none ends before rank 0 has saved, so one that says so says it for all
+        return Stopped(saved[0].what, Stopped.SAVED)
     for rank, (pid, code) in ended.items():
         if code < 0 and -code != signal.SIGTERM and rank not in watch.killed:
             return _lost(rank, pid, code)
     if stopped:
-        # None ends before rank 0 has saved, so one that says so says it for all. torch's agent sends SIGTERM to those
-        # that are left when the first has ended: they take it for a second signal.
-        first = min(stopped, key=lambda word: (word.exit_code != Stopped.SAVED, word.time))
+        first = min(stopped, key=lambda word: word.time)
         return Stopped(first.what, first.exit_code or 0)
     for rank, (pid, code) in ended.items():
         if code == SamtuneError.exit_code:

@@ -257,7 +257,9 @@ def over() -> int | None:
         return None
     if (there / "over").exists():
         return int((there / "over").read_text(encoding="utf-8"))
-    return next((word.exit_code for word in _all_words(there) if word.is_cause), None)
+    return next(
+        (word.exit_code for word in _all_words(there) if word.is_cause or (word.rank, word.exit_code) == (0, 0)), None
+    )
 
 
 def words(there: Path) -> dict[int, Word]:

@@ -316,6 +316,11 @@ class Agent(Exception):
             (75, "stopped by SIGTERM"),
         ),
         ([Word(0, 10, "", 143, "stopped by SIGTERM"), Word(1, 11, "", 143, "stopped")], {0: 143}, [], (143, "stopped")),
+        # A signal that comes when a rank has said how it ended, or that everything is saved, changes nothing.
+        ([Word(0, 10, "", 75, "stopped by SIGINT"), Word(1, 11, "", 75, "stopped")], {1: -2}, [], (75, "stopped by")),
+        ([Word(0, 10, "", 75, "stopped by SIGINT"), WORK[1]], {1: -2}, [], (75, "stopped by SIGINT")),
+        ([Word(0, 10, "", 0), Word(1, 11, "", 0)], {1: -2}, [], None),
+        ([Word(0, 10, "", 0), WORK[1]], {1: -9}, [], (9, "rank 1 (process 11) was ended by SIGKILL")),
         ([Word(0, 10, "", 0), Word(1, 11, "", 0)], {}, [], None),
     ],
 )
