@@ -102,6 +102,21 @@ def test_a_signal_to_all_processes_of_a_run_is_one_signal(photos, tmp_path):
         assert samtune("eval", folder, "--split", "val").returncode == 0
 
 
+@row(3)
+def test_a_signal_that_reaches_a_rank_after_its_end_changes_nothing(photos, whole, tmp_path):
+    """As on a busy machine: the launcher has heard it, all ranks have ended, and then it comes to each."""
+    late = {"at": "samtune.distributed.rank_status:write_status", "call": 2, "do": "SIGINT", "when": "after"}
+    folder = tmp_path / "r"
+    with started(photos, folder, faults=[PERTURBED | {"do": "parent SIGINT", "rank": 1}, late]) as process:
+        said = process.stderr.read()
+    assert process.returncode == 75, said
+    assert "Traceback" not in said
+    goes_on_to_the_end_of(folder, whole)
+    done = run(photos, tmp_path / "done", *TWO, faults=[late])
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @contextmanager
 def started(photos, folder, *more, faults=()):
     """A command that has told of its first epoch; when it has ended, no process of the run is left after 10 seconds."""

@@ -335,12 +335,22 @@ class Agent(Exception):
             [],
             (143, "stopped"),
         ),
+        # A signal that comes when a rank has said how it ended, or that everything is saved, changes nothing.
+        (
+            [RankStatus(0, 10, "", 75, "stopped by SIGINT"), RankStatus(1, 11, "", 75, "stopped")],
+            {1: -2},
+            [],
+            (75, "stopped by"),
+        ),
+        ([RankStatus(0, 10, "", 75, "stopped by SIGINT"), WORK[1]], {1: -2}, [], (75, "stopped by SIGINT")),
+        ([RankStatus(0, 10, "", 0), RankStatus(1, 11, "", 0)], {1: -2}, [], None),
+        ([RankStatus(0, 10, "", 0), WORK[1]], {1: -9}, [], (9, "rank 1 (process 11) was ended by SIGKILL")),
         ([RankStatus(0, 10, "", 0), RankStatus(1, 11, "", 0)], {}, [], None),
     ],
 )
 def test_the_cause_of_an_end_is_told_from_what_followed(said, exit_codes, killed, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_ended", lambda _: {rank: (10 + rank, code) for rank, code in exit_codes.items()})
-    watch = launch._Watch(tmp_path, launch.LaunchSpec(2), None)
+    watch = launch._Monitor(tmp_path, launch.LaunchSpec(2), None)
     watch.killed = set(killed)
     cause = launch._cause({word.rank: word for word in said}, Agent() if exit_codes else None, watch)
     if expected is None:

@@ -187,8 +187,8 @@ class _Search:
             return []
         taken = (self.image, self.label, *self._classes, *self._block(self._left([])))
         others = [name for name in self.table.of_kind("text", "classes", "number") if name not in taken]
-        found = [name for name in others if may_tell_splits(name, partial(self.table.values.__getitem__, name))]
-        return found if self.label or self._one_hot_beside(found) else []
+        unclear = [name for name in others if may_tell_splits(name, partial(self.table.values.__getitem__, name))]
+        return unclear if self.label or self._one_hot_beside(unclear) else []
 
     @property
     def repeated_flags(self) -> list[str]:
@@ -280,9 +280,9 @@ class _Search:
             return self.wanted.label_key
         kinds = self.table.kinds
         taken = (self.image, self.wanted.split_key)
-        there = [name for name in kinds if name not in taken and kinds[name] != "images"]
-        other = [name for name in there if name not in self._like_splits]
-        return _by_name(there, _LABEL_NAMES[:_SURE_LABEL_NAMES]) or _by_name(other or there, _LABEL_NAMES)
+        candidates = [name for name in kinds if name not in taken and kinds[name] != "images"]
+        other = [name for name in candidates if name not in self._like_splits]
+        return _by_name(candidates, _LABEL_NAMES[:_SURE_LABEL_NAMES]) or _by_name(other or candidates, _LABEL_NAMES)
 
     @cached_property
     def _like_splits(self) -> list[str]:

@@ -260,7 +260,7 @@ def _nearest(name: str, files: Mapping[str, list[str]]) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Columns by name, and the line of each row. repeated: names that several columns have."""
 
     values: dict[str, list[Any]]
@@ -278,7 +278,8 @@ class _Rows:
                 )
 
 
-def read_table(path: Path) -> _Rows:
+def read_table(path: Path) -> Rows:
+    """The rows of a list. Raises DataError where it cannot be read."""
     return _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_jsonl(path)
 
 
@@ -295,7 +296,7 @@ def _without_blanks(values: Mapping[str, list[Any]], used: Iterable[str]) -> tup
     return found, notes
 
 
-def _read_csv(path: Path) -> _Rows:
+def _read_csv(path: Path) -> Rows:
     """A table with a header. Bytes that are not UTF-8 stay as they are: they may be a path's.
 
     A first line `sep=;` tells the delimiter, as for Excel. Rows without a value are none.
@@ -325,7 +326,7 @@ def _read_csv(path: Path) -> _Rows:
                 column.append(cells.get(name))
     except csv.Error as error:
         raise DataError(f"list {path} cannot be read", str(error)) from None
-    return _Rows(values, lines, {name for name, count in Counter(names).items() if count > 1})
+    return Rows(values, lines, {name for name, count in Counter(names).items() if count > 1})
 
 
 def _text(path: Path) -> str:
@@ -340,14 +341,14 @@ def _text(path: Path) -> str:
         raise DataError(f"list {path} cannot be read", str(error), "save it as UTF-8") from None
 
 
-def _read_jsonl(path: Path) -> _Rows:
+def _read_jsonl(path: Path) -> Rows:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     for number, row in _objects(path):
         rows.append(row)
         lines.append(number)
     names = dict.fromkeys(name for row in rows for name in row)
-    return _Rows({name: [row.get(name) for row in rows] for name in names}, lines)
+    return Rows({name: [row.get(name) for row in rows] for name in names}, lines)
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

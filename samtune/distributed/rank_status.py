@@ -45,7 +45,7 @@ class RankStatus:
 
 
 def report_ready() -> None:
-    """Tell the launcher that this rank is there, and hears signals from now on. In other processes it does nothing."""
+    """Tell the launcher that this rank runs, and hears signals from now on. In other processes it does nothing."""
     if status_folder() is not None:
         write_status(None)
 
@@ -54,32 +54,35 @@ def write_status(
     exit_code: int | None, error: SamtuneError | Stopped | None = None, result: Mapping[str, Any] | None = None
 ) -> None:
     """Tell the launcher that this rank is at work (None), or how it ended."""
-    there, here = status_folder(), rank_info()
-    assert there is not None
-    assert here is not None
-    words = (error.message, error.cause, error.hint) if isinstance(error, SamtuneError) else (str(error or ""), "", "")
+    folder, rank = status_folder(), rank_info()
+    assert folder is not None
+    assert rank is not None
+    texts = (error.message, error.cause, error.hint) if isinstance(error, SamtuneError) else (str(error or ""), "", "")
     attempt = os.environ["MASTER_PORT"]  # our launcher has another one for each
-    word = RankStatus(here.rank, os.getpid(), attempt, exit_code, *words, time.time(), result)
-    write_atomic(there / f"{here.rank}.json", json.dumps(asdict(word)))
+    status = RankStatus(rank.rank, os.getpid(), attempt, exit_code, *texts, time.time(), result)
+    write_atomic(folder / f"{rank.rank}.json", json.dumps(asdict(status)))
 
 
 def exit_code_of_launch() -> int | None:
     """The exit code of a launch that is over, for a rank that is started all the same; None if there is work to do."""
-    there = status_folder()
-    if there is None:
+    folder = status_folder()
+    if folder is None:
         return None
-    if (there / "over").exists():
-        return int((there / "over").read_text(encoding="utf-8"))
-    return next((word.exit_code for word in _all_statuses(there) if word.is_cause), None)
+    if (folder / "over").exists():
+        return int((folder / "over").read_text(encoding="utf-8"))
+    for status in _read_all(folder):
+        if status.is_cause or (status.rank, status.exit_code) == (0, 0):
+            return status.exit_code
+    return None
 
 
-def read_statuses(there: Path) -> dict[int, RankStatus]:
-    """What the ranks of this machine have said, by rank; of those that were started last."""
-    said = _all_statuses(there)
-    latest = max(said, key=lambda word: word.time).attempt if said else ""
-    return {word.rank: word for word in said if word.attempt == latest}
+def read_statuses(folder: Path) -> dict[int, RankStatus]:
+    """Statuses of this machine's ranks by rank, of the latest attempt only."""
+    statuses = _read_all(folder)
+    latest = max(statuses, key=lambda status: status.time).attempt if statuses else ""
+    return {status.rank: status for status in statuses if status.attempt == latest}
 
 
-def _all_statuses(there: Path) -> list[RankStatus]:
-    said = (RankStatus(**json.loads(path.read_text(encoding="utf-8"))) for path in there.glob("[0-9]*.json"))
-    return sorted(said, key=lambda word: word.rank)
+def _read_all(folder: Path) -> list[RankStatus]:
+    statuses = (RankStatus(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("[0-9]*.json"))
+    return sorted(statuses, key=lambda status: status.rank)

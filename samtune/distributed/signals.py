@@ -86,4 +86,5 @@ def listening() -> Iterator[StopRequest]:
         yield request
     finally:
         for s, handler in before.items():
-            signal.signal(s, handler)
+            # A rank has only to say how it ended, and what was sent to all ranks may reach it late.
+            signal.signal(s, handler if environment.status_folder() is None else signal.SIG_IGN)

@@ -91,7 +91,7 @@ def _contents(
     """The files, one after the other, so that only one of them is in memory."""
     for folder, values in (("", weights), ("ema/", ema)):
         if values is not None:
-            yield f"{folder}model.safetensors", safetensors.torch.save(_apart(values))
+            yield f"{folder}model.safetensors", safetensors.torch.save(_without_shared_memory(values))
             yield f"{folder}config.json", _json(timm_config)
     if state is not None:
         buffer = io.BytesIO()
@@ -99,15 +99,15 @@ def _contents(
         yield "state.pt", buffer.getvalue()
 
 
-def _apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each in memory of its own, as the format wants it: a model may have one module in two places."""
+def _without_shared_memory(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy the tensors that share memory with another, which the format refuses: a model may use a module twice."""
     seen: set[int] = set()
-    apart = {}
+    copied = {}
     for key, value in weights.items():
-        place = value.untyped_storage().data_ptr()
-        apart[key] = value.clone(memory_format=torch.contiguous_format) if place in seen else value.contiguous()
-        seen.add(place)
-    return apart
+        storage = value.untyped_storage().data_ptr()
+        copied[key] = value.clone(memory_format=torch.contiguous_format) if storage in seen else value.contiguous()
+        seen.add(storage)
+    return copied
 
 
 def update_link(checkpoints: Path, name: Name, folder: Path) -> None:
@@ -129,27 +129,28 @@ def find(run: Path, name: str | None = None) -> Path:
     one says. Raises CheckpointError for a run without one.
     """
     checkpoints = run / "checkpoints"
-    there = steps(checkpoints)
+    by_step = steps(checkpoints)
     last = resolve_checkpoint(checkpoints, "last")
-    if not _is_whole(last) and there:
-        last = there[max(there)]
+    if not _is_whole(last) and by_step:
+        last = by_step[max(by_step)]
     if not last.is_dir():
         raise CheckpointError(f"run {run} has no checkpoint yet", "it ended before its first validation")
     name = name or run_config(verify(last)).select
-    found = last if name == "last" else resolve_checkpoint(checkpoints, name)
-    if name == "best" and not _is_whole(found):
+    checkpoint = last if name == "last" else resolve_checkpoint(checkpoints, name)
+    if name == "best" and not _is_whole(checkpoint):
         step = load_state(last).get("position", {}).get("best_step")
-        if step not in there:
+        if step not in by_step:
             raise CheckpointError(
                 f"run {run} has no best checkpoint",
                 "it has not validated" if step is None else f"that of step {step} is not there",
                 "take the last one: --checkpoint last",
             )
-        return there[step]
-    return found
+        return by_step[step]
+    return checkpoint
 
 
 def _is_whole(folder: Path) -> bool:
+    """Whether the manifest, which is written last, is there."""
     return (folder / "manifest.json").is_file()
 
 
@@ -204,10 +205,10 @@ def prune(checkpoints: Path, newest: Path, keep: int) -> list[Path]:
 
     What is newer than `newest` goes too: it was damaged, or the run went back behind it.
     """
-    there = steps(checkpoints)
-    kept = {there[step] for step in sorted(step for step in there if step <= _step(newest))[-keep:]}
+    by_step = steps(checkpoints)
+    kept = {by_step[step] for step in sorted(step for step in by_step if step <= _step(newest))[-keep:]}
     kept |= {resolve_checkpoint(checkpoints, name).resolve() for name in _NAMES}
-    gone = [path for path in there.values() if path not in kept and path.resolve() not in kept]
+    gone = [path for path in by_step.values() if path not in kept and path.resolve() not in kept]
     for path in gone:
         shutil.rmtree(path)
     return gone
