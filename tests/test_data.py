@@ -118,7 +118,7 @@ def test_a_class_folder_that_train_lacks_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "said", "mend"),
+    ("dataset", "said", "hint"),
     [
         ("flower102", "unknown data set", "flowers102"),
         ("./nowhere", "is not there", "--dataset"),

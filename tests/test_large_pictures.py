@@ -110,7 +110,7 @@ def peak_memory(code, *arguments):
     """Of a process with that code, in MB, more than it had when its libraries were there."""
     script = (
         "import resource, sys\nimport numpy as np\nfrom samtune.data import cache, source\n"
-        "from samtune.data.decode import DecodeRule, decode\nfrom samtune.data.cache import Images, look_at\n"
+        "from samtune.data.decode import DecodeRule, decode\nfrom samtune.data.cache import Images, decode_into_cache\n"
         "from samtune.data.loader import eval_batches, train_batches\n"
         "from samtune.data.transforms import TrainTransform, eval_transform\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -149,7 +149,7 @@ LOOK = """
 split = source.open_source(sys.argv[1]).splits["train"]
 rule, rows = DecodeRule(int(sys.argv[2])), np.arange(len(split))
 limit = int(float(sys.argv[3]) * 2**20)
-images = look_at(split, rows, rule=rule, limit=limit, threads=2, progress=lambda *_: None, always=True)
+images = decode_into_cache(split, rows, rule=rule, limit=limit, threads=2, progress=lambda *_: None, always=True)
 assert (images.pixels is not None) == (limit > 0)
 config = {'input_size': (3, 224, 224), 'interpolation': 'bicubic', 'crop_pct': 0.875, 'crop_mode': 'center'}
 options = {'batch_size': 20, 'workers': 2, 'pin_memory': False}

@@ -74,12 +74,12 @@ import sys
 import numpy as np
 import torch
 from samtune.data import source
-from samtune.data.cache import Images, look_at
+from samtune.data.cache import Images, decode_into_cache
 from samtune.data.loader import train_batches
 from samtune.data.transforms import TrainTransform
 
 split = source.open_source(sys.argv[1]).splits["train"]
-images = look_at(split, np.arange(20), limit=10**9, threads=2, progress=lambda *_: None)
+images = decode_into_cache(split, np.arange(20), limit=10**9, threads=2, progress=lambda *_: None)
 transform = TrainTransform((16, 16), "bicubic", (0.5, 0.5, 0.5))
 options = {"batch_size": 4, "seed": 0, "total_steps": 5, "workers": 2, "pin_memory": False}
 list(train_batches(images, np.arange(20), transform, **options))

@@ -9,6 +9,7 @@ import torch
 from samtune.cli.models import _list
 from samtune.errors import DataError, ModelError
 from samtune.models import listing, pretrained
+from samtune.sam import filters
 from tests.conftest import samtune
 
 
@@ -64,7 +65,7 @@ def test_a_list_of_blocks_that_is_most_of_the_model_is_shown_in_parts():
 def test_the_example_of_a_filter_perturbs_what_it_says():
     about = listing.describe("tf_efficientnet_lite0", {})
     pattern = listing.example(about).split("'")[1]
-    chosen = listing.parameters.chosen(timm.create_model("tf_efficientnet_lite0"), pattern)
+    chosen = filters.select_parameters(timm.create_model("tf_efficientnet_lite0"), pattern)
     assert {name.rpartition("blocks.6.")[0] for name in chosen} == {""}
     assert sum(w.numel() for w in chosen.values()) == about["stages"][8]["parameters"]
 

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from samtune.config.duration import Duration
 from samtune.train import checkpointing
 from samtune.train.checkpointing import CheckpointSaver
-from samtune.train.schedule import Duration
 
 
 def made(every):

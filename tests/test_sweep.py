@@ -8,6 +8,7 @@ import tomllib
 import pytest
 
 from samtune.config import loading
+from samtune.config.duration import Duration
 from samtune.distributed import device
 from samtune.errors import CheckpointError, DataError, ModelError, UsageError
 from samtune.sam.gradient import sam_passes
@@ -16,7 +17,7 @@ from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Outcome
 from samtune.sweep.plan import Plan, seconds_per_step
 from samtune.train.batch_plan import BatchPlan
-from samtune.train.schedule import Duration, TrainingLength
+from samtune.train.schedule import TrainingLength
 from tests.conftest import samtune, write_image_folder
 from tests.sweeps import attempts, sweep, write_recipe
 
