@@ -30,7 +30,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.preloaded import Preloaded
+from tests.support.preloaded import Preloaded
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
@@ -98,14 +98,14 @@ def _preloaded() -> Preloaded:
 def samtune(
     *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None, faults: Sequence[dict] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, in which faults happen (tests/broken.py).
+    """The command line in a process of its own, in which faults happen (tests/support/fault_injection.py).
 
     It is forked from one that has loaded the libraries, unless these are to read another environment.
     """
     now = {"PYTHONPATH": str(ROOT)} | os.environ | (env or {})
     if all(now.get(key) == _ENVIRONMENT.get(key) for key in {*now, *_ENVIRONMENT} if key.startswith(_READ_WHEN_LOADED)):
         return _preloaded().samtune(*arguments, env=now, cwd=cwd, faults=faults)[0]
-    module = ["samtune"] if not faults else ["tests.broken", json.dumps(list(faults))]
+    module = ["samtune"] if not faults else ["tests.support.fault_injection", json.dumps(list(faults))]
     return subprocess.run(
         [sys.executable, "-m", *module, *map(str, arguments)],
         capture_output=True,
@@ -164,7 +164,7 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory, photos) -> Path:
     """The run that those which break off and go on must equal."""
-    from tests.interruptions import run
+    from tests.support.small_run import run
 
     folder = tmp_path_factory.mktemp("runs") / "whole"
     done = run(photos, folder)
@@ -175,12 +175,10 @@ def uninterrupted(tmp_path_factory, photos) -> Path:
 @pytest.fixture(scope="session")
 def stopped(tmp_path_factory, photos) -> Path:
     """A run that was asked to end in step 7, to be copied."""
-    from tests.interruptions import run
+    from tests.support.small_run import run
 
     folder = tmp_path_factory.mktemp("runs") / "stopped"
-    done = run(
-        photos, folder, faults=[{"at": "samtune.sam.perturbation:Perturbation.add_", "call": 7, "do": "SIGTERM"}]
-    )
+    done = run(photos, folder, faults=[{"at": "perturb", "call": 7, "do": "SIGTERM"}])
     assert done.returncode == 75, done.stderr
     return folder
 
@@ -194,7 +192,7 @@ def broken_off(stopped, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_sweep_recipe(tmp_path_factory, photos) -> Path:
-    from tests.sweeps import write_recipe
+    from tests.support.small_sweep import write_recipe
 
     return write_recipe(tmp_path_factory.mktemp("recipes") / "small.toml", photos)
 
@@ -202,10 +200,10 @@ def whole_sweep_recipe(tmp_path_factory, photos) -> Path:
 @pytest.fixture(scope="session")
 def whole_sweep(tmp_path_factory, whole_sweep_recipe) -> Path:
     """A sweep of four runs that nothing has broken, and none of whose runs decodes an image: that was done before."""
-    from tests.sweeps import sweep
+    from tests.support.small_sweep import sweep
 
     folder, cache = tmp_path_factory.mktemp("sweeps") / "whole", tmp_path_factory.mktemp("cache")
-    decoding = {"at": "samtune.data.cache:decode", "call": 1, "do": "ENOSPC", "again": True, "only": "--resume"}
+    decoding = {"at": "decode", "call": 1, "do": "ENOSPC", "again": True, "only": "--resume"}
     done = sweep(whole_sweep_recipe, folder, faults=[decoding], env={"SAMTUNE_CACHE": str(cache)})
     assert done.returncode == 0, done.stderr
     return folder

@@ -23,9 +23,9 @@ from timm.models import save_for_hf
 
 from samtune.hub import _asked_pause
 from tests.conftest import SHARED_DATA, Bomb, image_bytes, samtune, write_image_folder
-from tests.hub import Fault, Hub
-from tests.matrix import row
-from tests.preloaded import Preloaded
+from tests.support.fault_matrix import row
+from tests.support.hub_server import Fault, Hub
+from tests.support.preloaded import Preloaded
 
 FLOWERS = "dpdl-benchmark/oxford_flowers102"
 SMALL = "test_efficientnet.r160_in1k"  # timm's smallest

@@ -10,14 +10,14 @@ import pytest
 from tests.conftest import ROOT
 
 RESUMED = (
-    "test_faults_stop.py::test_a_killed_run_goes_on_to_the_same_end_by_the_same_command[while_weights_are_perturbed]"
+    "faults/test_stop.py::test_a_killed_run_goes_on_to_the_same_end_by_the_same_command[while_weights_are_perturbed]"
 )
 
 # What others got wrong: file, what it says, what it would say, and a test that then fails.
 MUTATIONS = {
     "the perturbation is dropped": (
         {"sam/perturbation.py": [("torch._foreach_add_(self.params, grads, alpha=scale.item())", "pass")]},
-        "test_step.py::test_a_hundred_steps_equal_a_naive_loop",
+        "sam/test_step.py::test_a_hundred_steps_equal_a_naive_loop",
     ),
     "weights come back by subtraction": (
         {
@@ -28,7 +28,7 @@ MUTATIONS = {
                 )
             ]
         },
-        "test_sam.py::test_weights_come_back_bit_for_bit_in_their_own_storage",
+        "sam/test_perturbation.py::test_weights_come_back_bit_for_bit_in_their_own_storage",
     ),
     "what was perturbed is subtracted twice": (
         {
@@ -39,7 +39,7 @@ MUTATIONS = {
                 )
             ]
         },
-        "test_step.py::test_on_a_quadratic_the_steps_are_those_worked_by_hand",
+        "sam/test_step.py::test_on_a_quadratic_the_steps_are_those_worked_by_hand",
     ),
     "each tensor has a norm of its own": (
         {
@@ -50,11 +50,11 @@ MUTATIONS = {
                 )
             ]
         },
-        "test_step.py::test_twenty_steps_equal_those_of_a_published_sam",
+        "sam/test_step.py::test_twenty_steps_equal_those_of_a_published_sam",
     ),
     "pass 2 updates batch-norm statistics too": (
         {"sam/gradient.py": [("module.track_running_stats = False", "pass")]},
-        "test_step.py::test_statistics_and_generator_after_a_sam_step_are_those_after_one_plain_forward",
+        "sam/test_step.py::test_statistics_and_generator_after_a_sam_step_are_those_after_one_plain_forward",
     ),
     "pass 2 draws its own masks": (
         {
@@ -65,19 +65,19 @@ MUTATIONS = {
                 )
             ]
         },
-        "test_step.py::test_all_passes_see_the_same_dropout_and_drop_path_masks",
+        "sam/test_step.py::test_all_passes_see_the_same_dropout_and_drop_path_masks",
     ),
     "16-bit copies of the weights outlive pass 1": (
         {"sam/gradient.py": [("torch.clear_autocast_cache()  # 16-bit", "pass  # 16-bit")]},
-        "test_lifecycle.py::test_an_autocast_around_all_passes_is_no_trap",
+        "sam/test_lifecycle.py::test_an_autocast_around_all_passes_is_no_trap",
     ),
     "the first gradient is kept through pass 2": (
         {"sam/gradient.py": [("                g1.clear()\n", "")]},
-        "test_step.py::test_beyond_the_first_pass_no_copy_but_the_backup_is_alive",
+        "sam/test_step.py::test_beyond_the_first_pass_no_copy_but_the_backup_is_alive",
     ),
     "values that are not finite are used": (
         {"sam/step.py": [("applied = math.isfinite(grad_norm)", "applied = True")]},
-        "test_lifecycle.py::test_a_value_that_is_not_finite_skips_the_update_and_halves_the_scale_once",
+        "sam/test_lifecycle.py::test_a_value_that_is_not_finite_skips_the_update_and_halves_the_scale_once",
     ),
     "each rank decides by itself whether to skip": (
         {
@@ -89,7 +89,7 @@ MUTATIONS = {
                 )
             ],
         },
-        "test_distributed.py::test_a_bad_value_on_one_rank_skips_the_same_update_on_all",
+        "distributed/test_collectives.py::test_a_bad_value_on_one_rank_skips_the_same_update_on_all",
     ),
     "pass 1 communicates": (
         {
@@ -101,39 +101,39 @@ MUTATIONS = {
                 ),
             ]
         },
-        "test_distributed.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
+        "distributed/test_collectives.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
     ),
     "a global perturbation is that of the rank": (
         {"sam/gradient.py": [("grads = collectives.all_reduce_sum_lists(grads, self._group)", "pass")]},
-        "test_distributed.py::test_global_mode_equals_one_process_on_the_joined_batch",
+        "distributed/test_collectives.py::test_global_mode_equals_one_process_on_the_joined_batch",
     ),
     "micro-batches of different sizes weigh the same": (
         {"sam/gradient.py": [("alpha=share)", "alpha=1)")]},
-        "test_memory.py::test_micro_batches_give_the_gradient_of_all_samples_at_once",
+        "sam/test_memory.py::test_micro_batches_give_the_gradient_of_all_samples_at_once",
     ),
     "each micro-batch communicates": (
         {"sam/gradient.py": [("nullcontext() if micro is micro_batches[-1][0] else self._no_sync()", "nullcontext()")]},
-        "test_distributed.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
+        "distributed/test_collectives.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
     ),
     "each rank keeps the statistics of its own images": (
         {"sam/step.py": [("            self._share_statistics(kept, weight)\n", "")]},
-        "test_distributed.py::test_statistics_that_update_are_the_mean_over_the_ranks_and_the_same_everywhere",
+        "distributed/test_collectives.py::test_statistics_that_update_are_the_mean_over_the_ranks_and_the_same_everywhere",
     ),
     "every rank scores all images": (
         {"train/evaluation.py": [("own = starts[collectives.rank() :: world]", "own = starts")]},
-        "test_distributed.py::test_an_evaluation_is_the_same_to_the_last_bit_for_any_number_of_ranks",
+        "distributed/test_collectives.py::test_an_evaluation_is_the_same_to_the_last_bit_for_any_number_of_ranks",
     ),
     "a failed attempt leaves its statistics": (
         {"sam/snapshot.py": [("buffer.copy_(value)", "pass")]},
-        "test_memory.py::test_what_was_done_before_memory_ran_out_is_undone",
+        "sam/test_memory.py::test_what_was_done_before_memory_ran_out_is_undone",
     ),
     "the error still holds the memory when the step begins again": (
         {"distributed/device.py": [("why = first_line(error)\n", "why, kept = first_line(error), error\n")]},
-        "test_memory.py::test_when_a_step_begins_again_nothing_of_the_failed_attempt_is_alive",
+        "sam/test_memory.py::test_when_a_step_begins_again_nothing_of_the_failed_attempt_is_alive",
     ),
     "further ascent measures the weights where it stands": (
         {"sam/perturbation.py": [("torch._foreach_abs(self._backup)", "torch._foreach_abs(self.params)")]},
-        "test_sam.py::test_further_ascent_measures_the_ball_at_the_unperturbed_weights",
+        "sam/test_perturbation.py::test_further_ascent_measures_the_ball_at_the_unperturbed_weights",
     ),
     "a resumed run draws other masks": (
         {"train/state.py": [('set_generator_states(state["generators"], setup.device)', "pass")]},
@@ -174,11 +174,11 @@ MUTATIONS = {
             ]
         },
         # In validation a row of training has been written since the checkpoint.
-        "test_faults_stop.py::test_a_killed_run_goes_on_to_the_same_end_by_the_same_command[in_validation]",
+        "faults/test_stop.py::test_a_killed_run_goes_on_to_the_same_end_by_the_same_command[in_validation]",
     ),
     "nobody compares the sums of a checkpoint": (
         {"runs/checkpoint.py": [('if _sha256(folder / name) != expected["sha256"]', "if False")]},
-        "test_faults_disk.py::test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_end"
+        "faults/test_disk.py::test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_end"
         "[weights_with_a_flipped_bit]",
     ),
 }
@@ -212,6 +212,14 @@ def package(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_what_a_mistake_replaces_stands_in_the_code_once(mistake):
+    changes, _ = MUTATIONS[mistake]
+    for file, pairs in changes.items():
+        text = (ROOT / "samtune" / file).read_text()
+        assert [text.count(old) for old, _ in pairs] == [1] * len(pairs), file
+
+
 @pytest.mark.slow
 def test_without_a_mutation_the_same_tests_pass(package):
     done = run(package, *dict.fromkeys(test for _, test in MUTATIONS.values()))
@@ -226,7 +234,6 @@ def test_a_mistake_is_caught(package, mistake):
         path = package / "samtune" / file
         text = path.read_text()
         for old, new in pairs:
-            assert text.count(old) == 1, f"{file} says no more, or more than once: {old}"
             text = text.replace(old, new)
         path.write_text(text)
     done = run(package, test)

@@ -42,7 +42,7 @@ from samtune import SAM
 from samtune.distributed import collectives, device
 from samtune.models import pretrained
 from samtune.sam.step import Step
-from tests.ranks import Ranks
+from tests.support.rank_processes import Ranks
 
 CPU = torch.device("cpu")
 CLASSES = 102

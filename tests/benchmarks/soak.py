@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.fingerprint import fingerprint
+from tests.support.fingerprint import fingerprint
 
 RUN = (
     *("run", "--model", "tf_efficientnet_lite0", "--dataset", "mnist5k", "--img-size", "64", "--model-ema"),
