@@ -235,7 +235,7 @@ def score_checkpoint(
     if temperature and split not in (None, "val"):
         raise UsageError(f"--temperature with --split {split}", "it is fitted on validation, and never on test")
     split = "val" if temperature else split
-    wanted = DataSelection.from_flags(data_settings) if data_settings else None
+    selection = DataSelection.from_flags(data_settings) if data_settings else None
     loading.check_devices(gpus, processes)
     environment.check_processes(processes)
     if environment.wants_launch(gpus, processes):
@@ -244,7 +244,7 @@ def score_checkpoint(
         return launch.launch(arguments, launch.LaunchSpec(launch.local_rank_count(gpus, processes)), stop)
 
     from samtune.distributed import collectives
-    from samtune.train.evaluation import evaluate_checkpoint
+    from samtune.train.eval_checkpoint import evaluate_checkpoint
 
     with console.RunProgress() as progress, collectives.connection_errors():
         scored, about = evaluate_checkpoint(
@@ -252,7 +252,7 @@ def score_checkpoint(
             name=checkpoint,
             split=split,
             dataset=dataset,
-            wanted=wanted,
+            selection=selection,
             progress=progress.score,
             ema=ema,
             gpus=gpus,

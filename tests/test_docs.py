@@ -45,7 +45,7 @@ def test_every_command_in_readme_guide_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.plan.plan.plan", begin)
     monkeypatch.setattr("samtune.api._launch", begin)
     monkeypatch.setattr("samtune.distributed.launch.launch", begin)
-    monkeypatch.setattr("samtune.train.evaluation.evaluate_checkpoint", begin)
+    monkeypatch.setattr("samtune.train.eval_checkpoint.evaluate_checkpoint", begin)
     monkeypatch.setattr("samtune.export.export.export", begin)
     monkeypatch.setattr("samtune.data.inputs.find", begin)
     monkeypatch.setattr("samtune.data.source.locate", lambda dataset: None)

@@ -48,7 +48,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         torch.set_num_threads(cores)  # as each rank has it
     with tempfile.TemporaryDirectory(prefix="samtune-plan-") as folder:
         sampler = Sampler(Path(folder), cores)
-        setup = build_setup(config, look=sampler.look, world=world)
+        setup = build_setup(config, decode=sampler.look, world=world)
         start = max(0.0, _seconds_since_start() - sampler.spent)
         images = f"{setup.update.sam.effective_micro_batch(setup.batch.per_device)} images of {setup.info.img_size} px"
         with device.oom_as_user_error(images):

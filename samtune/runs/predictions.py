@@ -41,6 +41,14 @@ class Predictions:
         return wrong[np.lexsort((self.rows[wrong], -self.probability[wrong]))][:most]
 
 
+def write(
+    path: Path, *, split: str, rows: Counts, labels: Counts, predicted: Counts, probability: npt.NDArray[np.float32]
+) -> None:
+    """Write predictions.parquet: one row per image of the split. Paired tests need it."""
+    table = pa.table({"index": rows, "label": labels, "prediction": predicted, "probability": probability})
+    pq.write_table(table.replace_schema_metadata({"split": split}), path)
+
+
 def read(path: Path, classes: int) -> Predictions:
     """predictions.parquet of a run with so many classes. Raises CheckpointError where it is not there or damaged."""
     try:

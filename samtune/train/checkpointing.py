@@ -55,11 +55,11 @@ class CheckpointSaver:
             state.seconds = self._log.seconds()
             self.newest = self._with_room(state)
         assert self.newest is not None
-        self._point(state)
+        self._set_links(state)
         checkpoint.prune(self._log.checkpoints, self.newest, self._setup.config.keep_checkpoints)
         self._saved_at = time.monotonic()
 
-    def link(self, state: TrainState) -> None:
+    def update_links(self, state: TrainState) -> None:
         """Let last mean the newest checkpoint, and best that of the best step, when a run begins or goes on.
 
         If that is gone, as it was damaged, there is no best one any more, on no rank: the run will come to it again.
@@ -67,10 +67,10 @@ class CheckpointSaver:
         if collectives.rank() == 0:
             if state.best_step is not None and not self._folder(state.best_step).is_dir():
                 state.best = state.best_step = None
-            self._point(state)
+            self._set_links(state)
         state.best, state.best_step = collectives.broadcast_from_rank0(lambda: (state.best, state.best_step))
 
-    def _point(self, state: TrainState) -> None:
+    def _set_links(self, state: TrainState) -> None:
         if self.newest is not None:
             checkpoint.update_link(self._log.checkpoints, "last", self.newest)
         if state.best_step is not None and self._folder(state.best_step).is_dir():

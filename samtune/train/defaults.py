@@ -1,4 +1,4 @@
-"""Derived defaults: what a config leaves open, told from the data, the model and the device."""
+"""Derived defaults: what a config leaves open follows from data, model and device."""
 
 import torch
 
@@ -10,13 +10,8 @@ from samtune.train.batch_plan import BatchPlan
 # Peak learning rates of the body for a batch of 32; they trained every data set we tried (recipes/README.md). They grow
 # with the square root of the batch: where the gradient is clipped, a larger batch makes a step surer but not longer.
 _BASE_LR = {"sgd": 0.004, "adamw": 1e-4}
-
-
 _BASE_LR_FROM_SCRATCH = {"sgd": 0.07, "adamw": 1e-3}  # random weights have far to go
-
-
 _BASE_BATCH = 32
-
 
 # Weight decay is 1/n for n images: against the mean loss, a prior of constant strength. It binds the new head, which a
 # few hundred images fit in many ways; for 50,000 images it is near the paper's 1e-5. Clipping shrinks the gradient but
@@ -25,6 +20,7 @@ _MAX_WEIGHT_DECAY = 0.002
 
 
 def peak_lr(config: RunConfig, batch: BatchPlan) -> float:
+    """Peak learning rate of the body; with --lr-base-batch scaled by the square root of the batch."""
     assert config.lr is not None
     if config.lr_base_batch is None:
         return config.lr
@@ -34,7 +30,7 @@ def peak_lr(config: RunConfig, batch: BatchPlan) -> float:
 def resolve_auto(
     config: RunConfig, target: torch.device, info: ModelInfo, train_images: int, batch: BatchPlan, cores: int
 ) -> RunConfig:
-    """Settle what the config leaves open, with the reason as origin. cores: of each rank."""
+    """Fill in what the config leaves open, with the reason as origin. cores: of each rank."""
     if config.batch_size != batch.part:
         config = config.derive("batch_size", batch.part, "global_batch_size over the devices")
     if config.lr is None:

@@ -1,46 +1,44 @@
 """One run, from its settings to its report: setup, run folder, steps, validation, checkpoints, one test."""
 
-import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.data.cache import Images
-from samtune.data.loader import Batch, rows_of_step, train_batches
+from samtune.data.loader import Batch, train_batches
 from samtune.data.splits import Indices
 from samtune.data.transforms import mix, train_transform
 from samtune.distributed import collectives, device, signals
-from samtune.errors import CheckpointError, Diverged, SamtuneError
+from samtune.errors import CheckpointError, SamtuneError
 from samtune.models import pretrained
 from samtune.report import run_report
-from samtune.runs import checkpoint, run_log
+from samtune.runs import checkpoint, predictions, run_log
 from samtune.runs.resume import Resumed
 from samtune.runs.run_log import RunLog
 from samtune.sam.snapshot import generator_states, set_generator_states
 from samtune.sam.step import StepResult
-from samtune.train import ending, opening
+from samtune.train import summary
 from samtune.train.checkpointing import CheckpointSaver
+from samtune.train.divergence import diverged, is_finite
 from samtune.train.evaluation import Evaluation, evaluate, to_device
+from samtune.train.restore import resume_run
 from samtune.train.schedule import cosine, warmup
 from samtune.train.setup import Setup
+from samtune.train.start import recording_outcome, start_run
 from samtune.train.state import StepStats, TrainState, find_newest, load_state_dict
 from samtune.train.trackers import Trackers
-from samtune.train.watchdog import Watchdog
+from samtune.train.watchdog import Watchdog, watch_run
 
-_ROW_STEPS = 100  # a row of metrics at least this often
-# Steps in a row without an update after which a run is given up. A loss scale for float16 finds its place in 16.
+_ROW_STEPS = 100  # steps between two rows of metrics, at most
+# Steps in a row without an update after which a run fails. A float16 loss scale needs at most 16.
 _MAX_SKIPPED = 20
 _MAX_ROLLBACKS = 3
 
@@ -53,20 +51,19 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
     Raises a SamtuneError for what the user can fix, Stopped after a signal; status.json says so too.
     """
     with signals.listening() as stop, collectives.connection_errors():
-        opened = opening.start_run(config) if resumed is None else opening.resume_run(config, resumed, stop)
+        opened = start_run(config) if resumed is None else resume_run(config, resumed, stop)
         setup, log, newest, state = opened
-        watchdog = opening.watchdog(log, 60 * config.step_timeout)
         with (
-            opening.recording_outcome(setup, log),
+            recording_outcome(setup, log),
             Trackers(setup.config, log) as trackers,
             console.RunProgress(setup.total_steps, state.step, run_log.read_metrics(log.folder)) as progress,
-            watchdog,
+            watch_run(log, 60 * config.step_timeout) as watchdog,
         ):
             log.followers.append(progress.add)
             saver = CheckpointSaver(setup, log, newest)
             trainer = Trainer(setup, state, log, saver, stop, progress, watchdog)
             stop.patient = True
-            saver.link(state)  # a kill may have come before the links
+            saver.update_links(state)  # a kill may have come before the links
             trainer.train()
             try:
                 scored = trainer.score_selected()
@@ -75,14 +72,21 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
             if collectives.rank() > 0:
                 return None
             with log.best_effort("predictions.parquet"):
-                _write_predictions(log.folder / "predictions.parquet", scored)
+                predictions.write(
+                    log.folder / "predictions.parquet",
+                    split=scored.split,
+                    rows=scored.rows,
+                    labels=scored.labels,
+                    predicted=scored.predictions,
+                    probability=scored.probability,
+                )
             result = run_report.build(log.folder)
             with log.best_effort("report"):
                 run_report.write(log.folder, result)
             trackers.result = result
         # The run is done, and what is still to come can be made again.
-        drawn = ending.draw(setup, log.folder, result) if config.html else None
-        for line in ending.words(log.folder, result, drawn):
+        page = summary.write_page(setup, log.folder, result) if config.html else None
+        for line in summary.lines(log.folder, result, page):
             log.info(line)
         return {"folder": str(log.folder), **result}
 
@@ -126,9 +130,9 @@ class Trainer:
                 try:
                     self._log_and_validate()
                 except signals.Interrupted:
-                    pass  # done when the run resumes
+                    pass  # validated when the run resumes
                 except (SamtuneError, OSError):
-                    if not setup.is_sharded and _is_finite(setup.model):  # what was earned until now
+                    if not setup.is_sharded and is_finite(setup.model):  # keep what was learned
                         self.saver.save(state)
                     raise
             last = state.step == setup.total_steps
@@ -153,7 +157,7 @@ class Trainer:
         """One update, and its statistics."""
         setup, state, config = self.setup, self.state, self.setup.config
         step = state.step + 1
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         images, labels = next(batches)
         arrived = time.perf_counter()
         set_learning_rates(setup, base_lrs, step)
@@ -175,7 +179,7 @@ class Trainer:
         if result.applied and setup.ema is not None:
             setup.ema.update(setup.model, step=step)
         for stats in (state.row, state.epoch):
-            stats.add(result, setup.batch.total, rho, arrived - asked, time.perf_counter() - arrived)
+            stats.add(result, setup.batch.total, rho, arrived - requested, time.perf_counter() - arrived)
         self.progress.train(
             step,
             **state.epoch.means(),
@@ -188,12 +192,12 @@ class Trainer:
         """A step that was not applied: skip it, roll back to the newest checkpoint, or end the run (--on-nan)."""
         setup, state, config = self.setup, self.state, self.setup.config
         in_a_row = state.skipped_in_a_row + 1
-        # Of a float16 loss scale that finds its place, gradients overflow while the loss is finite.
-        searching = setup.update.scaler is not None and math.isfinite(result.loss)
-        if (config.on_nan == "skip" or searching) and in_a_row < _MAX_SKIPPED:
+        # While a float16 loss scale adapts, gradients overflow though the loss is finite.
+        is_adapting = setup.update.scaler is not None and math.isfinite(result.loss)
+        if (config.on_nan == "skip" or is_adapting) and in_a_row < _MAX_SKIPPED:
             state.skipped_in_a_row = in_a_row
             return
-        if config.on_nan == "rollback" and state.rollbacks < _MAX_ROLLBACKS and not searching:
+        if config.on_nan == "rollback" and state.rollbacks < _MAX_ROLLBACKS and not is_adapting:
             newest = collectives.broadcast_from_rank0(lambda: find_newest(self.log.folder))
             if newest is None:
                 raise CheckpointError(f"run {self.log.folder} has lost its checkpoints", hint="start a new run")
@@ -211,46 +215,14 @@ class Trainer:
             self.saver.save(state)
             self.stop.saved = True
             collectives.barrier()
-        raise self._diverged(step, result, in_a_row)
-
-    def _diverged(self, step: int, result: StepResult, in_a_row: int) -> Diverged:
-        """Write diagnostics.json; the error that ends the run."""
-        setup, state, config = self.setup, self.state, self.setup.config
-        rho = setup.update.sam.rho
-        where = "the loss is not finite at the weights themselves, in pass 1"
-        if math.isfinite(result.loss):
-            where = f"the loss is finite, its gradient is not, or not in pass 2, at the perturbed weights (rho {rho:g})"
-        content = {
-            "step": step,
-            "epoch": setup.epoch(step),
-            "where": where,
-            "loss": str(result.loss),
-            "grad_norm": str(result.grad_norm),
-            "mean_loss_before": str(state.epoch.means()["loss"]) if state.epoch.steps else None,
-            "lr": [group["lr"] for group in setup.optimizer.param_groups],
-            "rho": rho,
-            "weights_finite": None if setup.is_sharded else _is_finite(setup.model),
-            "rows": rows_of_step(setup.train_rows, setup.batch.total, config.seed, step - 1).tolist(),
-        }
-        with suppress(OSError):
-            if collectives.rank() == 0:
-                text = json.dumps(content, indent=2) + "\n"
-                (self.log.folder / "diagnostics.json").write_text(text, encoding="utf-8")
-        times = f"; {in_a_row} steps in a row" if in_a_row > 1 else ""
-        times += f"; went back {state.rollbacks} times" if state.rollbacks else ""
-        return Diverged(
-            f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}",
-            f"{where}{times}; the weights were not updated with it, and diagnostics.json names the images",
-            "go on with --resume and a lower --lr or --rho, or --on-nan skip (--allow-change lets each differ); "
-            "or start anew with these, or with --clip-grad 1",
-        )
+        raise diverged(setup, state, self.log, step, result, in_a_row)
 
     # --------------------------------------------------------------------------------------------------- between steps
 
     def _log_and_validate(self) -> None:
-        """What is due after a step: a row of metrics, validation, a line.
+        """Write the metrics row, validation and log line that are due after a step.
 
-        Raises Interrupted where a signal asks to end during validation; repeated, it gives the same.
+        Raises Interrupted if a signal stops validation; repeated, it gives the same.
         """
         setup, state, config = self.setup, self.state, self.setup.config
         step = state.step
@@ -311,7 +283,7 @@ class Trainer:
         state.row = StepStats()
 
     def _validate(self) -> tuple[Evaluation, Evaluation | None]:
-        """The last weights on validation, and their average, if there is one."""
+        """Score the last weights on validation, and their average if there is one."""
         setup = self.setup
         try:
             validation = self._score(setup.model, setup.val, setup.val_rows, "val")
@@ -321,10 +293,10 @@ class Trainer:
         return validation, averaged
 
     def _score(self, model: nn.Module, images: Images, rows: Indices, name: str) -> Evaluation:
-        """Raises Interrupted, on all ranks, where a signal asks one of them to end."""
+        """Score the model on these rows. Raises Interrupted on all ranks if a signal stops one of them."""
         setup = self.setup
 
-        def seen(split: str, done: int, total: int) -> None:
+        def report_progress(split: str, done: int, total: int) -> None:
             self.progress.score(split, done, total)
             self._heartbeat(self.log.step)
 
@@ -336,7 +308,7 @@ class Trainer:
                 name,
                 setup.config,
                 setup.info.data_config,
-                seen,
+                report_progress,
                 setup.eval_batch,
                 self.stop.is_requested,
             )
@@ -367,11 +339,10 @@ class Trainer:
 
 def set_learning_rates(setup: Setup, base_lrs: list[float], step: int) -> None:
     """Give the optimizer the learning rates of a step, from 1. base_lrs: of each group."""
-    # While a new head knows nothing, gradients of the body and perturbations are noise: both rise slowly, rho by
-    # its schedule.
-    rising = warmup(step - 1, setup.warmup_steps)
-    for group, peak in zip(setup.optimizer.param_groups, base_lrs, strict=True):
-        group["lr"] = peak * cosine(step - 1, setup.total_steps) * (rising if group["name"] == "body" else 1)
+    # Gradients of the body are noise while the head is new, so only the head learns at the full rate at once.
+    warmup_factor = warmup(step - 1, setup.warmup_steps)
+    for group, base_lr in zip(setup.optimizer.param_groups, base_lrs, strict=True):
+        group["lr"] = base_lr * cosine(step - 1, setup.total_steps) * (warmup_factor if group["name"] == "body" else 1)
 
 
 def to_model_inputs(
@@ -391,23 +362,6 @@ def to_model_inputs(
     )
 
 
-def _is_finite(model: nn.Module) -> bool:
-    return all(bool(value.isfinite().all()) for value in model.state_dict().values())
-
-
 def _or_null(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def _write_predictions(path: Path, scored: Evaluation) -> None:
-    """What paired tests need: one row per image of the split that was scored."""
-    table = pa.table(
-        {
-            "index": scored.rows,
-            "label": scored.labels,
-            "prediction": scored.predictions,
-            "probability": scored.probability,
-        }
-    )
-    pq.write_table(table.replace_schema_metadata({"split": scored.split}), path)

@@ -25,15 +25,15 @@ from samtune.data.transforms import min_side
 from samtune.distributed import collectives, device
 from samtune.models import pretrained
 
-# Of a config, (split, rows) each and a rule: the images, decoded as far as they shall be.
+# (config, pairs of split and rows, rule) -> the images of each pair
 DecodeFunction = Callable[[RunConfig, Iterable[tuple[Split, Indices]], DecodeRule], list[Images]]
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a run that goes on has settled when it began.
+    """What a run that resumes resolved when it started.
 
-    model: what its provenance says of the model. classes: their names, in its order. rule: how it decodes.
+    model: the entry of its provenance. classes: their names, in order. rule: how it decodes.
     """
 
     model: Mapping[str, Any]
@@ -56,18 +56,18 @@ class RunData:
     test_rows: Indices
     bad_images: list[dict[str, Any]]  # left out of the rows
     seen_test_images: int  # of the test rows, those that are in train too
-    one_colour: list[str]  # places of pictures that show nothing
+    one_colour: list[str]  # paths of images of one colour
 
 
-def load_run_data(config: RunConfig, settled: Resolved | None = None, look: DecodeFunction | None = None) -> RunData:
-    """The images of a run, decoded into the cache as far as they are not there. Raises DataError or UsageError.
+def load_run_data(config: RunConfig, resolved: Resolved | None = None, decode: DecodeFunction | None = None) -> RunData:
+    """Read and decode the images of a run. Raises DataError or UsageError.
 
-    settled: of a run that goes on. look: decodes the images, in place of `look_at_data`.
+    resolved: of a run that resumes. decode: replaces `decode_splits`.
     """
-    look = look or decode_splits
+    decode = decode or decode_splits
     console.info(f"reading data set {config.dataset} ...")
-    parts = open_run_splits(config, classes=settled.classes if settled else None)
-    rule = settled.rule if settled else decode_rule(config, parts.data)
+    parts = open_run_splits(config, classes=resolved.classes if resolved else None)
+    rule = resolved.rule if resolved else decode_rule(config, parts.data)
     data = replace(
         parts.data, notes=(*parts.data.notes, *depth.words(rule.ranges), *depth.beyond(rule, parts.data.splits))
     )
@@ -75,11 +75,11 @@ def load_run_data(config: RunConfig, settled: Resolved | None = None, look: Deco
         console.info(note)
     test_part = [(parts.test, parts.test_rows)] if parts.test else []
     used = [(parts.train, parts.train_rows), (parts.val, parts.val_rows), *test_part]
-    looked_at = [decode_train(config, parts, rule, look), *look(config, used[1:], rule)]
-    bad = [item for images, (_, rows) in zip(looked_at, used, strict=True) for item in undecodable_rows(images, rows)]
+    decoded = [decode_train(config, parts, rule, decode), *decode(config, used[1:], rule)]
+    bad = [item for images, (_, rows) in zip(decoded, used, strict=True) for item in undecodable_rows(images, rows)]
     if config.on_bad_image == "error":
         raise_if_undecodable(bad)
-    train, val, *tested = looked_at
+    train, val, *tested = decoded
     test = tested[0] if tested else None
     train_rows, val_rows = drop_undecodable(train, parts.train_rows), drop_undecodable(val, parts.val_rows)
     test_rows = drop_undecodable(test, parts.test_rows) if test else parts.test_rows
@@ -97,7 +97,7 @@ def load_run_data(config: RunConfig, settled: Resolved | None = None, look: Deco
         bad_images=bad,
         seen_test_images=count_shared_images(train, train_rows, test, test_rows) if test else 0,
         one_colour=[
-            place for images, (_, rows) in zip(looked_at, used, strict=True) for place in of_one_colour(images, rows)
+            image for images, (_, rows) in zip(decoded, used, strict=True) for image in of_one_colour(images, rows)
         ],
     )
 
@@ -110,10 +110,10 @@ def decode_rule(config: RunConfig, data: LabelledDataset) -> DecodeRule:
     return DecodeRule(min_side(data_config, config), config.max_megapixels, ranges)
 
 
-def decode_train(config: RunConfig, parts: RunSplits, rule: DecodeRule, look: DecodeFunction | None = None) -> Images:
-    """The images to train on; with --no-val through the cached files of both parts, that other runs have, too."""
-    looked_at = (look or decode_splits)(config, parts.sources or [(parts.train, parts.train_rows)], rule)
-    return concat_images(parts.train, *looked_at) if parts.sources else looked_at[0]
+def decode_train(config: RunConfig, parts: RunSplits, rule: DecodeRule, decode: DecodeFunction | None = None) -> Images:
+    """The images to train on; with --no-val those of both parts, through the cache files that other runs use too."""
+    decoded = (decode or decode_splits)(config, parts.sources or [(parts.train, parts.train_rows)], rule)
+    return concat_images(parts.train, *decoded) if parts.sources else decoded[0]
 
 
 def decode_splits(config: RunConfig, parts: Iterable[tuple[Split, Indices]], rule: DecodeRule) -> list[Images]:

@@ -45,7 +45,7 @@ class Setup(RunData):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank has a part of the model alone; what makes it whole, or computes with it, all ranks do."""
+        """Whether each rank has only a part of the model. Methods that use it are then collective."""
         return self.update.sam.shards is not None
 
     def weights(self, model: nn.Module) -> Mapping[str, torch.Tensor]:
@@ -53,21 +53,21 @@ class Setup(RunData):
         return fsdp.full_state_dict(model) if self.is_sharded else model.state_dict()
 
     def load(self, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-        """The same, the other way. Raises RuntimeError where they are not those of the model."""
+        """Load such a state_dict. Raises RuntimeError if it does not fit the model."""
         if self.is_sharded:
             fsdp.load_full_state_dict(model, weights)
         else:
             model.load_state_dict(weights)
 
     def optimizer_state(self) -> Mapping[int, Any]:
-        """What the optimizer remembers, whole on rank 0. Rates, decay and the like follow from settings and step."""
+        """The optimizer's state by parameter, whole on rank 0. Learning rates and decay follow from config and step."""
         if self.is_sharded:
             return fsdp.full_optimizer_state(self.optimizer)
         state: Mapping[int, Any] = self.optimizer.state_dict()["state"]
         return state
 
     def load_optimizer_state(self, state: Mapping[int, Any]) -> None:
-        """The same, the other way."""
+        """Load such a state."""
         if self.is_sharded:
             fsdp.load_full_optimizer_state(self.optimizer, state)
         else:
@@ -80,38 +80,38 @@ class Setup(RunData):
 
 def build_setup(
     config: RunConfig,
-    settled: Resolved | None = None,
+    resolved: Resolved | None = None,
     *,
-    look: DecodeFunction | None = None,
+    decode: DecodeFunction | None = None,
     world: collectives.World | None = None,
 ) -> Setup:
-    """Read the data's table of contents, build the model, settle what the config leaves open but for the run folder.
+    """Read the data, build model, optimizer and schedule, and resolve what the config leaves open.
 
-    settled: of a run that goes on; the caller will load its weights. look: decodes the images, by default all of them
-    into the cache. world: the ranks that the job is divided among, by default those that are running. Raises DataError,
-    ModelError or CheckpointError.
+    The run folder stays open. resolved: of a run that resumes; the caller loads its weights. decode: decodes the
+    images; by default all of them into the cache. world: the ranks that share the run, by default those that are
+    running. Raises DataError, ModelError or CheckpointError.
     """
     device.deterministic(config.deterministic)
     target = device.select_device(config.gpus, config.processes)
     pretrained.resolve(config.model)  # a misspelt name need not wait for the data
-    if settled is None and config.img_size is not None:
+    if resolved is None and config.img_size is not None:
         pretrained.check_size(config.model, config.weights, config.img_size)
     collectives.init(target)
     torch.manual_seed(config.seed)
     with collectives.local_main_process_first():
-        read = load_run_data(config, settled, look)
+        read = load_run_data(config, resolved, decode)
         console.info(f"loading model {config.model} ...")
         model, info = pretrained.build(
             config.model,
             classes=len(read.data.class_names),
-            weights=config.weights if settled is None else None,
-            pretrained=config.pretrained and settled is None,
+            weights=config.weights if resolved is None else None,
+            pretrained=config.pretrained and resolved is None,
             img_size=config.img_size,
             drop=config.drop,
             drop_path=config.drop_path,
         )
-    if settled is not None:
-        info = replace(info, **_kept(settled.model))
+    if resolved is not None:
+        info = replace(info, **_kept(resolved.model))
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     with device.oom_as_user_error(f"the weights of {info.resolved}"):
         model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
@@ -163,7 +163,7 @@ def build_setup(
 
 
 def _kept(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What provenance.json says of a model that its weights do not, where it says so."""
+    """What provenance.json knows of a model and its weights do not."""
     kept = {key: model[key] for key in ("requested", "weights", "pretraining", "data_config") if key in model}
     if "data_config" in kept:
         kept["data_config"] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept["data_config"].items()}

@@ -26,7 +26,7 @@ from samtune.data.transforms import eval_transform, normalize
 from samtune.models import pretrained
 from samtune.report.run_report import score_line
 from samtune.train import loop
-from samtune.train.evaluation import evaluate_checkpoint
+from samtune.train.eval_checkpoint import evaluate_checkpoint
 
 MODEL = "tf_efficientnet_lite0"
 

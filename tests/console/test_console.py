@@ -16,7 +16,7 @@ import pytest
 
 from samtune import console
 from samtune.console import live
-from samtune.train import ending
+from samtune.train import summary
 from tests.conftest import ROOT, SMALL_MODEL, samtune, write_image_folder
 from tests.runs.test_listing import write_run
 from tests.support.run_folders import write_sweep
@@ -343,7 +343,7 @@ def test_a_run_draws_its_page_and_says_what_its_number_means(finished):
     assert page.count("data:image/png") >= result["test"]["wrong"] > 0  # the pictures of mistakes
     assert "This run is not done" not in page
     assert 'http-equiv="refresh"' not in page
-    assert ending.meaning(result) in done.stderr
+    assert summary.interpret(result) in done.stderr
     assert f"{result['test']['wrong']} of {result['test']['n']} test images are wrong" in done.stderr
     assert f"page    {folder / 'report.html'}" in done.stderr
     assert f"`samtune predict '{folder}' IMAGES`" in done.stderr
@@ -358,10 +358,10 @@ def test_the_page_of_a_run_is_the_one_that_report_draws(finished, tmp_path):
 
 def test_what_a_number_means_without_a_test_split():
     scores = {"n": 40, "wrong": 4, "top1_error_ci95": [3.96, 23.05]}
-    said = ending.meaning({"test": None, "val": scores})
+    said = summary.interpret({"test": None, "val": scores})
     assert said.startswith("4 of 40 validation images are wrong: of such images, this model gets 4.0 to 23.1 % wrong")
     assert "that is too low" in said
-    assert "that is too low" not in ending.meaning({"test": scores, "val": None})
+    assert "that is too low" not in summary.interpret({"test": scores, "val": None})
 
 
 def test_a_page_that_cannot_be_drawn_does_not_fail_a_run(finished, tmp_path, monkeypatch, capsys):
@@ -374,7 +374,7 @@ def test_a_page_that_cannot_be_drawn_does_not_fail_a_run(finished, tmp_path, mon
     class Job:
         val, test = Part, None
 
-    assert ending.draw(Job, folder, json.loads((folder / "report.json").read_text())) is None
+    assert summary.write_page(Job, folder, json.loads((folder / "report.json").read_text())) is None
     said = capsys.readouterr().err
     assert "ZeroDivisionError" in said
     assert f"`samtune report '{folder}'` tries once more" in said

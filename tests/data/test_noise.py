@@ -207,7 +207,7 @@ def test_validation_test_and_eval_see_clean_labels(noisy_run, folder_data):
     folder, _, _ = noisy_run
     predictions = pq.read_table(folder / "predictions.parquet").to_pydict()
     assert predictions["label"] == source.open_source(str(folder_data)).splits["test"].labels.tolist()
-    from samtune.train.evaluation import evaluate_checkpoint
+    from samtune.train.eval_checkpoint import evaluate_checkpoint
 
     train = source.open_source(str(folder_data)).splits["train"]
     for split in ("train", "val"):

@@ -265,7 +265,7 @@ def test_a_sample_stands_for_all(tmp_path, photos, monkeypatch):
     for more, states, sampled in (({}, {"once"}, 9), ({"cache_limit": 0.0}, {"every epoch"}, None)):
         sampler = Sampler(tmp_path / str(sampled), 1)
         (tmp_path / str(sampled)).mkdir()
-        read = run_data.load_run_data(loading.load(None, flags | more), look=sampler.look)
+        read = run_data.load_run_data(loading.load(None, flags | more), decode=sampler.look)
         assert {part.state for part in sampler.found} == states
         assert [part.images for part in sampler.found] == [len(read.train_rows), len(read.val_rows), 16]
         known = known_rows(read.train, read.train_rows)

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from samtune.train.evaluation import evaluate_checkpoint
+from samtune.train.eval_checkpoint import evaluate_checkpoint
 from tests.conftest import image_bytes, samtune, write_image_folder
 
 CLASSES = ("cat", "dog", "owl")
@@ -24,9 +24,9 @@ def trained(tmp_path_factory):
     return root / "r"
 
 
-def score(run, dataset, split=None, wanted=None):
+def score(run, dataset, split=None, selection=None):
     scored, about = evaluate_checkpoint(
-        run, name=None, split=split, dataset=str(dataset), wanted=wanted, progress=lambda *_: None
+        run, name=None, split=split, dataset=str(dataset), selection=selection, progress=lambda *_: None
     )
     return scored, about
 

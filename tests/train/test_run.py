@@ -86,7 +86,7 @@ def test_eval_reproduces_the_reported_numbers_exactly(pets):
 @pytest.mark.slow
 def test_timm_loads_the_result_and_finds_the_same_classes(pets):
     folder, _ = pets
-    from samtune.train.evaluation import evaluate_checkpoint
+    from samtune.train.eval_checkpoint import evaluate_checkpoint
 
     model = timm.create_model(f"local-dir:{folder / 'checkpoints' / 'last'}", pretrained=True).eval()
     scored, _ = evaluate_checkpoint(folder, name=None, split="test", dataset=None, progress=lambda *_: None)

@@ -12,7 +12,7 @@ def watched(timeout=100.0):
 def looks(dog, seconds):
     """A look every second."""
     for _ in range(seconds):
-        dog.look(1.0)
+        dog.check(1.0)
 
 
 def test_a_step_that_takes_far_longer_than_usual_is_said_once():
@@ -52,6 +52,6 @@ def test_a_beat_begins_anew():
 
 def test_time_in_which_the_process_was_suspended_does_not_count():
     dog, said = watched()
-    dog.look(10_000.0)
+    dog.check(10_000.0)
     looks(dog, 90)
     assert said == []

@@ -1,0 +1,204 @@
+"""Score a checkpoint of a run on the run's own data, or on other data."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samtune import console
+from samtune.config.run_config import RunConfig
+from samtune.data import source
+from samtune.data.cache import Images, drop_undecodable, raise_if_undecodable, undecodable_rows
+from samtune.data.decode import DecodeRule
+from samtune.data.labels import some
+from samtune.data.source import LabelledDataset, Split
+from samtune.data.split_roles import DataSelection
+from samtune.data.splits import Indices, RunSplits, open_run_splits
+from samtune.distributed import collectives, device
+from samtune.errors import DataError, UsageError
+from samtune.models import pretrained
+from samtune.runs import checkpoint
+from samtune.runs.run_log import read_provenance
+from samtune.train.evaluation import Evaluation, Progress, evaluate
+from samtune.train.run_data import decode_splits, decode_train
+
+
+def evaluate_checkpoint(
+    path: Path,
+    *,
+    name: str | None,
+    split: str | None,
+    dataset: str | None,
+    selection: DataSelection | None = None,
+    progress: Progress,
+    ema: bool = False,
+    gpus: str = "auto",
+    processes: int | None = None,
+    keep_logits: bool = False,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Score a checkpoint folder, or a checkpoint of a run, on a split: (evaluation, what was scored).
+
+    name: "last" or "best" of a run; None takes the one that the run's report scored. ema: score the averaged weights.
+    selection: columns and splits of other data. gpus, processes, keep_logits: as in a run and in `evaluate`. Images,
+    arithmetic and batches are those of the run, and so are the numbers.
+
+    On the run's own data, which may now be at `dataset`, "val" is the part that the run validated on, "train" the part
+    it trained on, "test" (the default) the part it was scored on, and any other name a whole split. On other data each
+    image is scored once whose class name the model knows; the default is the test split, or all splits if there is
+    none.
+
+    Raises:
+        CheckpointError: no such run or checkpoint, or a damaged one.
+        DataError: the run's data set is gone or is another one now, or none of the classes of other data are known.
+        UsageError: the data set has no such split.
+    """
+    folder = checkpoint.locate(path, name)
+    manifest = checkpoint.verify(folder)
+    config = checkpoint.run_config(manifest)
+    weights = checkpoint.weights(folder, config, ema=ema)
+    target = device.select_device(gpus, processes)
+    collectives.init(target)
+    with collectives.local_main_process_first():
+        model, data_config = pretrained.load_checkpoint(weights)
+        selected = _select(folder, config, manifest, split, dataset, selection)
+        for note in selected.notes:
+            console.info(note)
+        images = selected.decode()
+        if selected.on_bad_image == "error":
+            raise_if_undecodable(undecodable_rows(images, selected.rows))
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
+    rows = drop_undecodable(images, selected.rows)
+    evaluation = evaluate(model, images, rows, selected.name, config, data_config, progress, keep_logits=keep_logits)
+    about = {"checkpoint": str(folder), "step": manifest["step"], "ema": ema, "dataset": selected.origin}
+    return evaluation, about | {"unknown_classes": dict(selected.split.unknown)}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that are scored. name: of the split, for the result. decode: decodes them into the cache."""
+
+    name: str
+    origin: str
+    split: Split
+    rows: Indices
+    decode: Callable[[], Images]
+    on_bad_image: str
+    notes: tuple[str, ...] = ()
+
+
+def _select(
+    folder: Path,
+    config: RunConfig,
+    manifest: Mapping[str, Any],
+    split: str | None,
+    dataset: str | None,
+    selection: DataSelection | None,
+) -> _Rows:
+    """Rows of the run's own data, wherever they are now, or of other data. folder: the checkpoint's."""
+    if dataset is None:
+        _check_dataset_exists(config, folder)
+        own = open_run_splits(config, classes=manifest["class_names"])
+        if manifest.get("dataset", own.data.fingerprint) != own.data.fingerprint:
+            raise DataError(
+                f"data set {config.dataset} is not the one that the run was made with",
+                f"its pictures or labels are others than those of {folder}",
+                f"--dataset PATH says where the run's own is now; --dataset {config.dataset} scores this one as others",
+            )
+        return _rows_of_run(config, manifest, split or "test", own)
+    try:
+        parts = open_run_splits(config, dataset, manifest["class_names"])
+    except (DataError, UsageError):
+        parts = None
+    if (
+        parts is not None
+        and selection is None
+        and manifest.get("dataset", parts.data.fingerprint) == parts.data.fingerprint
+    ):
+        return _rows_of_run(config, manifest, split or "test", parts)
+    return _rows_of_other(
+        config, manifest, split, source.open_source(dataset, selection, manifest["class_names"]), selection
+    )
+
+
+def _check_dataset_exists(config: RunConfig, folder: Path) -> None:
+    """Raise DataError if the run's data set was a path that does not exist any more."""
+    try:
+        origin = str(read_provenance(folder.resolve().parents[1])["dataset"]["source"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # a checkpoint without its run
+    if origin == config.dataset and not Path(origin).exists():
+        raise DataError(
+            f"data set {origin} of the run is not there",
+            f"the path is read from {Path.cwd()}" if not Path(origin).is_absolute() else "",
+            "--dataset PATH says where it is now",
+        )
+
+
+def _rows_of_run(config: RunConfig, manifest: Mapping[str, Any], split: str, parts: RunSplits) -> _Rows:
+    data, rule = parts.data, checkpoint.decode_rule(manifest)
+    if split == "val" and not config.val:
+        raise UsageError(
+            "--split val: this run held nothing out", "--no-val: it trained on its validation images", "--split test"
+        )
+    if split == "train":
+        decode = partial(decode_train, config, parts, rule)
+        return _Rows(split, data.origin, parts.train, parts.train_rows, decode, config.on_bad_image)
+    if split == "val":
+        selected, rows = parts.val, parts.val_rows
+    elif split == "test" and parts.test is not None:
+        selected, rows = parts.test, parts.test_rows
+    elif split in data.splits:
+        selected, rows = data.splits[split], data.splits[split].labelled
+    else:
+        raise _no_split(data, split, ["val"])
+    return _Rows(split, data.origin, selected, rows, _decoder(config, selected, rows, rule), config.on_bad_image)
+
+
+def _rows_of_other(
+    config: RunConfig,
+    manifest: Mapping[str, Any],
+    split: str | None,
+    data: LabelledDataset,
+    selection: DataSelection | None,
+) -> _Rows:
+    if not data.splits:
+        raise DataError(f"data set {data.origin} has no labelled pictures", "; ".join(data.notes))
+    role = {"val": "validation"}.get(split or "test", split or "test")
+    others = [other for other in data.splits if other != role]
+    note = ""
+    if split is None and others and role not in data.splits:
+        # No split is named: each image is scored once.
+        name = "all" if len(others) == 1 else "+".join(others)
+        selected = reduce(source.concat_splits, data.splits.values())
+        note = f"scored: all splits of {data.name}, {name}; --split takes one" if len(others) > 1 else ""
+    elif role in data.splits:
+        name, selected = split or role, data.splits[role]
+        if split is None and others:
+            note = f"scored: split test of {data.name}; --split takes another: {', '.join(others)}"
+    else:
+        raise _no_split(data, role, [])
+    rows = selected.labelled
+    if len(rows) == 0:
+        raise DataError(
+            f"no picture of split {name} of {data.origin} is of a class that the model knows",
+            f"its classes: {some(list(selected.unknown)) or 'none'}; the model's: {some(manifest['class_names'])}",
+            "classes are matched by their names: name the folders or labels as the model does",
+        )
+    on_bad_image = selection.on_bad_image if selection is not None else config.on_bad_image
+    decode = _decoder(config, selected, rows, checkpoint.decode_rule(manifest))
+    return _Rows(name, data.origin, selected, rows, decode, on_bad_image, (*data.notes, note) if note else data.notes)
+
+
+def _decoder(config: RunConfig, split: Split, rows: Indices, rule: DecodeRule) -> Callable[[], Images]:
+    return lambda: decode_splits(config, [(split, rows)], rule)[0]
+
+
+def _no_split(data: LabelledDataset, split: str, more: list[str]) -> UsageError:
+    return UsageError(
+        f"data set {data.name} has no split {split!r}",
+        hint="--split " + ", or one of: ".join([*more, ", ".join(data.splits)]),
+    )
