@@ -9,9 +9,9 @@ from samtune.errors import UsageError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Images of a step: part of them at once on each device, `parts` times, which is total on all devices together.
+    """Images of a step: `part` at once on each device, `parts` times, `total` on all devices together.
 
-    total is less where the data set has no more images.
+    total is smaller if the data set has fewer images.
     """
 
     part: int
@@ -21,7 +21,7 @@ class BatchPlan:
 
     @classmethod
     def of(cls, config: RunConfig, devices: int, train_images: int) -> "BatchPlan":
-        """As the settings divide it. Raises UsageError where it cannot be divided evenly."""
+        """The plan of a config. Raises UsageError if the batch cannot be divided evenly."""
         total = config.global_batch_size
         if total is None:
             return cls(config.batch_size, devices, 1, min(config.batch_size * devices, train_images))
@@ -53,9 +53,9 @@ class BatchPlan:
         return f"{self.total} images ({' x '.join(factors)} = {self.nominal})"
 
     def share(self, rows: Indices, rank: int) -> Indices:
-        """Of a step's rows those of one rank. They follow each other: many devices have the parts that one would have.
+        """The rows of one rank in a step: consecutive, as one device would divide them.
 
-        A rank for which none is left gets one that counts nothing.
+        A rank that has none left gets one row, which its weight of 0 leaves out.
         """
         even, more = divmod(len(rows), self.devices)
         end = (rank + 1) * even + min(rank + 1, more)

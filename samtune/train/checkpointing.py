@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when one is due, and room for it."""
+"""The checkpoints of a run: when one is due, writing it, and the disk space for it."""
 
 import shutil
 import time
@@ -18,10 +18,10 @@ from samtune.train.state import TrainState, state_dict
 
 
 class CheckpointSaver:
-    """Saves the state of a run, and keeps as many checkpoints as the settings ask for."""
+    """Saves the state of a run, and prunes older checkpoints."""
 
     def __init__(self, setup: Setup, log: RunLog, newest: Path | None) -> None:
-        """newest: the checkpoint that the run goes on from, if it does."""
+        """newest: the checkpoint that the run resumes from, if any."""
         self._setup, self._log = setup, log
         self.newest = newest
         self._saved_at = time.monotonic()
@@ -38,19 +38,19 @@ class CheckpointSaver:
         return self._steps is not None and step % self._steps == 0
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint of this state, unless there is one, and let last and best mean what they should.
+        """Write a checkpoint of this state, unless it exists, and update the links last and best.
 
-        Raises MachineError if it cannot be written, with all that is expendable gone; the last one stays. Rank 0 writes
-        for all, and needs nothing of the others unless the model is sharded: what they draw follows from the step.
+        Rank 0 writes for all; the others take part only if the model is sharded. Raises MachineError if there is no
+        space, though all older checkpoints but the newest were removed.
         """
-        is_there = self.newest == self._folder(state.step)
+        exists = self.newest == self._folder(state.step)
         if collectives.rank() > 0:
-            if self._setup.is_sharded and not is_there:
+            if self._setup.is_sharded and not exists:
                 content(self._setup, state)
             self.newest = self._folder(state.step)
             self._saved_at = time.monotonic()
             return
-        if not is_there:
+        if not exists:
             state.metrics_bytes = self._log.synced_metrics_bytes()
             state.seconds = self._log.seconds()
             self.newest = self._with_room(state)
@@ -60,7 +60,7 @@ class CheckpointSaver:
         self._saved_at = time.monotonic()
 
     def update_links(self, state: TrainState) -> None:
-        """Let last mean the newest checkpoint, and best that of the best step, when a run begins or goes on.
+        """Point last at the newest checkpoint and best at that of the best step, when a run starts or resumes.
 
         If that is gone, as it was damaged, there is no best one any more, on no rank: the run will come to it again.
         """
@@ -136,16 +136,16 @@ def needed_bytes(setup: Setup, folder: Path) -> tuple[int, int, Path]:
     tensors += [w for group in setup.optimizer.param_groups for w in group["params"]] * slots
     at_once = setup.config.keep_checkpoints + 2  # the best, and one that is being written
     needed = at_once * sum(w.numel() * w.element_size() for w in tensors)
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    return needed, shutil.disk_usage(there).free, there
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return needed, shutil.disk_usage(parent).free, parent
 
 
 def check_disk_space(setup: Setup, folder: Path) -> None:
     """Raise MachineError if the disk of a run folder has no room for the checkpoints that will be in it at once."""
-    needed, free, there = needed_bytes(setup, folder)
+    needed, free, parent = needed_bytes(setup, folder)
     if free < needed:
         raise MachineError(
-            f"{there} has {free / 2**20:.0f} MiB free, and the run's checkpoints need {needed / 2**20:.0f} MiB",
+            f"{parent} has {free / 2**20:.0f} MiB free, and the run's checkpoints need {needed / 2**20:.0f} MiB",
             f"--keep-checkpoints {setup.config.keep_checkpoints}, the best, and one that is being written",
             "make room, lower --keep-checkpoints, or give another --output",
         )

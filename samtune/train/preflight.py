@@ -1,4 +1,4 @@
-"""What can be told to be wrong before anything slow begins."""
+"""Checks before slow work: files, packages and folders that a run needs."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from samtune.runs.run_log import check_free, check_unused, has_checkpoints
 
 
 def check_before_slow_work(settings: RunConfig, resumed: Resumed | None) -> None:
-    """Raise a SamtuneError for files that are not there, and for a run folder that cannot be had."""
+    """Raise a SamtuneError for missing files, and for a run folder that cannot be used."""
     check_inputs(settings, weights=resumed is None or not has_checkpoints(resumed.folder))
     check_apart(settings.output, settings.dataset)
     if resumed is not None:
@@ -20,13 +20,13 @@ def check_before_slow_work(settings: RunConfig, resumed: Resumed | None) -> None
 
 
 def check_apart(output: Path | None, dataset: str) -> None:
-    """Raise UsageError for an output folder that is the data set's own: its files would lie among the pictures."""
+    """Raise UsageError for an output folder that is the data set's own: its files would be among the images."""
     if output is not None and output.is_dir() and output.resolve() == Path(split_config(dataset)[0]).resolve():
         raise UsageError(f"--output {output} is the folder of the data set", hint="give another --output")
 
 
 def check_inputs(settings: RunConfig, *, weights: bool = True) -> None:
-    """Raise DataError, CheckpointError or UsageError for a data set, a file or a package that is not there.
+    """Raise DataError, CheckpointError or UsageError for a missing data set, file or package.
 
     weights: whether those of the settings are needed; a run that has a checkpoint needs none.
     """

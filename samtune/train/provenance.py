@@ -1,4 +1,4 @@
-"""What a run was made of: names turned into weights, splits and rates. For provenance.json, and for people."""
+"""Provenance: the weights, splits, rates and versions of a run, for provenance.json and for its first log lines."""
 
 import math
 import os
@@ -103,13 +103,13 @@ def _warnings(setup: Setup) -> Iterator[str]:
 
 
 def startup_lines(setup: Setup, provenance: Mapping[str, Any]) -> list[str]:
-    """The same in a few lines, as a run says them when it begins."""
+    """The first lines of a run's log. provenance: its content."""
     config, data, model = setup.config, setup.data, provenance["model"]
     resolved = "" if model["requested"] == model["resolved"] else f" -> {model['resolved']}"
     held_out = setup.val.split.name == setup.train.split.name
-    own = f"a stratified {100 * config.val_fraction:g} % of train" if held_out else "its own split"
-    own = own if config.val else "trained on, too"
-    sizes = f"train {len(setup.train_rows)}, val {len(setup.val_rows)} ({own}), test {len(setup.test_rows)}"
+    val_origin = f"a stratified {100 * config.val_fraction:g} % of train" if held_out else "its own split"
+    val_origin = val_origin if config.val else "trained on, too"
+    sizes = f"train {len(setup.train_rows)}, val {len(setup.val_rows)} ({val_origin}), test {len(setup.test_rows)}"
     head_lr = provenance["optimizer"]["head_lr"]
     pieces = f", {setup.update.sam.micro_batch} at once" if setup.update.sam.micro_batch else ""
     return [
@@ -127,7 +127,7 @@ def startup_lines(setup: Setup, provenance: Mapping[str, Any]) -> list[str]:
 
 
 def _scaled(setup: Setup) -> str:
-    """Where the rate is not the one that was given, from what it follows."""
+    """How the learning rate follows from --lr-base-batch, if it does."""
     base = setup.config.lr_base_batch
     return "" if base is None else f" = {setup.config.lr:g} x sqrt({setup.batch.nominal} / {base})"
 

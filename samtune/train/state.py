@@ -1,7 +1,7 @@
-"""Where a run is between two steps, and how that is written down and found again.
+"""The state of a run between two steps, and how a checkpoint stores and restores it.
 
-Order and augmentation of the images follow from (seed, epoch, row), mixing from (seed, step): of the data, the number
-of the step is all there is to remember.
+Order and augmentation of the images follow from (seed, epoch, row), mixing from (seed, step). So the step is all that
+the state holds of the data.
 """
 
 import math
@@ -20,7 +20,7 @@ from samtune.train.setup import Setup
 
 @dataclass
 class StepStats:
-    """Sums over some steps; means are taken when they are asked for."""
+    """Sums over several steps, and their means."""
 
     steps: int = 0
     skipped: int = 0
@@ -35,7 +35,7 @@ class StepStats:
     working: float = 0.0
 
     def add(self, result: StepResult, n: int, rho: float, waiting: float, working: float) -> None:
-        """A step on n images. Where nothing was updated, loss and error are not counted."""
+        """Add a step on n images. A skipped step adds nothing to loss and error."""
         self.steps += 1
         self.n += n
         self.passes += result.passes
@@ -71,11 +71,11 @@ class StepStats:
 
 @dataclass
 class TrainState:
-    """step: how many are done. evaluated_step: the last one after which all that is due (as validation) has been done.
+    """What changes from step to step, besides weights, optimizer and random numbers.
 
-    row, epoch: sums since the last row of metrics, and since the epoch began. best, best_step: error and loss of the
-    best validation so far, and after which step it was. metrics_bytes: length of metrics.jsonl. seconds: time since the
-    run began, pauses left out.
+    step: steps done. evaluated_step: the last step whose logging and validation are done. row, epoch: sums since the
+    last row of metrics, and since the epoch began. best, best_step: error and loss of the best validation, and its
+    step. metrics_bytes: length of metrics.jsonl. seconds: training time, without pauses.
     """
 
     step: int = 0
@@ -91,7 +91,7 @@ class TrainState:
 
 
 def state_dict(setup: Setup, state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds besides weights: tensors, numbers and texts."""
+    """What a checkpoint holds besides weights: tensors, numbers and strings."""
     scaler = setup.update.scaler
     return {
         "position": asdict(state),
@@ -103,9 +103,9 @@ def state_dict(setup: Setup, state: TrainState) -> dict[str, Any]:
 
 
 def load_state_dict(setup: Setup, folder: Path) -> TrainState:
-    """Put a job where it was when a valid checkpoint was saved: weights, optimizer, averages, random numbers.
+    """Load a valid checkpoint: weights, averages, optimizer, random numbers; returns its TrainState.
 
-    Raises CheckpointError for state or weights that do not fit, or that are no data but code.
+    Raises CheckpointError for state or weights that do not fit the run, or that contain code.
     """
     state = checkpoint.load_state(folder)
     checkpoint.load_weights(partial(setup.load, setup.model), folder / "model.safetensors")
@@ -130,7 +130,7 @@ def load_state_dict(setup: Setup, folder: Path) -> TrainState:
 
 
 def find_newest(folder: Path) -> Path | None:
-    """The newest valid checkpoint of a run folder, None if none was saved yet; damage and leftovers are named.
+    """The newest valid checkpoint of a run folder; None if none was saved yet. Warns of damaged ones and leftovers.
 
     Raises CheckpointError if there are checkpoints, but none that is valid.
     """
@@ -138,13 +138,13 @@ def find_newest(folder: Path) -> Path | None:
     checkpoint.adopt_copies(checkpoints)
     for left in checkpoint.remove_leftovers(checkpoints):
         console.warn(f"a save was cut off: {left.name} is removed")
-    found, damage = checkpoint.newest_valid(checkpoints)
-    if found is None and damage:
+    newest, damage = checkpoint.newest_valid(checkpoints)
+    if newest is None and damage:
         raise CheckpointError(
             f"run {folder} has no valid checkpoint left",
             "; ".join(f"{error.message.removeprefix('checkpoint ')}: {error.cause}" for error in damage),
             "start a new run with another --output",
         )
     for error in damage:
-        console.warn(f"{error.message} ({error.cause}): going on from {found.name if found else ''}")
-    return found
+        console.warn(f"{error.message} ({error.cause}): going on from {newest.name if newest else ''}")
+    return newest

@@ -1,6 +1,6 @@
-"""One temperature that makes a model as sure as it is right (Guo et al. 2017): fitted on validation, stored beside it.
+"""Temperature scaling (Guo et al. 2017): fit one temperature on validation, and store it beside the weights.
 
-Logits are divided by it before the softmax: which class is the most probable stays as it is.
+Logits are divided by the temperature before the softmax. The most probable class does not change.
 """
 
 import json
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from samtune.train.evaluation import Evaluation
 
 NAME = "temperature.json"
-_LEAST_RATIO = 3.841  # chi-squared with one degree of freedom exceeds it by chance one time in twenty
-_MOST = 100.0  # temperatures are looked for between this and its inverse
+_MIN_RATIO = 3.841  # 95th percentile of chi-squared with one degree of freedom
+_MAX = 100.0  # the search is between this and its inverse
 
 Logits = npt.NDArray[np.float32]  # (n, classes)
 Labels = npt.NDArray[np.int64]  # (n,)
@@ -29,7 +29,7 @@ Labels = npt.NDArray[np.int64]  # (n,)
 
 @dataclass(frozen=True)
 class Temperature:
-    """What was fitted, and on how many images; NLL in nats an image, and ECE in [0, 1], without it and with it."""
+    """A fitted temperature, and NLL (nats per image) and ECE (in [0, 1]) of its n images without and with it."""
 
     temperature: float
     split: str
@@ -41,20 +41,16 @@ class Temperature:
 
     @property
     def is_sure(self) -> bool:
-        """Whether these images tell it from 1, by the likelihood-ratio test at 5 %: few images may mislead."""
-        return 2 * self.n * (self.nll_before - self.nll_after) > _LEAST_RATIO
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, as temperature.json has them."""
-        return asdict(self)
+        """Whether it differs from 1 by the likelihood-ratio test at 5 %."""
+        return 2 * self.n * (self.nll_before - self.nll_after) > _MIN_RATIO
 
 
 def fit(logits: Logits, labels: Labels, split: str = "val") -> Temperature:
-    """The temperature of the lowest NLL. Its inverse is found, in which the NLL is convex.
+    """The temperature with the lowest NLL; the search is over its inverse, in which the NLL is convex.
 
-    Raises DataError where every image is classified rightly: the NLL then falls with the temperature, down to 0.
+    Raises DataError if every image is classified correctly: the NLL then falls with the temperature down to 0.
     """
-    import scipy.optimize
+    import scipy.optimize  # slow to import
 
     z = logits.astype(np.float64)
     if (z.argmax(axis=1) == labels).all():
@@ -63,14 +59,14 @@ def fit(logits: Logits, labels: Labels, split: str = "val") -> Temperature:
             "the surer the model, the lower its loss there: the best temperature would be 0",
             "hold more images out of training (--val-fraction), or use the probabilities as they are",
         )
-    found = scipy.optimize.minimize_scalar(
+    minimum = scipy.optimize.minimize_scalar(
         lambda log_inverse: nll(z, labels, np.exp(-log_inverse)),
-        bounds=(-np.log(_MOST), np.log(_MOST)),
+        bounds=(-np.log(_MAX), np.log(_MAX)),
         method="bounded",
         options={"xatol": 1e-8},
     )
-    fitted = float(np.exp(-found.x))
-    if not nll(z, labels, fitted) < nll(z, labels, 1.0):  # it cannot be told apart from 1
+    fitted = float(np.exp(-minimum.x))
+    if not nll(z, labels, fitted) < nll(z, labels, 1.0):
         fitted = 1.0
     return Temperature(
         fitted,
@@ -85,26 +81,24 @@ def fit(logits: Logits, labels: Labels, split: str = "val") -> Temperature:
 
 def nll(logits: npt.NDArray[Any], labels: Labels, temperature: float) -> float:
     """The mean negative log-likelihood of the labels, in nats."""
-    log_p = _log_softmax(logits / temperature)
+    import scipy.special
+
+    log_p = scipy.special.log_softmax(logits / temperature, axis=1)
     return float(-log_p[np.arange(len(labels)), labels].mean())
 
 
 def _ece(logits: npt.NDArray[Any], labels: Labels, temperature: float) -> float:
-    p = np.exp(_log_softmax(logits / temperature))
+    import scipy.special
+
+    p = np.exp(scipy.special.log_softmax(logits / temperature, axis=1))
     return expected_calibration_error(p.max(axis=1), p.argmax(axis=1) == labels).ece
 
 
-def _log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
-
-
 def write(weights: Path, fitted: Temperature) -> Path:
-    """Store it beside the weights that it was fitted for, in place of an earlier one. Raises MachineError."""
+    """Store it beside its weights, in place of an earlier one. Raises MachineError."""
     path = weights / NAME
     try:
-        write_atomic(path, json.dumps(fitted.to_json(), indent=2) + "\n")
+        write_atomic(path, json.dumps(asdict(fitted), indent=2) + "\n")
     except OSError as error:
         raise MachineError(
             f"{path} cannot be written", error.strerror or "", "copy the checkpoint where you may write"
@@ -113,25 +107,22 @@ def write(weights: Path, fitted: Temperature) -> Path:
 
 
 def read(weights: Path) -> Temperature | None:
-    """What is stored beside these weights, if anything. Raises CheckpointError for what is no temperature."""
+    """The temperature stored beside these weights, if any. Raises CheckpointError if it cannot be read."""
     path = weights / NAME
     try:
-        found = Temperature(**json.loads(path.read_text(encoding="utf-8")))
-        if not 0 < found.temperature < float("inf"):
-            raise ValueError(f"temperature {found.temperature}")
+        stored = Temperature(**json.loads(path.read_text(encoding="utf-8")))
+        if not 0 < stored.temperature < float("inf"):
+            raise ValueError(f"temperature {stored.temperature}")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
         hint = "fit it again by `samtune eval RUN --temperature`, or leave it out by --no-temperature"
         raise CheckpointError(f"{path} cannot be read", first_line(error), hint) from None
-    return found
+    return stored
 
 
 def fit_and_store(scored: "Evaluation", weights: Path) -> dict[str, Any]:
-    """Fit on an evaluation that has its logits, and write the result beside the weights; "file" says where.
-
-    Raises what `fit` and `write` raise.
-    """
+    """Fit on an evaluation that has logits, and write beside the weights, to "file". Raises as `fit` and `write`."""
     assert scored.logits is not None
     fitted = fit(scored.logits, scored.labels, scored.split)
     if not fitted.is_sure:
@@ -140,4 +131,4 @@ def fit_and_store(scored: "Evaluation", weights: Path) -> dict[str, Any]:
             "ratio, 5 %): on other images it may make probabilities worse; `samtune predict --no-temperature` is "
             "without it"
         )
-    return fitted.to_json() | {"file": str(write(weights, fitted))}
+    return asdict(fitted) | {"file": str(write(weights, fitted))}

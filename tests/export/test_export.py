@@ -235,7 +235,7 @@ def test_preprocessing_in_onnx_takes_pictures_of_any_shape(seen_through):
 
 def fitted(temperature: float) -> str:
     """What `samtune eval --temperature` stores."""
-    return json.dumps(Temperature(temperature, "val", 9, 1.0, 0.5, 0.2, 0.1).to_json())
+    return json.dumps(asdict(Temperature(temperature, "val", 9, 1.0, 0.5, 0.2, 0.1)))
 
 
 def test_a_decoded_picture_in_and_probabilities_out_with_the_temperature_of_the_checkpoint(run, tmp_path):
