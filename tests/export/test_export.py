@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import onnx
