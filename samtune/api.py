@@ -2,19 +2,15 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from samtune import console
-from samtune.config import cache_folders, loading, shipped_recipes
+from samtune.config import cache_folders, loading
 from samtune.config.run_config import RunConfig, flag_name
-from samtune.data.split_roles import DataSelection
 from samtune.distributed import environment, signals
-from samtune.errors import SamtuneError, Stopped, UsageError
 from samtune.report import run_report
-from samtune.runs.resume import finished_report, resolve_resume
-from samtune.runs.run_log import amend_status, has_checkpoints
+from samtune.train import dispatch
 
 
 class Report(dict[str, Any]):
@@ -52,7 +48,9 @@ def run(
     flags = {key: _plain(value) for key, value in settings.items() if value is not None}
     arguments = _command_line(recipe, resume, allow_change, flags)
     with signals.listening() as stop:
-        result = start_or_resume(None if recipe is None else Path(recipe), flags, resume, allow_change, stop, arguments)
+        result = dispatch.start_or_resume(
+            None if recipe is None else Path(recipe), flags, resume, allow_change, stop, arguments
+        )
     assert result is not None
     return Report(result, run_report.summary(result))
 
@@ -81,7 +79,7 @@ def evaluate(
     arguments += ["--temperature"] if temperature else []
     arguments += _flags({**options, "processes": processes, **data_settings})
     with signals.listening() as stop:
-        scores = score_checkpoint(
+        scores = dispatch.score_checkpoint(
             Path(run_or_checkpoint),
             **options,
             ema=ema,
@@ -128,141 +126,3 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
             flags.append(f"{flag_name(key)}={text}")
     return flags
-
-
-def start_or_resume(
-    recipe: Path | None,
-    flags: Mapping[str, Any],
-    resume: bool,
-    allow_change: Sequence[str],
-    stop: signals.StopRequest,
-    arguments: Sequence[str],
-) -> Mapping[str, Any] | None:
-    """Start or resume a run, on as many ranks as it wants: its report, or None where another rank has it.
-
-    recipe: a file, or the name of a recipe that comes with samtune. flags: settings that take precedence over it.
-    arguments: the command line that each rank is started with.
-    """
-    recipe = recipe and shipped_recipes.find(
-        recipe, quiet=environment.status_folder() is not None
-    )  # the launcher says it
-    resumed = None
-    # A rank goes on with what is there, if it is started again; on what the command may find its launcher has decided.
-    if resume or environment.status_folder() is not None or environment.restart_count() > 0:
-        settings, resumed = resolve_resume(recipe, flags, allow_change)
-        if resumed is None and resume:
-            console.info(f"{settings.output} holds no run yet: a new one begins")
-    elif allow_change:
-        raise UsageError("--allow-change without --resume", hint="it says what may differ from the run that goes on")
-    else:
-        settings = loading.load(recipe, flags)
-    if resumed is not None:
-        stop.saved = has_checkpoints(resumed.folder)
-        result = finished_report(resumed.folder) if not resumed.changed else None
-        if result is not None:
-            console.info(f"run {resumed.folder} is done already; this is its result")
-            return {"folder": str(resumed.folder), **result}
-    environment.check_processes(settings.processes)
-    if environment.is_rank0():
-        from samtune.train.preflight import check_before_slow_work
-
-        check_before_slow_work(settings, resumed)
-    if environment.wants_launch(settings.gpus, settings.processes, settings.nnodes):
-        return _launch(settings, stop, arguments)
-
-    from samtune.train import loop
-
-    return loop.run(settings, resumed)
-
-
-def _launch(settings: RunConfig, stop: signals.StopRequest, arguments: Sequence[str]) -> Mapping[str, Any] | None:
-    """`samtune run` with these settings on several ranks: the report, None if rank 0 is on another machine.
-
-    arguments: the command line of `samtune` that gave the settings. Raises what `launch.launch` raises; status.json of
-    the run says so, too.
-    """
-    from samtune.distributed import launch
-
-    count = launch.local_rank_count(settings.gpus, settings.processes)  # before a folder is made
-    settings = settings.with_output()
-    assert settings.output is not None
-    fleet = launch.LaunchSpec(
-        count,
-        settings.nnodes,
-        settings.node_rank,
-        settings.rdzv_endpoint if settings.nnodes > 1 else None,
-        settings.max_restarts,
-    )
-    named = [] if settings.origins["output"] == "flag" else ["--output", str(settings.output)]
-    try:
-        result = launch.launch([*arguments, *named], fleet, stop)
-    except (SamtuneError, Stopped) as error:
-        amend_status(settings.output, error)
-        if named:
-            with suppress(OSError):
-                settings.output.rmdir()  # it was made for this run, and is still empty
-        raise
-    if result is None:
-        console.info("the result is on the machine of rank 0")
-    return result
-
-
-def score_checkpoint(
-    run_or_checkpoint: Path,
-    *,
-    split: str | None,
-    checkpoint: str | None,
-    ema: bool,
-    temperature: bool,
-    dataset: str | None,
-    gpus: str,
-    processes: int | None,
-    data_settings: Mapping[str, Any],
-    stop: signals.StopRequest,
-    arguments: Sequence[str],
-) -> Mapping[str, Any] | None:
-    """Score a checkpoint, on as many ranks as are wanted: its scores, or None where another rank has them.
-
-    data_settings: how to read `dataset`, which they are about. arguments: the command line that each rank is started
-    with.
-    """
-    if checkpoint not in (None, "last", "best"):
-        raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
-    if data_settings and dataset is None:
-        raise UsageError(f"{flag_name(next(iter(data_settings)))} without --dataset", hint="it is about other data")
-    if temperature and dataset is not None:
-        raise UsageError("--temperature with --dataset", "it is fitted on the run's own validation images")
-    if temperature and split not in (None, "val"):
-        raise UsageError(f"--temperature with --split {split}", "it is fitted on validation, and never on test")
-    split = "val" if temperature else split
-    selection = DataSelection.from_flags(data_settings) if data_settings else None
-    loading.check_devices(gpus, processes)
-    environment.check_processes(processes)
-    if environment.wants_launch(gpus, processes):
-        from samtune.distributed import launch
-
-        return launch.launch(arguments, launch.LaunchSpec(launch.local_rank_count(gpus, processes)), stop)
-
-    from samtune.distributed import collectives
-    from samtune.train.eval_checkpoint import evaluate_checkpoint
-
-    with console.RunProgress() as progress, collectives.connection_errors():
-        scored, about = evaluate_checkpoint(
-            run_or_checkpoint,
-            name=checkpoint,
-            split=split,
-            dataset=dataset,
-            selection=selection,
-            progress=progress.score,
-            ema=ema,
-            gpus=gpus,
-            processes=processes,
-            keep_logits=temperature,
-        )
-    result = about | scored.summary()
-    if temperature:
-        from samtune.train.temperature import fit_and_store
-
-        weights = Path(about["checkpoint"]) / ("ema" if ema else "")
-        result["temperature"] = collectives.broadcast_from_rank0(lambda: fit_and_store(scored, weights))
-    return result

@@ -39,11 +39,11 @@ def test_every_command_in_readme_guide_and_recipes_parses(command, monkeypatch):
     def begin_where_no_run_is(recipe, flags, allow_change):
         return resolve_resume(recipe, flags, allow_change) if recipe else begin()
 
-    monkeypatch.setattr("samtune.api.resolve_resume", begin_where_no_run_is)
+    monkeypatch.setattr("samtune.train.dispatch.resolve_resume", begin_where_no_run_is)
     monkeypatch.setattr("samtune.train.preflight.check_before_slow_work", lambda settings, resumed: None)
     monkeypatch.setattr("samtune.train.loop.run", begin)
     monkeypatch.setattr("samtune.plan.plan.plan", begin)
-    monkeypatch.setattr("samtune.api._launch", begin)
+    monkeypatch.setattr("samtune.train.dispatch._launch", begin)
     monkeypatch.setattr("samtune.distributed.launch.launch", begin)
     monkeypatch.setattr("samtune.train.eval_checkpoint.evaluate_checkpoint", begin)
     monkeypatch.setattr("samtune.export.export.export", begin)

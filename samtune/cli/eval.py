@@ -58,11 +58,11 @@ def evaluate(
 
     The options of other data tell how to read what --dataset names.
     """
-    from samtune import api
+    from samtune.train import dispatch
 
     with signals.listening() as stop:
         rank_status.report_ready()
-        result = api.score_checkpoint(
+        result = dispatch.score_checkpoint(
             run_or_checkpoint,
             split=split,
             checkpoint=checkpoint,

@@ -49,11 +49,11 @@ def run(
         from samtune.cli import start
 
         raise UsageError("no model and no data set are given", hint=start.shortest_commands())
-    from samtune import api
+    from samtune.train import dispatch
 
     with signals.listening() as stop:
         rank_status.report_ready()
-        result = api.start_or_resume(recipe, flags, resume, allow_change or [], stop, sys.argv[1:])
+        result = dispatch.start_or_resume(recipe, flags, resume, allow_change or [], stop, sys.argv[1:])
     mine = result_to_print(result)
     if mine is not None:
         from samtune import console
