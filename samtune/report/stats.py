@@ -3,7 +3,7 @@ intervals at 95 %.
 
 One run tells how well its images pin down one model (`wilson_interval`), and whether two models differ on the same
 images (`mcnemar`). What another seed would give, only several seeds can tell: all else here takes one value per seed,
-in any unit, and gives no interval where the seeds show no spread (`why_no_interval`).
+in any unit, and gives no interval where the seeds show no spread (`no_interval_reason`).
 """
 
 import math
@@ -123,7 +123,7 @@ def expected_calibration_error(probability: npt.ArrayLike, correct: npt.ArrayLik
 # ---------------------------------------------------------------------------------------------------- several seeds
 
 
-def why_no_interval(n: int, same: str = "error") -> str:
+def no_interval_reason(n: int, same: str = "error") -> str:
     """Why n seeds gave no interval, and so what cannot be concluded from them; same: what had no spread."""
     if n < 2:
         return "one seed: how much another seed would differ is not known"
@@ -166,9 +166,9 @@ def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = Tr
     percent = 100 * (1 - ratio)
     n = min(len(a), len(b))
     if n < 2:
-        return ErrorReduction(percent, None, None, why_no_interval(n))
+        return ErrorReduction(percent, None, None, no_interval_reason(n))
     if paired and not _spread_in_pairs(a, b):
-        return ErrorReduction(percent, None, None, why_no_interval(n, "difference"))
+        return ErrorReduction(percent, None, None, no_interval_reason(n, "difference"))
     # (co)variances of the two means, and of mean_a - ratio mean_b
     if paired:
         (aa, ab), (_, bb) = np.cov(a, b) / n
@@ -180,7 +180,7 @@ def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = Tr
         parts = aa**2 / (len(a) - 1) + (ratio**2 * bb) ** 2 / (len(b) - 1)
         freedom = float(spread**2 / parts) if parts > 0 else math.nan
     if not spread > (_ROUNDING * mean_a) ** 2:
-        return ErrorReduction(percent, None, None, why_no_interval(n, "reduction"))
+        return ErrorReduction(percent, None, None, no_interval_reason(n, "reduction"))
     t2 = scipy.stats.t.ppf((1 + _LEVEL) / 2, freedom) ** 2
     # (mean_a - R mean_b)^2 <= t^2 (aa - 2 R ab + R^2 bb), as a quadratic in R: q2 R^2 - 2 q1 R + q0 <= 0
     q2, q1, q0 = mean_b**2 - t2 * bb, mean_a * mean_b - t2 * ab, mean_a**2 - t2 * aa
