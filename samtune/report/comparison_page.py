@@ -7,7 +7,7 @@ from typing import Any
 from samtune.report import comparison as texts
 from samtune.report import html, learning_curves, svg_charts
 from samtune.report.html import Chart, Column, Table
-from samtune.report.svg_charts import Words
+from samtune.report.svg_charts import Heading
 
 _COST = [Column("epochs", ".4g"), Column("passes", ",.0f"), Column("time (s)", ",.1f")]
 
@@ -43,7 +43,7 @@ def _errors(comparison: Mapping[str, Any]) -> Chart:
     runs = comparison["runs"]
     best = min(runs, key=lambda run: float(run["top1_error"]))
     svg = svg_charts.intervals(
-        Words("errors", "Error of each run", f"Lowest: {best['label']}, {best['top1_error']:.2f} percent."),
+        Heading("errors", "Error of each run", f"Lowest: {best['label']}, {best['top1_error']:.2f} percent."),
         [run["label"] for run in runs],
         [run["top1_error"] for run in runs],
         [run["top1_error_ci95"] for run in runs],
@@ -79,7 +79,7 @@ def _forest(comparison: Mapping[str, Any]) -> Chart | None:
     if not any(difference["ci95"] for difference in differences):
         return None
     svg = svg_charts.intervals(
-        Words("forest", "Differences of errors", f"Of {len(pairs)} against {pairs[0]['baseline']}."),
+        Heading("forest", "Differences of errors", f"Of {len(pairs)} against {pairs[0]['baseline']}."),
         [pair["label"] for pair in pairs],
         [one["mean"] for one in differences],
         [one["ci95"] for one in differences],

@@ -103,7 +103,7 @@ def read(folder: Path, label: str) -> FinishedRun:
         raise CheckpointError(
             f"the record of run {folder} is damaged",
             first_line(error),
-            "remove report.json, which is then made from the other files, or predictions.parquet, which tests alone "
+            "remove report.json, which is then made from the other files, or predictions.parquet, which only tests "
             "need; or repeat the run",
         ) from None
 

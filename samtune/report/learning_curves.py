@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from samtune.report import run_report, svg_charts
 from samtune.report.html import Chart, Column, Table, cell
-from samtune.report.svg_charts import Series, Span, Words
+from samtune.report.svg_charts import Heading, Series, Span
 from samtune.runs import run_log
 
 Key = Literal["loss", "top1_error"]
@@ -70,7 +70,7 @@ def _chart(
     heading = f"{title} over epochs{about}"
     last = (f"{one.name} {cell(one.y[-1], form)} at epoch {one.x[-1]:.6g}" for one in series)
     svg = svg_charts.lines(
-        Words(name, heading, f"Last values: {'; '.join(last)}."),
+        Heading(name, heading, f"Last values: {'; '.join(last)}."),
         series,
         x_label="epoch",
         y_label=unit,

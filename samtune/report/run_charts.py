@@ -11,7 +11,7 @@ from samtune.errors import SamtuneError
 from samtune.report import svg_charts
 from samtune.report.html import Chart, Column, Table
 from samtune.report.stats import expected_calibration_error, wilson_interval
-from samtune.report.svg_charts import Words
+from samtune.report.svg_charts import Heading
 from samtune.runs.predictions import Counts, Predictions, confused_pairs
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def by_class(predictions: Predictions, names: Sequence[str]) -> dict[str, Any]:
     )
     worst = order[:_WORST]
     chart = svg_charts.intervals(
-        Words("per-class", "Error of each class", f"Worst: {names[worst[0]]}, {error[worst[0]]:.2f} %."),
+        Heading("per-class", "Error of each class", f"Worst: {names[worst[0]]}, {error[worst[0]]:.2f} %."),
         [names[i] for i in worst],
         [error[i] for i in worst],
         [(bounds[i][0], bounds[i][1]) for i in worst],
@@ -81,13 +81,13 @@ def _confusion(counts: Counts, names: Sequence[str]) -> Chart:
             [(name, *row) for name, row in zip(names, counts.tolist(), strict=True)],
         )
     right = f"{int(counts.trace())} of {int(counts.sum())} images lie on the diagonal."
-    words = Words("confusion", "Confusion matrix", f"{len(names)} classes; {right}")
+    heading = Heading("confusion", "Confusion matrix", f"{len(names)} classes; {right}")
     unnamed = "" if labelled else f" {len(names)} classes, in the order of their labels: too many to be named."
     caption = (
         "Confusion matrix: a row for each true class. The deeper a cell's colour, the larger its share of the row, by "
         f"the root, so that single mistakes are seen.{unnamed}"
     )
-    return Chart(svg_charts.heatmap(words, counts, names if labelled else None), caption, table)
+    return Chart(svg_charts.heatmap(heading, counts, names if labelled else None), caption, table)
 
 
 def calibration(predictions: Predictions, *, classes: int, smoothing: float, has_val: bool) -> dict[str, Any]:
@@ -104,14 +104,14 @@ def calibration(predictions: Predictions, *, classes: int, smoothing: float, has
         [Column("confidence"), Column("images", "d"), Column("mean confidence", ".4f"), Column("accuracy", ".4f")],
         [(f"{one.low:.3f} to {one.high:.3f}", one.n, one.confidence, one.accuracy) for one in bins],
     )
-    words = Words("reliability", "Reliability diagram", f"Expected calibration error {100 * error:.2f} %.")
+    heading = Heading("reliability", "Reliability diagram", f"Expected calibration error {100 * error:.2f} %.")
     return {
         "calibration_note": f"Expected calibration error: {100 * error:.2f} % ({len(bins)} bins of equal width, Guo et "
         f"al. 2017). The model gives its predictions a probability of {confidence:.2f} % in the mean, and "
         f"{accuracy:.2f} % of them are right: it is {surer}."
         + _calibration_hint(error, confidence < accuracy, smoothing, has_val, classes),
         "calibration": Chart(
-            svg_charts.reliability(words, bins),
+            svg_charts.reliability(heading, bins),
             "Accuracy against confidence: on the dotted line a model is as sure as it is right. Below, the images of "
             "each bin; where they are few, its bar says little.",
             table,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from samtune.report import html, learning_curves, svg_charts
 from samtune.report.comparison import Report
 from samtune.report.html import Chart, Column, Table
-from samtune.report.svg_charts import Series, Words
+from samtune.report.svg_charts import Heading, Series
 from samtune.sweep import ledger, tables, verdict
 
 _NO_INTERVAL = (None, None)
@@ -86,7 +86,7 @@ def _spread(report: Report) -> Chart:
     entries = [entry for entry in report["final"] if entry["n"]]
     best = min(entries, key=lambda entry: entry["mean_error"])
     svg = svg_charts.intervals(
-        Words("spread", "Test error by arm", f"Lowest mean: {_name(best)}, {best['mean_error']:.2f} percent."),
+        Heading("spread", "Test error by arm", f"Lowest mean: {_name(best)}, {best['mean_error']:.2f} percent."),
         [_name(entry) for entry in entries],
         [entry["mean_error"] for entry in entries],
         [entry["mean_error_ci95"] for entry in entries],
@@ -114,7 +114,7 @@ def _forest(report: Report) -> Chart:
     intervals = [difference["ci95"] for difference in differences]
     clear = sum(bool(ci95) and not ci95[0] <= 0 <= ci95[1] for ci95 in intervals)
     svg = svg_charts.intervals(
-        Words("forest", "Differences of test errors", f"{clear} of {len(pairs)} intervals exclude zero."),
+        Heading("forest", "Differences of test errors", f"{clear} of {len(pairs)} intervals exclude zero."),
         [verdict.pair_title(pair).replace(" against ", " \N{MINUS SIGN} ") for pair in pairs],
         [difference["mean"] for difference in differences],
         intervals,
@@ -167,12 +167,12 @@ def _costs(report: Report) -> Iterator[Chart]:
             x, y = [entry[key] for entry in of_arm], [entry["mean_error"] for entry in of_arm]
             series.append(Series(arm, x, y, low, high))
         best = min(entries, key=lambda entry: float(entry["mean_error"]))
-        words = Words(
+        heading = Heading(
             f"cost-{key}",
             f"Test error against {name}",
             f"Lowest: {_name(best)}, {best['mean_error']:.2f} percent after {best[key]:.0f} {key}.",
         )
-        svg = svg_charts.lines(words, series, x_label=name, y_label="test error (%)", bars=True)
+        svg = svg_charts.lines(heading, series, x_label=name, y_label="test error (%)", bars=True)
         form = ",.3f" if key == "seconds" else ",.0f"
         table = _table(
             report,
@@ -220,9 +220,9 @@ def _choice(name: str, choice: Report, points: Sequence[Report]) -> Chart:
     ]
     arm = verdict.arm_name(choice)
     description = f"Chosen: {choice['label']}." if choice["label"] else "Nothing is chosen yet."
-    words = Words(name, f"Validation error of {arm} by {across}", description)
+    heading = Heading(name, f"Validation error of {arm} by {across}", description)
     svg = svg_charts.lines(
-        words, series, x_label=across, y_label="validation error (%)", bars=True, ticks=values[across]
+        heading, series, x_label=across, y_label="validation error (%)", bars=True, ticks=values[across]
     )
     diverged = [point["label"] for point in points if point["state"] == "diverged"]
     caption = verdict.choice_line(choice) or f"{arm}: nothing is chosen yet."
