@@ -53,9 +53,9 @@ def test_every_command_in_readme_guide_and_recipes_parses(command, monkeypatch):
     monkeypatch.setattr("samtune.data.check.check.check", begin)
     monkeypatch.setattr("samtune.data.describe.describe", begin)
     monkeypatch.setattr("samtune.runs.listing.list_runs", begin)
-    monkeypatch.setattr("samtune.report.compare.compare", begin)
+    monkeypatch.setattr("samtune.report.comparison.compare", begin)
     monkeypatch.setattr("samtune.report.run_page.write_report_page", begin)
-    monkeypatch.setattr("samtune.sweep.protocol.check", begin)
+    monkeypatch.setattr("samtune.sweep.run.check", begin)
     monkeypatch.setattr("samtune.doctor.checks.run_all", begin)
     for name in ("describe", "rows"):
         monkeypatch.setattr(f"samtune.models.listing.{name}", begin)

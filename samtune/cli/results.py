@@ -144,18 +144,18 @@ def _report_run(run: Path, output: Path, as_json: bool, watch: bool) -> None:
 
 def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:
     from samtune import console
-    from samtune.report import compare, comparison_page
+    from samtune.report import comparison, comparison_page
     from samtune.runs.run_log import result_folder
 
-    comparison = compare.compare(runs)
+    result = comparison.compare(runs)
     if output is not None:
         with result_folder(output):
-            compare.write(output, comparison)
-            comparison_page.write(output / "comparison.html", comparison)
+            comparison.write(output, result)
+            comparison_page.write(output / "comparison.html", result)
     if as_json:
-        console.print_json(comparison)
+        console.print_json(result)
         return
-    for title, rows in compare.tables(comparison).items():
+    for title, rows in comparison.tables(result).items():
         console.print_rows(title, rows, droppable=("scored", "time s", "epochs", "passes"))
-    for title, said in compare.paragraphs(comparison).items():
-        console.print_prose([title, *(f"  {line}" for line in said)])
+    for title, lines in comparison.paragraphs(result).items():
+        console.print_prose([title, *(f"  {line}" for line in lines)])

@@ -50,7 +50,7 @@ def sweep(
         ),
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Of the last fits: how many (5), or which (0,1,2). Default: the recipe's, or 5.")
+        str | None, typer.Option(help="Of the final runs: how many (5), or which (0,1,2). Default: the recipe's, or 5.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the plan; run nothing.")
@@ -81,47 +81,48 @@ def sweep(
     preflight.check_inputs(asked.base)
     preflight.check_apart(folder, asked.base.dataset)
 
-    from samtune.sweep import arms, decode_once, executors, protocol
+    from samtune.sweep import arms, decode_once, executors
     from samtune.sweep.plan import Plan
+    from samtune.sweep.run import check, check_names, check_same, open_executor, run, summarize
 
     executors.refuse_ranks()
-    runs = protocol.check(Plan(asked, decode_once.images_to_train_on(decode_once.listed)))
-    protocol.check_names(asked, runs)
-    protocol.check_same(asked, folder)
+    runs = check(Plan(asked, decode_once.count_once(decode_once.count_listed)))
+    check_names(asked, runs)
+    check_same(asked, folder)
     for note in arms.notes(asked):
         console.info(note)
     if dry_run:
         if engine == "local":
-            executors.places_here(asked.base, jobs)
-        rows = protocol.counted(runs)
+            executors.local_slots(asked.base, jobs)
+        rows = summarize(runs)
         if as_json:
             console.print_json(rows)
         else:
             console.print_rows(f"{len(runs)} runs", rows, droppable=("points", "steps"))
         return
-    place = protocol.open_engine(engine, address, asked.base, jobs)  # Ray's own handlers come before ours
+    executor = open_executor(engine, address, asked.base, jobs)  # Ray's own handlers come before ours
     with signals.listening() as stop:
-        failure = protocol.run(asked, folder, place, stop)
+        failure = run(asked, folder, executor, stop)
     report_sweep(folder, folder, as_json)
     if failure is not None:
         raise failure
 
 
 def report_sweep(folder: Path, output: Path, as_json: bool) -> None:
-    """Write the report of a sweep, and print its table and what it says."""
+    """Write the report of a sweep, and print its table and verdict."""
     from samtune import console
-    from samtune.sweep import sweep_page, sweep_report, tables
+    from samtune.sweep import page, report, tables
 
-    result = sweep_report.build(folder)
+    result = report.build(folder)
     for warning in result["warnings"]:
         console.warn(warning)
     with result_folder(output):
-        sweep_report.write(output, result)
-        sweep_page.write(output / "report.html", folder, result)
+        report.write(output, result)
+        page.write(output / "report.html", folder, result)
     if as_json:
         console.print_json(result)
     else:
-        console.print_rows(tables.title(result), tables.table(result), droppable=("seconds", "passes", "n"))
+        console.print_rows(tables.title(result), tables.arm_rows(result), droppable=("seconds", "passes", "n"))
         console.print_prose(result["verdict"])
         console.print_lines([f"page: {output / 'report.html'}"])
 

@@ -1,6 +1,6 @@
-"""What a live display of a run shows, as lines of words: a bar, a chart of the run so far, and its numbers.
+"""The lines of a live display: a bar, a chart of the run so far, and its numbers.
 
-Nothing here draws on a terminal: each function takes the width and returns lines, as pieces of (text, style).
+Each function takes the width and returns lines as pieces of (text, style); nothing here draws on a terminal.
 """
 
 import itertools
@@ -20,7 +20,7 @@ _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille cha
 
 
 def shorten(text: str, room: int) -> str:
-    """The end of a text that is too long: of a path, that is what tells it from others."""
+    """Shorten a text at its beginning: paths differ at their ends."""
     return text if len(text) <= room else "..." + text[len(text) - room + 3 :] if room > 3 else text[:room]
 
 
@@ -31,8 +31,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def bar(
-    what: str,
+def draw_bar(
+    name: str,
     done: int,
     total: int | None,
     width: int,
@@ -41,29 +41,29 @@ def bar(
     importance: Sequence[str] = (),
     ascii_only: bool = False,
 ) -> Line:
-    """One line: what goes on, a bar, how many are done, and the numbers in their order, as many as fit.
+    """One line: a name, a bar, how many are done, and as many of the numbers as fit.
 
-    total: None where it is not known yet. importance: names of numbers, and "bar", what stays longest first.
+    total: None where it is not known yet. importance: names of numbers, and "bar", the most important first.
     """
     count = f"{done}/{total}" if total is not None else "..."
-    what = shorten(what, max(1, width - len(count) - 1))
-    room = width - len(what) - 1 - len(count)
+    name = shorten(name, max(1, width - len(count) - 1))
+    room = width - len(name) - 1 - len(count)
     kept, length = set(), 0
-    for name in importance:
-        needed = _SHORTEST_BAR + 1 if name == "bar" else 2 + len((numbers or {}).get(name, ""))
+    for part in importance:
+        needed = _SHORTEST_BAR + 1 if part == "bar" else 2 + len((numbers or {}).get(part, ""))
         if needed > room:
             break
         room -= needed
-        kept.add(name)
+        kept.add(part)
     if "bar" in kept:
         length = min(_LONGEST_BAR, _SHORTEST_BAR + room)
-    line: Line = [(what, ""), (" ", "")]
+    line: Line = [(name, ""), (" ", "")]
     if length:
         filled = round(length * done / total) if total else 0
         full, empty = ("#", "-") if ascii_only else ("━", "━")
         line += [(full * filled, "magenta"), (empty * (length - filled), "bright_black"), (" ", "")]
     line.append((count, "green"))
-    return line + [(f"  {text}", "") for name, text in (numbers or {}).items() if name in kept]
+    return line + [(f"  {text}", "") for part, text in (numbers or {}).items() if part in kept]
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Curves:
     best: tuple[float, int] | None = None
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics; those of other splits are passed over."""
+        """Add a row of metrics; rows of other splits are ignored."""
         split, step = row["split"], row["step"]
         if split not in self.loss:
             return
@@ -88,12 +88,12 @@ class Curves:
 
     @property
     def points(self) -> int:
-        """How many there are."""
+        """Number of points."""
         return sum(map(len, (*self.loss.values(), *self.top1_error.values())))
 
 
-def chart(curves: Curves, total_steps: int, width: int) -> list[Line]:
-    """Loss and error over the steps of the whole run beside each other; in a narrow room error alone, or nothing."""
+def draw_chart(curves: Curves, total_steps: int, width: int) -> list[Line]:
+    """Loss and error side by side over the steps of the whole run; on a narrow terminal only error, or nothing."""
     gap = 2
     half = (width - gap) // 2
     if half >= _NARROWEST:
@@ -103,8 +103,8 @@ def chart(curves: Curves, total_steps: int, width: int) -> list[Line]:
     return _panel("error %", curves.top1_error, total_steps, width) if width >= _NARROWEST else []
 
 
-def numbers(width: int, **values: str) -> Line:
-    """Names and values on one line, as many as fit, the first the most important."""
+def draw_numbers(width: int, **values: str) -> Line:
+    """Names and values on one line, as many as fit, the most important first."""
     line: Line = []
     for name, value in values.items():
         text = f"{'   ' if line else ''}{name} {value}"
@@ -115,7 +115,7 @@ def numbers(width: int, **values: str) -> Line:
 
 
 def _panel(name: str, series: Mapping[str, Sequence[tuple[int, float]]], total_steps: int, width: int) -> list[Line]:
-    """A title with the last values, and a plot: lines that are all as wide as the panel."""
+    """A title with the last values, and a plot; all lines are `width` wide."""
     finite = {split: [point for point in points if math.isfinite(point[1])] for split, points in series.items()}
     title: Line = [(name, "bold")]
     for split, points in finite.items():
@@ -160,7 +160,7 @@ def _traced(
 
 
 def _plotted(train: Sequence[int], val: Sequence[int]) -> Line:
-    """A row of a plot. Where both lines pass one place, it has validation's colour."""
+    """A row of a plot. A character of both lines has the colour of validation."""
     line: Line = []
     for under, over in zip(train, val, strict=True):
         style = _STYLES["val"] if over else _STYLES["train"] if under else ""

@@ -1,4 +1,4 @@
-"""stdout and stderr that do not break the command: they may be closed, full, without a reader, or not speak UTF-8."""
+"""stdout and stderr that do not break a command when they are closed, full, without a reader, or not UTF-8."""
 
 import io
 import os
@@ -13,12 +13,12 @@ _without_reader = False
 
 
 def reader_is_gone() -> bool:
-    """Whether whoever read stdout has had enough: what is written there from now on goes nowhere."""
+    """Whether the reader of stdout has gone, so that output is discarded."""
     return _without_reader
 
 
 class _Results(io.FileIO):
-    """stdout. Whoever read it may have had enough, as `head -1` has; a result that cannot be written is an error."""
+    """stdout. A reader that has gone, such as `head -1`, is no error; a result that cannot be written is."""
 
     def write(self, data: Any) -> int:
         try:
@@ -28,10 +28,10 @@ class _Results(io.FileIO):
         except BrokenPipeError:
             global _without_reader
             _without_reader = True
-            _drop_what_comes(self.fileno())
+            _discard_output(self.fileno())
             return len(data)
         except OSError as error:
-            _drop_what_comes(self.fileno())  # else Python would fail once more, when it ends
+            _discard_output(self.fileno())  # else Python would fail once more, when it ends
             raise MachineError(
                 "the result could not be written",
                 f"stdout: {error.strerror}",
@@ -40,7 +40,7 @@ class _Results(io.FileIO):
 
 
 class _Notes(io.FileIO):
-    """stderr. A note that cannot be written is no reason to end a run, whoever wrote it: we, a library, a thread."""
+    """stderr. A note that cannot be written never ends a run."""
 
     def write(self, data: Any) -> int:
         with suppress(OSError):
@@ -49,7 +49,7 @@ class _Notes(io.FileIO):
 
 
 def guard() -> None:
-    """Put both in the place of sys.stdout and sys.stderr. For a process that is ours, and once."""
+    """Replace sys.stdout and sys.stderr. Call it once, in a process of samtune."""
     for number in (0, 1, 2):
         _open_if_closed(number)
     sys.stdout = _text(_Results(1, "w", closefd=False), sys.stdout)
@@ -57,7 +57,7 @@ def guard() -> None:
 
 
 def _open_if_closed(number: int) -> None:
-    """A number that is free would go to the next file that is opened, and what libraries print there, into it."""
+    """Open a closed stream, whose number the next opened file would take, with what libraries print there."""
     try:
         os.fstat(number)
     except OSError:
@@ -73,7 +73,7 @@ def _text(raw: io.FileIO, before: TextIO | None) -> TextIO:
     )
 
 
-def _drop_what_comes(number: int) -> None:
+def _discard_output(number: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, number)
     os.close(nowhere)

@@ -1,31 +1,32 @@
-"""A comparison -> comparison.html: what comparison.json says, and the curves of its runs, drawn."""
+"""The page of a comparison, comparison.html: comparison.json and the learning curves of its runs, drawn."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from samtune.report import compare, html, learning_curves, svg_charts
+from samtune.report import comparison as texts
+from samtune.report import html, learning_curves, svg_charts
 from samtune.report.html import Chart, Column, Table
-from samtune.report.svg_charts import Words
+from samtune.report.svg_charts import Heading
 
 _COST = [Column("epochs", ".4g"), Column("passes", ",.0f"), Column("time (s)", ",.1f")]
 
 
 def write(path: Path, comparison: Mapping[str, Any]) -> None:
-    """Write the page of what `samtune.report.compare.compare` returned. Raises OSError."""
+    """Write the page of what `samtune.report.comparison.compare` returned. Raises OSError."""
     html.write(path, "comparison.html", content(comparison))
 
 
 def content(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """What templates/comparison.html shows of a comparison."""
-    *pairs, (notes_title, notes) = compare.paragraphs(comparison).items()
-    curves = list(_curves(comparison))
+    """The content of templates/comparison.html."""
+    shown = texts.content(comparison)
+    *pairs, (notes_title, notes) = shown["paragraphs"].items()
+    curves = _curves(comparison)
     sections = {"result": "Result", "pairs": "Paired tests"}
     sections |= {"curves": "Learning curves"} if curves else {}
     sections |= {"differs": "What differs"} if comparison["differs"] else {}
-    return {
+    return shown | {
         "comparison": comparison,
-        "title": f"Comparison of {len(comparison['runs'])} runs",
         "sections": sections,
         "errors": _errors(comparison),
         "groups": _groups(comparison),
@@ -34,7 +35,7 @@ def content(comparison: Mapping[str, Any]) -> dict[str, Any]:
         "notes_title": notes_title,
         "notes": notes,
         "curves": curves,
-        "differs": _differs(comparison),
+        "differs": _differs(shown["tables"].get("What differs", [])),
     }
 
 
@@ -42,7 +43,7 @@ def _errors(comparison: Mapping[str, Any]) -> Chart:
     runs = comparison["runs"]
     best = min(runs, key=lambda run: float(run["top1_error"]))
     svg = svg_charts.intervals(
-        Words("errors", "Error of each run", f"Lowest: {best['label']}, {best['top1_error']:.2f} percent."),
+        Heading("errors", "Error of each run", f"Lowest: {best['label']}, {best['top1_error']:.2f} percent."),
         [run["label"] for run in runs],
         [run["top1_error"] for run in runs],
         [run["top1_error_ci95"] for run in runs],
@@ -51,9 +52,9 @@ def _errors(comparison: Mapping[str, Any]) -> Chart:
     )
     columns = [Column("run"), Column("seed", "d"), Column("scored"), Column("error (%)", ".2f"), Column("from", ".2f")]
     columns += [Column("to", ".2f"), Column("wrong", "d"), Column("images", "d"), *_COST]
-    about = ("label", "seed", "split", "top1_error", "ci95.0", "ci95.1", "wrong", "n", "epochs", "passes", "seconds")
-    known = [run | {f"ci95.{i}": bound for i, bound in enumerate(run["top1_error_ci95"])} for run in runs]
-    rows = [[run[key] for key in about] for run in known]
+    keys = ("label", "seed", "split", "top1_error", "ci95.0", "ci95.1", "wrong", "n", "epochs", "passes", "seconds")
+    flat = [run | {f"ci95.{i}": bound for i, bound in enumerate(run["top1_error_ci95"])} for run in runs]
+    rows = [[run[key] for key in keys] for run in flat]
     return Chart(svg, "Top-1 error of each run with Wilson's 95 % interval.", Table("runs", columns, rows))
 
 
@@ -72,40 +73,38 @@ def _groups(comparison: Mapping[str, Any]) -> Table | None:
 
 
 def _forest(comparison: Mapping[str, Any]) -> Chart | None:
-    """Differences over seeds, if there are intervals of any."""
+    """Differences over seeds; None if none has an interval."""
     pairs = comparison["pairs"]
-    found = [pair["difference"] for pair in pairs]
-    if not any(one["ci95"] for one in found):
+    differences = [pair["difference"] for pair in pairs]
+    if not any(difference["ci95"] for difference in differences):
         return None
     svg = svg_charts.intervals(
-        Words("forest", "Differences of errors", f"Of {len(pairs)} against {pairs[0]['baseline']}."),
+        Heading("forest", "Differences of errors", f"Of {len(pairs)} against {pairs[0]['baseline']}."),
         [pair["label"] for pair in pairs],
-        [one["mean"] for one in found],
-        [one["ci95"] for one in found],
+        [one["mean"] for one in differences],
+        [one["ci95"] for one in differences],
         x_label="difference (points)",
         zero="line",
     )
     columns = [Column("runs"), Column("difference", "+.2f"), Column("from", "+.2f"), Column("to", "+.2f")]
     rows = [
         [pair["label"], one["mean"], *(one["ci95"] or (None, None)), one["p"]]
-        for pair, one in zip(pairs, found, strict=True)
+        for pair, one in zip(pairs, differences, strict=True)
     ]
     caption = "Difference of mean errors in points, with its 95 % interval over seeds; left of the line, less error."
     return Chart(svg, caption, Table("differences of errors", [*columns, Column("p", ".2g")], rows))
 
 
-def _curves(comparison: Mapping[str, Any]) -> Iterator[Chart]:
+def _curves(comparison: Mapping[str, Any]) -> list[Chart]:
     paths = {run["label"]: Path(run["path"]) for run in comparison["runs"]}
     groups = {group["label"]: [paths[label] for label in group["runs"]] for group in comparison["groups"]}
-    for chart in (
-        learning_curves.curve("curve-val", groups, "val"),
-        learning_curves.curve("curve-train", groups, "train"),
-    ):
-        if chart:
-            yield chart
+    charts = (
+        learning_curves.group_chart("curve-val", groups, "val"),
+        learning_curves.group_chart("curve-train", groups, "train"),
+    )
+    return [chart for chart in charts if chart]
 
 
-def _differs(comparison: Mapping[str, Any]) -> Table:
-    rows = compare.tables(comparison).get("What differs", [])
+def _differs(rows: texts.Rows) -> Table:
     columns = [Column(name) for name in rows[0]] if rows else []
     return Table("settings and circumstances that differ", columns, [[*row.values()] for row in rows])

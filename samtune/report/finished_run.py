@@ -1,9 +1,10 @@
-"""A run folder that is done, as comparisons need it: settings, scores, cost, and what was said of each image."""
+"""Finished run folders, as comparisons read them: settings, scores, costs, predictions."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from samtune.runs.run_log import check_done, read_report
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model said of the images of a split. images: (n, 2) index and label, by index. wrong: (n,) of bool."""
+    """Predictions of a split. images: (n, 2), index and label, sorted by index. wrong: (n,), bool."""
 
     images: npt.NDArray[np.int64]
     wrong: npt.NDArray[np.bool_]
@@ -27,11 +28,11 @@ class Predictions:
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """A run folder as it was read.
+    """A run that is done.
 
-    settings: what decides the result, but for the seed. circumstances: what else may matter. scores: the report's entry
-    of test, or of validation where test was not scored. predictions: of that split; None where they are not there, or
-    are not what the report counted.
+    settings: all that decide the result, except the seed. circumstances: weights, machine and versions. scores: the
+    report's entry of test, or of validation where test was not scored. predictions: of that split; None where the file
+    is missing or does not agree with the report.
     """
 
     label: str
@@ -45,8 +46,28 @@ class FinishedRun:
     predictions: Predictions | None
 
 
+def costs(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """The costs that a run's report states."""
+    return {
+        "epochs": report["epochs"],
+        "steps": report["steps"],
+        "passes": report["cost"]["forward_backward_passes"],
+        "seconds": report["train_seconds"],
+        "images_per_second": report["images_per_second"],
+    }
+
+
+def mean_costs(of_runs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Means over runs; None where the cost of a run is not known, or without runs."""
+    means: dict[str, float | None] = {}
+    for key in ("epochs", "steps", "passes", "seconds", "images_per_second"):
+        values = [run[key] for run in of_runs]
+        means[key] = None if None in values or not values else fmean(value for value in values if value is not None)
+    return means
+
+
 def read(folder: Path, label: str) -> FinishedRun:
-    """Read report.json, or make it from the other files where it is missing, with config.toml and predictions.parquet.
+    """Read a run folder. A missing report.json is rebuilt from the other files.
 
     Raises:
         UsageError: no run in this folder, or one that is not done or was scored on nothing.
@@ -54,9 +75,9 @@ def read(folder: Path, label: str) -> FinishedRun:
     """
     check_done(folder)
     try:
-        about = read_report(folder) if (folder / "report.json").is_file() else run_report.rebuild(folder)
+        report = read_report(folder) if (folder / "report.json").is_file() else run_report.rebuild(folder)
         stored = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-        scores = about["test"] or about["val"]
+        scores = report["test"] or report["val"]
         if scores is None:
             raise UsageError(f"run {folder} was scored on nothing", "it has neither test nor validation images")
         # Settings that are younger than the run had their default.
@@ -64,31 +85,25 @@ def read(folder: Path, label: str) -> FinishedRun:
         return FinishedRun(
             label=label,
             path=folder,
-            dataset=about["dataset"]["name"],
-            seed=about["seed"],
+            dataset=report["dataset"]["name"],
+            seed=report["seed"],
             settings={key: value for key, value in settings.items() if key not in {"seed", *resume.RUNTIME_ONLY}}
-            | {"world_size": about["world_size"]},
+            | {"world_size": report["world_size"]},
             circumstances={
-                "weights used": about["model"]["weights"],
-                "machine": about["machine"],
-                "devices": ", ".join(about["devices"]),
-                **{f"{package} version": version for package, version in about["versions"].items()},
+                "weights used": report["model"]["weights"],
+                "machine": report["machine"],
+                "devices": ", ".join(report["devices"]),
+                **{f"{package} version": version for package, version in report["versions"].items()},
             },
             scores={key: scores[key] for key in ("split", "n", "wrong", "top1_error", "top1_error_ci95")},
-            cost={
-                "epochs": about["epochs"],
-                "steps": about["steps"],
-                "passes": about["cost"]["forward_backward_passes"],
-                "seconds": about["train_seconds"],
-                "images_per_second": about["images_per_second"],
-            },
+            cost=costs(report),
             predictions=_read_predictions(folder / "predictions.parquet", scores),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the record of run {folder} is damaged",
             first_line(error),
-            "remove report.json, which is then made from the other files, or predictions.parquet, which tests alone "
+            "remove report.json, which is then made from the other files, or predictions.parquet, which only tests "
             "need; or repeat the run",
         ) from None
 

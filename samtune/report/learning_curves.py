@@ -1,73 +1,113 @@
-"""Learning curves of several groups of runs in one chart: each is the mean over the seeds of its group."""
+"""Learning curves: charts of loss or error over epochs, of one run, and of groups of runs as means over seeds."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 from samtune.report import run_report, svg_charts
-from samtune.report.html import Chart, Column, Table
-from samtune.report.svg_charts import Series, Words
+from samtune.report.html import Chart, Column, Table, cell
+from samtune.report.svg_charts import Heading, Series, Span
 from samtune.runs import run_log
 
-_Curve = dict[float, float | None]  # by epoch; None where a value was not finite
-_NAMES = {
-    ("train", "loss"): ("Train loss", "loss (nats)", ".4f"),
-    ("val", "top1_error"): ("Validation error", "error (%)", ".2f"),
-}
+Key = Literal["loss", "top1_error"]
+Curve = dict[float, float | None]  # by epoch; None where a value was not finite
+_UNITS = {"loss": ("loss (nats)", ".4f"), "top1_error": ("error (%)", ".2f")}
 
 
-def curve(
+def run_charts(rows: Sequence[Mapping[str, Any]], per_epoch: int, spans: Sequence[Span]) -> list[Chart]:
+    """Charts of loss and top-1 error of a run, from its rows of metrics; without rows, no chart."""
+    bounds = _points(rows, "val", "top1_error_ci95", per_epoch)
+    charts = []
+    names = {"train": "train", "val": "validation", "val_ema": "validation, averaged weights"}
+    keys: tuple[tuple[Key, str], ...] = (("loss", "Loss"), ("top1_error", "Top-1 error"))
+    for key, title in keys:
+        series = [_series(name, _points(rows, split, key, per_epoch)) for split, name in names.items()]
+        note = ""
+        if key == "top1_error" and bounds:
+            low, high = zip(*bounds.values(), strict=True)
+            series[1] = series[1]._replace(low=low, high=high)
+            note = "; the band is Wilson's 95 % interval of validation"
+        charts.append(_chart(f"curve-{key.replace('_', '-')}", key, title, series, note=note, spans=spans))
+    return [chart for chart in charts if chart]
+
+
+def group_chart(
     name: str, groups: Mapping[str, Sequence[Path]], split: Literal["train", "val"], about: str = ""
 ) -> Chart | None:
-    """Train loss or validation error over epochs, at the weights w; None where no run has rows of it.
+    """Train loss or validation error of groups of runs, at the weights w; None where no run has rows of it.
 
-    name: unique in its page. groups: run folders, by what their group is called. about: which runs these are.
+    name: unique in its page. groups: run folders, by label of the group. about: which runs these are.
     """
-    key: Literal["loss", "top1_error"] = "loss" if split == "train" else "top1_error"
-    found = {group: _mean([_read(folder, split, key) for folder in folders]) for group, folders in groups.items()}
-    found = {group: curve for group, curve in found.items() if curve}
-    if not found:
+    key: Key = "loss" if split == "train" else "top1_error"
+    title = "Train loss" if split == "train" else "Validation error"
+    means = {label: _mean([_read(folder, split, key) for folder in folders]) for label, folders in groups.items()}
+    note = "; the mean over seeds" if any(len(folders) > 1 for folders in groups.values()) else ""
+    series = [_series(label, curve) for label, curve in means.items()]
+    return _chart(name, key, title, series, about=about and f", {about}", note=note)
+
+
+def _series(name: str, curve: Curve) -> Series:
+    return Series(name, list(curve), list(curve.values()))
+
+
+def _chart(
+    name: str,
+    key: Key,
+    title: str,
+    series: Sequence[Series],
+    *,
+    about: str = "",
+    note: str = "",
+    spans: Sequence[Span] = (),
+) -> Chart | None:
+    """Lines over epochs, and their numbers as a table; None where no series has a value."""
+    series = [one for one in series if any(value is not None for value in one.y)]
+    if not series:
         return None
-    title, unit, form = _NAMES[split, key]
-    heading = f"{title} over epochs{about and f', {about}'}"
-    ends = (
-        f"{group} {format(value, form)}" for group, at in found.items() if (value := list(at.values())[-1]) is not None
+    unit, form = _UNITS[key]
+    heading = f"{title} over epochs{about}"
+    last = (f"{one.name} {cell(one.y[-1], form)} at epoch {one.x[-1]:.6g}" for one in series)
+    svg = svg_charts.lines(
+        Heading(name, heading, f"Last values: {'; '.join(last)}."),
+        series,
+        x_label="epoch",
+        y_label=unit,
+        spans=spans,
+        whole=True,
     )
-    words = Words(name, heading, f"Last values: {'; '.join(ends)}.")
-    series = [Series(group, list(at), list(at.values())) for group, at in found.items()]
-    several = any(len(folders) > 1 for folders in groups.values())
-    epochs = sorted({epoch for at in found.values() for epoch in at})
+    points = [dict(zip(one.x, one.y, strict=True)) for one in series]
     table = Table(
-        f"{title.lower()} by epoch{about and f', {about}'}",
-        [Column("epoch", ".4g"), *(Column(group, form) for group in found)],
-        [(epoch, *(at.get(epoch) for at in found.values())) for epoch in epochs],
+        f"{title.lower()} by epoch{about}",
+        [Column("epoch", ".6g"), *(Column(one.name, form) for one in series)],
+        [(x, *(at.get(x) for at in points)) for x in sorted({x for at in points for x in at})],
     )
-    caption = f"{heading}{'; the mean over seeds' if several else ''}."
-    return Chart(svg_charts.lines(words, series, x_label="epoch", y_label=unit, whole=True), caption, table)
+    return Chart(svg, f"{heading}{note}.", table)
 
 
-def _read(folder: Path, split: str, key: Literal["loss", "top1_error"]) -> _Curve:
+def _points(rows: Sequence[Mapping[str, Any]], split: str, key: str, per_epoch: int) -> dict[float, Any]:
+    """Epoch -> value of the rows of a split; of train, the mean over each epoch at its end."""
+    rows = [row for row in rows if row["split"] == split]
+    if split != "train":
+        return {row["step"] / per_epoch: row[key] for row in rows}
+    means = run_report.epoch_means(rows, key)
+    ends = {row["epoch"]: row["step"] / per_epoch for row in rows}
+    return {end: means.get(epoch) for epoch, end in ends.items()}
+
+
+def _read(folder: Path, split: str, key: Key) -> Curve:
     with suppress(OSError, ValueError, KeyError, TypeError):
         per_epoch = run_log.read_provenance(folder)["steps_per_epoch"]
-        rows = [row for row in run_log.read_metrics(folder) if row["split"] == split]
-        if split != "train":
-            return {row["step"] / per_epoch: row[key] for row in rows}
-        means = run_report.epoch_means(rows, key)
-        return {
-            step / per_epoch: means.get(epoch) for epoch, step in {row["epoch"]: row["step"] for row in rows}.items()
-        }
+        return _points(run_log.read_metrics(folder), split, key, per_epoch)
     return {}  # a run without a readable record has no curve
 
 
-def _mean(curves: Sequence[_Curve]) -> _Curve:
-    there = [curve for curve in curves if curve]
-    if not there:
-        return {}
-    found: _Curve = {}
-    for epoch in there[0]:
-        values = [curve.get(epoch) for curve in there]
-        known = [value for value in values if value is not None]
-        found[epoch] = fmean(known) if len(known) == len(there) else None
-    return found
+def _mean(curves: Sequence[Curve]) -> Curve:
+    """Mean of the curves that are not empty, at the epochs of the first; None where one of them has no value."""
+    curves = [curve for curve in curves if curve]
+    mean: Curve = {}
+    for epoch in curves[0] if curves else ():
+        values = [value for curve in curves if (value := curve.get(epoch)) is not None]
+        mean[epoch] = fmean(values) if len(values) == len(curves) else None
+    return mean

@@ -1,4 +1,4 @@
-"""Run folder -> report.html: what report.json, metrics.jsonl and predictions.parquet say, drawn."""
+"""The page of a run, report.html: report.json, metrics.jsonl and predictions.parquet, drawn."""
 
 import json
 import math
@@ -12,9 +12,9 @@ from typing import Any
 from markupsafe import Markup
 
 from samtune.errors import CheckpointError
-from samtune.report import html, run_charts, run_report
+from samtune.report import html, learning_curves, run_charts, run_report
 from samtune.report.html import Column, Table, number
-from samtune.report.run_charts import SPLITS
+from samtune.report.run_charts import SPLIT_NAMES
 from samtune.report.svg_charts import Span
 from samtune.runs import listing, run_log
 from samtune.runs.predictions import Predictions, read
@@ -30,151 +30,146 @@ def write_report_page(folder: Path, output: Path, refresh: float | None = None) 
 
     refresh: seconds after which a browser loads the page again.
 
-    Raises MachineError where they cannot be written, and what `report.recollect` raises.
+    Raises MachineError where they cannot be written, and what `run_report.rebuild` raises.
     """
-    result = run_report.rebuild(folder)
-    drawn = output / "report.html"
+    report = run_report.rebuild(folder)
+    page = output / "report.html"
     with run_log.result_folder(output):
-        run_report.write(output, result)
-        write(drawn, folder, result, refresh=refresh)
-    return result, drawn
+        run_report.write(output, report)
+        write(page, folder, report, refresh=refresh)
+    return report, page
 
 
 def write(
     path: Path,
     folder: Path,
-    result: Mapping[str, Any],
-    opened: run_charts.Opened | None = None,
+    report: Mapping[str, Any],
+    splits: run_charts.Splits | None = None,
     refresh: float | None = None,
 ) -> None:
-    """Write the page of a run folder and its report. opened: its splits by name, where they are at hand.
+    """Write the page of a run folder and its report. Raises OSError.
 
-    refresh: seconds after which a browser loads the page again. Raises OSError.
+    splits: the splits by name; by default they are opened. refresh: seconds after which a browser loads the page again.
     """
-    shown = content(folder, result, opened)
+    shown = content(folder, report, splits)
     html.write(path, "run.html", shown | {"refresh": refresh and math.ceil(refresh)})
 
 
 def follow(folder: Path, output: Path, seconds: float, say: Callable[[str], None]) -> None:
-    """Publish a run again whenever it has measured more, until no process writes it; the page is named once.
+    """Write the page of a run again whenever it has measured more, until no process writes it; name the page once.
 
-    seconds: between two looks, and after which a browser loads the page again. Raises what `publish` raises.
+    seconds: time between two checks, and between two loads in a browser. Raises what `write_report_page` raises.
     """
-    seen, said = None, False
+    drawn_rows = None
     while listing.is_running(folder):
         rows = len(run_log.read_metrics(folder))
-        if rows != seen:
-            _, drawn = write_report_page(folder, output, refresh=seconds)
-            if not said:
-                say(f"page: {drawn}; it is drawn again whenever the run has measured more, until it ends or Ctrl-C")
-            seen, said = rows, True
+        if rows != drawn_rows:
+            _, page = write_report_page(folder, output, refresh=seconds)
+            if drawn_rows is None:
+                say(f"page: {page}; it is drawn again whenever the run has measured more, until it ends or Ctrl-C")
+            drawn_rows = rows
         time.sleep(seconds)
 
 
-def content(folder: Path, result: Mapping[str, Any], opened: run_charts.Opened | None = None) -> dict[str, Any]:
-    """What templates/run.html shows of a run. opened: its splits by name, where they are at hand."""
-    scored = next((split for split in SPLITS if result[split]), None)
-    found = _predictions(folder, result, scored)
+def content(folder: Path, report: Mapping[str, Any], splits: run_charts.Splits | None = None) -> dict[str, Any]:
+    """The content of templates/run.html. splits: the splits by name; by default they are opened."""
+    scored = next((split for split in SPLIT_NAMES if report[split]), None)
+    predictions = _predictions(folder, report, scored)
     sections = {"result": "Result", "curves": "Learning curves", "cost": "Cost"}
-    if isinstance(found, Predictions):
-        names = _class_names(folder, result)
+    if isinstance(predictions, Predictions):
+        names = _class_names(folder, report)
         settings, _ = run_log.read_settings(folder)
-        about = (
-            run_charts.by_class(found, names)
-            | run_charts.calibration(
-                found, classes=len(names), smoothing=settings["smoothing"], has_val=settings["val"]
-            )
-            | run_charts.mistakes(folder, found, names, opened)
+        smoothing, has_val = settings["smoothing"], settings["val"]
+        details = (
+            run_charts.by_class(predictions, names)
+            | run_charts.calibration(predictions, classes=len(names), smoothing=smoothing, has_val=has_val)
+            | run_charts.mistakes(folder, predictions, names, splits)
         )
         sections |= {"errors": "Errors by class", "calibration": "Calibration", "mistakes": "Mistakes"}
     else:
-        about = {"predictions_missing": found}
+        details = {"predictions_missing": predictions}
         sections["errors"] = "Errors"
     sections |= {"settings": "Settings", "provenance": "Provenance"}
     return {
-        "report": result,
-        "title": f"{result['model']['resolved']} on {result['dataset']['name']}",
-        "subtitle": f"Run {folder.resolve().name}: {run_report.sam_words(result['sam'], result['steps'])}; "
-        f"{_length(result)}, seed {result['seed']}; started {result['started'].replace('T', ' ').rstrip('Z')} UTC.",
+        **run_report.content(report),
+        "subtitle": f"Run {folder.resolve().name}: {run_report.sam_words(report['sam'], report['steps'])}; "
+        f"{_length(report)}, seed {report['seed']}; started {report['started'].replace('T', ' ').rstrip('Z')} UTC.",
         "sections": sections,
         "scored": scored,
-        "score_paths": dict(_score_paths(result)),
-        "reading": _reading(result, scored),
-        "warnings": state(folder) + _incidents(result) + list(result["warnings"]),
-        "cost": _cost(result),
+        "score_paths": _score_paths(report),
+        "reading": _reading(report, scored),
+        "warnings": state(folder) + _incidents(report) + list(report["warnings"]),
+        "cost": _cost(report),
         "settings": _settings(folder),
-        "provenance": _provenance(result),
-        "provenance_tables": _incident_tables(result),
+        "provenance": _provenance(report),
+        "provenance_tables": _incident_tables(report),
         "predictions_missing": None,
-        **_curves(folder, result),
-        **about,
+        **_curves(folder, report),
+        **details,
     }
 
 
-def _score_paths(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    there = {"test": result["test"], "val": result["val"]}
-    there |= {f"ema.{split}": scores for split, scores in (result["ema"] or {}).items() if split in SPLITS}
-    return [(name, path) for path, name in _SCORES.items() if there.get(path)]
+def _score_paths(report: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> path in the report, of the scores that it has."""
+    scores = {**report, **{f"ema.{split}": found for split, found in (report["ema"] or {}).items()}}
+    return {name: path for path, name in _SCORES.items() if scores.get(path)}
 
 
 # ---------------------------------------------------------------------------------------------------------- the result
 
 
-def _reading(result: Mapping[str, Any], scored: str | None) -> list[str]:
-    """What the headline does say, and what it does not."""
+def _reading(report: Mapping[str, Any], scored: str | None) -> list[str]:
+    """What the headline means, and what it does not show."""
     if scored is None:
         return ["No image was held out of training, or none is scored yet: how good this model is, is not known."]
-    which = "the last checkpoint"
-    if result["selected"] == "best":
-        which = f"the checkpoint that was best on validation (epoch {result['best_epoch']})"
-    said = [
-        f"Scored is {which}. The interval is Wilson's: how well {result[scored]['n']} images pin down the error of "
-        "this one model. It does not say what another seed would give. This is one run, with seed "
-        f"{result['seed']}: it cannot show that its settings are better than others; several seeds of each, compared "
-        "in pairs, can."
+    sentences = [
+        f"Scored is {run_report.scored_checkpoint(report)}. The interval is Wilson's: how well {report[scored]['n']} "
+        "images pin down the error of this one model. It does not say what another seed would give. This is one run, "
+        f"with seed {report['seed']}: it cannot show that its settings are better than others; several seeds of each, "
+        "compared in pairs, can."
     ]
     if scored == "val":
-        said.append(
+        sentences.append(
             "No test split was scored. Where settings, or the checkpoint, were chosen on these validation images, "
             "their error is too low."
         )
-    return said
+    return sentences
 
 
 def state(folder: Path) -> list[str]:
-    """What there is to say of a run that is not done, or lost files of its own; nothing of others."""
+    """Warnings about a run that is not done, or could not write some of its files."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         status = run_log.read_status(folder)
-        said = []
+        warnings = []
         if status["state"] != "done":
-            said.append(
+            warnings.append(
                 f"This run is not done (state: {status['state']}, step {status['step']} of {status['total_steps']}): "
                 "what follows is what it has measured until then."
             )
         if status["degraded"]:
-            said.append("Some files of this run could not be written while it went on; log.txt may tell which.")
-        return said
+            warnings.append("Some files of this run could not be written while it went on; log.txt may tell which.")
+        return warnings
     return ["How this run ended is not known: status.json cannot be read."]
 
 
-def _incidents(result: Mapping[str, Any]) -> list[str]:
-    said = [
+def _incidents(report: Mapping[str, Any]) -> list[str]:
+    incidents = [
         f"Step {row['step']}: a value was not finite; the run went back to the weights of step {row['to']}."
-        for row in result["rollbacks"]
+        for row in report["rollbacks"]
     ]
-    if result["skipped_steps"]:
-        said.append(f"{result['skipped_steps']} steps were skipped: their loss or gradient was not finite.")
-    return said
+    if report["skipped_steps"]:
+        incidents.append(f"{report['skipped_steps']} steps were skipped: their loss or gradient was not finite.")
+    return incidents
 
 
-def _length(result: Mapping[str, Any]) -> str:
-    epochs = f"{result['epochs']:.4g} epoch{'' if result['epochs'] == 1 else 's'}"
-    return f"{epochs}, {result['steps']} steps"
+def _length(report: Mapping[str, Any]) -> str:
+    epochs = f"{report['epochs']:.4g} epoch{'' if report['epochs'] == 1 else 's'}"
+    return f"{epochs}, {report['steps']} steps"
 
 
-def _cost(result: Mapping[str, Any]) -> list[tuple[str, Markup]]:
+def _cost(report: Mapping[str, Any]) -> list[tuple[str, Markup]]:
     def line(text: str, path: str, form: str, factor: float = 1) -> Markup:
-        return Markup(text).format(number(result, path, form, factor))
+        return Markup(text).format(number(report, path, form, factor))
 
     return [
         ("passes", line("{} forward-backward passes", "cost.forward_backward_passes", ",.0f")),
@@ -189,16 +184,16 @@ def _cost(result: Mapping[str, Any]) -> list[tuple[str, Markup]]:
 # ------------------------------------------------------------------------------------------------------ learning curves
 
 
-def _curves(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Charts of loss and error over epochs, at the weights w themselves."""
+def _curves(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Charts of loss and error over epochs, at the weights w."""
     rows = run_log.read_metrics(folder)
     per_epoch = run_log.read_provenance(folder)["steps_per_epoch"]
-    sam, spans, note = result["sam"], [], ""
-    if sam["enabled"] and (sam["start"] > 0 or sam["end"] < result["steps"]):
-        spans = [Span("SAM", sam["start"] / per_epoch, min(sam["end"], result["steps"]) / per_epoch)]
+    sam, spans, note = report["sam"], [], ""
+    if sam["enabled"] and (sam["start"] > 0 or sam["end"] < report["steps"]):
+        spans = [Span("SAM", sam["start"] / per_epoch, min(sam["end"], report["steps"]) / per_epoch)]
         note = f" The shaded part is trained with SAM, steps {sam['start']} to {sam['end']}; the rest without."
     return {
-        "curves": run_charts.curves(rows, per_epoch, spans),
+        "curves": learning_curves.run_charts(rows, per_epoch, spans),
         "curves_note": "Everything is measured at the weights w, not at the perturbed ones. Train is the mean over an "
         "epoch while it was trained, with augmentation, dropout and label smoothing, so that it may lie above "
         f"validation, which has none of them.{note} A gap is a value that was not finite.",
@@ -208,27 +203,28 @@ def _curves(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- predictions
 
 
-def _predictions(folder: Path, result: Mapping[str, Any], scored: str | None) -> Predictions | str:
-    """Those that the headline counts, or why there are none."""
+def _predictions(folder: Path, report: Mapping[str, Any], scored: str | None) -> Predictions | str:
+    """The predictions that the headline counts, or the reason why there are none."""
     lost = "errors by class, calibration and the most confident mistakes cannot be shown."
     if scored is None:
         return f"Nothing was scored: {lost}"
     try:
-        found = read(folder / "predictions.parquet", result["dataset"]["classes"])
+        predictions = read(folder / "predictions.parquet", report["dataset"]["classes"])
     except CheckpointError as error:
-        why = f" ({error.cause})" if error.cause else ""
-        return f"{error.message}{why}: {lost}".replace(str(folder), folder.resolve().name)
-    n, wrong = len(found.rows), int((~found.correct).sum())
-    if (found.split, n, wrong) != (scored, result[scored]["n"], result[scored]["wrong"]):
-        return f"predictions.parquet is not of the result above ({wrong} of {n} images of {found.split} wrong): {lost}"
-    return found
+        cause = f" ({error.cause})" if error.cause else ""
+        return f"{error.message}{cause}: {lost}".replace(str(folder), folder.resolve().name)
+    n, wrong = len(predictions.rows), int((~predictions.correct).sum())
+    if (predictions.split, n, wrong) != (scored, report[scored]["n"], report[scored]["wrong"]):
+        counted = f"{wrong} of {n} images of {predictions.split} wrong"
+        return f"predictions.parquet is not of the result above ({counted}): {lost}"
+    return predictions
 
 
-def _class_names(folder: Path, result: Mapping[str, Any]) -> list[str]:
-    """As a checkpoint has them; by number where none can be read."""
-    classes = result["dataset"]["classes"]
+def _class_names(folder: Path, report: Mapping[str, Any]) -> list[str]:
+    """The names in a checkpoint; by number where none can be read."""
+    classes = report["dataset"]["classes"]
     steps = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
-    for name in (result["selected"], "last", "best", *steps):
+    for name in (report["selected"], "last", "best", *steps):
         with suppress(OSError, ValueError, KeyError, TypeError):
             checkpoint = run_log.resolve_checkpoint(folder / "checkpoints", name)
             manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
@@ -244,7 +240,7 @@ def _class_names(folder: Path, result: Mapping[str, Any]) -> list[str]:
 def _settings(folder: Path) -> dict[str, Table]:
     stored, origins = run_log.read_settings(folder)
     rows = [
-        (key, "open" if key not in stored else _word(stored[key]), origin)
+        (key, "open" if key not in stored else _format_value(stored[key]), origin)
         for key, origin in origins.items()
         if key != "output"
     ]
@@ -256,60 +252,60 @@ def _settings(folder: Path) -> dict[str, Table]:
     }
 
 
-def _words(values: Mapping[str, Any]) -> str:
+def _format_values(values: Mapping[str, Any]) -> str:
     return ", ".join(
-        f"{key} ({_words(value)})" if isinstance(value, dict) else f"{key} {_word(value)}"
+        f"{key} ({_format_values(value)})" if isinstance(value, dict) else f"{key} {_format_value(value)}"
         for key, value in values.items()
     )
 
 
-def _word(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _provenance(result: Mapping[str, Any]) -> list[tuple[str, str | Markup]]:
-    model, data = result["model"], result["dataset"]
-    devices = Counter(result["devices"])
+def _provenance(report: Mapping[str, Any]) -> list[tuple[str, str | Markup]]:
+    model, data = report["model"], report["dataset"]
+    devices = Counter(report["devices"])
     pairs: list[tuple[str, str | Markup]] = [
         ("model", f"{model['requested']} → {model['resolved']}, {model['img_size']} px"),
-        ("parameters", number(result, "model.parameters", ",d")),
+        ("parameters", number(report, "model.parameters", ",d")),
         ("weights", f"{model['weights']}, pretrained on {model['pretraining']}"),
         ("data", f"{data['name']} ({data['source']})"),
         (
             "images",
             Markup("train {}, validation {}, test {}").format(
-                *(number(result, f"dataset.{split}", "d") for split in ("train", "val", "test"))
+                *(number(report, f"dataset.{split}", "d") for split in ("train", "val", "test"))
             ),
         ),
-        ("classes", number(result, "dataset.classes", "d")),
+        ("classes", number(report, "dataset.classes", "d")),
         ("split hash", data["split_hash"]),
     ]
     if "label_noise" in data:
         pairs.append(("label noise", run_report.noise_words(data["label_noise"])))
     pairs += [
-        ("update", run_report.sam_words(result["sam"], result["steps"])),
-        ("optimizer", _words(result["optimizer"])),
-        ("machine", result["machine"]),
+        ("update", run_report.sam_words(report["sam"], report["steps"])),
+        ("optimizer", _format_values(report["optimizer"])),
+        ("machine", report["machine"]),
         ("devices", ", ".join(f"{count} x {name}" for name, count in devices.items())),
-        ("ranks", number(result, "world_size", "d")),
-        ("precision", result["precision"]),
-        ("versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())),
-        ("started", result["started"]),
-        ("checkpoints", ", ".join(result["checkpoints"]) or "none"),
+        ("ranks", number(report, "world_size", "d")),
+        ("precision", report["precision"]),
+        ("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
+        ("started", report["started"]),
+        ("checkpoints", ", ".join(report["checkpoints"]) or "none"),
     ]
     return pairs
 
 
-def _incident_tables(result: Mapping[str, Any]) -> list[Table]:
+def _incident_tables(report: Mapping[str, Any]) -> list[Table]:
     resumes = [
         (
             row["step"],
             row["started"],
             "; ".join(f"{key}: {' → '.join(values)}" for key, values in row.get("changed", {}).items()) or None,
         )
-        for row in result["resumed"]
+        for row in report["resumed"]
     ]
-    bad = [(row["where"], row["reason"]) for row in result["bad_images"]]
+    bad = [(row["where"], row["reason"]) for row in report["bad_images"]]
     return [
         table
         for table in (

@@ -1,29 +1,27 @@
-"""Run folder -> report.json and report.md: a pure function of what is on disk, so that it can be made again."""
+"""The report of a run, report.json and report.md, from the files of its folder."""
 
-import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from samtune.errors import CheckpointError, UsageError
+from samtune.report import html
 from samtune.runs import run_log
 
 SCHEMA_VERSION = 1
 _SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss")
-
-
 _NEAR_CHANCE = 0.9  # of the error of a guess
 
 
 def collapse_warning(epoch: int, loss: float, top1_error: float, classes: int) -> str | None:
-    """The warning for an epoch that is no better than a guess by mean train loss, ln(classes), and by top-1 error.
+    """The warning for an epoch no better than guessing, by mean train loss, ln(classes), and by top-1 error; or None.
 
-    A model that is right far more often has only been too sure of what it got wrong, as a new head is at first.
+    A high loss with a lower error gives no warning: the model is overconfident, as a new head is at first.
     """
     chance = math.log(classes)
-    # Nor NaN, where no step was applied.
+    # No warning for NaN: no step was applied.
     if not (loss >= chance and top1_error >= _NEAR_CHANCE * 100 * (1 - 1 / classes)):
         return None
     return (
@@ -34,21 +32,36 @@ def collapse_warning(epoch: int, loss: float, top1_error: float, classes: int) -
 
 
 def seen_warning(count: int) -> str:
-    """The warning for test images that are in train too."""
+    """The warning for test images that train has too."""
     images = "images are" if count > 1 else "image is"
     return f"{count} test {images} in train too, byte for byte: the test error is too low (see `samtune data check`)"
 
 
 def write(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write report.json and report.md from what `collect` returned."""
-    (folder / "report.json").write_text(
-        json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
+    """Write report.json and report.md. Raises OSError."""
+    html.write_json(folder / "report.json", report)
+    html.write(folder / "report.md", "run.md", content(report))
+
+
+def content(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Report, title, summary and the checkpoint that was scored, for report.md and report.html."""
+    return {
+        "report": report,
+        "title": f"{report['model']['resolved']} on {report['dataset']['name']}",
+        "summary": summary(report),
+        "checkpoint": scored_checkpoint(report),
+    }
+
+
+def scored_checkpoint(report: Mapping[str, Any]) -> str:
+    """Which checkpoint the scores are of."""
+    if report["selected"] == "last":
+        return "the last checkpoint"
+    return f"the checkpoint that was best on validation (epoch {report['best_epoch']})"
 
 
 def rebuild(folder: Path) -> dict[str, Any]:
-    """What `collect` says of any folder, whatever became of its run.
+    """The report of a run folder, in whatever state the run is.
 
     Raises UsageError where there is no run, CheckpointError where its files are damaged.
     """
@@ -65,12 +78,12 @@ def rebuild(folder: Path) -> dict[str, Any]:
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """The report of a run folder whose steps are done, schema version 1.
+    """Build the report of a run folder whose steps are done, schema version 1.
 
-    Errors are in percent, intervals are Wilson's at 95 %, times in seconds. train_seconds runs from the first step to
-    the last, validations and checkpoints between them included, pauses left out; images_per_second is of training
-    alone. cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. What
-    cannot be known, as rows of metrics are missing, is null.
+    Errors are in percent, intervals are Wilson's at 95 %, times in seconds. train_seconds is the time from the first
+    step to the last, with validations and checkpoints, without pauses; images_per_second counts training only.
+    cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. Values that
+    missing rows of metrics leave open are null.
     """
     config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     provenance = run_log.read_provenance(folder)
@@ -142,12 +155,12 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def best_key(row: Mapping[str, Any]) -> tuple[float, float]:
-    """What makes a validation row the best: the lowest top-1 error, then the lowest loss."""
+    """Sort key of validation rows: the lowest top-1 error, then the lowest loss."""
     return row["top1_error"], row["loss"]
 
 
-def epoch_means(train: Sequence[Mapping[str, Any]], key: Literal["loss", "top1_error"] = "loss") -> dict[int, float]:
-    """Mean over the images of each epoch, from the rows of its parts; rows in which no step was applied have none."""
+def epoch_means(train: Sequence[Mapping[str, Any]], key: str = "loss") -> dict[int, float]:
+    """Mean over the images of each epoch, from its rows; rows in which no step was applied are left out."""
     totals: dict[int, tuple[float, int]] = {}
     for row in train:
         if row[key] is None:
@@ -158,14 +171,14 @@ def epoch_means(train: Sequence[Mapping[str, Any]], key: Literal["loss", "top1_e
 
 
 def score_line(scores: Mapping[str, Any]) -> str:
-    """One result in words: error, interval, counts."""
+    """One result as text: error, interval, counts."""
     low, high = scores["top1_error_ci95"]
     counts = f"{scores['wrong']} of {scores['n']} wrong"
     return f"{scores['top1_error']:.2f} % (95 % interval {low:.2f} to {high:.2f}; {counts})"
 
 
 def summary(report: Mapping[str, Any]) -> dict[str, str]:
-    """The rows that people look at first."""
+    """The main results of a run, by name."""
     rows = {f"{split} top-1 error": score_line(report[split]) for split in ("test", "val") if report[split]}
     model, sam, cost = report["model"], report["sam"], report["cost"]
     time = count = "not known: rows of metrics.jsonl are missing"
@@ -196,16 +209,16 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def noise_words(noise: Mapping[str, Any]) -> str:
-    """How many training labels are wrong, and where that comes from."""
-    where = noise["source"] if noise["seed"] is None else f"{noise['kind']}, seed {noise['seed']}"
-    return f"{noise['flipped']} of {noise['n']} training labels changed, {100 * noise['fraction']:.3g} % ({where})"
+    """How many training labels are changed, and by what."""
+    origin = noise["source"] if noise["seed"] is None else f"{noise['kind']}, seed {noise['seed']}"
+    return f"{noise['flipped']} of {noise['n']} training labels changed, {100 * noise['fraction']:.3g} % ({origin})"
 
 
 def sam_words(sam: Mapping[str, Any], steps: int) -> str:
-    """What SAM does in a run of so many steps: rho, and whatever is not the default."""
+    """The settings of SAM in a run of `steps` steps: rho, p, m, and what is not the default."""
     if not sam["enabled"]:
         return "no SAM (rho 0)"
-    said = {
+    options = {
         f"adaptive (eta {sam['eta']:g})": sam["adaptive"],
         f"perturbs {sam['perturb']}": sam["perturb"] != "all",
         f"head x {sam['head_rho_factor']:g}": sam["head_rho_factor"] != 1,
@@ -216,42 +229,16 @@ def sam_words(sam: Mapping[str, Any], steps: int) -> str:
         f"{sam['ascent_steps']} ascent steps": sam["ascent_steps"] > 1,
         f"on {100 * sam['ascent_fraction']:g} % of the batch": sam["ascent_fraction"] < 1,
     }
-    words = [f"SAM rho {sam['rho']:g}", f"p {float(sam['p']):g}", f"m {sam['m']}"]
-    return ", ".join(words + [text for text, holds in said.items() if holds])
+    parts = [f"SAM rho {sam['rho']:g}", f"p {float(sam['p']):g}", f"m {sam['m']}"]
+    return ", ".join(parts + [text for text, is_set in options.items() if is_set])
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in _SCORES} | {"epoch": row["epoch"]}
 
 
-def _markdown(report: Mapping[str, Any]) -> str:
-    lines = [f"# {report['model']['resolved']} on {report['dataset']['name']}", ""]
-    lines += [f"**Warning:** {warning}\n" for warning in report["warnings"]]
-    lines += ["| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in summary(report).items()]
-    optimizer = ", ".join(f"{key} {value}" for key, value in report["optimizer"].items())
-    lines += [
-        f"| optimizer | {optimizer} |",
-        f"| length | {report['epochs']} epochs, {report['steps']} steps, seed {report['seed']} |",
-        f"| machine | {report['machine']}, {', '.join(report['devices'])}, {report['precision']} |",
-        f"| versions | {', '.join(f'{name} {version}' for name, version in report['versions'].items())} |",
-        f"| started | {report['started']} |",
-        "",
-        "Scored: the "
-        + (
-            "last checkpoint"
-            if report["selected"] == "last"
-            else f"checkpoint that was best on validation (epoch {report['best_epoch']})"
-        )
-        + ". The interval is Wilson's: how well these images pin down this model's error; other seeds may differ more.",
-        "",
-        f"    {report['command']}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def evaluation_summary(scores: Mapping[str, Any]) -> dict[str, str]:
-    """The rows of an evaluation that people look at."""
+    """The main results of an evaluation, by name."""
     others = f"{scores['top5_error']:.2f} %, {scores['mean_per_class_error']:.2f} %"
     rows = {f"{scores['split']} top-1 error": score_line(scores), "top-5, mean per class": others}
     if scores["unknown_classes"]:

@@ -1,9 +1,8 @@
-"""Intervals and tests for error counts and for seeds, on scipy, and calibration. All intervals and tests are two-sided,
-intervals at 95 %.
+"""Intervals and tests for error counts and for seeds, and calibration. Tests are two-sided, intervals at 95 %.
 
-One run tells how well its images pin down one model (`wilson_interval`), and whether two models differ on the same
-images (`mcnemar`). What another seed would give, only several seeds can tell: all else here takes one value per seed,
-in any unit, and gives no interval where the seeds show no spread (`why_no_interval`).
+From one run: how well its images pin down the error of one model (`wilson_interval`), and whether two models differ on
+the same images (`mcnemar`). The other functions take one value per seed, in any unit, and give no interval where the
+seeds have no spread (`no_interval_reason`).
 """
 
 import math
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import scipy  # scipy.stats takes a second to load, when it is first used: one run has no use for it
+import scipy  # scipy.stats loads at its first use, which takes a second
 
 _LEVEL = 0.95
 _ROUNDING = 1e-12  # relative: a smaller spread is that of floating point
@@ -29,7 +28,7 @@ class MeanInterval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean of a minus mean of b. p: of no difference. n_a, n_b: seeds of each; of pairs, the same."""
+    """Mean of a minus mean of b. p: of no difference. n_a, n_b: numbers of seeds."""
 
     mean: float
     low: float
@@ -40,7 +39,7 @@ class Difference(NamedTuple):
 
 
 class ErrorReduction(NamedTuple):
-    """100 (1 - mean of a / mean of b), in percent; the limits are None where `reason` tells why there are none."""
+    """100 (1 - mean of a / mean of b), in percent; low and high are None for the given reason."""
 
     percent: float | None
     low: float | None
@@ -49,7 +48,7 @@ class ErrorReduction(NamedTuple):
 
 
 class McNemar(NamedTuple):
-    """Images that one of two models alone has wrong; p: of equal chances for the two counts."""
+    """Numbers of images that only one of two models has wrong. p: of equal chances for the two counts."""
 
     only_a_wrong: int
     only_b_wrong: int
@@ -57,10 +56,7 @@ class McNemar(NamedTuple):
 
 
 class ReliabilityBin(NamedTuple):
-    """Predictions with a probability in (low, high]: how many, their mean probability, and their share of right ones.
-
-    The last two are None in an empty bin.
-    """
+    """Predictions with a probability in (low, high]. confidence: mean probability; both means are None without any."""
 
     low: float
     high: float
@@ -82,7 +78,7 @@ class Calibration(NamedTuple):
 def wilson_interval(wrong: int, n: int) -> tuple[float, float]:
     """The interval of Wilson (1927) for a share of wrong out of n: (low, high) in [0, 1].
 
-    It says how well n images pin down this model's error; it says nothing about another seed.
+    It tells how well n images pin down this model's error, and nothing about another seed.
     """
     z = NormalDist().inv_cdf((1 + _LEVEL) / 2)
     centre = (wrong + z**2 / 2) / (n + z**2)
@@ -91,10 +87,10 @@ def wilson_interval(wrong: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar(wrong_a: npt.ArrayLike, wrong_b: npt.ArrayLike) -> McNemar:
-    """The exact test of McNemar (1947) on what two models have wrong of the same images: two arrays (n,) of bool.
+    """The exact test of McNemar (1947) on the wrong images of two models: two arrays (n,) of bool, same images.
 
-    Images that both have right, or both wrong, tell nothing. Of those that are left, each model alone has as many wrong
-    as the other by chance: p is the binomial's, and 1 where none is left. It says nothing about other seeds.
+    Only images that exactly one model has wrong count. p is that of a binomial with equal chances, and 1 without such
+    images. It tells nothing about other seeds.
     """
     a, b = np.asarray(wrong_a, dtype=bool), np.asarray(wrong_b, dtype=bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
@@ -103,28 +99,28 @@ def mcnemar(wrong_a: npt.ArrayLike, wrong_b: npt.ArrayLike) -> McNemar:
 
 
 def expected_calibration_error(probability: npt.ArrayLike, correct: npt.ArrayLike, bins: int = 15) -> Calibration:
-    """How far the probabilities of predictions, (n,) in [0, 1], are from the share that is correct, (n,) of bool.
+    """The calibration of predictions with these probabilities, (n,) in [0, 1]. correct: (n,), bool.
 
     Guo et al. (2017), equation 3: over bins of equal width, the mean of |accuracy - confidence|, weighted by n.
     """
-    said, right = np.asarray(probability, dtype=np.float64), np.asarray(correct, dtype=bool)
+    confidence, right = np.asarray(probability, dtype=np.float64), np.asarray(correct, dtype=bool)
     edges = np.linspace(0, 1, bins + 1)
-    place = np.searchsorted(edges[1:-1], said, side="left")  # an edge belongs to the bin below it
+    bin_of = np.searchsorted(edges[1:-1], confidence, side="left")  # an edge belongs to the bin below it
     found = []
     for i in range(bins):
-        inside = place == i
+        inside = bin_of == i
         n = int(inside.sum())
-        confidence, accuracy = (float(said[inside].mean()), float(right[inside].mean())) if n else (None, None)
-        found.append(ReliabilityBin(float(edges[i]), float(edges[i + 1]), n, confidence, accuracy))
+        means = (float(confidence[inside].mean()), float(right[inside].mean())) if n else (None, None)
+        found.append(ReliabilityBin(float(edges[i]), float(edges[i + 1]), n, *means))
     gaps = (b.n * abs(b.accuracy - b.confidence) for b in found if b.accuracy is not None and b.confidence is not None)
-    return Calibration(math.fsum(gaps) / len(said), tuple(found))
+    return Calibration(math.fsum(gaps) / len(confidence), tuple(found))
 
 
 # ---------------------------------------------------------------------------------------------------- several seeds
 
 
-def why_no_interval(n: int, same: str = "error") -> str:
-    """Why n seeds gave no interval, and so what cannot be concluded from them; same: what had no spread."""
+def no_interval_reason(n: int, same: str = "error") -> str:
+    """The reason why n seeds gave no interval. same: name of the value without spread."""
     if n < 2:
         return "one seed: how much another seed would differ is not known"
     return f"the {same} was the same at every seed: how much another one would differ cannot be told from them"
@@ -155,9 +151,9 @@ def independent_difference(a: Sequence[float], b: Sequence[float]) -> Difference
 def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = True) -> ErrorReduction:
     """How much less error a has than b, in percent of b, with the interval of Fieller (1954) for a ratio of means.
 
-    a, b: errors by seed; paired: on the same seeds, in the same order. The interval holds each ratio R for which a t
-    test does not tell a - R b from 0. Independent seeds may spread differently: their degrees of freedom are
-    Satterthwaite's, at the ratio that was found (Tamhane and Logan 2004).
+    a, b: errors by seed; paired: on the same seeds, in the same order. The interval contains each ratio R for which a
+    t test does not tell a - R b from 0. Without pairs the degrees of freedom are Satterthwaite's, at the ratio of the
+    means (Tamhane and Logan 2004).
     """
     mean_a, mean_b = fmean(a), fmean(b)
     if mean_b <= 0:
@@ -166,9 +162,9 @@ def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = Tr
     percent = 100 * (1 - ratio)
     n = min(len(a), len(b))
     if n < 2:
-        return ErrorReduction(percent, None, None, why_no_interval(n))
+        return ErrorReduction(percent, None, None, no_interval_reason(n))
     if paired and not _spread_in_pairs(a, b):
-        return ErrorReduction(percent, None, None, why_no_interval(n, "difference"))
+        return ErrorReduction(percent, None, None, no_interval_reason(n, "difference"))
     # (co)variances of the two means, and of mean_a - ratio mean_b
     if paired:
         (aa, ab), (_, bb) = np.cov(a, b) / n
@@ -180,7 +176,7 @@ def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = Tr
         parts = aa**2 / (len(a) - 1) + (ratio**2 * bb) ** 2 / (len(b) - 1)
         freedom = float(spread**2 / parts) if parts > 0 else math.nan
     if not spread > (_ROUNDING * mean_a) ** 2:
-        return ErrorReduction(percent, None, None, why_no_interval(n, "reduction"))
+        return ErrorReduction(percent, None, None, no_interval_reason(n, "reduction"))
     t2 = scipy.stats.t.ppf((1 + _LEVEL) / 2, freedom) ** 2
     # (mean_a - R mean_b)^2 <= t^2 (aa - 2 R ab + R^2 bb), as a quadratic in R: q2 R^2 - 2 q1 R + q0 <= 0
     q2, q1, q0 = mean_b**2 - t2 * bb, mean_a * mean_b - t2 * ab, mean_a**2 - t2 * aa

@@ -1,8 +1,8 @@
-"""Numbers -> charts, as SVG that is set into a page. The only user of matplotlib.
+"""Charts as SVG for a page. The only user of matplotlib.
 
-A chart has a title and a description for those who do not see it, and takes its colours and its font from the page
-around it (the custom properties --ink, --quiet, --rule and --series-1 to --series-6), so that it is legible on light
-and on dark. The same numbers give the same text.
+A chart has a title and a description for screen readers. It takes font and colours from its page (the custom properties
+--ink, --quiet, --rule and --series-1 to --series-6), so that it is legible on light and dark. The same numbers give the
+same text.
 """
 
 import io
@@ -65,8 +65,8 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-class Words(NamedTuple):
-    """What a chart is called, for its page and for those who do not see it. id: unique in its page."""
+class Heading(NamedTuple):
+    """Title and description of a chart, for screen readers. id: unique in its page."""
 
     id: str
     title: str
@@ -74,7 +74,7 @@ class Words(NamedTuple):
 
 
 class Series(NamedTuple):
-    """A line through points, with an interval around it if low and high are there. rings: points that are marked."""
+    """A line through points, with an interval if low and high are given. rings: indices of marked points."""
 
     name: str
     x: Sequence[float]
@@ -93,7 +93,7 @@ class Span(NamedTuple):
 
 
 def lines(
-    words: Words,
+    heading: Heading,
     series: Sequence[Series],
     *,
     x_label: str,
@@ -103,17 +103,17 @@ def lines(
     bars: bool = False,
     ticks: Sequence[str] | None = None,
 ) -> str:
-    """Lines over x from 0; whole: ticks of x stand at whole numbers alone.
+    """Lines over x from 0. whole: ticks of x only at whole numbers.
 
-    bars: intervals as bars, not as bands, and y not from 0. ticks: names of x = 0, 1, ... where it is no number.
+    bars: intervals as bars, not as bands, and y not from 0. ticks: names of x = 0, 1, ..., for x that is no number.
     """
-    aside = 0.08 if ticks else 0.0  # of ticks: series stand beside each other
+    shift = 0.08 if ticks else 0.0  # between the series, in ticks
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for i, one in enumerate(series):
             colour = _SERIES[i % len(_SERIES)]
-            x = [at + aside * (i - (len(series) - 1) / 2) for at in one.x]
+            x = [at + shift * (i - (len(series) - 1) / 2) for at in one.x]
             if one.low is not None and one.high is not None:
                 low, high = _floats(one.low), _floats(one.high)
                 if bars:
@@ -123,9 +123,9 @@ def lines(
             marker = _MARKERS[i % len(_MARKERS)] if len(one.x) <= 40 else ""
             dashes = _DASHES[i % len(_DASHES)]
             axes.plot(x, _floats(one.y), color=colour, marker=marker, linestyle=dashes, label=_label(one.name))
-            for place in one.rings:
-                at, y = x[place], _floats(one.y)[place]
-                axes.plot(at, y, "o", markersize=11, markerfacecolor="none", color=_INK, markeredgewidth=1.2)
+            ring: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.2}
+            for at in one.rings:
+                axes.plot(x[at], _floats(one.y)[at], "o", color=_INK, **ring)
         for span in spans:
             axes.axvspan(span.low, span.high, color=_QUIET, alpha=0.12, linewidth=0, label=_label(span.name))
         axes.set(xlabel=x_label, ylabel=y_label)
@@ -140,11 +140,11 @@ def lines(
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
-    return _drawn(words, 230, draw)
+    return _drawn(heading, 230, draw)
 
 
 def intervals(
-    words: Words,
+    heading: Heading,
     names: Sequence[str],
     values: Sequence[float],
     bounds: Sequence[tuple[float, float] | None],
@@ -155,21 +155,19 @@ def intervals(
 ) -> str:
     """A point for each name, from top to bottom, with its interval, if there is one.
 
-    dots: what each point is the mean of. zero: where x begins, or a line that is always seen, or wherever it may be.
+    dots: the values that each point is the mean of. zero: x starts at 0, or has a line at 0, or neither.
     """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        places = range(len(names))
-        for place, known in zip(places, bounds, strict=True):
-            if known:
-                axes.hlines(place, *known, color=_SERIES[0], linewidth=1.4)
-        for place, seen in zip(places, dots, strict=False):
-            axes.plot(
-                seen, [place + 0.22] * len(seen), "o", color=_SERIES[1], markersize=3, alpha=0.75, markeredgewidth=0
-            )
-        axes.plot(values, places, "o", color=_SERIES[0])
-        axes.set_yticks(places, [_label(name, 32) for name in names])
+        for y, interval in enumerate(bounds):
+            if interval:
+                axes.hlines(y, *interval, color=_SERIES[0], linewidth=1.4)
+        small: dict[str, Any] = {"color": _SERIES[1], "markersize": 3, "alpha": 0.75, "markeredgewidth": 0}
+        for y, of_name in enumerate(dots):
+            axes.plot(of_name, [y + 0.22] * len(of_name), "o", **small)
+        axes.plot(values, range(len(names)), "o", color=_SERIES[0])
+        axes.set_yticks(range(len(names)), [_label(name, 32) for name in names])
         axes.set(xlabel=x_label, ylim=(len(names) - 0.4, -0.6))
         if zero == "start":
             axes.set_xlim(left=0)
@@ -178,14 +176,14 @@ def intervals(
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
 
-    return _drawn(words, 60 + 16 * len(names), draw)
+    return _drawn(heading, 60 + 16 * len(names), draw)
 
 
-def heatmap(words: Words, counts: npt.NDArray[np.int64], names: Sequence[str] | None) -> str:
-    """Rows of a confusion matrix (true, predicted), each as shares of its sum; names: None for too many to be read.
+def heatmap(heading: Heading, counts: npt.NDArray[np.int64], names: Sequence[str] | None) -> str:
+    """A confusion matrix (true, predicted), each row as shares of its sum. names: None for too many classes.
 
-    Of few classes the counts stand in the cells. A cell is as opaque as the root of its share, so that rare confusions
-    are seen.
+    With few classes the cells show their counts. The opacity of a cell is the root of its share, so that rare
+    confusions are visible.
     """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     numbered = len(counts) <= _NUMBERED
@@ -204,28 +202,28 @@ def heatmap(words: Words, counts: npt.NDArray[np.int64], names: Sequence[str] | 
             axes.set_xticks([])
             axes.set_yticks([])
         else:
-            places, labels = range(len(names)), [_label(name, _LONGEST if scale == 1 else 14) for name in names]
+            positions, labels = range(len(names)), [_label(name, _LONGEST if scale == 1 else 14) for name in names]
             # The label's end stands at its tick, whatever the font of the reader.
             upright: dict[str, Any] = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
-            axes.set_xticks(places, labels, **upright)
-            axes.set_yticks(places, labels)
+            axes.set_xticks(positions, labels, **upright)
+            axes.set_yticks(positions, labels)
             axes.tick_params(length=0)
         if numbered:
             for row, column in np.argwhere(counts).tolist():
                 axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=9)
 
-    return _drawn(words, 330 * scale, draw, scale * _WIDTH)
+    return _drawn(heading, 330 * scale, draw, scale * _WIDTH)
 
 
-def reliability(words: Words, bins: Sequence[ReliabilityBin]) -> str:
-    """Accuracy against confidence, with the diagonal, and below how many predictions each bin has."""
+def reliability(heading: Heading, bins: Sequence[ReliabilityBin]) -> str:
+    """Accuracy against confidence, with the diagonal, and below it the number of predictions in each bin."""
     filled = [one for one in bins if one.n]
     width = bins[0].high - bins[0].low
 
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-        places = [(one.low + one.high) / 2 for one in filled]
-        above.bar(places, [one.accuracy or 0.0 for one in filled], 0.9 * width, color=_SERIES[0], alpha=0.35)
+        centres = [(one.low + one.high) / 2 for one in filled]
+        above.bar(centres, [one.accuracy or 0.0 for one in filled], 0.9 * width, color=_SERIES[0], alpha=0.35)
         above.plot([0, 1], [0, 1], color=_QUIET, linewidth=1, linestyle=_DASHES[2], label="confidence = accuracy")
         above.plot(
             _floats([one.confidence for one in filled]),
@@ -236,12 +234,12 @@ def reliability(words: Words, bins: Sequence[ReliabilityBin]) -> str:
         )
         above.set(ylabel="accuracy", ylim=(0, 1.02))
         above.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-        below.bar(places, [one.n for one in filled], 0.9 * width, color=_QUIET, alpha=0.6)
+        below.bar(centres, [one.n for one in filled], 0.9 * width, color=_QUIET, alpha=0.6)
         below.set(xlabel="confidence", ylabel="images", xlim=(0, 1))
         below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
         figure.align_ylabels()
 
-    return _drawn(words, 290, draw)
+    return _drawn(heading, 290, draw)
 
 
 def _floats(values: Numbers) -> list[float]:
@@ -249,12 +247,12 @@ def _floats(values: Numbers) -> list[float]:
 
 
 def _label(name: str, longest: int = _LONGEST) -> str:
-    """What can be printed of a name, and not too much of it."""
+    """The printable characters of a name, shortened."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in unicodedata.normalize("NFC", name))
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def _drawn(words: Words, height: float, draw: Callable[[Figure], None], width: float = _WIDTH) -> str:
+def _drawn(heading: Heading, height: float, draw: Callable[[Figure], None], width: float = _WIDTH) -> str:
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # the reader's browser has its own
         matplotlib.rcdefaults()  # whatever the user has set for charts of their own
@@ -263,11 +261,11 @@ def _drawn(words: Words, height: float, draw: Callable[[Figure], None], width: f
         draw(figure)
         text = io.BytesIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return _inlined(words, ElementTree.fromstring(text.getvalue()))
+    return _inlined(heading, ElementTree.fromstring(text.getvalue()))
 
 
-def _inlined(words: Words, root: ElementTree.Element) -> str:
-    """As a part of a page: with words, the page's colours and font, and no name that another chart has too."""
+def _inlined(heading: Heading, root: ElementTree.Element) -> str:
+    """Make a chart part of a page: add title and description, use the page's colours and font, make ids unique."""
     box = root.get("viewBox", "")
     root.attrib.clear()
     for parent in root.iter():
@@ -281,16 +279,16 @@ def _inlined(words: Words, root: ElementTree.Element) -> str:
         if found.get("id") not in used:
             found.pop("id", None)
         element.attrib.clear()
-        element.attrib.update({key: _restyled(key, value, words.id) for key, value in found.items()})
-    names = {"title": words.title, "desc": words.description}
-    for place, (tag, content) in enumerate(names.items()):
-        element = ElementTree.Element(tag, {"id": f"{words.id}-{tag}"})
+        element.attrib.update({key: _restyled(key, value, heading.id) for key, value in found.items()})
+    names = {"title": heading.title, "desc": heading.description}
+    for i, (tag, content) in enumerate(names.items()):
+        element = ElementTree.Element(tag, {"id": f"{heading.id}-{tag}"})
         element.text = content
-        root.insert(place, element)
+        root.insert(i, element)
     # As wide as the page lets it, but no larger than its text is pleasant to read.
     widest = f"max-width: {float(box.split()[2]) / 12:.1f}rem"
     root.attrib |= {"class": "chart", "role": "img", "viewBox": box, "style": widest}
-    root.attrib["aria-labelledby"], root.attrib["aria-describedby"] = (f"{words.id}-{tag}" for tag in names)
+    root.attrib["aria-labelledby"], root.attrib["aria-describedby"] = (f"{heading.id}-{tag}" for tag in names)
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -1,13 +1,12 @@
-"""The paper's protocol in one command: choose on validation, fit the choice again on all training images, with several
-seeds, score test once; SAM beside SGD at equal and at twice the length, or at equal cost.
+"""The paper's protocol: choose on validation, train the choice on all training images with several seeds, test once.
 
-recipe.py    a recipe's table [sweep] -> what is compared
-arms.py      the settings of each arm: its grid, point by point
-budget.py    a cost -> a number of steps
-plan.py      the runs of each stage
-ledger.py    the sweep folder: what became of each run, and what was chosen
-images.py    decoded once for all runs
-engines.py   where runs take place: here, on its GPUs or the cores of its CPU
-cluster.py   the same on a Ray cluster
-protocol.py  the story of a sweep, from top to bottom
+spec.py          the table [sweep] of a recipe
+arms.py          the arms: their grids and settings
+budget.py        a cost -> a number of steps
+plan.py          the runs of each stage
+ledger.py        the sweep folder: states of the runs, and choices
+decode_once.py   images decoded once for all runs
+executors.py     runs on this machine; ray_executor.py on a Ray cluster
+run.py           a sweep from top to bottom
+report.py        the report; verdict.py its sentences, tables.py its tables, page.py its page
 """

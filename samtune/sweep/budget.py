@@ -1,4 +1,4 @@
-"""A cost that every arm gets -> the number of steps that it pays for."""
+"""Budgets: a cost that every arm gets, and the number of steps that it pays for."""
 
 import math
 import re
@@ -15,7 +15,7 @@ _ROUNDING = 1e-6  # sums of passes such as 1.3
 
 @dataclass(frozen=True)
 class Budget:
-    """Forward-backward passes over a batch, or seconds of training steps."""
+    """A number of forward-backward passes over a batch, or of seconds of training steps."""
 
     amount: float
     unit: Literal["passes", "seconds"]
@@ -35,26 +35,26 @@ class Budget:
 
     @property
     def tag(self) -> str:
-        """In the name of a run: b2000p, b600s."""
+        """The part of a run's name for its budget: b2000p, b600s."""
         return f"b{self.amount:.12g}{self.unit[0]}"
 
 
-def steps_within(budget: Budget, plain: float, sam: float, sam_steps: Callable[[int], int], what: str = "a run") -> int:
+def steps_within(budget: Budget, plain: float, sam: float, sam_steps: Callable[[int], int], run: str = "a run") -> int:
     """The largest number of steps whose cost is within the budget.
 
-    plain, sam: what a step of each kind costs, in the budget's unit. sam_steps: how many of so many steps are SAM's.
-    Raises UsageError where the budget does not pay for one step.
+    plain, sam: cost of a step of each kind, in the budget's unit. sam_steps: total steps -> steps with SAM. run: name
+    for the error. Raises UsageError where the budget does not pay for one step.
     """
     steps = math.floor(budget.amount / min(plain, sam))
     while steps > 0:
-        on = sam_steps(steps)
-        excess = (steps - on) * plain + on * sam - budget.amount
+        with_sam = sam_steps(steps)
+        excess = (steps - with_sam) * plain + with_sam * sam - budget.amount
         if excess <= _ROUNDING:
             return steps
-        # With a step less, the number of SAM's steps changes by rounding of start and end, by 2 at most besides.
+        # One step less may also change the number of SAM steps by 2, by rounding of start and end.
         steps -= max(1, math.ceil((excess - 2 * abs(sam - plain)) / max(plain, sam)) - 1)
     raise UsageError(
-        f"--budget {budget} does not pay for one step of {what}",
+        f"--budget {budget} does not pay for one step of {run}",
         f"a step takes {max(plain, sam):.3g} {budget.unit}",
         "give more",
     )

@@ -1,4 +1,4 @@
-"""The images of a sweep: how many there are to train on, and how they are decoded once for all runs."""
+"""The images of a sweep: how many there are to train on, and their decoding, once for all runs."""
 
 import socket
 import time
@@ -13,51 +13,51 @@ from samtune.data.splits import open_run_splits
 from samtune.runs import lock
 from samtune.train.run_data import load_run_data
 
-_LOOK = 1.0  # seconds
+_POLL = 1.0  # seconds
 _ROWS = (
     *("dataset", "image_key", "label_key", "train_split", "val_split", "test_split", "val", "val_fraction"),
     *("split_seed", "train_fraction", "max_train", "max_eval", "on_bad_image", "on_unlabelled"),
     *("dataset_config", "split_key", "image_root", "image_suffix", "class_folders", "max_megapixels"),
-    *("model", "weights", "img_size", "crop", "scale"),  # by which images are decoded
+    *("model", "weights", "img_size", "crop", "scale"),  # they decide how images are decoded
 )
 
 
-def images_to_train_on(read: Callable[[RunConfig], int]) -> Callable[[RunConfig], int]:
-    """The same, asked once for each choice of rows."""
-    known: dict[tuple[Any, ...], int] = {}
+def count_once(count: Callable[[RunConfig], int]) -> Callable[[RunConfig], int]:
+    """Cache a count of training images for each combination of the settings that decide it."""
+    counts: dict[tuple[Any, ...], int] = {}
 
-    def rows(config: RunConfig) -> int:
+    def cached(config: RunConfig) -> int:
         key = tuple(getattr(config, name) for name in _ROWS)
-        if key not in known:
-            known[key] = read(config)
-        return known[key]
+        if key not in counts:
+            counts[key] = count(config)
+        return counts[key]
 
-    return rows
+    return cached
 
 
-def listed(config: RunConfig) -> int:
-    """How many images a run would train on, by the data set's table of contents: no image is read."""
+def count_listed(config: RunConfig) -> int:
+    """Number of images a run would train on, by the listing of the data set: no image is read."""
     return len(open_run_splits(config).train_rows)
 
 
-def prepared(config: RunConfig) -> int:
-    """The same, with all images decoded into the cache, once for all runs."""
+def count_decoded(config: RunConfig) -> int:
+    """Number of images a run trains on; decodes all images into the cache."""
     return len(load_run_data(config).train_rows)
 
 
 @contextmanager
-def alone_here(folder: Path) -> Iterator[None]:
-    """One process of a machine at a time decodes; the others wait, and find it done."""
-    place = folder / "logs" / f"data-{socket.gethostname()}"
-    place.mkdir(exist_ok=True)
+def one_per_machine(folder: Path) -> Iterator[None]:
+    """Let one process of a machine at a time decode the images of a sweep folder; others wait."""
+    slot = folder / "logs" / f"data-{socket.gethostname()}"
+    slot.mkdir(exist_ok=True)
     held = None
     while held is None:
-        who = lock.holder(place)
-        if who is not None:
-            console.info(f"{who} is decoding the images; waiting for it")
-        while lock.holder(place) is not None:
-            time.sleep(_LOOK)
-        held = lock.try_acquire(place)
+        holder = lock.holder(slot)
+        if holder is not None:
+            console.info(f"{holder} is decoding the images; waiting for it")
+        while lock.holder(slot) is not None:
+            time.sleep(_POLL)
+        held = lock.try_acquire(slot)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Where the runs of a sweep take place: each in a process of its own, so that whatever ends it ends no other."""
+"""Executors of a sweep: they start runs, each in a process of its own, so that a crash ends no other run."""
 
 import os
 import signal
@@ -17,98 +17,87 @@ from samtune.sweep.ledger import Run, log_folder, run_folder
 from samtune.sweep.spec import flag
 
 COMMAND = (sys.executable, "-m", "samtune")
+CPU_ONLY = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment of a run that sees no GPU."""
 _GRACE = 30.0  # seconds that a run has to end
 
 
-class Engine(Protocol):
-    """Takes runs that this process has claimed, and tells which have ended."""
+class Executor(Protocol):
+    """Starts runs that this process has claimed, and reports which have ended."""
 
     @property
     def slots(self) -> int:
         """How many runs it has at a time."""
 
     def start(self, folder: Path, run: Run) -> None:
-        """Begin a run of the sweep in this folder, or go on with it."""
+        """Start or resume a run of the sweep in this folder."""
 
-    def ended(self, seconds: float) -> list[tuple[str, int]]:
-        """(id, exit code) of runs that have ended, after so many seconds at most."""
+    def wait(self, seconds: float) -> list[tuple[str, int]]:
+        """(id, exit code) of runs that have ended; returns after `seconds` at most."""
 
     def stop(self) -> None:
-        """Ask all runs to save and to end."""
+        """Ask all runs to save and end."""
 
     def kill(self) -> None:
         """End all runs at once."""
 
 
-def command(folder: Path, run: Run) -> list[str]:
-    """The command line of a run: the sweep's own recipe, and what the run has of its own."""
-    flags = [flag(key, value) for key, value in run.settings.items()]
-    recipe, output = str(folder / "sweep.toml"), str(run_folder(folder, run.id))
-    return [*COMMAND, "run", recipe, "--resume", f"--output={output}", *flags]
+def start_process(folder: Path, run: Run, env: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Start the process of a run. env: variables that decide where it computes.
 
-
-def begin(folder: Path, run: Run, place: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-    """Start a run's process. place: environment that says where it computes.
-
-    It has a session of its own: a terminal's Ctrl-C comes to it once, from here. It ends when this process has gone.
+    It has its own session, so that a terminal's Ctrl-C reaches it only through this process. It ends when this process
+    has ended.
     """
     log = log_folder(folder, run.id)
     (log / "exit_code").unlink(missing_ok=True)
-    arguments = command(folder, run)
-    with (log / "output.txt").open("ab") as output:
-        output.write(f"\n{run_log.now()}  {' '.join(arguments)}\n".encode())
-        output.flush()
+    flags = [flag(key, value) for key, value in run.settings.items()]
+    recipe, output = str(folder / "sweep.toml"), str(run_folder(folder, run.id))
+    command = [*COMMAND, "run", recipe, "--resume", f"--output={output}", *flags]
+    with (log / "output.txt").open("ab") as output_file:
+        output_file.write(f"\n{run_log.now()}  {' '.join(command)}\n".encode())
+        output_file.flush()
         return subprocess.Popen(
-            arguments,
+            command,
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=output_file,
             stderr=subprocess.STDOUT,
-            env=os.environ | dict(place) | {signals.PARENT: str(os.getpid())},
+            env=os.environ | dict(env) | {signals.PARENT: str(os.getpid())},
             start_new_session=True,
         )
 
 
-class Local:
-    """On this machine: so many runs at a time on each GPU, or on the CPU, whose cores they share."""
+class LocalExecutor:
+    """Runs on this machine: several at a time on each GPU, or on the CPU, whose cores they share."""
 
-    def __init__(self, places: Sequence[Mapping[str, str]]) -> None:
-        """places: for each run at a time, the environment that says where it computes."""
-        self._slots = len(places)
-        self._free = list(places)
+    def __init__(self, slots: Sequence[Mapping[str, str]]) -> None:
+        """slots: for each run at a time, its environment (see `local_slots`)."""
+        self.slots = len(slots)
+        self._free = list(slots)
         self._running: dict[str, tuple[subprocess.Popen[bytes], Mapping[str, str]]] = {}
 
-    @property
-    def slots(self) -> int:
-        """How many runs it has at a time."""
-        return self._slots
-
     def start(self, folder: Path, run: Run) -> None:
-        """Begin a run of the sweep in this folder, or go on with it."""
-        place = self._free.pop(0)
-        self._running[run.id] = begin(folder, run, place), place
+        """Start or resume a run of the sweep in this folder."""
+        slot = self._free.pop(0)
+        self._running[run.id] = start_process(folder, run, slot), slot
 
-    def ended(self, seconds: float) -> list[tuple[str, int]]:
-        """(id, exit code) of runs that have ended, after so many seconds at most."""
+    def wait(self, seconds: float) -> list[tuple[str, int]]:
+        """(id, exit code) of runs that have ended; returns after `seconds` at most."""
         deadline = time.monotonic() + seconds
         while True:
-            found = []
-            for run, (process, place) in list(self._running.items()):
-                code = process.poll()
-                if code is not None:
-                    del self._running[run]
-                    self._free.append(place)
-                    found.append((run, code))
-            if found or time.monotonic() >= deadline:
-                return found
+            ended = [(run, code) for run, (process, _) in self._running.items() if (code := process.poll()) is not None]
+            for run, _ in ended:
+                self._free.append(self._running.pop(run)[1])
+            if ended or time.monotonic() >= deadline:
+                return ended
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Ask all runs to save and to end."""
+        """Ask all runs to save and end."""
         for process, _ in self._running.values():
             process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End all runs at once: to those that were asked to stop it is the second signal."""
+        """End all runs at once: for runs that were asked to stop this is the second signal."""
         self.stop()
         for process, _ in self._running.values():
             try:
@@ -117,12 +106,12 @@ class Local:
                 process.kill()
 
 
-def places_here(config: RunConfig, jobs: int) -> list[dict[str, str]]:
-    """Where runs compute on this machine, `jobs` at a time on each GPU that is asked for, or else on the CPU.
+def local_slots(config: RunConfig, jobs: int) -> list[dict[str, str]]:
+    """Environments of the runs at a time on this machine: `jobs` on each requested GPU, else on the CPU.
 
     Raises MachineError where there are no such GPUs, UsageError for more runs than cores.
     """
-    from samtune.distributed import device  # torch: not for the workers of a cluster
+    from samtune.distributed import device  # imports torch, which the workers of a cluster do not need
 
     numbers = [] if config.processes is not None or config.gpus == "0" else device.gpu_numbers(config.gpus)
     if numbers:
@@ -132,19 +121,12 @@ def places_here(config: RunConfig, jobs: int) -> list[dict[str, str]]:
     cores = device.available_cpus()
     if jobs > cores:
         raise UsageError(f"--jobs {jobs}: there are {cores} cores", "each run needs one", f"give {cores} at most")
-    place = use_cpu()
-    if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
-        place["OMP_NUM_THREADS"] = str(cores // jobs)
-    return [place] * jobs
-
-
-def use_cpu() -> dict[str, str]:
-    """The environment of a run that shall see no GPU."""
-    return {"CUDA_VISIBLE_DEVICES": ""}
+    threads = {"OMP_NUM_THREADS": str(cores // jobs)} if jobs > 1 and "OMP_NUM_THREADS" not in os.environ else {}
+    return [CPU_ONLY | threads] * jobs
 
 
 def refuse_ranks() -> None:
-    """Raise UsageError in a rank of torchrun or of a Slurm step: a sweep starts runs, and is not one of several."""
+    """Raise UsageError in a rank of torchrun or of a Slurm step: a sweep starts its runs itself."""
     if environment.rank_info() is not None:
         raise UsageError(
             "samtune sweep as one of several ranks",

@@ -1,11 +1,11 @@
-"""The sweep folder: what became of each run, and what was chosen.
+"""The sweep folder: the state of each run, and the choices.
 
     sweep.toml           a recipe that repeats the sweep
-    ledger.json          its runs and their states, and what was chosen
-    runs/ID              run folders; of runs that chose, the checkpoints go when they are done
-    logs/ID/output.txt   what the run said; exit_code: how it ended, if nobody had asked it to
+    ledger.json          runs with their states, and choices
+    runs/ID              run folders; selection runs lose their checkpoints when they are done
+    logs/ID/output.txt   output of the run; exit_code: its exit code, if it ended by itself
 
-What a run folder says of its run is true; the ledger repeats it, and can be made again.
+Run folders have the truth about their runs; the ledger repeats it and can be made again.
 """
 
 import json
@@ -29,9 +29,9 @@ State = Literal["waiting", "running", "done", "stopped", "failed"]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run of the plan. point: the settings that its arm tries; settings: all that it has of its own, those included.
+    """A run of the plan. point: settings that its arm tries; settings: all that differ from the shared ones.
 
-    budget, arm: None for a probe, which serves all. steps: of the optimizer; passes: forward-backward ones in them.
+    budget, arm: None for a probe. steps: optimizer steps; passes: forward-backward passes in them.
     """
 
     id: str
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run. stopped: it goes on, whoever takes it; failed: with exit_code, for `why`."""
+    """The state of a run. stopped: it can be resumed; failed: with exit_code and cause."""
 
     state: State
     exit_code: int | None = None
@@ -56,35 +56,35 @@ class Outcome:
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss was not finite."""
+        """Whether the run ended because a loss was not finite."""
         return self.exit_code == Diverged.exit_code
 
 
 def run_folder(folder: Path, run: str) -> Path:
-    """Where a run of the sweep is."""
+    """The run folder of a run."""
     return folder / "runs" / run
 
 
 def log_folder(folder: Path, run: str) -> Path:
-    """What a run said is kept here, and who has taken it holds the lock of this folder."""
+    """The folder of a run's output; the process that has claimed the run holds its lock."""
     return folder / "logs" / run
 
 
 def outcome(folder: Path, run: str, *, mine: bool = False) -> Outcome:
-    """What became of a run. mine: this process has taken it, and asks what it was before."""
-    there, log = run_folder(folder, run), log_folder(folder, run)
-    taken = lock.holder(there) or (None if mine else lock.holder(log))
-    report = finished_report(there)  # asked after that: a run that ends in between is done
+    """The outcome of a run. mine: this process has claimed it and asks for its earlier state."""
+    output, log = run_folder(folder, run), log_folder(folder, run)
+    is_taken = lock.holder(output) or (None if mine else lock.holder(log))
+    report = finished_report(output)  # read after the locks: a run that ends in between is done
     if report is not None:
         return Outcome("done", 0, report=report)
-    if taken:
+    if is_taken:
         return Outcome("running")
     code = _exit_code(log)
     if code is None:
-        return Outcome("stopped" if there.is_dir() else "waiting")
+        return Outcome("stopped" if output.is_dir() else "waiting")
     if code == Stopped.SAVED or code > 128:
         return Outcome("stopped", code)
-    return Outcome("failed", code, _why(there, log, code))
+    return Outcome("failed", code, _cause(output, log, code))
 
 
 def _exit_code(log: Path) -> int | None:
@@ -94,17 +94,17 @@ def _exit_code(log: Path) -> int | None:
         return None
 
 
-def _why(there: Path, log: Path, code: int) -> str:
-    """The cause of a failure, in a line."""
+def _cause(output: Path, log: Path, code: int) -> str:
+    """The cause of a failure, in one line."""
     if code < 0:
         memory = ": the system does so when memory runs out" if code == -signal.SIGKILL else ""
         return f"it was ended by {signal.Signals(-code).name}{memory}"
     try:
-        status = run_log.read_status(there)
+        status = run_log.read_status(output)
         if status["state"] == "failed" and status["exit_code"] == code:
             return str(status["error"]["what"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # it came to no status
+        pass  # it ended before it had a status
     lines = [line for line in _tail(log / "output.txt").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors or lines or [f"exit code {code}"])[-1]
@@ -119,13 +119,13 @@ def _tail(path: Path) -> str:
         return ""
 
 
-def note_end(folder: Path, run: str, code: int) -> None:
-    """Keep how a run ended by itself."""
+def write_exit_code(folder: Path, run: str, code: int) -> None:
+    """Store the exit code of a run that ended by itself."""
     write_atomic(log_folder(folder, run) / "exit_code", f"{code}\n")
 
 
 def drop_checkpoints(folder: Path, run: Run) -> None:
-    """Of a run that chose, what it said is all that is needed; of a last fit, its weights are."""
+    """Delete the checkpoints of a run, unless it is a final run."""
     if run.stage != "final":
         shutil.rmtree(run_folder(folder, run.id) / "checkpoints", ignore_errors=True)
 
@@ -133,18 +133,18 @@ def drop_checkpoints(folder: Path, run: Run) -> None:
 # -------------------------------------------------------------------------------------------------------------- choice
 
 
-def is_answer(run: Run, found: Outcome) -> bool:
-    """Of a run that chooses, that a loss is not finite tells enough: its point is out."""
-    return found.state == "failed" and found.diverged and run.stage == "select"
+def is_answer(run: Run, outcome: Outcome) -> bool:
+    """Whether a failure is a result: a selection run whose loss is not finite, so that its point is out."""
+    return outcome.state == "failed" and outcome.diverged and run.stage == "select"
 
 
 def choose(points: Sequence[Mapping[int, Outcome]]) -> int | None:
-    """Which point of an arm is best on validation, from its outcomes by seed; None if none is, or not yet.
+    """The index of the best point of an arm on validation, from its outcomes by seed; None without one, or not yet.
 
-    The lowest mean top-1 error, then the lowest mean loss, then the first. A point that diverged with any seed is out.
+    The best point has the lowest mean top-1 error, then the lowest mean loss, then the first place. A point that
+    diverged with any seed is out.
     """
-    everything = [outcome for point in points for outcome in point.values()]
-    if not all(outcome.state == "done" or outcome.diverged for outcome in everything):
+    if not all(outcome.state == "done" or outcome.diverged for point in points for outcome in point.values()):
         return None
     means = {i: _mean_scores(point.values()) for i, point in enumerate(points)}
     ranked = [(scores, i) for i, scores in means.items() if scores is not None]
@@ -154,10 +154,10 @@ def choose(points: Sequence[Mapping[int, Outcome]]) -> int | None:
 def _mean_scores(outcomes: Iterable[Outcome]) -> tuple[float, float] | None:
     """Mean top-1 error in percent and mean loss on validation; None if a run has none."""
     scores = [outcome.report["val"] if outcome.report else None for outcome in outcomes]
-    found = [(score["top1_error"], score["loss"]) for score in scores if score]
-    if not scores or len(found) < len(scores):
+    if not scores or None in scores:
         return None
-    return sum(error for error, _ in found) / len(found), sum(loss for _, loss in found) / len(found)
+    error, loss = (sum(score[key] for score in scores if score) for key in ("top1_error", "loss"))
+    return error / len(scores), loss / len(scores)
 
 
 # ----------------------------------------------------------------------------------------------------- write and read
@@ -166,11 +166,15 @@ def _mean_scores(outcomes: Iterable[Outcome]) -> tuple[float, float] | None:
 def write(
     folder: Path, runs: Sequence[Run], outcomes: Mapping[str, Outcome], chosen: Sequence[Mapping[str, Any]], total: int
 ) -> None:
-    """Replace ledger.json.
+    """Replace ledger.json if it changes.
 
-    chosen: budget, arm and point of each arm; null where it is not chosen yet. total: how many runs there will be.
+    chosen: budget, arm and point of each arm, null where none is chosen yet. total: number of runs to come in all.
     """
-    entries = [_entry(run, outcomes[run.id]) for run in runs]
+    entries = []
+    for run in runs:
+        found = outcomes[run.id]
+        entry = {"folder": f"runs/{run.id}", "state": found.state, "exit_code": found.exit_code}
+        entries.append(asdict(run) | entry | {"why": found.cause or None})
     content = {"schema_version": SCHEMA_VERSION, "kind": "sweep", "total_runs": total}
     content |= {"chosen": list(chosen), "runs": entries}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -179,18 +183,13 @@ def write(
         write_atomic(file, text)
 
 
-def _entry(run: Run, found: Outcome) -> dict[str, Any]:
-    about = {"folder": f"runs/{run.id}", "state": found.state, "exit_code": found.exit_code}
-    return asdict(run) | about | {"why": found.cause or None}
-
-
 def read(folder: Path) -> dict[str, Any]:
-    """All that a sweep has found so far, as plain data; states and scores are those of the run folders.
+    """The results of a sweep so far, as plain data; states and scores are those of the run folders.
 
-    settings: what all runs share. sweep: the table. budgets: as text, [null] for the recipe's own length.
+    settings: those that all runs share. sweep: the table. budgets: as text, [null] for the recipe's length.
     arms: for each budget and arm: points (point, val_error in percent and val_loss as means over seeds, runs by seed),
     chosen (a point, or null), final (its runs, each with its report, or null).
-    failed: id, exit_code, why, log. missing: ids of those runs that can be told by now, and have still to be done.
+    failed: id, exit_code, why, log. missing: ids of the known runs that have still to be done.
     totals: runs, done, failed, train_seconds.
 
     Raises UsageError for a folder without a sweep, DataError for a ledger that cannot be read.
@@ -198,7 +197,7 @@ def read(folder: Path) -> dict[str, Any]:
     if not (folder / "ledger.json").is_file():
         hint = "give the folder that `samtune sweep` made"
         if (folder / "sweep.toml").is_file():
-            hint = "it has not begun a run yet; the same `samtune sweep` goes on"
+            hint = "it has not begun a run yet; the same `samtune sweep` continues"
         raise UsageError(f"there is no ledger of a sweep in {folder}", hint=hint)
     try:
         ledger = json.loads((folder / "ledger.json").read_text(encoding="utf-8"))
@@ -209,7 +208,8 @@ def read(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{folder / 'ledger.json'} cannot be read", str(error), "the same `samtune sweep` makes it again"
         ) from None
-    outcomes = {run.id: outcome(folder, run.id) for run in runs}
+    outcomes = {run: outcome(folder, run.id) for run in runs}
+    failed = {run: found for run, found in outcomes.items() if found.state == "failed"}
     done = [found.report for found in outcomes.values() if found.report]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -218,70 +218,64 @@ def read(folder: Path) -> dict[str, Any]:
         "settings": loading.load(folder / "sweep.toml").model_dump(mode="json"),
         "sweep": table,
         "budgets": table.get("budgets") or [None],
-        "arms": [_arm(folder, choice, runs, outcomes) for choice in chosen],
-        "probes": [_said_of(folder, run, outcomes[run.id]) for run in runs if run.stage == "probe"],
+        "arms": [_arm_entry(folder, choice, outcomes) for choice in chosen],
+        "probes": [_run_entry(folder, run, found) for run, found in outcomes.items() if run.stage == "probe"],
         "failed": [
             {
-                "id": run,
+                "id": run.id,
                 "exit_code": found.exit_code,
                 "why": found.cause,
-                "log": str(log_folder(folder, run) / "output.txt"),
+                "log": str(log_folder(folder, run.id) / "output.txt"),
             }
-            for run, found in outcomes.items()
-            if found.state == "failed"
+            for run, found in failed.items()
         ],
-        "missing": [
-            run.id for run in runs if outcomes[run.id].state != "done" and not is_answer(run, outcomes[run.id])
-        ],
+        "missing": [run.id for run, found in outcomes.items() if found.state != "done" and not is_answer(run, found)],
         "totals": {
             "runs": total,
             "done": len(done),
-            "failed": sum(found.state == "failed" for found in outcomes.values()),
+            "failed": len(failed),
             "train_seconds": sum(report["train_seconds"] or 0 for report in done),
         },
     }
 
 
-def _arm(
-    folder: Path, choice: Mapping[str, Any], runs: Sequence[Run], outcomes: Mapping[str, Outcome]
-) -> dict[str, Any]:
-    own = [run for run in runs if (run.budget, run.arm) == (choice["budget"], choice["arm"])]
+def _arm_entry(folder: Path, choice: Mapping[str, Any], outcomes: Mapping[Run, Outcome]) -> dict[str, Any]:
+    of_arm = [run for run in outcomes if (run.budget, run.arm) == (choice["budget"], choice["arm"])]
     points = []
-    for point in _distinct(run.point for run in own if run.stage == "select"):
-        tried = [run for run in own if run.stage == "select" and run.point == point]
-        means = _mean_scores(outcomes[run.id] for run in tried)
+    for point in _distinct(run.point for run in of_arm if run.stage == "select"):
+        tried = [run for run in of_arm if run.stage == "select" and run.point == point]
+        error, loss = _mean_scores(outcomes[run] for run in tried) or (None, None)
         points.append(
             {
                 "point": point,
                 "chosen": point == choice["point"],
-                "val_error": means[0] if means else None,
-                "val_loss": means[1] if means else None,
-                "runs": [_said_of(folder, run, outcomes[run.id]) for run in tried],
+                "val_error": error,
+                "val_loss": loss,
+                "runs": [_run_entry(folder, run, outcomes[run]) for run in tried],
             }
         )
-    final = [_said_of(folder, run, outcomes[run.id]) for run in own if run.stage == "final"]
     return {
         "budget": choice["budget"],
         "arm": choice["arm"],
         "points": points,
         "chosen": choice["point"],
-        "final": final,
+        "final": [_run_entry(folder, run, outcomes[run]) for run in of_arm if run.stage == "final"],
     }
 
 
 def _distinct(points: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    found: list[Mapping[str, Any]] = []
+    distinct: list[Mapping[str, Any]] = []
     for point in points:
-        found += [point] if point not in found else []
-    return found
+        distinct += [point] if point not in distinct else []
+    return distinct
 
 
-def _said_of(folder: Path, run: Run, found: Outcome) -> dict[str, Any]:
-    about = {"id": run.id, "seed": run.seed, "folder": str(run_folder(folder, run.id)), "state": found.state}
-    return about | {"settings": run.settings, "steps": run.steps, "passes": run.passes, "report": found.report}
+def _run_entry(folder: Path, run: Run, outcome: Outcome) -> dict[str, Any]:
+    entry = {"id": run.id, "seed": run.seed, "folder": str(run_folder(folder, run.id)), "state": outcome.state}
+    return entry | {"settings": run.settings, "steps": run.steps, "passes": run.passes, "report": outcome.report}
 
 
 def check_usable(folder: Path) -> None:
-    """Raise UsageError or MachineError for a folder that no sweep can have; one that holds a sweep can."""
+    """Raise UsageError or MachineError for a folder that cannot have a sweep and has none."""
     if not (folder / "sweep.toml").is_file():
         run_log.check_free(folder)

@@ -1,8 +1,8 @@
-"""The runs of a sweep, stage by stage: what each later stage needs of the earlier ones comes as an argument.
+"""The runs of a sweep, stage by stage.
 
-probe    with a budget in seconds: how long a step takes, a plain one and one of SAM
-select   every point of an arm that has several, on train, scored on validation; test stays unread
-final    the chosen point with every seed, on train and validation (train alone without refit), scored on test once
+probe    with a budget in seconds: time of a plain step and of a SAM step
+select   every point of an arm with several, trained on train and scored on validation; test is not read
+final    the chosen point with every seed, on train and validation (without refit: on train), scored on test once
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ from samtune.sweep.spec import Sweep
 from samtune.train.batch_plan import BatchPlan
 from samtune.train.schedule import TrainingLength
 
-# Of each probe, where that makes 20 steps or more: those side by side share the machine to the end, as runs do.
+# Probes cost the same (but have 20 steps at least): those side by side share the machine to the end, as runs do.
 _PROBE_PASSES = 80
 _PROBE_PART = 10  # steps; the first part warms up
 # Settings that change what is computed but not how long a step takes: their points share a probe.
@@ -35,7 +35,7 @@ _SAME_TIME = {
 
 @dataclass(frozen=True)
 class Plan:
-    """rows: how many images a run with these settings trains on."""
+    """The runs of a sweep. rows: number of images that a run with these settings trains on."""
 
     sweep: Sweep
     rows: Callable[[RunConfig], int]
@@ -48,19 +48,19 @@ class Plan:
                 yield budget, arm
 
     def probes(self) -> list[Run]:
-        """One of each kind of step, for all points whose steps take the same time."""
+        """One run for each kind of step, shared by all points whose steps take the same time."""
         if not any(budget.unit == "seconds" for budget in self.sweep.table.budgets):
             return []
-        found: dict[str, Run] = {}
+        probes: dict[str, Run] = {}
         for arm in arms.arms(self.sweep):
             for point in arms.points(self.sweep, arm):
                 for kind in ("plain", "sam") if arms.has_sam(arm) else ("plain",):
                     run = self._probe(kind, point)
-                    found.setdefault(run.id, run)
-        return list(found.values())
+                    probes.setdefault(run.id, run)
+        return list(probes.values())
 
     def _probe(self, kind: str, point: Point) -> Run:
-        settings = _timed(point)
+        settings = _step_settings(point)
         settings |= {"rho": point.get("rho", 0.0) if kind == "sam" else 0.0}
         settings |= {"sam_start": "0%", "sam_end": "100%", "sam_every": 1, "rho_schedule": "constant"}
         config = self.sweep.config(settings)
@@ -70,31 +70,31 @@ class Plan:
         return self._run(_probe_id(kind, point), "probe", None, None, point, 0, settings | {"val": True, "test": False})
 
     def selections(self, budget: Budget | None, arm: str, paces: Mapping[str, float]) -> list[list[Run]]:
-        """The runs of each point of an arm, by seed; none where there is nothing to choose."""
+        """The selection runs of each point of an arm, by seed; none for a single point."""
         points = arms.points(self.sweep, arm)
         if len(points) == 1:
             return []
         names = arms.names(points)
         return [
             [
-                self._fitted(f"select-{arm}-{name}-seed{seed}", "select", budget, arm, point, seed, paces)
+                self._run_within(f"select-{arm}-{name}-seed{seed}", "select", budget, arm, point, seed, paces)
                 for seed in self.sweep.table.selection_seeds
             ]
             for name, point in zip(names, points, strict=True)
         ]
 
     def finals(self, budget: Budget | None, arm: str, point: Point, paces: Mapping[str, float]) -> list[Run]:
-        """The last fits of an arm with its chosen point."""
+        """The final runs of an arm with its chosen point."""
         return [
-            self._fitted(f"final-{arm}-seed{seed}", "final", budget, arm, point, seed, paces)
+            self._run_within(f"final-{arm}-seed{seed}", "final", budget, arm, point, seed, paces)
             for seed in self.sweep.table.seeds
         ]
 
     def paces(self, folder: Path) -> dict[str, float]:
-        """Seconds of a step, by the probe that took it; all probes are done."""
+        """Seconds of a step, by probe. All probes must be done."""
         return {probe.id: seconds_per_step(run_folder(folder, probe.id)) for probe in self.probes()}
 
-    def _fitted(
+    def _run_within(
         self,
         run_id: str,
         stage: Stage,
@@ -104,7 +104,7 @@ class Plan:
         seed: int,
         paces: Mapping[str, float],
     ) -> Run:
-        """A run whose length is what the budget pays for."""
+        """A run with the length that the budget pays for."""
         settings = arms.settings(self.sweep, arm, point)
         final = {"val": not self.sweep.table.refit, "test": True, "select": "last"}
         settings |= {"val": True, "test": False} if stage == "select" else final
@@ -119,7 +119,7 @@ class Plan:
         def sam_steps(steps: int) -> int:
             return len(self._length(config.model_copy(update={"epochs": Duration(steps, "steps")})).rho.sam_steps)
 
-        steps = steps_within(budget, plain, sam, sam_steps, f"arm {arm} ({arms.words(point)})")
+        steps = steps_within(budget, plain, sam, sam_steps, f"arm {arm} ({arms.label(point)})")
         run_id = f"{budget.tag}-{run_id}"
         return self._run(run_id, stage, str(budget), arm, point, seed, settings | {"epochs": f"{steps} steps"})
 
@@ -133,12 +133,12 @@ class Plan:
         seed: int,
         settings: dict[str, Any],
     ) -> Run:
-        """Checks the settings, whose errors come now and not when the run's turn has come."""
+        """Make a run, and check its settings now rather than when it starts."""
         settings |= {"seed": seed, "html": False}
         config = self.sweep.config(settings)
         length = self._length(config)
-        on = len(length.rho.sam_steps)
-        passes = length.total_steps - on + on * sam_passes(config.ascent_steps, config.ascent_fraction)
+        sam_steps = len(length.rho.sam_steps)
+        passes = length.total_steps - sam_steps + sam_steps * sam_passes(config.ascent_steps, config.ascent_fraction)
         return Run(run_id, stage, budget, arm, point, seed, settings, length.total_steps, passes)
 
     def _length(self, config: RunConfig) -> TrainingLength:
@@ -148,16 +148,16 @@ class Plan:
         return TrainingLength.of(config, batch, images)
 
 
-def _timed(point: Point) -> dict[str, Any]:
-    """The settings that decide how long a step takes."""
+def _step_settings(point: Point) -> dict[str, Any]:
+    """The settings of a point that decide how long a step takes."""
     return {key: value for key, value in point.items() if key not in _SAME_TIME}
 
 
 def _probe_id(kind: str, point: Point) -> str:
-    return "-".join(filter(None, ("probe", kind, arms.name(_timed(point)))))
+    return "-".join(filter(None, ("probe", kind, arms.name(_step_settings(point)))))
 
 
 def seconds_per_step(folder: Path) -> float:
-    """Of a probe's steps, without the first ones, in which caches and memory are made."""
+    """Seconds per step of a probe, without the first steps, which fill caches and allocate memory."""
     rows = [row for row in run_log.read_metrics(folder) if row["split"] == "train" and row["step"] > _PROBE_PART]
     return float(sum(row["n"] / row["images_per_second"] for row in rows) / sum(row["steps"] for row in rows))

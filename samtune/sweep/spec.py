@@ -1,4 +1,4 @@
-"""A recipe's table [sweep]: seeds, arms, budgets and grids, with the rules that they keep."""
+"""The table [sweep] of a recipe: seeds, arms, budgets and grids, and their rules."""
 
 import difflib
 import json
@@ -46,7 +46,7 @@ _MOST_SEEDS = 1000
 
 
 def _seeds(seeds: Any) -> Any:
-    """A number of seeds, from 0 on, or a list of them."""
+    """Read a number of seeds, from 0 on, or a list of them."""
     if isinstance(seeds, int) and not isinstance(seeds, bool):
         seeds = list(range(min(seeds, _MOST_SEEDS + 1)))
     if not isinstance(seeds, list) or not seeds or any(type(s) is not int or not 0 <= s < 2**63 for s in seeds):
@@ -96,12 +96,12 @@ _Grid = Annotated[Grid, BeforeValidator(_grid), Field(default_factory=dict)]
 
 
 class SweepSpec(BaseModel):
-    """What stands under [sweep]. Frozen; unknown keys are refused.
+    """The table [sweep]. Frozen; unknown keys are refused.
 
-    seeds: of the last fits. selection_seeds: of the runs that choose. budgets: none is the recipe's own length.
-    refit: whether the last fits train on the validation images, too. They should not where training labels are noisy,
-    as the clean ones of validation would dilute the noise.
-    grid: of all arms; settings of SAM are for the arms with SAM. sam, ...: of one arm, which goes before, key by key.
+    seeds: of the final runs. selection_seeds: of the selection runs. budgets: empty means the recipe's length.
+    refit: whether final runs also train on the validation images. With noisy training labels they should not, as the
+    clean labels of validation would dilute the noise.
+    grid: of all arms; settings of SAM apply to arms with SAM. sam, ...: of one arm; its keys take precedence.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
@@ -118,12 +118,12 @@ class SweepSpec(BaseModel):
     sgd_2x: Annotated[_Grid, Field(alias="sgd-2x")]
 
     def own_grid(self, arm: str) -> Grid:
-        """The grid of this arm alone."""
+        """The grid that only this arm has."""
         grid: Grid = getattr(self, arm.replace("-", "_"))
         return grid
 
     def to_toml(self) -> str:
-        """The table as a recipe has it; all of it, defaults too."""
+        """The table as TOML, with defaults."""
         lines = [
             "[sweep]",
             f"seeds = {json.dumps(self.seeds)}",
@@ -141,9 +141,9 @@ class SweepSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is compared: settings that all runs share, where they are given, and the table.
+    """A sweep: the settings that all runs share, and the table.
 
-    base: flag > recipe > default, as a run would take them. recipe, flags: where they come from.
+    recipe, flags: sources of the settings. base: the settings by precedence, flag > recipe > default, as in a run.
     """
 
     recipe: Path
@@ -152,12 +152,12 @@ class Sweep:
     table: SweepSpec
 
     def config(self, settings: Mapping[str, Any]) -> RunConfig:
-        """A run's settings: what all share, and what this one has of its own. Raises UsageError."""
-        own = {key: (value, f"[sweep] of recipe {self.recipe}") for key, value in settings.items()}
-        return loading.load(self.recipe, self.flags, own)
+        """The settings of a run: the shared ones, and those of this run. Raises UsageError."""
+        over = {key: (value, f"[sweep] of recipe {self.recipe}") for key, value in settings.items()}
+        return loading.load(self.recipe, self.flags, over)
 
     def to_toml(self) -> str:
-        """A recipe that repeats the sweep: what was given, and as comments what was not."""
+        """A recipe that repeats the sweep, with defaults as comments."""
         lines = []
         for key, line in zip(RunConfig.model_fields, self.base.to_toml().splitlines(), strict=True):
             given = self.base.origins[key].partition(" ")[0] in ("flag", "recipe")
@@ -169,10 +169,7 @@ class Sweep:
 def load(
     recipe: Path, flags: Mapping[str, Any], *, budgets: list[str] | None = None, seeds: str | None = None
 ) -> Sweep:
-    """A recipe, with the settings and the budgets and seeds that flags put in its place.
-
-    Raises UsageError that names key, origin and rule.
-    """
+    """Load a recipe; flags, budgets and seeds take precedence. Raises UsageError that names key, origin and rule."""
     base = loading.load(recipe, flags)
     for key, several in (("processes", (base.processes or 1) > 1), ("nnodes", base.nnodes > 1), ("shard", base.shard)):
         if several:
@@ -190,7 +187,7 @@ def load(
         table = SweepSpec.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        raise _explain([str(part) for part in first["loc"]], first["type"], first["msg"], given, origins) from None
+        raise _explain(str(first["loc"][0]), first["type"], first["msg"], given, origins) from None
     if table.budgets and table.arms == ["sgd-2x"]:
         raise UsageError("with a budget, sgd-2x alone leaves no arm", "it is sgd at that cost", "give arm sgd")
     return Sweep(recipe, flags, base, _with_flags(_with_defaults(table), flags))
@@ -204,7 +201,7 @@ def _read_seeds(seeds: str) -> int | list[int] | str:
 
 
 def _with_defaults(table: SweepSpec) -> SweepSpec:
-    """With the paper's rho, and starts of late SAM, where the recipe has no others."""
+    """Add the paper's rho, and the starts of late SAM, if the recipe has no others."""
     late = table.sam_late
     if "sam-late" in table.arms and "sam_start" not in (*late, *table.grid):
         late = {"sam_start": SAM_START} | late
@@ -215,7 +212,7 @@ def _with_defaults(table: SweepSpec) -> SweepSpec:
 
 
 def _with_flags(table: SweepSpec, flags: Mapping[str, Any]) -> SweepSpec:
-    """A flag goes before the recipe, and so before its grids and the default ones."""
+    """Replace grids by flags, which take precedence over the recipe and its grids."""
     grids = {name: getattr(table, name) for name in ("grid", "sam", "sam_late", "sgd", "sgd_2x")}
     given = {key: [value] for key, value in flags.items() if value is not None}
     return table.model_copy(
@@ -223,10 +220,7 @@ def _with_flags(table: SweepSpec, flags: Mapping[str, Any]) -> SweepSpec:
     )
 
 
-def _explain(
-    place: list[str], kind: str, message: str, given: Mapping[str, Any], origins: Mapping[str, str]
-) -> UsageError:
-    key = place[0]
+def _explain(key: str, kind: str, message: str, given: Mapping[str, Any], origins: Mapping[str, str]) -> UsageError:
     keys = [field.alias or name for name, field in SweepSpec.model_fields.items()]
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, keys, n=1)
@@ -237,19 +231,18 @@ def _explain(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two recipes, in words."""
-    keys = sorted(before.keys() | now.keys())
-    found = []
-    for key in keys:
+    """The differences between two recipes, one line for each key."""
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) or isinstance(new, dict):
-            found += [f"{key}.{inner}" for inner in differences(old or {}, new or {})]
+            lines += [f"{key}.{line}" for line in differences(old or {}, new or {})]
         elif old != new:
-            found.append(f"{key}: {_said(old)} before, {_said(new)} now")
-    return found
+            lines.append(f"{key}: {_format_value(old)} before, {_format_value(new)} now")
+    return lines
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "not given" if value is None else json.dumps(value)
 
 

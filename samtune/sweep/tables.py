@@ -1,155 +1,149 @@
-"""The report of a sweep as tables, and as a page of markdown."""
+"""The tables of a sweep's report, and the report as Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from samtune.report.compare import markdown_table, number_words, p_words
-from samtune.sweep.verdict import choice_words, listed, notes, pair_lines, pair_title, pays_words
-
-_Report = Mapping[str, Any]
-_Rows = list[dict[str, str | float | None]]
+from samtune.report import html
+from samtune.report.comparison import Report, Rows, format_cost, format_interval, format_p, pair_lines
+from samtune.sweep.verdict import break_even_line, choice_line, join, notes, pair_title
 
 
-def table(report: _Report) -> _Rows:
-    """One row for each budget and arm: what people look at first."""
-    other = baseline(report)
-    pairs = {
+def arm_rows(report: Report) -> Rows:
+    """One row for each budget and arm: the main results."""
+    baseline = baseline_arm(report)
+    differences = {
         (pair["budget"], pair["label"]): pair["difference"]
         for pair in report["comparisons"]
-        if pair["baseline"] == other
+        if pair["baseline"] == baseline
     }
-    return [
-        _budget(report, entry)
-        | {
-            "arm": entry["arm"],
-            "chosen": entry["label"],
-            "n": entry["n"],
-            "test error %": _with_interval(entry["mean_error"], entry["mean_error_ci95"], ".2f"),
-            "passes": _cost(entry["passes"]),
-            "seconds": _cost(entry["seconds"]),
-            f"minus {other}": _difference(pairs.get((entry["budget"], entry["arm"]))),
-        }
-        for entry in report["final"]
-    ]
+    rows = []
+    for entry in report["final"]:
+        difference = differences.get((entry["budget"], entry["arm"])) or {"mean": None, "ci95": None}
+        rows.append(
+            _budget_cell(report, entry)
+            | {
+                "arm": entry["arm"],
+                "chosen": entry["label"],
+                "n": entry["n"],
+                "test error %": _format_mean(entry["mean_error"], entry["mean_error_ci95"]),
+                "passes": format_cost(entry["passes"]),
+                "seconds": format_cost(entry["seconds"]),
+                f"minus {baseline}": _format_mean(difference["mean"], difference["ci95"], "+.2f"),
+            }
+        )
+    return rows
 
 
-def baseline(report: _Report) -> str:
-    """The arm that the table compares with: sgd, where it is there."""
-    there = [pair["baseline"] for pair in report["comparisons"]]
-    return next((arm for arm in ("sgd", "sgd-2x") if arm in there), "sgd")
+def baseline_arm(report: Report) -> str:
+    """The arm that tables compare with: sgd if it has results."""
+    baselines = [pair["baseline"] for pair in report["comparisons"]]
+    return next((arm for arm in ("sgd", "sgd-2x") if arm in baselines), "sgd")
 
 
-def _budget(report: _Report, entry: _Report) -> dict[str, str | float | None]:
+def _budget_cell(report: Report, entry: Report) -> dict[str, str | float | None]:
     return {"budget": entry["budget"]} if report["asked"]["budgets"] != [None] else {}
 
 
-def _cost(value: float | None) -> str | None:
-    return None if value is None else number_words(value)
-
-
-def _with_interval(mean: float | None, ci95: Sequence[float] | None, form: str) -> str | None:
+def _format_mean(mean: float | None, ci95: Sequence[float] | None, form: str = ".2f") -> str | None:
     if mean is None:
         return None
-    return format(mean, form) + (f" ({ci95[0]:{form}} to {ci95[1]:{form}})" if ci95 else "")
+    return format(mean, form) + (f" ({format_interval(ci95, form)})" if ci95 else "")
 
 
-def _difference(found: _Report | None) -> str | None:
-    return None if found is None else _with_interval(found["mean"], found["ci95"], "+.2f")
-
-
-def selection_rows(report: _Report) -> _Rows:
-    """What each point had on validation."""
+def point_rows(report: Report) -> Rows:
+    """Validation results of each point."""
     return [
-        _budget(report, point)
+        _budget_cell(report, point)
         | {
             "arm": point["arm"],
             "point": point["label"],
             "": "chosen" if point["chosen"] else "" if point["state"] == "done" else point["state"],
-            "validation error %": _with_interval(point["mean_error"], point["mean_error_ci95"], ".2f"),
+            "validation error %": _format_mean(point["mean_error"], point["mean_error_ci95"]),
             "by seed": " ".join(f"{error:.2f}" for error in point["val_errors"]) or None,
             "loss": None if point["mean_loss"] is None else f"{point['mean_loss']:.4f}",
-            "passes": _cost(point["passes"]),
-            "seconds": _cost(point["seconds"]),
+            "passes": format_cost(point["passes"]),
+            "seconds": format_cost(point["seconds"]),
         }
         for point in report["selection"]
     ]
 
 
-def seed_rows(report: _Report) -> _Rows:
-    """The last fits, one by one."""
+def seed_rows(report: Report) -> Rows:
+    """Test error of each final run."""
     return [
-        _budget(report, entry)
+        _budget_cell(report, entry)
         | {"arm": entry["arm"], "seed": seed, "test error %": error, "wrong": f"{wrong} of {entry['images']}"}
         for entry in report["final"]
         for seed, error, wrong in zip(entry["seeds"], entry["test_errors"], entry["wrong"], strict=True)
     ]
 
 
-def image_rows(report: _Report) -> _Rows:
-    """McNemar's tests, seed by seed."""
+def image_rows(report: Report) -> Rows:
+    """McNemar's test of each pair and seed."""
     return [
-        _budget(report, pair)
+        _budget_cell(report, pair)
         | {
             "arm": pair["label"],
             "against": pair["baseline"],
             "seed": test["seed"],
             "wrong by it alone": test["only_wrong"],
             "by the other alone": test["baseline_only_wrong"],
-            "p": p_words(test["p"]).removeprefix("p = ").removeprefix("p "),
+            "p": format_p(test["p"]).removeprefix("p = ").removeprefix("p "),
         }
         for pair in report["comparisons"]
         for test in pair["mcnemar"]
     ]
 
 
-def markdown(report: _Report) -> str:
-    """The report as a page of markdown."""
-    asked, made, progress = report["asked"], report["made_of"], report["progress"]
-    page = [f"# {title(report)}", "", " ".join(report["verdict"]), ""]
-    page += [f"**Warning:** {warning}\n" for warning in report["warnings"]]
-    tables = {
-        "Arms": table(report),
-        "Validation": selection_rows(report),
-        "Seeds": seed_rows(report),
-        "Images that one arm alone has wrong": image_rows(report),
-        "Runs that failed": [{"run": run["run"], "why": run["why"], "log": run["log"]} for run in progress["failed"]],
-        "Runs that are missing": [dict(run) for run in progress["missing"]],
+def markdown(report: Report) -> str:
+    """The report as Markdown."""
+    return html.render("sweep.md", content(report))
+
+
+def content(report: Report) -> dict[str, Any]:
+    """Title, tables and sentences, for report.md and report.html."""
+    progress = report["progress"]
+    made_of = describe_provenance(report["made_of"]) if report["made_of"] else {}
+    return {
+        "report": report,
+        "title": title(report),
+        "arms": arm_rows(report),
+        "points": point_rows(report),
+        "choices": [line for choice in report["choices"] if (line := choice_line(choice))],
+        "seeds": seed_rows(report),
+        "images": image_rows(report),
+        "failed": [{key: run[key] for key in ("run", "why", "log")} for run in progress["failed"]],
+        "missing": progress["missing"],
+        "pairs": {pair_title(pair): pair_lines(pair) for pair in report["comparisons"]},
+        "break_even": [break_even_line(entry) for entry in report["pays"]],
+        "notes": notes(report),
+        "asked": describe_comparison(report["asked"]),
+        "progress": describe_progress(progress),
+        "made_of": made_of,
     }
-    for name, rows in tables.items():
-        page += [f"## {name}", "", *markdown_table(rows)] if rows else []
-        if name == "Validation":
-            page += [f"- {words}" for choice in report["choices"] if (words := choice_words(choice))] + [""]
-    for pair in report["comparisons"]:
-        page += [f"## {pair_title(pair)}", "", *(f"- {line}" for line in pair_lines(pair)), ""]
-    if report["pays"]:
-        page += ["## Where SAM begins to pay", "", *(f"- {pays_words(entry)}" for entry in report["pays"]), ""]
-    page += ["## How to read this", "", *(f"- {note}" for note in notes(report)), ""]
-    page += ["## Made of", "", f"- asked: {asked_words(asked)}", f"- {progress_words(progress)}"]
-    page += [f"- {name}: {value}" for name, value in made_of_words(made).items()] if made else []
-    return "\n".join(page) + "\n"
 
 
-def title(report: _Report) -> str:
-    """Model and data, as the runs resolved them."""
+def title(report: Report) -> str:
+    """Model and data, by the names that the runs resolved."""
     made, asked = report["made_of"], report["asked"]
     model, data = (made["model"]["resolved"], made["dataset"]["name"]) if made else (asked["model"], asked["dataset"])
     return f"Sweep of {model} on {data}"
 
 
-def asked_words(asked: _Report) -> str:
-    """What was to be compared."""
-    budgets = "" if asked["budgets"] == [None] else f"; budgets {listed(asked['budgets'])}"
+def describe_comparison(asked: Report) -> str:
+    """Arms, seeds, budgets and grids that are compared."""
+    budgets = "" if asked["budgets"] == [None] else f"; budgets {join(asked['budgets'])}"
     grids = "; ".join(
-        f"grid{'' if name == 'grid' else f' of {name}'}: " + ", ".join(f"{key} {listed(v)}" for key, v in grid.items())
+        f"grid{'' if name == 'grid' else f' of {name}'}: " + ", ".join(f"{key} {join(v)}" for key, v in grid.items())
         for name, grid in asked["grid"].items()
         if grid
     )
-    seeds = f"seeds {listed(asked['seeds'])} (choice: {listed(asked['selection_seeds'])})"
-    return f"Arms {listed(asked['arms'])}; {seeds}{budgets}{'; ' + grids if grids else ''}"
+    seeds = f"seeds {join(asked['seeds'])} (choice: {join(asked['selection_seeds'])})"
+    return f"Arms {join(asked['arms'])}; {seeds}{budgets}{'; ' + grids if grids else ''}"
 
 
-def progress_words(progress: _Report) -> str:
-    """How much of the sweep is done, and what it took."""
+def describe_progress(progress: Report) -> str:
+    """How much of the sweep is done, and its cost."""
     diverged = f", {len(progress['diverged'])} diverged (their points are out)" if progress["diverged"] else ""
     return (
         f"{progress['done']} of {progress['runs']} runs are done{diverged}, {len(progress['failed'])} failed: "
@@ -157,18 +151,18 @@ def progress_words(progress: _Report) -> str:
     )
 
 
-def made_of_words(made: _Report) -> dict[str, str]:
-    """Model, data and places."""
+def describe_provenance(made: Report) -> dict[str, str]:
+    """Model, data, machines and versions, by name."""
     model, data = made["model"], made["dataset"]
-    found = {
+    about = {
         "model": f"{model['requested']} -> {model['resolved']}, {model['img_size']} px, weights {model['weights']}, "
         f"pretrained on {model['pretraining']}",
         "data": f"{data['name']} ({data['source']}), {data['classes']} classes",
     }
     if data["selection"]:
-        found["to choose"] = "train {train}, validation {val} images; split {split_hash}".format(**data["selection"])
+        about["to choose"] = "train {train}, validation {val} images; split {split_hash}".format(**data["selection"])
     if data["final"]:
-        found["last fits"] = "train {train}, test {test} images; split {split_hash}".format(**data["final"])
-    found["machine"] = "; ".join(made["machines"] + made["devices"] + made["precision"])
-    found["versions"] = ", ".join(f"{package} {'/'.join(all_)}" for package, all_ in made["versions"].items())
-    return found | {"started": made["started"]}
+        about["final runs"] = "train {train}, test {test} images; split {split_hash}".format(**data["final"])
+    about["machine"] = "; ".join(made["machines"] + made["devices"] + made["precision"])
+    about["versions"] = ", ".join(f"{package} {'/'.join(all_)}" for package, all_ in made["versions"].items())
+    return about | {"started": made["started"]}

@@ -1,175 +1,171 @@
-"""What a sweep found, in sentences. Nothing here claims more than the intervals allow."""
+"""The sentences of a sweep's report: verdict, warnings, choices and notes. They claim no more than intervals allow."""
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
-from samtune.report.compare import cost_words, difference_lines, interval_words, pairs_words, signed
-
-_Report = Mapping[str, Any]
+from samtune.report.comparison import Report, count_seeds, format_interval
+from samtune.sweep.budget import Budget
 
 
-def verdict(report: _Report) -> list[str]:
-    """A sentence or two: does SAM help, as far as this sweep can tell?
+def verdict(report: Report) -> list[str]:
+    """One or two sentences: does SAM help, as far as this sweep can tell?
 
-    It is about the arm `sam` (else sam-late) alone: the arm that did best on test would be chosen by test. Its baseline
-    is the better plain arm, as in the paper.
+    They are about the arm `sam` (else sam-late): taking the arm with the least test error would choose by test. Its
+    baseline is the better plain arm, as in the paper.
     """
-    mine = next((arm for arm in ("sam", "sam-late") if arm in report["asked"]["arms"]), None)
-    if mine is None:
+    arm = next((arm for arm in ("sam", "sam-late") if arm in report["asked"]["arms"]), None)
+    if arm is None:
         return ["No arm of this sweep has SAM, so that it says nothing of it."]
-    better = {entry["budget"]: entry["arm"] for entry in report["baselines"]}
-    plain = max((len(entry["mean_errors"]) for entry in report["baselines"]), default=1)
+    baselines = {entry["budget"]: entry["arm"] for entry in report["baselines"]}
+    plain_arms = max((len(entry["mean_errors"]) for entry in report["baselines"]), default=1)
     pairs = [
         pair
         for pair in report["comparisons"]
-        if pair["label"] == mine and pair["baseline"] == better.get(pair["budget"])
+        if pair["label"] == arm and pair["baseline"] == baselines.get(pair["budget"])
     ]
     if not pairs:
-        return ["Nothing can be said of SAM yet: not both sides of any comparison have a last fit that is done."]
-    tests = _tests(report)
-    largest = pairs if report["asked"]["budgets"] == [None] else _largest(pairs)
-    said = [words for pair in largest for words in (_conclusion(pair, plain), *_among(pair, tests))]
-    if _left(report):
-        said[0] = f"So far: {said[0]}"
-    if report["asked"]["budgets"] == [None]:
-        said.append(_price(pairs[0]))
-    return said + [pays_words(entry) for entry in report["pays"] if entry["arm"] == mine]
+        return ["Nothing can be said of SAM yet: not both sides of any comparison have a final run that is done."]
+    has_budgets = report["asked"]["budgets"] != [None]
+    sentences = []
+    for pair in _largest_budgets(pairs) if has_budgets else pairs:
+        sentences += [_conclusion(pair, plain_arms), *_multiple_tests(pair, _count_tests(report))]
+    if _count_left(report):
+        sentences[0] = f"So far: {sentences[0]}"
+    if not has_budgets:
+        sentences.append(_cost(pairs[0]))
+    return sentences + [break_even_line(entry) for entry in report["pays"] if entry["arm"] == arm]
 
 
-def _tests(report: _Report) -> int:
+def _conclusion(pair: Report, plain_arms: int) -> str:
+    """plain_arms: number of plain arms; the baseline had the least test error of them, which is luck in part."""
+    difference, arm, baseline = pair["difference"], pair["label"], pair["baseline"]
+    error, baseline_error = difference["of_means"]
+    at = f" at {pair['budget']}" if pair["budget"] else ""
+    amount, more = abs(difference["mean"]), "less" if error < baseline_error else "more"
+    had = f"{arm} had {amount:.2f} percentage points {more} test error than {baseline}"
+    if error == baseline_error:
+        had = f"{arm} had the same mean test error as {baseline}"
+    numbers = f"{error:.2f} against {baseline_error:.2f} %"
+    if difference["ci95"] is None:
+        return (
+            f"Whether {arm} differs from {baseline}{at} cannot be concluded: {had} ({numbers}), but there is no "
+            f"interval; {difference['no_interval']}."
+        )
+    (low, high), p = difference["ci95"], difference["p"]
+    numbers += f"; 95 % interval of the difference {format_interval((low, high), '+.2f')}; {count_seeds(difference)}"
+    claim, reason = f"No difference between {arm} and {baseline}{at} is shown", "and the interval includes zero"
+    if low > 0 and p * plain_arms >= 0.05:
+        reason = f"but {baseline} is the better of {plain_arms} plain arms on test: {_p_above(0.05 / plain_arms, p)}"
+    elif not low <= 0 <= high:
+        claim = f"SAM {'lowered' if high < 0 else 'raised'} the error{at}"
+        reason = "and the interval excludes zero"
+    return f"{claim}: {had} ({numbers}), {reason}."
+
+
+def _p_above(limit: float, p: float) -> str:
+    return f"p would have to be below {limit:.2g}, and is {p:.2g}"
+
+
+def _count_tests(report: Report) -> int:
     return sum(pair["difference"]["p"] is not None for pair in report["comparisons"])
 
 
-def _among(pair: _Report, tests: int) -> list[str]:
-    """That a small p may be the smallest of many."""
+def _multiple_tests(pair: Report, tests: int) -> list[str]:
+    """The warning that a small p may be the smallest of many."""
     p = pair["difference"]["p"]
     if p is None or tests < 2 or not 0.05 / tests <= p < 0.05:
         return []
-    limit = 0.05 / tests
+    return [f"That is one of {tests} comparisons: for all together, {_p_above(0.05 / tests, p)}."]
+
+
+def _cost(pair: Report) -> str:
+    ratios = {key: pair["cost"][key]["ratio"] for key in ("passes", "seconds")}
+    times = " and ".join(f"{ratio:.2f} times the {key}" for key, ratio in ratios.items() if ratio)
+    return f"A run of {pair['label']} took {times or 'an unknown cost'} of one of {pair['baseline']}."
+
+
+def _largest_budgets(pairs: Sequence[Report]) -> list[Report]:
+    """The pair with the largest budget of each unit."""
+    budgets = [(Budget.parse(pair["budget"]), pair) for pair in pairs]
+    units = dict.fromkeys(budget.unit for budget, _ in budgets)
     return [
-        f"That is one of {tests} comparisons: for all together, p would have to be below {limit:.2g}, and is {p:.2g}."
+        max(((budget.amount, pair) for budget, pair in budgets if budget.unit == unit), key=lambda found: found[0])[1]
+        for unit in units
     ]
 
 
-def _price(pair: _Report) -> str:
-    known = {key: both["ratio"] for key, both in pair["cost"].items() if both["ratio"] and key in ("passes", "seconds")}
-    ratios = " and ".join(f"{ratio:.2f} times the {key}" for key, ratio in known.items())
-    return f"A run of {pair['label']} took {ratios or 'an unknown cost'} of one of {pair['baseline']}."
-
-
-def _largest(pairs: Sequence[_Report]) -> list[_Report]:
-    """The pair of the largest budget of each unit."""
-    found: dict[str, list[_Report]] = {}
-    for pair in pairs:
-        found.setdefault(pair["budget"].partition(" ")[2], []).append(pair)
-    return [max(among, key=lambda pair: float(pair["budget"].partition(" ")[0])) for among in found.values()]
-
-
-def _conclusion(pair: _Report, plain: int) -> str:
-    """plain: how many plain arms there are, of which the baseline did best on test: against SAM, that is luck, too."""
-    found, mine, other = pair["difference"], pair["label"], pair["baseline"]
-    a, b = found["of_means"]
-    amount = f"{abs(found['mean']):.2f} percentage points {'less' if a < b else 'more'} test error than {other}"
-    if a == b:
-        amount = f"the same mean test error as {other}"
-    means = f"{a:.2f} against {b:.2f} %"
-    at = f" at {pair['budget']}" if pair["budget"] else ""
-    if found["ci95"] is None:
-        return (
-            f"Whether {mine} differs from {other}{at} cannot be concluded: {mine} had {amount} ({means}), but there is "
-            f"no interval; {found['no_interval']}."
-        )
-    about = f"{means}; 95 % interval of the difference {signed(found['ci95'])}; {pairs_words(found)}"
-    low, high = found["ci95"]
-    if low <= 0 <= high:
-        return (
-            f"No difference between {mine} and {other}{at} is shown: {mine} had {amount} ({about}), and the interval "
-            "includes zero."
-        )
-    if low > 0 and found["p"] * plain >= 0.05:
-        return (
-            f"No difference between {mine} and {other}{at} is shown: {mine} had {amount} ({about}), but {other} is the "
-            f"better of {plain} plain arms on test: p would have to be below {0.05 / plain:.2g}, and is "
-            f"{found['p']:.2g}."
-        )
-    verb = "lowered" if high < 0 else "raised"
-    return f"SAM {verb} the error{at}: {mine} had {amount} ({about}), and the interval excludes zero."
-
-
-def pays_words(entry: _Report) -> str:
-    """From which budget on an arm has less error than sgd, and how surely."""
+def break_even_line(entry: Report) -> str:
+    """From which budget on an arm has less error than sgd, and from which on its interval excludes zero."""
     tried, first, sure, arm = entry["tried"], entry["from"], entry["sure_from"], entry["arm"]
     over = f"Over {len(tried)} budgets, {tried[0]} to {tried[-1]}"
     if first is None:
         return f"{over}, there is none from which on the mean error of {arm} is below that of sgd."
     start = "at all of them" if first == tried[0] else f"from {first} on"
-    how = "its interval excludes zero there, too"
+    certainty = "its interval excludes zero there, too"
     if sure is None:
-        how = "the interval of the difference excludes zero at none from which on it does: this may be chance"
+        certainty = "the interval of the difference excludes zero at none from which on it does: this may be chance"
     elif sure != first:
-        how = f"the interval of the difference excludes zero from {sure} on"
-    return f"{over}, the mean error of {arm} is below that of sgd {start}; {how}."
+        certainty = f"the interval of the difference excludes zero from {sure} on"
+    return f"{over}, the mean error of {arm} is below that of sgd {start}; {certainty}."
 
 
 # ------------------------------------------------------------------------------------------------------------ warnings
 
 
-def warnings(report: _Report) -> list[str]:
-    """What a reader must not overlook."""
+def warnings(report: Report) -> list[str]:
+    """Warnings about unfinished, uncertain and unequal parts of a sweep."""
     return [*_progress_warnings(report), *_choice_warnings(report), *_run_warnings(report)]
 
 
-def _progress_warnings(report: _Report) -> Iterator[str]:
-    progress = report["progress"]
-    left = _left(report)
+def _progress_warnings(report: Report) -> Iterator[str]:
+    progress, left = report["progress"], _count_left(report)
     if left:
         failed = f" ({len(progress['failed'])} failed)" if progress["failed"] else ""
         yield (
             f"This sweep is not complete: of {progress['runs']} runs, {left} are left{failed}. What follows may "
-            "change; the same command goes on with it."
+            "change; the same command continues it."
         )
-    for choice in _hopeless(report):
-        yield f"{where(choice)}: no point trained, as every loss was not finite; it has no last fits."
+    for choice in _diverged_arms(report):
+        yield f"{arm_name(choice)}: no point trained, as every loss was not finite; it has no final runs."
     for entry in report["final"]:
         if entry["unscored_seeds"]:
-            yield f"{where(entry)}: the last fits were scored on nothing, as the data set has no test images."
+            yield f"{arm_name(entry)}: the final runs were scored on nothing, as the data set has no test images."
         if entry["lost_seeds"]:
-            failed = f"{where(entry)}: last fits failed (seed {listed(entry['lost_seeds'])})"
-            yield failed + (
-                ", so that its mean is of the others. Where they failed by the settings, that makes this arm look "
-                "better than it is."
-                if entry["n"]
-                else ", and so it has no mean yet."
-            )
+            bias = ", and so it has no mean yet."
+            if entry["n"]:
+                bias = (
+                    ", so that its mean is of the others. Where they failed by the settings, that makes this arm look "
+                    "better than it is."
+                )
+            yield f"{arm_name(entry)}: final runs failed (seed {join(entry['lost_seeds'])}){bias}"
 
 
-def _left(report: _Report) -> int:
-    """How many runs are still to come."""
+def _count_left(report: Report) -> int:
+    """Number of runs that have still to be done."""
     progress = report["progress"]
-    never = len(_hopeless(report)) * len(report["asked"]["seeds"])
+    never = len(_diverged_arms(report)) * len(report["asked"]["seeds"])
     return max(0, int(progress["runs"] - progress["done"]) - len(progress["diverged"]) - never)
 
 
-def _hopeless(report: _Report) -> list[_Report]:
-    """Arms whose points have all diverged."""
+def _diverged_arms(report: Report) -> list[Report]:
+    """Choices of arms whose points have all diverged."""
     return [choice for choice in report["choices"] if choice["points"] and choice["diverged"] == choice["points"]]
 
 
-def _choice_warnings(report: _Report) -> Iterator[str]:
-    ends: dict[str, list[str]] = {}
+def _choice_warnings(report: Report) -> Iterator[str]:
+    budgets_by_end: dict[str, list[str]] = {}
     for choice in report["choices"]:
         for end in choice["at_end"]:
-            what = f"{choice['arm']}: the chosen {end['setting']} {end['value']} is at the {end['end']} end of the grid"
-            ends.setdefault(what, []).append(choice["budget"])
-    for what, budgets in ends.items():
-        yield f"{what}{f' at {listed(budgets)}' if budgets != [None] else ''}; a better one may lie beyond."
-    unsure = [choice for choice in report["choices"] if choice["uncertain"]]
+            text = f"{choice['arm']}: the chosen {end['setting']} {end['value']} is at the {end['end']} end of the grid"
+            budgets_by_end.setdefault(text, []).append(choice["budget"])
+    for text, budgets in budgets_by_end.items():
+        yield f"{text}{f' at {join(budgets)}' if budgets != [None] else ''}; a better one may lie beyond."
+    uncertain = [choice for choice in report["choices"] if choice["uncertain"]]
     made = sum(choice["uncertain"] is not None for choice in report["choices"])
-    if unsure:
-        which = f"{len(unsure)} of {made} choices ({listed([where(choice) for choice in unsure])})"
-        if len(unsure) == made:
+    if uncertain:
+        which = f"{len(uncertain)} of {made} choices ({join(map(arm_name, uncertain))})"
+        if len(uncertain) == made:
             which = {1: "the choice", 2: "both choices"}.get(made, f"all {made} choices")
         yield (
             f"The validation images are too few to be sure of {which}: the next best point lies within Wilson's "
@@ -177,88 +173,81 @@ def _choice_warnings(report: _Report) -> Iterator[str]:
         )
 
 
-def choice_words(choice: _Report) -> str | None:
-    """What was chosen for an arm, and how surely; None where there is nothing to choose, or nothing is chosen yet."""
-    second = choice["next"]
-    if choice["mean_error"] is None:
-        return None
-    said = (
-        f"{where(choice)}: chosen is {choice['label']}, with {choice['mean_error']:.2f} % error on {choice['images']} "
-        f"validation images (Wilson's interval {interval_words(choice['wilson_ci95'])})"
-    )
-    if second is None:
-        return f"{said}; no other point came to an end."
-    tie = {"loss": "; the lower loss decided", "order": "; the first of the grid was taken"}.get(choice["by"], "")
-    return f"{said}; the next best, {second['label']}, has {second['mean_error']:.2f} %{tie}."
-
-
-def _run_warnings(report: _Report) -> Iterator[str]:
-    made = report["made_of"]
-    if made is None:
+def _run_warnings(report: Report) -> Iterator[str]:
+    made_of = report["made_of"]
+    if made_of is None:
         return
     finals = sum(entry["n"] for entry in report["final"])
-    first_of_kind = {run: _each_kind(said) for run, said in made["warnings"].items()}
-    texts = Counter(text for own in first_of_kind.values() for text in own)
-    of_all = [text for text, count in texts.items() if count == finals]
-    yield from (f"All last fits: {text}" for text in of_all)
-    own = {run: [text for text in said if text not in of_all] for run, said in first_of_kind.items()}
-    first = next(((run, said[0]) for run, said in own.items() if said), None)
-    if first:
-        count = sum(map(bool, own.values()))
-        yield f"{count} of {finals} last fits have warnings in their reports; the first is of {first[0]}: {first[1]}"
-    several = [package for package, versions in made["versions"].items() if len(versions) > 1]
+    by_run = {run: _first_of_each_kind(texts) for run, texts in made_of["warnings"].items()}
+    counts = Counter(text for texts in by_run.values() for text in texts)
+    common = [text for text, count in counts.items() if count == finals]
+    yield from (f"All final runs: {text}" for text in common)
+    others = {run: first for run, texts in by_run.items() if (first := next((t for t in texts if t not in common), ""))}
+    for run, text in list(others.items())[:1]:
+        yield f"{len(others)} of {finals} final runs have warnings in their reports; the first is of {run}: {text}"
+    several = [package for package, versions in made_of["versions"].items() if len(versions) > 1]
     if several:
-        yield f"The runs were not made with the same version of {listed(several)}."
-    if len(made["machines"]) > 1 or len(made["devices"]) > 1:
+        yield f"The runs were not made with the same version of {join(several)}."
+    if len(made_of["machines"]) > 1 or len(made_of["devices"]) > 1:
         yield "The runs were not made on the same kind of machine or device, so that their seconds do not compare."
 
 
-def _each_kind(warnings: Sequence[str]) -> list[str]:
-    """Of warnings that differ in the epoch alone, the first."""
+def _first_of_each_kind(warnings: Sequence[str]) -> list[str]:
+    """The first of the warnings that differ only in the epoch."""
     kinds: dict[str, str] = {}
     for text in warnings:
         kinds.setdefault(re.sub(r"^epoch \d+: ", "", text), text)
     return list(kinds.values())
 
 
-def where(entry: _Report) -> str:
-    """An arm, with its budget."""
+# ----------------------------------------------------------------------------------------------------- names and notes
+
+
+def arm_name(entry: Report) -> str:
+    """An arm with its budget."""
     return f"{entry['arm']} at {entry['budget']}" if entry["budget"] else str(entry["arm"])
 
 
-def listed(values: Sequence[object]) -> str:
-    """Values, one after the other."""
-    return ", ".join(map(str, values))
-
-
-# --------------------------------------------------------------------------------------------------------------- prose
-
-
-def pair_lines(pair: _Report) -> list[str]:
-    """A comparison in sentences: what was found, at what cost, and what it does not say."""
-    return [*difference_lines(pair), cost_words(pair["cost"]), *pair["limits"]]
-
-
-def pair_title(pair: _Report) -> str:
-    """Which arms a comparison is of, and at which budget."""
+def pair_title(pair: Report) -> str:
+    """The arms of a comparison with their budget."""
     return f"{pair['label']} against {pair['baseline']}" + (f", {pair['budget']}" if pair["budget"] else "")
 
 
-def notes(report: _Report) -> list[str]:
-    """How the numbers are to be read."""
-    said = [
+def join(values: Iterable[object]) -> str:
+    """Values, separated by commas."""
+    return ", ".join(map(str, values))
+
+
+def choice_line(choice: Report) -> str | None:
+    """The chosen point of an arm and the next best; None where nothing is chosen on validation."""
+    second = choice["next"]
+    if choice["mean_error"] is None:
+        return None
+    chosen = (
+        f"{arm_name(choice)}: chosen is {choice['label']}, with {choice['mean_error']:.2f} % error on "
+        f"{choice['images']} validation images (Wilson's interval {format_interval(choice['wilson_ci95'])})"
+    )
+    if second is None:
+        return f"{chosen}; no other point came to an end."
+    tie = {"loss": "; the lower loss decided", "order": "; the first of the grid was taken"}.get(choice["by"], "")
+    return f"{chosen}; the next best, {second['label']}, has {second['mean_error']:.2f} %{tie}."
+
+
+def notes(report: Report) -> list[str]:
+    """How to read the numbers."""
+    lines = [
         "an interval of a mean, or of a difference of means, is Student's over seeds, at 95 %, on these test images: "
         "where that of very many seeds may lie, if errors of seeds are normally distributed; from few seeds it may "
         "reach below 0 or above 100",
     ]
-    tests = _tests(report)
+    tests = _count_tests(report)
     if tests > 1:
-        said.append(
+        lines.append(
             f"each interval and each p is of one comparison alone; for all {tests} together, look for p < "
             f"{0.05 / tests:.2g} (Bonferroni)"
         )
     if any(pair["mcnemar"] for pair in report["comparisons"]):
-        said.append(
+        lines.append(
             "McNemar's exact test tells, for one seed, whether the two models differ on these images. The seeds share "
             "the images, so that their counts must not be added up to one test"
         )
@@ -266,19 +255,19 @@ def notes(report: _Report) -> list[str]:
         means = entry["mean_errors"]
         if len(means) > 1:
             both = " and ".join(f"{arm} {mean:.2f} %" for arm, mean in means.items())
-            said.append(
-                f"the better plain arm is {where(entry)} ({both}); as in the paper, it is chosen by its error on test, "
-                "which favours the baseline"
+            lines.append(
+                f"the better plain arm is {arm_name(entry)} ({both}); as in the paper, it is chosen by its error on "
+                "test, which favours the baseline"
             )
-    searched = {where(choice): choice["points"] for choice in report["choices"]}
+    searched = {arm_name(choice): choice["points"] for choice in report["choices"]}
     if len(set(searched.values())) > 1:
         tried = ", ".join(f"{arm} {max(1, points)}" for arm, points in searched.items())
         took = sum(point["passes"] * len(point["seeds"]) for point in report["selection"] if point["passes"])
-        said.append(
+        lines.append(
             f"settings tried before the choice: {tried}. What that took ({took:.0f} passes) is in no cost of a run"
         )
     if not report["pays"]:
-        said.append("where SAM begins to pay cannot be told from one length of training: several budgets show it")
+        lines.append("where SAM begins to pay cannot be told from one length of training: several budgets show it")
     if report["selection"]:
-        said.append("the validation error of a chosen point is too low, as it was chosen by it; test was scored once")
-    return said
+        lines.append("the validation error of a chosen point is too low, as it was chosen by it; test was scored once")
+    return lines

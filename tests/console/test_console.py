@@ -216,7 +216,7 @@ IMPORTANCE = ["left", "loss", "speed", "bar", "error", "data wait"]
 def test_a_bar_never_shows_half_a_number_and_data_wait_goes_before_error():
     kept = {}
     for width in range(10, 131):
-        line = words_of(live.bar("step", 1234, 5678, width, numbers=NUMBERS, importance=IMPORTANCE))
+        line = words_of(live.draw_bar("step", 1234, 5678, width, numbers=NUMBERS, importance=IMPORTANCE))
         assert "1234/5678" in line or width < 16
         assert len(line) <= max(width, 16)
         kept[width] = [name for name in NUMBERS if NUMBERS[name] in line]
@@ -231,12 +231,12 @@ def test_a_bar_never_shows_half_a_number_and_data_wait_goes_before_error():
 
 def test_a_bar_is_as_full_as_what_is_done():
     for done in range(11):
-        line = words_of(live.bar("x", done, 10, 80, importance=["bar"], ascii_only=True))
+        line = words_of(live.draw_bar("x", done, 10, 80, importance=["bar"], ascii_only=True))
         assert (line.count("#"), line.count("-")) == (round(2.4 * done), 24 - round(2.4 * done))
 
 
 def test_names_that_are_too_long_lose_their_beginning():
-    line = words_of(live.bar("runs/a/long/way/final-sam-seed0", 1, 20, 24, importance=["bar"]))
+    line = words_of(live.draw_bar("runs/a/long/way/final-sam-seed0", 1, 20, 24, importance=["bar"]))
     assert line == ".../final-sam-seed0 1/20"
     assert len(line) <= 24
     assert live.shorten("short", 10) == "short"
@@ -253,7 +253,7 @@ def some_curves(n=50):
 
 @pytest.mark.parametrize("width", [24, 50, 60, 80, 120])
 def test_a_chart_fits_and_shows_both_lines_over_the_whole_run(width):
-    lines = live.chart(some_curves(), 100, width)
+    lines = live.draw_chart(some_curves(), 100, width)
     assert {len(words_of(line)) for line in lines} == {len(words_of(lines[0]))}
     assert len(words_of(lines[0])) <= width
     assert ("loss" in words_of(lines[0])) == (width >= 50)
@@ -270,7 +270,7 @@ def test_a_line_of_a_chart_goes_from_its_first_value_to_its_last():
     curves = live.Curves()
     for step, loss in ((0, 4.0), (99, 1.0)):
         curves.add({"split": "train", "step": step, "epoch": 1, "loss": loss, "top1_error": None})
-    first, *_, last = live.chart(curves, 100, 60)[1:]
+    first, *_, last = live.draw_chart(curves, 100, 60)[1:]
     assert words_of(first)[:6].strip() == "4"
     assert words_of(last)[:6].strip() == "1"
     assert [words_of(first)[7 + x] == " " for x in (0, 21)] == [False, True]
@@ -286,9 +286,9 @@ def test_the_best_is_validations_lowest_error():
 
 def test_a_value_that_is_not_finite_leaves_a_chart_as_it_is():
     curves = some_curves()
-    before = live.chart(curves, 100, 80)
+    before = live.draw_chart(curves, 100, 80)
     curves.add({"split": "train", "step": 51, "epoch": 51, "loss": float("nan"), "top1_error": None})
-    assert live.chart(curves, 100, 80) == before
+    assert live.draw_chart(curves, 100, 80) == before
 
 
 def test_a_run_shows_its_chart_on_a_terminal(tmp_path):

@@ -16,7 +16,7 @@ each_topic = pytest.mark.parametrize("topic", TOPICS)
 
 
 def words(text):
-    """Words without the marks of Markdown, and without the bullets and numbers that rich draws in their place."""
+    """Heading without the marks of Markdown, and without the bullets and numbers that rich draws in their place."""
     text = re.sub(r"^```\w+$|^ *[-•] |^( *\d)\.?(?= )", r"\1", text, flags=re.M)
     return re.sub(r"[`*#]", "", text).split()
 

@@ -18,7 +18,7 @@ from samtune.data.thumbnails import open_splits, thumbnails
 from samtune.errors import CheckpointError, DataError, UsageError
 from samtune.report import html, run_page, run_report, svg_charts
 from samtune.report.stats import wilson_interval
-from samtune.report.svg_charts import Series, Words
+from samtune.report.svg_charts import Heading, Series
 from tests.conftest import image_bytes, samtune, write_image_folder
 from tests.support.run_folders import write_predictions, write_run
 
@@ -317,7 +317,7 @@ def test_a_large_picture_becomes_a_small_one(tmp_path):
 def test_a_chart_says_the_same_twice_and_takes_its_colours_from_the_page():
     series = [Series("a", [1, 2, 3], [1, None, 3], [0.5, None, 2], [2, None, 4]), Series("b", [1], [2])]
     once, again = (
-        svg_charts.lines(Words("x", "A & B", "<d>"), series, x_label="epoch", y_label="loss") for _ in range(2)
+        svg_charts.lines(Heading("x", "A & B", "<d>"), series, x_label="epoch", y_label="loss") for _ in range(2)
     )
     assert once == again
     assert "A &amp; B" in once

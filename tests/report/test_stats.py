@@ -136,7 +136,7 @@ def test_one_seed_or_seeds_without_spread_give_no_interval_and_no_p(a, b, said):
         reduction = stats.error_reduction(a, b, paired=paired)
         assert reduction[:3] == (pytest.approx(100 * (1 - a[0] / b[0])), None, None)
         assert said in reduction.reason
-    assert said in stats.why_no_interval(len(a))
+    assert said in stats.no_interval_reason(len(a))
 
 
 def test_a_difference_that_is_the_same_at_every_seed_gives_no_interval_of_a_reduction_either():
@@ -144,8 +144,8 @@ def test_a_difference_that_is_the_same_at_every_seed_gives_no_interval_of_a_redu
     assert stats.paired_difference(a, b) is None
     found = stats.error_reduction(a, b)
     assert found[:3] == (pytest.approx(100 / 6.5), None, None)
-    assert found.reason == stats.why_no_interval(3, "difference")
-    assert stats.error_reduction([0.0, 0.0], [5.0, 6.0]).reason == stats.why_no_interval(2, "reduction")
+    assert found.reason == stats.no_interval_reason(3, "difference")
+    assert stats.error_reduction([0.0, 0.0], [5.0, 6.0]).reason == stats.no_interval_reason(2, "reduction")
 
 
 @pytest.mark.parametrize("paired", [True, False])

@@ -18,8 +18,8 @@ from typing import Any
 _WAIT = """
 import importlib, json, os, signal, sys, traceback
 import datasets, matplotlib.pyplot, timm, torch, datasets.packaged_modules.parquet.parquet
-import samtune.cli.main, samtune.data.check.check, samtune.hub, samtune.report.compare, samtune.report.run_page
-import samtune.sweep.protocol, samtune.sweep.sweep_page, samtune.train.evaluation, samtune.train.loop
+import samtune.cli.main, samtune.data.check.check, samtune.hub, samtune.report.comparison, samtune.report.run_page
+import samtune.sweep.run, samtune.sweep.page, samtune.train.evaluation, samtune.train.loop
 import tests.support.fault_injection
 
 for line in sys.stdin:

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 from samtune.config import loading
 from samtune.report import run_report
 from samtune.report.stats import wilson_interval
-from samtune.sweep import arms, ledger, protocol
+from samtune.sweep import arms, ledger
 from samtune.sweep.ledger import Run
 from samtune.sweep.plan import Plan
+from samtune.sweep.run import check
 from samtune.sweep.spec import load as load_recipe
 
 STEPS_PER_EPOCH = 5
@@ -117,7 +118,7 @@ def write_sweep(
         for run in [] if point is None else plan.finals(budget, arm, point, {}):
             write(run)
     outcomes = {run.id: ledger.outcome(folder, run.id) for run in runs}
-    ledger.write(folder, runs, outcomes, chosen, len(protocol.check(plan)))
+    ledger.write(folder, runs, outcomes, chosen, len(check(plan)))
     return folder
 
 
@@ -127,15 +128,15 @@ def _write_run_of(folder: Path, run: Run, wrong: Collection[int] | int | None, i
     made: dict[str, Any] = {"epochs": max(1, run.steps // STEPS_PER_EPOCH), "images": images, "seed": run.seed}
     made |= {"val": run.stage == "select", "test": run.stage == "final"}
     made |= {key: value for key, value in run.settings.items() if key not in (*made, "epochs", "sam_start")}
-    there = ledger.run_folder(folder, run.id)
+    output = ledger.run_folder(folder, run.id)
     if isinstance(wrong, int):
         failed = {"state": "failed", "exit_code": wrong, "error": {"what": "it went wrong"}}
-        write_run(there, status=failed, **made)
+        write_run(output, status=failed, **made)
         ledger.log_folder(folder, run.id).mkdir()
-        ledger.note_end(folder, run.id, wrong)
+        ledger.write_exit_code(folder, run.id, wrong)
         return
-    write_run(there, wrong=wrong, passes=run.passes / made["epochs"], **made)
-    run_report.write(there, run_report.build(there))
+    write_run(output, wrong=wrong, passes=run.passes / made["epochs"], **made)
+    run_report.write(output, run_report.build(output))
 
 
 def write_predictions(path: Path, split: str, labels: Any, predicted: Any, probability: Any) -> None:

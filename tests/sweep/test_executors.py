@@ -7,7 +7,7 @@ import pytest
 
 from samtune.distributed import signals
 from samtune.errors import Diverged, MachineError, UsageError
-from samtune.sweep import ledger, protocol, spec
+from samtune.sweep import arms, ledger, run, spec
 from samtune.sweep.ledger import Outcome, Run
 from tests.support.small_sweep import write_recipe
 
@@ -36,7 +36,7 @@ class Engine:
     def start(self, folder, run):
         raise Begun(run.id)
 
-    def ended(self, seconds):
+    def wait(self, seconds):
         self.looks += 1
         assert self.looks < 100, "waits for ever"
         return []
@@ -47,8 +47,8 @@ class Engine:
 
 @pytest.fixture
 def plan(monkeypatch):
-    """Two points of one arm, and a last fit."""
-    monkeypatch.setattr(protocol.arms, "points", lambda sweep, arm: [{"rho": 0.1}, {"rho": 0.2}])
+    """Two points of one arm, and a final run."""
+    monkeypatch.setattr(arms, "points", lambda sweep, arm: [{"rho": 0.1}, {"rho": 0.2}])
     return SimpleNamespace(
         sweep=None,
         probes=list,
@@ -62,7 +62,7 @@ def plan(monkeypatch):
 def work(plan, folder, engine, monkeypatch, outcome):
     (folder / "logs").mkdir(exist_ok=True)
     monkeypatch.setattr(ledger, "outcome", lambda folder, run, mine=False: outcome(run))
-    return protocol.work(plan, folder, engine, signals.StopRequest(), 3)
+    return run.work(plan, folder, engine, signals.StopRequest(), 3)
 
 
 @pytest.mark.parametrize("at", range(1, 9))
@@ -103,15 +103,15 @@ def test_a_folder_that_cannot_be_written_ends_the_sweep_and_says_so(plan, tmp_pa
 
 
 def test_a_node_that_lends_no_cores_does_not_count(monkeypatch):
-    cluster = pytest.importorskip("samtune.sweep.ray_executor", reason="ray is not installed (extra: ray)")
-    monkeypatch.setattr(cluster, "_nodes", lambda: [{}, {"CPU": 0.0}, {"CPU": 8.0}, {"CPU": 4.0}])
-    there = object.__new__(cluster.Cluster)
-    there._jobs, there._on_gpus = 2, False
-    assert (there._cores, there.slots) == (2, 6)
+    module = pytest.importorskip("samtune.sweep.ray_executor", reason="ray is not installed (extra: ray)")
+    monkeypatch.setattr(module, "_nodes", lambda: [{}, {"CPU": 0.0}, {"CPU": 8.0}, {"CPU": 4.0}])
+    executor = object.__new__(module.RayExecutor)
+    executor._jobs, executor._on_gpus = 2, False
+    assert (executor._cores, executor.slots) == (2, 6)
 
 
 def test_a_damaged_recipe_of_a_sweep_is_named(tmp_path, photos):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "sweep.toml").write_text("x = [")
     with pytest.raises(UsageError, match=r"sweep\.toml is damaged"):
-        protocol.open_folder(spec.load(write_recipe(tmp_path / "r.toml", photos), {}), tmp_path / "s")
+        run.open_folder(spec.load(write_recipe(tmp_path / "r.toml", photos), {}), tmp_path / "s")

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from samtune.cli.sweep import report_sweep
-from samtune.report import compare, comparison_page
-from samtune.sweep import sweep_page, sweep_report
+from samtune.report import comparison, comparison_page
+from samtune.sweep import page
+from samtune.sweep.report import build
 from tests.conftest import samtune
 from tests.report.test_run_page import (
     Document,
@@ -49,8 +50,8 @@ def drawn(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     if request.param in CASES:
         write_sweep(folder / "s", *CASES[request.param])
-        result = sweep_report.build(folder / "s")
-        sweep_page.write(folder / "page.html", folder / "s", result)
+        result = build(folder / "s")
+        page.write(folder / "page.html", folder / "s", result)
     else:
         seeds = range(1 if "single" in request.param else 3)
         made = [
@@ -58,7 +59,7 @@ def drawn(request, tmp_path_factory):
             for rho, wrong in ((0.0, 9), (0.05, 6), (0.1, 7))
             for seed in seeds
         ]
-        result = compare.compare(made)
+        result = comparison.compare(made)
         comparison_page.write(folder / "page.html", result)
     text = (folder / "page.html").read_text(encoding="utf-8")
     return text, Document(text), result
@@ -94,8 +95,8 @@ def test_the_verdict_comes_first_and_all_warnings_are_there(drawn):
 @pytest.fixture(scope="module")
 def budgets(tmp_path_factory):
     folder = write_sweep(tmp_path_factory.mktemp("b") / "s", BUDGETS, wrong)
-    result = sweep_report.build(folder)
-    sweep_page.write(folder / "report.html", folder, result)
+    result = build(folder)
+    page.write(folder / "report.html", folder, result)
     return Document((folder / "report.html").read_text(encoding="utf-8")), result
 
 
@@ -110,7 +111,7 @@ def test_people_who_read_the_terminal_alone_are_warned_too(tmp_path, capsys):
 
 def test_tables_beside_the_charts_say_what_the_report_says(budgets):
     document, result = budgets
-    seeds = table_of(document, "test error of each last fit")
+    seeds = table_of(document, "test error of each final run")
     assert [row[:4] for row in seeds[:2]] == [
         ["100 passes", "sam", "0", f"{result['final'][0]['test_errors'][0]:.2f}"],
         ["100 passes", "sam", "1", f"{result['final'][0]['test_errors'][1]:.2f}"],
@@ -135,7 +136,7 @@ def test_curves_are_the_mean_over_seeds(tmp_path):
     folder = write_sweep(tmp_path / "s", 'seeds = 2\narms = ["sam", "sgd"]\n[sweep.grid]\nrho = [0.05]\n', wrong)
     rows = folder / "runs" / "final-sam-seed1" / "metrics.jsonl"
     rows.write_text(rows.read_text().replace('"loss": 1.5,', '"loss": 2.5,'))
-    sweep_page.write(folder / "report.html", folder, sweep_report.build(folder))
+    page.write(folder / "report.html", folder, build(folder))
     curve = table_of(Document((folder / "report.html").read_text()), "train loss by epoch")
     assert curve[0] == ["1", "2.0000", "1.5000"]
     assert curve[1] == ["2", "0.7500", "0.7500"]

@@ -12,10 +12,11 @@ from samtune.config.duration import Duration
 from samtune.distributed import device
 from samtune.errors import CheckpointError, DataError, ModelError, UsageError
 from samtune.sam.gradient import sam_passes
-from samtune.sweep import arms, decode_once, executors, ledger, protocol, spec
+from samtune.sweep import arms, decode_once, executors, ledger, spec
 from samtune.sweep.budget import Budget, steps_within
 from samtune.sweep.ledger import Outcome
 from samtune.sweep.plan import Plan, seconds_per_step
+from samtune.sweep.run import check, check_names, open_folder
 from samtune.train.batch_plan import BatchPlan
 from samtune.train.schedule import TrainingLength
 from tests.conftest import samtune, write_image_folder
@@ -116,7 +117,7 @@ def test_a_table_that_cannot_be_meant_is_refused_with_the_rule(tmp_path, table, 
 )
 def test_every_point_is_checked_before_the_first_run(tmp_path, table, said):
     with pytest.raises(UsageError) as error:
-        protocol.check(Plan(load(tmp_path, table), lambda settings: 1000))
+        check(Plan(load(tmp_path, table), lambda settings: 1000))
     assert said in str(error.value)
 
 
@@ -131,7 +132,7 @@ def test_every_point_is_checked_before_the_first_run(tmp_path, table, said):
 def test_what_a_point_names_must_be_there(tmp_path, table, error):
     asked = load(tmp_path, table)
     with pytest.raises(error):
-        protocol.check_names(asked, protocol.check(Plan(asked, lambda settings: 1000)))
+        check_names(asked, check(Plan(asked, lambda settings: 1000)))
 
 
 @pytest.mark.parametrize("base", ["processes = 2", 'nnodes = 2\nrdzv_endpoint = "a:1"', "shard = true"])
@@ -233,7 +234,7 @@ def test_every_arm_gets_the_same_cost_and_sgd_twice_as_long_is_left_out(tmp_path
     asked = load(
         tmp_path, 'seeds = 1\nbudgets = ["200 passes"]\n[sweep.grid]\nrho = [0.1]\n[sweep.sam-late]\nsam_start=["60%"]'
     )
-    runs = protocol.check(Plan(asked, lambda settings: 1000))
+    runs = check(Plan(asked, lambda settings: 1000))
     assert {run.arm: (run.steps, run.passes) for run in runs} == {
         "sam": (100, 200),
         "sam-late": (143, 200),
@@ -365,7 +366,7 @@ def test_the_state_of_a_run_is_told_by_its_folders(tmp_path, status, exit_code, 
         ledger.run_folder(tmp_path, "r").mkdir(parents=True)
         (ledger.run_folder(tmp_path, "r") / "status.json").write_text(json.dumps(status))
     if exit_code is not None:
-        ledger.note_end(tmp_path, "r", exit_code)
+        ledger.write_exit_code(tmp_path, "r", exit_code)
     found = ledger.outcome(tmp_path, "r")
     assert (found.state, found.exit_code if state == "failed" else None) == (
         state,
@@ -390,17 +391,17 @@ def test_each_gpu_has_a_run_of_its_own(gpus, visible, jobs, places, monkeypatch)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     settings = loading.load(None, {"model": "a", "dataset": "cifar10", "gpus": gpus})
-    assert executors.places_here(settings, jobs) == [{"CUDA_VISIBLE_DEVICES": name} for name in places]
+    assert executors.local_slots(settings, jobs) == [{"CUDA_VISIBLE_DEVICES": name} for name in places]
 
 
 def test_runs_at_a_time_on_a_cpu_share_its_cores(monkeypatch):
     monkeypatch.setattr(device, "available_cpus", lambda: 9)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     settings = loading.load(None, {"model": "a", "dataset": "cifar10", "gpus": "0"})
-    assert executors.places_here(settings, 4) == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}] * 4
-    assert executors.places_here(settings, 1) == [{"CUDA_VISIBLE_DEVICES": ""}]  # as a run by itself
+    assert executors.local_slots(settings, 4) == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}] * 4
+    assert executors.local_slots(settings, 1) == [{"CUDA_VISIBLE_DEVICES": ""}]  # as a run by itself
     with pytest.raises(UsageError, match="there are 9 cores"):
-        executors.places_here(settings, 10)
+        executors.local_slots(settings, 10)
 
 
 # -------------------------------------------------------------------------------------------------------------- a sweep
@@ -477,7 +478,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(found, whole_swee
     folder, _ = found
     asked = spec.load(whole_sweep_recipe, {"lr": 0.02, "workers": 1}, seeds="3")  # workers change no number
     with pytest.raises(UsageError, match="holds a sweep with other settings") as error:
-        protocol.open_folder(asked, folder)
+        open_folder(asked, folder)
     assert error.value.cause == "lr: 0.01 before, 0.02 now; sweep.seeds: [0] before, [0, 1, 2] now"
     for dry in (), ("--dry-run",):
         refused = sweep(whole_sweep_recipe, folder, "--lr", 0.02, *dry)
@@ -527,7 +528,7 @@ def test_what_cannot_be_meant_is_refused_before_a_run_begins(tmp_path, photos, a
 def test_a_data_set_without_test_cannot_be_swept(tmp_path):
     path = write_recipe(tmp_path / "r.toml", write_image_folder(tmp_path / "data", {"train": 6}))
     with pytest.raises(UsageError, match="no test split"):
-        protocol.check(Plan(spec.load(path, {}), decode_once.images_to_train_on(decode_once.listed)))
+        check(Plan(spec.load(path, {}), decode_once.count_once(decode_once.count_listed)))
 
 
 def test_the_folders_recipe_is_plain_toml(found):

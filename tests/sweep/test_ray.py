@@ -66,7 +66,7 @@ def test_without_a_cluster_the_error_tells_how_to_start_one(whole_sweep_recipe, 
 
 
 def begin(cluster, recipe, folder):
-    """A sweep on the cluster, whose last fit with SAM waits at its third step; that run's status, when it has begun."""
+    """A sweep on the cluster, whose final run with SAM waits at its third step, and that run's status."""
     paused = {"at": "step", "call": 3, "do": "pause", "only": "final-sam"}
     started = subprocess.Popen(
         command(recipe, folder, "--engine", "ray", "--address", cluster, faults=[paused]),

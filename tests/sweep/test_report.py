@@ -8,7 +8,8 @@ import pytest
 from scipy import optimize, stats
 
 from samtune.errors import CheckpointError, UsageError
-from samtune.sweep import sweep_report, tables
+from samtune.sweep import tables
+from samtune.sweep.report import build
 from tests.conftest import samtune
 from tests.support.run_folders import write_sweep
 
@@ -32,11 +33,11 @@ def usual(run, final=None, grid=None):
 def done(tmp_path_factory):
     """(folder, report) of a sweep that is done."""
     folder = write_sweep(tmp_path_factory.mktemp("sweep") / "s", RECIPE, usual)
-    return folder, sweep_report.build(folder)
+    return folder, build(folder)
 
 
 def collect(folder, recipe=RECIPE, wrong=usual, **final):
-    return sweep_report.build(write_sweep(folder / "s", recipe, wrong))
+    return build(write_sweep(folder / "s", recipe, wrong))
 
 
 def pair_of(report, arm, baseline, budget=None):
@@ -243,13 +244,13 @@ def test_an_unfinished_sweep_says_what_is_there_and_what_is_missing(tmp_path, st
     left = {"nothing": 11, "chosen": 9, "one side": 6}[state]
     assert f"of 11 runs, {left} are left" in report["warnings"][0]
     assert report["verdict"] == [
-        "Nothing can be said of SAM yet: not both sides of any comparison have a last fit that is done."
+        "Nothing can be said of SAM yet: not both sides of any comparison have a final run that is done."
     ]
     assert report["comparisons"] == []
     assert report["final"][0]["n"] == (3 if state == "one side" else 0)
     assert report["progress"]["unplanned"] == (3 if state == "nothing" else 0)
     assert len(report["progress"]["missing"]) == left - report["progress"]["unplanned"]
-    assert len(tables.table(report)) == 3
+    assert len(tables.arm_rows(report)) == 3
     assert tables.markdown(report)
 
 
@@ -258,7 +259,7 @@ def test_a_seed_that_failed_is_left_out_of_the_pairs_and_the_bias_is_said(tmp_pa
     entry = report["final"][0]
     assert (entry["seeds"], entry["lost_seeds"], entry["n"]) == ([0, 2], [1], 2)
     assert pair_of(report, "sam", "sgd")["difference"]["n"] == 2
-    assert any("last fits failed (seed 1)" in warning for warning in report["warnings"])
+    assert any("final runs failed (seed 1)" in warning for warning in report["warnings"])
     (failed,) = report["progress"]["failed"]
     assert (failed["run"], failed["exit_code"], failed["why"]) == ("final-sam-seed1", 9, "it went wrong")
     assert report["verdict"][0].startswith("So far: ")
@@ -273,7 +274,7 @@ def test_a_point_that_diverged_is_out_and_an_arm_of_which_all_did_has_no_last_fi
     everything = collect(tmp_path / "all", wrong=lambda run: 7 if run.stage == "select" else usual(run))
     assert everything["final"][0]["point"] is None
     assert [w for w in everything["warnings"] if "sam:" in w] == [
-        "sam: no point trained, as every loss was not finite; it has no last fits."
+        "sam: no point trained, as every loss was not finite; it has no final runs."
     ]
     assert not any("not complete" in warning for warning in everything["warnings"])
 
@@ -281,7 +282,7 @@ def test_a_point_that_diverged_is_out_and_an_arm_of_which_all_did_has_no_last_fi
 def test_without_predictions_there_is_no_test_and_the_reason(tmp_path):
     folder = write_sweep(tmp_path / "s", RECIPE, usual)
     (folder / "runs" / "final-sam-seed1" / "predictions.parquet").unlink()
-    pair = pair_of(sweep_report.build(folder), "sam", "sgd")
+    pair = pair_of(build(folder), "sam", "sgd")
     assert (pair["difference"]["ci95"], [test["seed"] for test in pair["mcnemar"]]) == (None, [0, 2])
     assert "predictions.parquet of final-sam-seed1 is not there" in pair["limits"][0]
 
@@ -291,8 +292,8 @@ def test_without_test_images_the_last_fits_say_so(tmp_path):
     for run in (folder / "runs").glob("final-*"):
         result = json.loads((run / "report.json").read_text())
         (run / "report.json").write_text(json.dumps(result | {"test": None}))
-    report = sweep_report.build(folder)
-    assert report["warnings"][0] == "sam: the last fits were scored on nothing, as the data set has no test images."
+    report = build(folder)
+    assert report["warnings"][0] == "sam: the final runs were scored on nothing, as the data set has no test images."
     assert (report["final"][0]["n"], report["comparisons"]) == (0, [])
 
 
@@ -334,7 +335,7 @@ def test_where_sam_begins_to_pay_is_the_budget_from_which_on_it_has_less_error(t
 
 def test_with_budgets_every_row_says_at_which(tmp_path):
     report = over_budgets(tmp_path, [(1, 0, 2)] * 4)
-    rows = tables.table(report)
+    rows = tables.arm_rows(report)
     assert [(row["budget"], row["arm"]) for row in rows[:2]] == [("800 passes", "sam"), ("800 passes", "sgd")]
     assert rows[0]["passes"] == rows[1]["passes"] == "800"
     assert "## sam against sgd, 100 passes" in tables.markdown(report)
@@ -366,11 +367,11 @@ def test_a_sweep_among_runs_and_a_folder_that_has_lost_its_ledger_are_refused(do
     assert "it has them in runs/" in refused.stderr
     (tmp_path / "sweep.toml").write_text((folder / "sweep.toml").read_text())
     with pytest.raises(UsageError, match="there is no ledger"):
-        sweep_report.build(tmp_path)
+        build(tmp_path)
 
 
 def test_a_damaged_run_is_named(tmp_path):
     folder = write_sweep(tmp_path / "s", RECIPE, usual)
     (folder / "runs" / "final-sgd-seed0" / "config.toml").write_text("rho = ")
     with pytest.raises(CheckpointError, match="final-sgd-seed0 is damaged"):
-        sweep_report.build(folder)
+        build(folder)

@@ -9,7 +9,8 @@ import pytest
 
 from samtune.config import loading
 from samtune.errors import CheckpointError, UsageError
-from samtune.report import compare, stats
+from samtune.report import stats
+from samtune.report.comparison import compare, markdown
 from tests.conftest import samtune
 
 N = 40  # images
@@ -56,7 +57,7 @@ def write_report(folder, **entries):
 
 
 def pair_of(*folders):
-    (pair,) = compare.compare(folders)["pairs"]
+    (pair,) = compare(folders)["pairs"]
     return pair
 
 
@@ -94,11 +95,11 @@ def test_one_seed_each_has_no_interval_and_says_what_cannot_be_concluded(two):
 
 
 def test_only_what_differs_is_listed_by_run(two):
-    assert compare.compare(two)["differs"] == {"rho": {"sgd": 0.0, "sam": 0.05}}
+    assert compare(two)["differs"] == {"rho": {"sgd": 0.0, "sam": 0.05}}
 
 
 def test_what_the_comparison_holds_equal_stands_in_words(two):
-    page = compare.markdown(compare.compare(two))
+    page = markdown(compare(two))
     assert "- equal: epochs 8, steps 100; not equal: passes 200 against 100 (ratio 2), seconds 95 ag" in page
     assert "against 50 (ratio 1.9)\n" in page
 
@@ -113,18 +114,18 @@ def test_what_the_comparison_holds_equal_stands_in_words(two):
 )
 def test_costs_are_equal_or_nearly_or_not_known(tmp_path, seconds, said):
     runs = write_run(tmp_path / "a"), write_run(tmp_path / "b", seconds=seconds, rho=0.1)
-    assert said in compare.markdown(compare.compare(runs))
+    assert said in markdown(compare(runs))
 
 
 def test_runs_carry_what_their_reports_say(two):
-    first = compare.compare(two)["runs"][0]
+    first = compare(two)["runs"][0]
     assert first["top1_error_ci95"] == [100 * limit for limit in stats.wilson_interval(8, N)]
     assert (first["label"], first["wrong"], first["n"], first["split"]) == ("sgd", 8, N, "test")
     assert (first["epochs"], first["steps"], first["passes"], first["seconds"]) == (8, 100, 100, 50.0)
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_setting(seeds):
-    comparison = compare.compare(seeds)
+    comparison = compare(seeds)
     sgd, sam = comparison["groups"]
     assert [(group["label"], group["seeds"]) for group in (sgd, sam)] == [
         ("sgd-0 + 2 seeds", [0, 1, 2]),
@@ -168,7 +169,7 @@ def test_settings_without_common_seeds_are_compared_as_independent(tmp_path):
     assert (pair["difference"]["paired"], pair["difference"]["n"], pair["difference"]["baseline_n"]) == (False, 3, 2)
     assert pair["difference"]["p"] == pytest.approx(expected.p)
     assert pair["error_reduction"]["percent"] == stats.error_reduction(a, b, paired=False).percent
-    assert "Welch's t test, 3 and 2 seeds" in compare.markdown(compare.compare(runs))
+    assert "Welch's t test, 3 and 2 seeds" in markdown(compare(runs))
 
 
 def test_one_run_against_several_seeds_has_no_test(seeds):
@@ -178,7 +179,7 @@ def test_one_run_against_several_seeds_has_no_test(seeds):
 
 
 def test_the_same_seed_once_more_is_no_second_seed(tmp_path):
-    comparison = compare.compare([write_run(tmp_path / name, range(5)) for name in ("a", "again")])
+    comparison = compare([write_run(tmp_path / name, range(5)) for name in ("a", "again")])
     assert [group["n"] for group in comparison["groups"]] == [1, 1]
     assert comparison["differs"] == {}
     assert comparison["pairs"][0]["mcnemar"]["p"] == 1
@@ -189,11 +190,11 @@ def test_settings_that_change_no_number_do_not_make_another_setting(tmp_path):
         write_run(tmp_path / "a", range(5), workers=0),
         write_run(tmp_path / "b", range(6), seed=1, workers=3, gpus="1", save_every="5 minutes"),
     ]
-    comparison = compare.compare(runs)
+    comparison = compare(runs)
     assert list(comparison["differs"]) == ["seed"]
     assert comparison["groups"][0]["n"] == 2
     write_report(runs[1], world_size=2)
-    comparison = compare.compare(runs)
+    comparison = compare(runs)
     assert comparison["differs"]["world_size"] == {"a": 1, "b": 2}
     assert len(comparison["groups"]) == 2
 
@@ -202,7 +203,7 @@ def test_a_setting_that_an_older_run_did_not_know_had_its_default(two):
     path = two[0] / "config.toml"
     lines = [line for line in path.read_text().splitlines() if not line.startswith("mixup")]
     path.write_text("\n".join(lines))
-    assert list(compare.compare(two)["differs"]) == ["rho"]
+    assert list(compare(two)["differs"]) == ["rho"]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_predictions_that_are_missing_or_not_those_of_the_report_give_no_test(tw
 
 def test_seconds_of_other_machines_are_named(two):
     write_report(two[1], machine="Linux aarch64, 64 cores")
-    comparison = compare.compare(two)
+    comparison = compare(two)
     assert "seconds were taken on different machines or devices" in comparison["pairs"][0]["limits"]
     assert comparison["differs"]["machine"] == {"sgd": "Linux x86_64, 2 cores", "sam": "Linux aarch64, 64 cores"}
 
@@ -264,29 +265,30 @@ def test_seeds_that_came_to_the_same_have_no_interval_and_it_says_why(tmp_path):
         write_run(tmp_path / f"{arm}{seed}", range(wrong), seed=seed, rho=0.05 * (arm == "sam"))
         for (arm, seed), wrong in counts.items()
     ]
-    comparison = compare.compare(runs)
+    comparison = compare(runs)
     assert [group["mean_error_ci95"] for group in comparison["groups"]] == [None, None]
     assert comparison["pairs"][0]["difference"]["p"] is None
-    page = compare.markdown(comparison)
+    page = markdown(comparison)
     assert (page.count("the error was the same at every seed"), page.count("the difference was the same")) == (2, 1)
 
 
 def test_several_pairs_say_that_each_p_is_of_one_test_alone(tmp_path):
     runs = [write_run(tmp_path / f"{rho}", range(5), rho=rho) for rho in (0.0, 0.05, 0.1)]
-    assert "for 2 together, look for p < 0.025" in compare.markdown(compare.compare(runs))
+    assert "for 2 together, look for p < 0.025" in markdown(compare(runs))
     untested = write_run(tmp_path / "cars", range(5), rho=0.2, dataset="cars")
-    assert "for 2 together" in compare.markdown(compare.compare([*runs, untested]))
-    assert "Bonferroni" not in compare.markdown(compare.compare(runs[:2]))
+    assert "for 2 together" in markdown(compare([*runs, untested]))
+    assert "Bonferroni" not in markdown(compare(runs[:2]))
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     runs = [write_run(tmp_path / arm / "seed0", range(5), rho=rho) for arm, rho in (("sgd", 0.0), ("sam", 0.1))]
-    assert [run["label"] for run in compare.compare(runs)["runs"]] == ["sgd/seed0", "sam/seed0"]
+    assert [run["label"] for run in compare(runs)["runs"]] == ["sgd/seed0", "sam/seed0"]
 
 
 def test_names_with_the_signs_of_markdown_do_not_break_its_tables(tmp_path):
-    runs = [write_run(tmp_path / name, range(5), rho=rho) for name, rho in (("a|b", 0.0), ("c", 0.1))]
-    tables = [line for line in compare.markdown(compare.compare(runs)).splitlines() if line.startswith("|")]
+    runs = [write_run(tmp_path / name, range(5), rho=rho) for name, rho in (("a|b & <c>", 0.0), ("c", 0.1))]
+    tables = [line for line in markdown(compare(runs)).splitlines() if line.startswith("|")]
+    assert tables[2].startswith("| a\\|b & <c> |")  # no HTML: nothing else is escaped
     assert len({line.replace("\\|", "").count("|") for line in tables[:4]}) == 1
 
 
@@ -307,7 +309,7 @@ def test_names_with_the_signs_of_markdown_do_not_break_its_tables(tmp_path):
 def test_a_folder_that_cannot_be_compared_is_named_with_the_reason_and_the_mend(two, damage, error, said):
     damage(two[1])
     with pytest.raises(error, match=str(two[1])) as caught:
-        compare.compare(two)
+        compare(two)
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
 
@@ -317,23 +319,23 @@ def test_a_run_without_status_counts_as_done_if_it_has_a_report(two):
     assert pair_of(*two)["mcnemar"] is not None
     (two[0] / "report.json").unlink()
     with pytest.raises(UsageError, match="is not done"):
-        compare.compare(two)
+        compare(two)
 
 
 def test_a_run_twice_or_alone_is_no_comparison(two):
     with pytest.raises(UsageError, match="given twice"):
-        compare.compare([two[0], two[0] / ".." / "sgd"])
+        compare([two[0], two[0] / ".." / "sgd"])
     with pytest.raises(UsageError, match="at least two"):
-        compare.compare(two[:1])
+        compare(two[:1])
 
 
 def test_programs_people_and_files_get_the_same_comparison(two, tmp_path):
-    expected = compare.compare(two)
+    expected = compare(two)
     done = samtune("report", *two, "--json", "--output", tmp_path / "new" / "folder")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == expected
     assert json.loads((tmp_path / "new" / "folder" / "comparison.json").read_text()) == expected
-    assert (tmp_path / "new" / "folder" / "comparison.md").read_text() == compare.markdown(expected)
+    assert (tmp_path / "new" / "folder" / "comparison.md").read_text() == markdown(expected)
     shown = samtune("report", *two, env={"COLUMNS": "200"})
     assert (shown.returncode, shown.stderr) == (0, "")
     for part in (
