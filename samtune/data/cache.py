@@ -31,6 +31,7 @@ from samtune.config import cache_folders
 from samtune.data.decode import PLAIN, DecodeRule, decode, is_constant
 from samtune.data.source import Split
 from samtune.data.splits import Indices
+from samtune.data.text import plural, shorten
 from samtune.errors import DataError
 
 Progress = Callable[[str, int, int], None]  # what is going on, images done, images in all
@@ -497,9 +498,8 @@ def raise_if_undecodable(bad: list[dict[str, Any]]) -> None:
     """Raise DataError that names bad images, if there are any."""
     if not bad:
         return
-    named = "; ".join(f"{item['where']}: {item['reason']}" for item in bad[:_NAMED])
     raise DataError(
-        f"{len(bad)} image{'s' if len(bad) > 1 else ''} cannot be decoded",
-        named + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""),
+        f"{plural(len(bad), 'image')} cannot be decoded",
+        shorten([f"{item['where']}: {item['reason']}" for item in bad], _NAMED, "; "),
         "fix or remove them, or train without them by --on-bad-image skip",
     )

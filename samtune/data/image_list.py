@@ -20,6 +20,7 @@ from samtune.data.columns import Columns, Table
 from samtune.data.formats import is_readable
 from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import DataSelection
+from samtune.data.text import plural
 from samtune.errors import DataError
 from samtune.files import readable
 
@@ -291,7 +292,7 @@ def _without_blanks(values: Mapping[str, list[Any]], used: Iterable[str]) -> tup
         found[name] = [value.strip() if isinstance(value, str) else value for value in values[name]]
         changed = [value for value in values[name] if isinstance(value, str) and value != value.strip()]
         if changed:
-            rows = f"{len(changed)} row{'s' if len(changed) > 1 else ''}"
+            rows = plural(len(changed), "row")
             notes.append(f"column {name}: blanks around the values of {rows} are left out, as {readable(changed[0])!r}")
     return found, notes
 

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, Protocol
 
 from samtune.data import columns, image_list
 from samtune.data.columns import Kind, Table
+from samtune.data.folder_tree import is_folder, is_ignored, leads_back, sorted_entries
 from samtune.data.formats import installation, is_readable, is_unreadable
-from samtune.data.image_folder import entries, is_folder, is_passed_over
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError, first_line
 from samtune.files import readable
@@ -188,10 +188,10 @@ class _Folder:
 def _walk(root: str, above: frozenset[str]) -> Iterator[str]:
     """The files of a folder and below, in order of their names; a link to a folder around it is not followed."""
     above |= {os.path.realpath(root)}
-    there = [entry for entry in entries(root) if not is_passed_over(entry.name)]
+    there = [entry for entry in sorted_entries(root) if not is_ignored(entry.name)]
     yield from (entry.path for entry in there if not is_folder(entry))
     for entry in there:
-        if is_folder(entry) and not (entry.is_symlink() and os.path.realpath(entry.path) in above):
+        if is_folder(entry) and not leads_back(entry, above):
             yield from _walk(entry.path, above)
 
 

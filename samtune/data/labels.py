@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from samtune.data.text import plural, shorten
 from samtune.errors import DataError
 from samtune.files import natural_key, readable
 
@@ -59,7 +60,7 @@ def without_blanks(labels: Labels, column: str) -> tuple[Labels, list[str]]:
         return labels, []
     values = [value.strip() if isinstance(value, str) else value for value in labels.values]
     changed = [old for old, new in zip(labels.values, values, strict=True) if isinstance(old, str) and old != new]
-    rows = f"{len(changed)} row{'s' if len(changed) > 1 else ''}"
+    rows = plural(len(changed), "row")
     said = (
         f"column {column}: blanks around the values of {rows} are left out, as {readable(changed[0])!r}"
         if changed
@@ -127,7 +128,7 @@ def no_class(
     value = labels.values[row]
     if labels.names is not None and isinstance(value, int) and 0 <= value < len(labels.names):
         value = labels.names[value]
-    has = f"train has {len(classes)} classes: {some(classes)}"
+    has = f"train has {len(classes)} classes: {shorten(classes)}"
     same = next((name for name in classes if str(value).casefold() == name.casefold()), None)
     has += f"; {same} is written otherwise" if same else ""
     if labels.are_names:
@@ -142,8 +143,3 @@ def no_class(
         has,
         "fix or remove the row; labels count from 0" + (skip if labels.lacks(value) else ""),
     )
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of many names, in words."""
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

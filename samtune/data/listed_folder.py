@@ -10,8 +10,8 @@ from typing import Any
 from samtune.data import columns, image_list
 from samtune.data.columns import Columns
 from samtune.data.image_list import ListSplits
-from samtune.data.labels import some
 from samtune.data.split_roles import ROLES, DataSelection, parse, role_of
+from samtune.data.text import shorten
 from samtune.errors import DataError, UsageError
 from samtune.files import readable
 
@@ -34,7 +34,7 @@ def read_lists(root: Path, wanted: DataSelection) -> ListSplits | None:
     Each list is the split of its name; one without the labels that train has is left out, with a note. A picture is
     looked for in the folder of its split first. Raises what `image_list.read_list` raises.
     """
-    with_labels = [path for path in labelled(root, wanted) if path.suffix.lower() in image_list.LISTS]
+    with_labels = [path for path in lists_with_labels(root, wanted) if path.suffix.lower() in image_list.LISTS]
     others = [path for path in _lists(root) if _role(path) == "train" and path not in with_labels]
     by_role = {_role(path): path for path in reversed([*with_labels, *others])}
     if "train" not in by_role:
@@ -94,7 +94,7 @@ def read_metadata(path: Path, wanted: DataSelection) -> ListSplits | None:
     return replace(listed, splits=splits)
 
 
-def labelled(root: Path, wanted: DataSelection | None = None) -> list[Path]:
+def lists_with_labels(root: Path, wanted: DataSelection | None = None) -> list[Path]:
     """The lists of a folder that have columns of pictures and of labels; that of train first, of test last.
 
     A form for answers is none of them: its labels are examples. Where any column may be the labels, the list comes
@@ -147,10 +147,10 @@ def check_beside(root: Path, splits: Mapping[str, tuple[Sequence[str], Sequence[
         if is_same or (not labels and len(one_hot) < 2):
             continue
         row, picture = next(iter(named.items()))
-        example = f"{os.path.relpath(picture, root)} is {_text(values[labels[0]][row])}" if labels else some(one_hot)
+        example = f"{os.path.relpath(picture, root)} is {_text(values[labels[0]][row])}" if labels else shorten(one_hot)
         raise DataError(
             f"list {readable(str(path))} tells other labels than the folders, which would be the classes",
-            f"folders: {some(sorted(set(folder_of.values())))}; by the list {readable(example)}",
+            f"folders: {shorten(sorted(set(folder_of.values())))}; by the list {readable(example)}",
             f"give the list by --dataset {readable(str(path))}; where the folders are meant, take it away, or say "
             f"--train-split {train}",
         )

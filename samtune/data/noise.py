@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from samtune.data.source import Split
 from samtune.data.splits import Indices
+from samtune.data.text import shorten
 from samtune.errors import DataError, first_line
 
 _ROW_COLUMN = "index"
@@ -103,10 +104,9 @@ def from_file(
     given = np.array([meaning.get(v, -1) if isinstance(v, str | int) else -1 for v in values], dtype=np.int64)
     if (given < 0).any():
         row = int(np.flatnonzero(given < 0)[0])
-        some = ", ".join(class_names[:6]) + (", ..." if len(class_names) > 6 else "")
         raise DataError(
             f"row {row} of --train-labels {path} has the {key} {values[row]!r}, which is no class",
-            f"there are {len(class_names)} classes: {some}",
+            f"there are {len(class_names)} classes: {shorten(class_names)}",
             "give class names, or numbers that count from 0",
         )
     if _ROW_COLUMN in table.column_names:

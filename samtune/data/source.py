@@ -19,12 +19,14 @@ import numpy.typing as npt
 from samtune.data import columns, image_folder, image_list, labels, listed_folder, repeats, split_roles, tables
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.encoded import EncodedImages, FileImages, joined
+from samtune.data.folder_tree import sorted_entries
 from samtune.data.formats import archive_ending, is_readable, unpacking
 from samtune.data.image_folder import FolderSplits
 from samtune.data.image_list import ListSplits
 from samtune.data.labels import Classified, Labels
 from samtune.data.split_roles import ROLES, DataSelection, role_of
 from samtune.data.tables import RawSplits
+from samtune.data.text import shorten
 from samtune.errors import DataError, UsageError
 from samtune.files import readable
 
@@ -225,7 +227,7 @@ def open_source(
         if strict:
             _check_classes(splits[role], splits["train"], names)
     if classes is None and len(names) < 2:
-        lists = listed_folder.labelled(found) if isinstance(found, Path) and found.is_dir() else []
+        lists = listed_folder.lists_with_labels(found) if isinstance(found, Path) and found.is_dir() else []
         raise DataError(
             f"data set {dataset} has one class alone: {', '.join(names)}",
             "; ".join(notes),
@@ -289,7 +291,7 @@ def _read_folder(path: Path, wanted: DataSelection, classes: Sequence[str]) -> F
         listed_folder.check_beside(path, found.splits, "." if train in names or not (path / train).is_dir() else train)
     found.notes += [
         f"list {readable(str(beside))} is not read: folders tell the classes (--dataset takes it, too)"
-        for beside in listed_folder.labelled(path)
+        for beside in listed_folder.lists_with_labels(path)
         if beside not in tables.metadata(path)  # of which more is said
     ]
     return found
@@ -323,8 +325,8 @@ def _read_lists(path: Path, wanted: DataSelection) -> ListSplits | None:
 
 def _unpacking(path: Path) -> str:
     """What unpacks the archives right in a folder, in words; "" where there are none."""
-    packed = [entry.name for entry in image_folder.entries(path) if archive_ending(entry.name) and entry.is_file()]
-    commands = labels.some([f"`{unpacking(name)}`" for name in packed])
+    packed = [entry.name for entry in sorted_entries(path) if archive_ending(entry.name) and entry.is_file()]
+    commands = shorten([f"`{unpacking(name)}`" for name in packed])
     return f"unpack the pictures, in {readable(str(path))}: {commands}" if packed else ""
 
 
@@ -332,7 +334,7 @@ def _beside_tables(path: Path, splits: Collection[str]) -> list[str]:
     """Notes on archives and folders in a folder of tables, by whose names they are a split that no table is."""
     there = {role_of(split) for split in splits}
     notes = []
-    for entry in image_folder.entries(path):
+    for entry in sorted_entries(path):
         ending = archive_ending(entry.name)
         role = role_of(readable(entry.name.removesuffix(ending) if ending else entry.name))
         files = (name for _, _, names in os.walk(entry.path) for name in names)
@@ -421,7 +423,7 @@ def _left_out(found: Classified, split: str) -> list[str]:
     if found.unlabelled:
         notes.append(f"split {split}: {found.unlabelled} of {len(found.indices)} rows have no label and are left out")
     if found.unknown:
-        classes = labels.some([f"{name} ({count})" for name, count in found.unknown.items()])
+        classes = shorten([f"{name} ({count})" for name, count in found.unknown.items()])
         notes.append(
             f"split {split}: {sum(found.unknown.values())} rows are of unknown classes and left out: {classes}"
         )

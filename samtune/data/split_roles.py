@@ -126,6 +126,20 @@ def roles_beside(names: Iterable[str]) -> dict[str, str]:
     return roles
 
 
+def roles_of_folders(names: Mapping[str, str]) -> dict[str, str]:
+    """Key -> role of those folders that are splits, by their names.
+
+    flowers_train and flowers_test are splits beside each other; one of them without the other is not.
+    """
+    parsed = {key: parse(name) for key, name in names.items()}
+    roles = {}
+    for key, (role, rest) in parsed.items():
+        partners = {other for other, other_rest in parsed.values() if other_rest == rest and other in ROLES}
+        if role is not None and (not rest or len(partners) > 1):
+            roles[key] = role
+    return roles
+
+
 def assign(
     dataset: str,
     there: Sequence[str],

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from samtune.config.run_config import RunConfig
 from samtune.data import source
-from samtune.data.labels import some
 from samtune.data.source import LabelledDataset, Split
 from samtune.data.split_roles import DataSelection
+from samtune.data.text import shorten
 from samtune.errors import DataError, UsageError
 
 Indices = npt.NDArray[np.int64]
@@ -130,7 +130,7 @@ def _check_classes(data: LabelledDataset, classes: Sequence[str]) -> None:
     raise DataError(
         f"data set {data.origin} is not that of the run: "
         + (f"it has images of class {unknown[0]!r}" if unknown else "it has no train split"),
-        f"the run has {len(classes)} classes: {some(classes)}",
+        f"the run has {len(classes)} classes: {shorten(classes)}",
         "give the data set of the run by --dataset",
     )
 

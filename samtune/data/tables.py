@@ -24,8 +24,8 @@ from samtune.data import columns, image_list
 from samtune.data.catalog import Dataset
 from samtune.data.columns import Columns, Kind
 from samtune.data.encoded import EncodedImages, FileImages, TableImages
+from samtune.data.folder_tree import is_folder, sorted_entries
 from samtune.data.formats import ARCHIVES, is_readable, names_in_archive, unpacking
-from samtune.data.image_folder import entries, is_folder
 from samtune.data.labels import Labels, without_blanks
 from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import ROLES, DataSelection, role_of
@@ -142,7 +142,7 @@ def _parquet_files(root: Path) -> dict[Path, dict[str, list[str]]]:
 
 def _below(root: Path, ending: str) -> Iterator[Path]:
     """Files with this ending in a folder and below; not in folders of many pictures. A logo may lie beside tables."""
-    there = entries(root)
+    there = sorted_entries(root)
     if sum(is_readable(entry.name) for entry in there) > _FEW:
         return
     for entry in there:

@@ -18,11 +18,11 @@ from samtune.config.run_config import RunConfig
 from samtune.data import source
 from samtune.data.cache import Images, drop_undecodable, raise_if_undecodable, undecodable_rows
 from samtune.data.decode import DecodeRule
-from samtune.data.labels import some
 from samtune.data.loader import eval_batches
 from samtune.data.source import LabelledDataset, Split
 from samtune.data.split_roles import DataSelection
 from samtune.data.splits import Indices, RunSplits, open_run_splits
+from samtune.data.text import shorten
 from samtune.data.transforms import eval_transform, normalize
 from samtune.distributed import collectives, device
 from samtune.distributed.signals import Interrupted
@@ -358,7 +358,7 @@ def _choose_other(
     if len(rows) == 0:
         raise DataError(
             f"no picture of split {name} of {data.origin} is of a class that the model knows",
-            f"its classes: {some(list(chosen.unknown)) or 'none'}; the model's: {some(manifest['class_names'])}",
+            f"its classes: {shorten(list(chosen.unknown)) or 'none'}; the model's: {shorten(manifest['class_names'])}",
             "classes are matched by their names: name the folders or labels as the model does",
         )
     on_bad_image = wanted.on_bad_image if wanted is not None else config.on_bad_image

@@ -14,6 +14,7 @@ from samtune.data.check.scan import Picture, Progress
 from samtune.data.decode import DecodeRule
 from samtune.data.source import LabelledDataset, open_source
 from samtune.data.split_roles import DataSelection
+from samtune.data.text import shorten
 from samtune.distributed import device
 from samtune.errors import DataError
 
@@ -129,21 +130,16 @@ def _oddities(class_names: Sequence[str], splits: Mapping[str, Mapping[str, Any]
     train = splits["train"]
     single = [name for name, count in train["class_counts"].items() if count == 1]
     if single:
-        said.append(f"train has only one image of {_some(single)}")
+        said.append(f"train has only one image of {shorten(single)}")
     smallest = min(count for count in train["class_counts"].values() if count > 0)
     if train["largest_class"] >= _IMBALANCE * smallest:
         said.append(f"train is imbalanced: {smallest} to {train['largest_class']} images a class")
     for name, split in splits.items():
         if split["missing_classes"]:
-            said.append(f"{name} has no image of {_some(split['missing_classes'])}")
+            said.append(f"{name} has no image of {shorten(split['missing_classes'])}")
         if split["animated"]:
             said.append(f"{name} has {split['animated']} animated images, of which the first frame is used")
     return said
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 6} other classes" if len(names) > 6 else ""
-    return ", ".join(names[:6]) + more
 
 
 # --------------------------------------------------------------------------------------------------------------- words
