@@ -13,7 +13,6 @@ of its own. What is left out is named.
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,6 +20,7 @@ from samtune.data import listed_folder
 from samtune.data.folder_leftovers import Leftovers, unusable_files
 from samtune.data.folder_tree import Folder, read_tree
 from samtune.data.formats import ARCHIVES, unpacking
+from samtune.data.raw_splits import PathSplits
 from samtune.data.split_roles import ROLES, UNLABELLED, DataSelection, parse, role_of, roles_of_folders
 from samtune.data.text import plural, shorten
 from samtune.errors import DataError
@@ -35,31 +35,15 @@ class NoClassFolders(DataError):
     """Pictures of train that lie right in it."""
 
 
-@dataclass
-class FolderSplits:
-    """The pictures of a folder: split -> (paths, class names), picture by picture; notes for the user.
-
-    Splits have the names of their folders where these tell their roles, else those of the roles.
-    """
-
-    splits: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, split: str, label: str, paths: Sequence[str]) -> None:
-        """Add pictures of one class to a split."""
-        all_paths, labels = self.splits.setdefault(split, ([], []))
-        all_paths += paths
-        labels += [label] * len(paths)
-
-
 def read_folder(
     root: Path,
     selection: DataSelection,
     classes: Collection[str] = (),
     unpacked: Mapping[str, str] = MappingProxyType({}),
-) -> FolderSplits:
+) -> PathSplits:
     """The labelled pictures of a folder; no splits if it holds no pictures.
 
+    Splits have the names of their folders where these tell their roles, else those of the roles.
     The folder right below a split is the class, and folders in it belong to it; with selection.class_folders "deepest"
     each folder that holds pictures is a class of its own, named by its path: bird/owl. classes: names that are known
     already, as those of a trained model. unpacked: archive -> the folder with its content, which takes its position.
@@ -78,7 +62,7 @@ def read_folder(
         if foreign:
             message = f"archive {readable(foreign[0])} of folder {readable(str(root))} cannot be read here"
             raise DataError(message, hint=f"unpack it: `{unpacking(os.path.basename(foreign[0]))}`")
-        return FolderSplits()
+        return PathSplits()
     return _FolderReader(root, tree, selection, frozenset(map(readable, classes))).read()
 
 
@@ -88,10 +72,10 @@ class _FolderReader:
     def __init__(self, root: Path, tree: Folder, selection: DataSelection, classes: frozenset[str]) -> None:
         self.root, self.tree, self.selection, self.classes = root, tree, selection, classes
         self.chosen_roles = {name: role for role, names in selection.splits.items() for name in names}
-        self.result = FolderSplits()
+        self.result = PathSplits()
         self.leftovers = Leftovers(readable(str(root)), self.result.notes)
 
-    def read(self) -> FolderSplits:
+    def read(self) -> PathSplits:
         """Find the splits and their classes. Raises DataError."""
         top = self._unwrap(self.tree)
         chosen = {name: folder for name in self.chosen_roles if (folder := self._find(top, name)) is not None}

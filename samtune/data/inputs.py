@@ -14,17 +14,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from samtune.data import columns, image_list
+from samtune.data import columns, image_list, list_file
 from samtune.data.columns import Kind, Table
 from samtune.data.folder_tree import is_folder, is_ignored, leads_back, sorted_entries
 from samtune.data.formats import installation, is_readable, is_unreadable
+from samtune.data.image_paths import image_path, image_root
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError, first_line
 from samtune.files import readable
 
 STDIN = "-"
 _ROWS = 16  # of a parquet file that are read at once: their pictures are in memory together
-_KINDS = f"a picture, a folder, a glob, a list ({', '.join(image_list.LISTS)}), a .parquet file, or {STDIN} for stdin"
+_KINDS = f"a picture, a folder, a glob, a list ({', '.join(list_file.ENDINGS)}), a .parquet file, or {STDIN} for stdin"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _place(path: str, wanted: DataSelection, notes: list[str]) -> _Place:
     if os.path.isdir(path):
         return _folder(path, wanted)
     ending = os.path.splitext(path)[1].lower()
-    if ending in image_list.LISTS:
+    if ending in list_file.ENDINGS:
         names, said = image_list.read_names(Path(path), wanted)
         notes += said
         return _Files([name.removeprefix(f".{os.sep}") for name in names])
@@ -151,7 +152,7 @@ def _is_picture(path: str) -> bool:
 
 
 def _is_table(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in (*image_list.LISTS, ".parquet")
+    return os.path.splitext(path)[1].lower() in (*list_file.ENDINGS, ".parquet")
 
 
 # -------------------------------------------------------------------------------------------------------------- places
@@ -262,7 +263,7 @@ class _Parquet:
         name = name if encoded is None else str(encoded)
         if not name:
             return Input(place, encoded=b"")
-        file = image_list.file_of(image_list.root_of(self.wanted, self.path.parent), name, self.wanted)
+        file = image_path(image_root(self.wanted, self.path.parent), name, self.wanted)
         return Input(readable(file), file)
 
     def _damaged(self, error: Exception) -> DataError:

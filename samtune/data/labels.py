@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,19 +54,14 @@ def is_missing(value: Any) -> bool:
     return value in (None, "", -1, "-1") or value != value
 
 
-def without_blanks(labels: Labels, column: str) -> tuple[Labels, list[str]]:
-    """Labels of a column without the blanks around them, and a note where that changes some; declared ones stay."""
-    if labels.names is not None:
-        return labels, []
-    values = [value.strip() if isinstance(value, str) else value for value in labels.values]
-    changed = [old for old, new in zip(labels.values, values, strict=True) if isinstance(old, str) and old != new]
+def strip_blanks(column: str, values: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """The values of a column without the blanks around them, and a note where that changes some."""
+    stripped = [value.strip() if isinstance(value, str) else value for value in values]
+    changed = [old for old, new in zip(values, stripped, strict=True) if isinstance(old, str) and old != new]
+    if not changed:
+        return stripped, []
     rows = plural(len(changed), "row")
-    said = (
-        f"column {column}: blanks around the values of {rows} are left out, as {readable(changed[0])!r}"
-        if changed
-        else ""
-    )
-    return replace(labels, values=values), [said] if said else []
+    return stripped, [f"column {column}: blanks around the values of {rows} are left out, as {readable(changed[0])!r}"]
 
 
 def class_names(train: Sequence[Labels]) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from samtune.data.encoded import FileImages
 from samtune.data.labels import Labels, is_missing
+from samtune.data.raw_splits import RawSplits
 from samtune.data.split_roles import ROLES
-from samtune.data.tables import RawSplits
 from samtune.data.text import plural, shorten
 from samtune.errors import DataError
 from samtune.files import readable

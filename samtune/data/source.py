@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,21 +16,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data import columns, image_folder, image_list, labels, listed_folder, repeats, split_roles, tables
+from samtune.data import labels, list_file, listed_folder, repeats, split_roles, tables
 from samtune.data.catalog import CATALOG, Dataset
-from samtune.data.encoded import EncodedImages, FileImages, joined
-from samtune.data.folder_tree import sorted_entries
-from samtune.data.formats import archive_ending, is_readable, unpacking
-from samtune.data.image_folder import FolderSplits
-from samtune.data.image_list import ListSplits
+from samtune.data.encoded import EncodedImages, joined
+from samtune.data.formats import archive_ending, unpacking
 from samtune.data.labels import Classified, Labels
-from samtune.data.split_roles import ROLES, DataSelection, role_of
-from samtune.data.tables import RawSplits
+from samtune.data.path_source import read_path
+from samtune.data.raw_splits import RawSplits
+from samtune.data.split_roles import ROLES, DataSelection
 from samtune.data.text import shorten
-from samtune.errors import DataError, UsageError
+from samtune.errors import DataError
 from samtune.files import readable
 
-_FILES = (*image_list.LISTS, ".parquet", ".arrow")
+_FILES = (*list_file.ENDINGS, ".parquet", ".arrow")
 _SAMPLED = 64  # images whose bytes tell one data set from another
 
 
@@ -195,7 +193,7 @@ def open_source(
     origin = row.origin if isinstance(found, Dataset) else str(found)
     train = row.splits.get("train", wanted.train_split or "train").split("+")
     if isinstance(found, Path):
-        raw, notes = _read_path(found.resolve(), origin, wanted, train, classes or ())
+        raw, notes = read_path(found.resolve(), origin, wanted, train, classes or ())
     else:
         raw, notes = _read_row(row, wanted, train, classes or ())
     parts = split_roles.assign(dataset, list(raw), wanted, row.splits, needs_train=classes is None, told=notes)
@@ -240,109 +238,6 @@ def open_source(
     return LabelledDataset(title, origin, names, splits, {role: parts[role] for role in splits}, tuple(notes))
 
 
-def _read_path(
-    path: Path, origin: str, wanted: DataSelection, train: Sequence[str], classes: Sequence[str]
-) -> tuple[RawSplits, list[str]]:
-    """The splits of a folder or a list, under the names that they have there; and notes on how they were read."""
-    if path.is_file() and path.suffix.lower() in image_list.LISTS:
-        listed = image_list.read_list(path, wanted)
-        raw, notes = repeats.without_repeats(origin, _of_files(listed.splits))
-        return raw, [*listed.notes, *notes]
-    found = tables.read_path(path, origin, wanted.dataset_config)
-    metadata = [] if found else tables.metadata(path)
-    if not found and (not metadata or _are_beside_classes(metadata, path, wanted)):
-        in_folders = _read_folder(path, wanted, classes)
-        if isinstance(in_folders, ListSplits):
-            raw, notes = repeats.without_repeats(origin, _of_files(in_folders.splits))
-            return raw, [*in_folders.notes, *notes]
-        if in_folders.splits:
-            _refuse_columns(origin, wanted)
-            told = "no column of it has the name of a label, and the folders are classes; --label-key names one"
-            notes = [f"{file.relative_to(path)} is not read: {told}" for file in metadata]
-            return _of_folders(in_folders.splits), [*in_folders.notes, *notes]
-        if in_folders.notes:
-            what = f"data set {origin} has no labelled pictures"
-            raise DataError(what, "; ".join(in_folders.notes), _unpacking(path))
-    if not found and metadata == [entry for entry in metadata if entry.parent == path] and len(metadata) == 1:
-        of_splits = listed_folder.read_metadata(metadata[0], wanted)
-        if of_splits is not None:
-            raw, notes = repeats.without_repeats(origin, _of_files(of_splits.splits))
-            return raw, [*of_splits.notes, *notes]
-    found = found or tables.read_by_library(path, origin, wanted.dataset_config)
-    raw, notes = tables.raw_splits(origin, found, path if path.is_dir() else path.parent, wanted, train)
-    raw, more = repeats.without_repeats(origin, raw)
-    return raw, [*notes, *more, *(_beside_tables(path, raw) if path.is_dir() else [])]
-
-
-def _read_folder(path: Path, wanted: DataSelection, classes: Sequence[str]) -> FolderSplits | ListSplits:
-    """The pictures of a folder; by the lists in it where its folders tell no two classes."""
-    try:
-        found = _read_pictures(path, wanted, classes)
-    except DataError:
-        listed = _read_lists(path, wanted)
-        if listed is None:
-            raise
-        return listed
-    names = {name for _, of_split in found.splits.values() for name in of_split}
-    if len(names) < 2 and not (names and names <= set(classes)):
-        return _read_lists(path, wanted) or found
-    if wanted.train_split is None and not names <= set(classes):
-        train = next((split for split in found.splits if role_of(split) == "train"), ".")
-        listed_folder.check_beside(path, found.splits, "." if train in names or not (path / train).is_dir() else train)
-    found.notes += [
-        f"list {readable(str(beside))} is not read: folders tell the classes (--dataset takes it, too)"
-        for beside in listed_folder.lists_with_labels(path)
-        if beside not in tables.metadata(path)  # of which more is said
-    ]
-    return found
-
-
-def _read_pictures(path: Path, wanted: DataSelection, classes: Sequence[str]) -> FolderSplits:
-    """The pictures of a folder; those in its archives where no folder has any. A logo may lie beside them."""
-    alone = None
-    try:
-        found = image_folder.read_folder(path, wanted, classes)
-        if found.splits or found.notes:
-            return found
-    except image_folder.NoClassFolders as error:
-        found, alone = FolderSplits(), error
-    unpacked = {str(archive): str(tables.unpack(archive)) for archive in tables.archives(path)}
-    if unpacked:
-        return image_folder.read_folder(path, wanted, classes, unpacked)
-    if alone:
-        raise alone
-    return found
-
-
-def _read_lists(path: Path, wanted: DataSelection) -> ListSplits | None:
-    """By the lists in a folder, whose pictures may still be packed."""
-    try:
-        return listed_folder.read_lists(path, wanted)
-    except DataError as error:
-        packed = _unpacking(path)
-        raise DataError(error.message, error.cause, f"{packed}; or: {error.hint}") if packed else error from None
-
-
-def _unpacking(path: Path) -> str:
-    """What unpacks the archives right in a folder, in words; "" where there are none."""
-    packed = [entry.name for entry in sorted_entries(path) if archive_ending(entry.name) and entry.is_file()]
-    commands = shorten([f"`{unpacking(name)}`" for name in packed])
-    return f"unpack the pictures, in {readable(str(path))}: {commands}" if packed else ""
-
-
-def _beside_tables(path: Path, splits: Collection[str]) -> list[str]:
-    """Notes on archives and folders in a folder of tables, by whose names they are a split that no table is."""
-    there = {role_of(split) for split in splits}
-    notes = []
-    for entry in sorted_entries(path):
-        ending = archive_ending(entry.name)
-        role = role_of(readable(entry.name.removesuffix(ending) if ending else entry.name))
-        files = (name for _, _, names in os.walk(entry.path) for name in names)
-        if role in ROLES and role not in there and (ending or any(map(is_readable, files))):
-            notes.append(f"{readable(entry.name)} is not read: the data set has tables for its other splits")
-    return notes
-
-
 def _read_row(
     row: Dataset, wanted: DataSelection, train: Sequence[str], classes: Sequence[str]
 ) -> tuple[RawSplits, list[str]]:
@@ -358,39 +253,9 @@ def _read_row(
     return tables.from_hub(
         row,
         wanted.dataset_config,
-        lambda folder: _read_path(folder, row.name, wanted, train, classes),
+        lambda folder: read_path(folder, row.name, wanted, train, classes),
         lambda found, folder: tables.raw_splits(row.name, found, folder, wanted, train),
     )
-
-
-def _are_beside_classes(metadata: Sequence[Path], path: Path, wanted: DataSelection) -> bool:
-    """Whether files that might tell the labels do not, while folders do: then they say more of the pictures."""
-    if wanted.label_key or any(columns.has_label(tables.names_of_columns(file)) for file in metadata):
-        return False
-    try:
-        found = image_folder.read_folder(path, wanted)
-    except image_folder.NoClassFolders:
-        return False
-    return any(len(set(labels)) > 1 for _, labels in found.splits.values())
-
-
-def _refuse_columns(origin: str, wanted: DataSelection) -> None:
-    """Raise UsageError for a column that was asked for, of a folder that has pictures and no table."""
-    for flag, key in (("image", wanted.image_key), ("label", wanted.label_key), ("split", wanted.split_key)):
-        if key not in (None, flag):
-            raise UsageError(
-                f"--{flag}-key {key}: data set {origin} has no such column",
-                "it is a folder of pictures, whose folders are the labels",
-                "leave it out, or give a list of the pictures by --dataset",
-            )
-
-
-def _of_files(splits: Mapping[str, tuple[Sequence[str], Sequence[object]]]) -> RawSplits:
-    return {split: (FileImages(paths), Labels(None, values)) for split, (paths, values) in splits.items()}
-
-
-def _of_folders(splits: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> RawSplits:
-    return {split: (FileImages(paths), Labels(None, names, are_names=True)) for split, (paths, names) in splits.items()}
 
 
 def _name(path: Path) -> str:

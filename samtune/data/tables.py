@@ -1,10 +1,8 @@
 """Data sets as Arrow tables: parquet files, saved tables, the hub. The only user of the `datasets` library."""
 
-import csv
 import errno
 import hashlib
 import io
-import json
 import os
 import re
 import sys
@@ -20,13 +18,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data import columns, image_list
+from samtune.data import columns
 from samtune.data.catalog import Dataset
 from samtune.data.columns import Columns, Kind
 from samtune.data.encoded import EncodedImages, FileImages, TableImages
 from samtune.data.folder_tree import is_folder, sorted_entries
 from samtune.data.formats import ARCHIVES, is_readable, names_in_archive, unpacking
-from samtune.data.labels import Labels, without_blanks
+from samtune.data.image_paths import find_files
+from samtune.data.labels import Labels, strip_blanks
+from samtune.data.raw_splits import RawSplits
 from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import ROLES, DataSelection, role_of
 from samtune.errors import DataError, MachineError, UsageError, first_line
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     Tables = dict[str, ArrowTable]  # split, as the data set calls it -> rows
 
 T = TypeVar("T")
-RawSplits = dict[str, tuple[EncodedImages, Labels]]  # split, as the data set calls it -> images and labels
 _LISTS = ("List", "LargeList", "Sequence")
 _FEW = 20  # pictures that may lie beside the tables of a data set
 _LABEL_FILES = (".cls", ".json", ".txt")  # beside a picture in a WebDataset shard
@@ -156,20 +155,6 @@ def metadata(root: Path) -> list[Path]:
     """The files that tell the labels of pictures in the hub's manner, if they have such a column."""
     found = sorted((*root.glob("metadata.*"), *root.glob("*/metadata.*")))
     return [path for path in found if path.suffix.lower() in (".csv", ".jsonl", ".parquet")]
-
-
-def names_of_columns(path: Path) -> list[str]:
-    """Of a metadata file; none if it cannot be read, which is said when it is."""
-    try:
-        if path.suffix.lower() == ".parquet":
-            import pyarrow.parquet as pq
-
-            return [str(name) for name in pq.read_schema(path).names]
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            line = file.readline()
-        return next(csv.reader([line]), []) if path.suffix.lower() == ".csv" else list(json.loads(line))
-    except (OSError, ValueError, TypeError):  # of arrow's family, these are the parents
-        return []
 
 
 def archives(root: Path) -> Iterator[Path]:
@@ -357,8 +342,8 @@ def raw_splits(
         found = _find_columns(dataset, table, wanted, hidden)
         label = label or found.label
         images, more = _images(dataset, table, found.image, folder, wanted)
-        labels, said = (Labels(None, ()), []) if hidden else without_blanks(_labels(dataset, table, found), found.label)
-        notes += [note for note in (*found.notes, *said, *more) if note not in notes]
+        labels, blanks = (Labels(None, ()), []) if hidden else _labels(dataset, table, found)
+        notes += [note for note in (*found.notes, *blanks, *more) if note not in notes]
         if found.splits and len(tables) == 1 and not hidden:
             where = [f"row {row}" for row in range(len(table))]
             of_row, more = split_of_rows(dataset, found.splits, _Values(table), where, wanted)
@@ -433,19 +418,22 @@ def _images(
                 f"column {column} holds no images", first_line(error), "name the column by --image-key"
             ) from None
         names = [cell["path"] or "" for cell in _column(found.table, column)]
-    paths, notes = image_list.find_files(names, [range(len(names))], folder, wanted, f"data set {dataset}")
+    paths, notes = find_files(names, [range(len(names))], folder, wanted, f"data set {dataset}")
     return FileImages(paths), notes
 
 
-def _labels(dataset: str, table: "ArrowTable", found: Columns) -> Labels:
-    if found.one_hot:
-        view = columns.Table.of_lists(_Values(table))
+def _labels(dataset: str, table: "ArrowTable", used: Columns) -> tuple[Labels, list[str]]:
+    """The labels of a table, and notes."""
+    feature: Any = None if used.one_hot else table.features[used.label]
+    if used.one_hot:
         where = [f"row {row} of data set {dataset}" for row in range(len(table))]
-        return Labels(None, columns.one_hot_labels(view, found.one_hot, where))
-    feature: Any = table.features[found.label]
-    # One missing label makes floating-point numbers of the others, where a table was written with pandas.
-    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in _column(table, found.label)]
-    return Labels(tuple(feature.names) if hasattr(feature, "names") else None, values)
+        values: list[Any] = list(columns.one_hot_labels(columns.Table.of_lists(_Values(table)), used.one_hot, where))
+    else:  # one missing label makes floating-point numbers of the others, where a table was written with pandas
+        values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in _column(table, used.label)]
+    if hasattr(feature, "names"):
+        return Labels(tuple(feature.names), values), []
+    values, notes = strip_blanks(used.label, values)
+    return Labels(None, values), notes
 
 
 def _divided(of_row: Sequence[str | None], images: EncodedImages, labels: Labels) -> RawSplits:
