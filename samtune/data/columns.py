@@ -58,14 +58,14 @@ class Table:
         return [name for name, kind in self.kinds.items() if kind in kinds]
 
 
-def find(dataset: str, table: Table, wanted: DataSelection, *, needs_label: bool = True) -> Columns:
+def find(dataset: str, table: Table, selection: DataSelection, *, needs_label: bool = True) -> Columns:
     """The columns of a table.
 
     Raises UsageError for a flag that names no column, DataError where a column cannot be told; both list what there is.
     needs_label: whether there has to be one; else label may be "".
     """
-    _check_wanted(dataset, table, wanted)
-    search = _Search(table, wanted)
+    _check_selection(dataset, table, selection)
+    search = _Search(table, selection)
     if search.image is None or (needs_label and search.label is None and not search.one_hot):
         kind, flag = ("image", "--image-key") if search.image is None else ("label", "--label-key")
         or_several = "; --label-key a,b where each class has a column" if kind == "label" else ""
@@ -83,14 +83,14 @@ def find(dataset: str, table: Table, wanted: DataSelection, *, needs_label: bool
     return Columns(search.image, search.label or "", tuple(search.splits), search.one_hot, tuple(search.notes()))
 
 
-def find_image(dataset: str, table: Table, wanted: DataSelection) -> str:
+def find_image(dataset: str, table: Table, selection: DataSelection) -> str:
     """The column of images, or of their paths, where labels do not matter: also the only column there is.
 
     By flags, names and kinds: no value is read. Raises as `find` does.
     """
-    _check_wanted(dataset, table, wanted)
+    _check_selection(dataset, table, selection)
     only = next(iter(table.kinds)) if len(table.kinds) == 1 else None
-    found = _Search(table, wanted).image or (only if only in table.of_kind("text") else None)
+    found = _Search(table, selection).image or (only if only in table.of_kind("text") else None)
     if found is None:
         raise DataError(
             f"{dataset} has no column of pictures or paths that can be told",
@@ -100,40 +100,40 @@ def find_image(dataset: str, table: Table, wanted: DataSelection) -> str:
     return found
 
 
-def _check_wanted(dataset: str, table: Table, wanted: DataSelection) -> None:
+def _check_selection(dataset: str, table: Table, selection: DataSelection) -> None:
     for flag, key in (
-        ("--image-key", wanted.image_key),
-        ("--label-key", wanted.label_key),
-        ("--split-key", wanted.split_key),
+        ("--image-key", selection.image_key),
+        ("--label-key", selection.label_key),
+        ("--split-key", selection.split_key),
     ):
-        classes = _classes_wanted(table, wanted) if flag == "--label-key" else ()
+        classes = _selected_classes(table, selection) if flag == "--label-key" else ()
         if key is not None and key not in table.kinds and not classes:
             raise UsageError(
                 f"{flag} {key}: data set {dataset} has no such column", hint=f"its columns: {', '.join(table.kinds)}"
             )
-    for name in set(_classes_wanted(table, wanted)) & set(table.values):
+    for name in set(_selected_classes(table, selection)) & set(table.values):
         if table.kinds[name] not in ("text", "number") or not _is_indicator(table.values[name]):
             raise DataError(
                 f"column {name} of data set {dataset} holds other than 0 and 1",
-                f"--label-key {wanted.label_key} takes each column as a class",
+                f"--label-key {selection.label_key} takes each column as a class",
                 "name columns of 0 and 1 alone, or one column of labels",
             )
-    if wanted.image_key is not None and table.kinds[wanted.image_key] in ("classes", "list"):
-        raise DataError(f"column {wanted.image_key} holds no images", hint="name another by --image-key")
+    if selection.image_key is not None and table.kinds[selection.image_key] in ("classes", "list"):
+        raise DataError(f"column {selection.image_key} holds no images", hint="name another by --image-key")
 
 
-def _classes_wanted(table: Table, wanted: DataSelection) -> tuple[str, ...]:
+def _selected_classes(table: Table, selection: DataSelection) -> tuple[str, ...]:
     """The columns that --label-key cat,dog names, each of them a class; () where it names one column."""
-    names = tuple((wanted.label_key or "").split(","))
-    is_several = wanted.label_key not in table.kinds and len(names) > 1
+    names = tuple((selection.label_key or "").split(","))
+    is_several = selection.label_key not in table.kinds and len(names) > 1
     return names if is_several and set(names) <= set(table.kinds) else ()
 
 
 class _Search:
     """Each column is looked for among those that are left over by the search before."""
 
-    def __init__(self, table: Table, wanted: DataSelection) -> None:
-        self.table, self.wanted = table, wanted
+    def __init__(self, table: Table, selection: DataSelection) -> None:
+        self.table, self.selection = table, selection
         self._indicators: dict[str, bool] = {}
 
     @cached_property
@@ -141,8 +141,8 @@ class _Search:
         """Of pictures in the table, else of their paths."""
         pictures = self.table.of_kind("images")
         by_name = _by_name(pictures, _IMAGE_NAMES) or (pictures[0] if len(pictures) == 1 else None)
-        paths = [name for name in self.table.of_kind("text", "number") if name != self.wanted.label_key]
-        return self.wanted.image_key or by_name or _by_name(paths, _IMAGE_NAMES)
+        paths = [name for name in self.table.of_kind("text", "number") if name != self.selection.label_key]
+        return self.selection.image_key or by_name or _by_name(paths, _IMAGE_NAMES)
 
     @cached_property
     def splits(self) -> list[str]:
@@ -152,8 +152,8 @@ class _Search:
     @cached_property
     def names_of_splits(self) -> list[str]:
         """Columns of names of splits; more than one leaves it to the user. The label is none of them."""
-        if self.wanted.split_key:
-            return [self.wanted.split_key]
+        if self.selection.split_key:
+            return [self.selection.split_key]
         others = [name for name in self.table.of_kind("text", "classes", "number") if name not in self._keys]
         others = [name for name in others if name not in self._classes]
         by_name = _by_name(others, ("split",))
@@ -219,7 +219,7 @@ class _Search:
             for name in texts
             if names_no_train(name, self.table.values[name])
         ]
-        block = self._block([self.label, *others]) if self.wanted.label_key and self.label else ()
+        block = self._block([self.label, *others]) if self.selection.label_key and self.label else ()
         if self.label in block:
             notes.append(
                 f"column {self.label} is one of several of which each row has one: "
@@ -261,7 +261,7 @@ class _Search:
     @cached_property
     def _classes(self) -> tuple[str, ...]:
         """The columns of classes that are asked for."""
-        return _classes_wanted(self.table, self.wanted)
+        return _selected_classes(self.table, self.selection)
 
     def _has_one_class_a_row(self, classes: Sequence[str]) -> bool:
         rows = zip(*(self.table.values[name] for name in classes), strict=True)
@@ -276,10 +276,10 @@ class _Search:
         """By its name. What is called label or class is it; of others those that tell no splits come first."""
         if self._classes:
             return None
-        if self.wanted.label_key:
-            return self.wanted.label_key
+        if self.selection.label_key:
+            return self.selection.label_key
         kinds = self.table.kinds
-        taken = (self.image, self.wanted.split_key)
+        taken = (self.image, self.selection.split_key)
         candidates = [name for name in kinds if name not in taken and kinds[name] != "images"]
         other = [name for name in candidates if name not in self._like_splits]
         return _by_name(candidates, _LABEL_NAMES[:_SURE_LABEL_NAMES]) or _by_name(other or candidates, _LABEL_NAMES)

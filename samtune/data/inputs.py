@@ -83,10 +83,10 @@ class Inputs:
         return None if None in counts else sum(count for count in counts if count is not None)
 
 
-def find(arguments: Sequence[str], wanted: DataSelection, stdin: BinaryIO | None = None) -> Inputs:
+def find(arguments: Sequence[str], selection: DataSelection, stdin: BinaryIO | None = None) -> Inputs:
     """What the arguments name. Folders are read at any depth, but for what begins with a dot.
 
-    wanted: image_key, image_root and image_suffix tell how lists and tables are read. stdin: where "-" reads from.
+    selection: image_key, image_root and image_suffix tell how lists and tables are read. stdin: where "-" reads from.
 
     Raises:
         DataError: a path that is not there, a folder without pictures, a glob without a match, a list that has none.
@@ -100,7 +100,7 @@ def find(arguments: Sequence[str], wanted: DataSelection, stdin: BinaryIO | None
         if argument == STDIN:
             places.append(_Stdin(stdin or sys.stdin.buffer))
         elif os.path.lexists(argument):
-            places.append(_place(argument, wanted, notes))
+            places.append(_place(argument, selection, notes))
         else:
             found = sorted(glob.iglob(argument, recursive=True)) if glob.has_magic(argument) else []
             if not found:
@@ -108,16 +108,16 @@ def find(arguments: Sequence[str], wanted: DataSelection, stdin: BinaryIO | None
                 raise DataError(what.format(readable(argument)), f"seen from {readable(os.getcwd())}", f"give {_KINDS}")
             # A folder's other files are passed over by a glob as by the folder itself.
             chosen = [path for path in found if os.path.isdir(path) or _is_table(path) or _is_picture(path)]
-            places += [_place(path, wanted, notes) for path in chosen or found]
+            places += [_place(path, selection, notes) for path in chosen or found]
     return Inputs(places, tuple(dict.fromkeys(notes)))
 
 
-def _place(path: str, wanted: DataSelection, notes: list[str]) -> _Place:
+def _place(path: str, selection: DataSelection, notes: list[str]) -> _Place:
     if os.path.isdir(path):
-        return _folder(path, wanted)
+        return _folder(path, selection)
     ending = os.path.splitext(path)[1].lower()
     if ending in list_file.ENDINGS:
-        names, said = image_list.read_names(Path(path), wanted)
+        names, said = image_list.read_names(Path(path), selection)
         notes += said
         return _Files([name.removeprefix(f".{os.sep}") for name in names])
     if ending == ".txt":
@@ -126,22 +126,22 @@ def _place(path: str, wanted: DataSelection, notes: list[str]) -> _Place:
             "a file of paths is read on stdin",
             f"samtune predict RUN - < {shlex.quote(readable(path))}",
         )
-    return _table(path, wanted) if ending == ".parquet" else _Files([path])
+    return _table(path, selection) if ending == ".parquet" else _Files([path])
 
 
-def _table(path: str, wanted: DataSelection) -> "_Parquet":
+def _table(path: str, selection: DataSelection) -> "_Parquet":
     """A parquet file whose footer and column are there."""
-    table = _Parquet(Path(path), wanted)
+    table = _Parquet(Path(path), selection)
     table.check()
     return table
 
 
-def _folder(path: str, wanted: DataSelection) -> _Place:
+def _folder(path: str, selection: DataSelection) -> _Place:
     """The pictures of a folder; where it holds none, those of its parquet files."""
     folder = _Folder(path)
     if next(iter(folder), None) is not None:
         return folder
-    tables = [_table(file, wanted) for file in _walk(path, frozenset()) if file.lower().endswith(".parquet")]
+    tables = [_table(file, selection) for file in _walk(path, frozenset()) if file.lower().endswith(".parquet")]
     if not tables:
         raise DataError(f"folder {readable(path)} holds no pictures", "nor does any folder in it", f"give {_KINDS}")
     return Inputs(tables)
@@ -219,7 +219,7 @@ class _Parquet:
     """
 
     path: Path
-    wanted: DataSelection
+    selection: DataSelection
 
     def __iter__(self) -> Iterator[Input]:
         column = self._column
@@ -254,7 +254,7 @@ class _Parquet:
     def _column(self) -> str:
         schema = self._file.schema_arrow
         kinds = {field.name: _kind(str(field.type)) for field in schema}
-        return columns.find_image(str(self.path), Table({}, kinds), self.wanted)
+        return columns.find_image(str(self.path), Table({}, kinds), self.selection)
 
     def _input(self, cell: Any, place: str) -> Input:
         encoded, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
@@ -263,7 +263,7 @@ class _Parquet:
         name = name if encoded is None else str(encoded)
         if not name:
             return Input(place, encoded=b"")
-        file = image_path(image_root(self.wanted, self.path.parent), name, self.wanted)
+        file = image_path(image_root(self.selection, self.path.parent), name, self.selection)
         return Input(readable(file), file)
 
     def _damaged(self, error: Exception) -> DataError:

