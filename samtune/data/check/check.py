@@ -142,9 +142,6 @@ def _oddities(class_names: Sequence[str], splits: Mapping[str, Mapping[str, Any]
     return said
 
 
-# --------------------------------------------------------------------------------------------------------------- words
-
-
 def summary(result: Mapping[str, Any]) -> dict[str, str]:
     """The rows of the table: each split, and how much of what was found."""
     sizes = ", ".join(f"{name} {split['images']}" for name, split in result["splits"].items())
