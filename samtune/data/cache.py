@@ -31,7 +31,7 @@ from samtune.data.splits import Indices
 from samtune.data.text import plural, shorten
 from samtune.errors import DataError
 
-Progress = Callable[[str, int, int], None]  # what is going on, images done, images in all
+Progress = Callable[[str, int, int], None]  # activity, images done, images in all
 
 _RULE = "4"  # changes with `decode`, so that pixels made by an older rule are not taken for today's
 _NAMED = 10  # bad images that an error names
@@ -42,11 +42,11 @@ _BYTES_AT_ONCE = 64 * 2**20  # bytes of pixels that all threads together decode 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a split, from the cache where they are there.
+    """The images of a split, from the cache where it has them.
 
     rule: how they are decoded. slot_of: row -> its position in pixels. bad: why an image cannot be decoded, by
     row; constant: rows of one colour only; digest: of an image's bytes, by row. These three are known of images that
-    have been looked at.
+    were decoded before.
     """
 
     split: Split
@@ -81,7 +81,7 @@ class Images:
 
 
 def concat_images(split: Split, first: Images, second: Images) -> Images:
-    """The images of a split whose rows were looked at in two parts: some in the first, the others in the second.
+    """The images of a split whose rows were decoded in two parts: some in the first, the others in the second.
 
     Where the second is of another split, its rows come after those of the first one's.
     """

@@ -30,8 +30,8 @@ _ROW_NUMBERS = ("", "index", "unnamed", "unnamed0", "idx", "rowid")
 class Columns:
     """The columns of one list or table. label is "" where one_hot names a column for each class.
 
-    splits: the column of names of splits, or the columns of flags such as is_test; none where all is train. notes: what
-    is to be said of columns that are not used.
+    splits: the column of names of splits, or the columns of flags such as is_test; none where all is train. notes: on
+    columns that are not used.
     """
 
     image: str
@@ -43,7 +43,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Table:
-    """What a search looks at: values by column, and what kind they are."""
+    """The values and the kind of each column."""
 
     values: Mapping[str, Sequence[Any]]
     kinds: Mapping[str, Kind]
@@ -90,14 +90,14 @@ def find_image(dataset: str, table: Table, selection: DataSelection) -> str:
     """
     _check_selection(dataset, table, selection)
     only = next(iter(table.kinds)) if len(table.kinds) == 1 else None
-    found = _Search(table, selection).image or (only if only in table.of_kind("text") else None)
-    if found is None:
+    column = _Search(table, selection).image or (only if only in table.of_kind("text") else None)
+    if column is None:
         raise DataError(
             f"{dataset} has no column of pictures or paths that can be told",
             f"its columns: {', '.join(table.kinds)}",
             "name it by --image-key; a list has a header such as path",
         )
-    return found
+    return column
 
 
 def _check_selection(dataset: str, table: Table, selection: DataSelection) -> None:
@@ -130,7 +130,7 @@ def _selected_classes(table: Table, selection: DataSelection) -> tuple[str, ...]
 
 
 class _Search:
-    """Each column is looked for among those that are left over by the search before."""
+    """A search for the columns of a table: each is taken from those that the others leave."""
 
     def __init__(self, table: Table, selection: DataSelection) -> None:
         self.table, self.selection = table, selection
@@ -207,7 +207,7 @@ class _Search:
         return self._one_hot_beside([*self.flags, *self.unsure]) if self.label is None else ()
 
     def notes(self) -> list[str]:
-        """What is to be said of columns that are not used, and might be."""
+        """Notes on columns that are not used, and might be."""
         notes = []
         used = (self.image, self.label, *self.splits, *self.one_hot)
         others = [name for name in self.table.kinds if name not in used and _plain(name) not in _ROW_NUMBERS]
@@ -302,14 +302,14 @@ def has_label(names: Iterable[str]) -> bool:
 def one_hot_labels(table: Table, names: Sequence[str], where: Sequence[str]) -> list[str | None]:
     """The class of each row: the name of the column that has 1; None where none has.
 
-    where: a row's place in words. Raises DataError for a row with several.
+    where: each row for messages. Raises DataError for a row with several.
     """
     labels: list[str | None] = []
-    for place, row in zip(where, zip(*(table.values[name] for name in names), strict=True), strict=True):
+    for row_name, row in zip(where, zip(*(table.values[name] for name in names), strict=True), strict=True):
         classes = [name for name, value in zip(names, row, strict=True) if _number(value) == 1]
         if len(classes) > 1:
             raise DataError(
-                f"{place} has {len(classes)} labels: {', '.join(classes)}",
+                f"{row_name} has {len(classes)} labels: {', '.join(classes)}",
                 "several labels a picture are not supported",
                 "keep one, or name the columns of the classes by --label-key a,b, or a column with one label",
             )
@@ -317,9 +317,10 @@ def one_hot_labels(table: Table, names: Sequence[str], where: Sequence[str]) -> 
     return labels
 
 
-def _by_name(there: Iterable[str], names: Sequence[str]) -> str | None:
-    found = {_plain(name): name for name in reversed(list(there))}
-    return next((found[name] for name in names if name in found), None)
+def _by_name(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    """The first column with one of the names, which are in order of preference."""
+    by_plain = {_plain(column): column for column in reversed(list(columns))}
+    return next((by_plain[name] for name in names if name in by_plain), None)
 
 
 def _plain(name: str) -> str:
@@ -327,12 +328,13 @@ def _plain(name: str) -> str:
 
 
 def _is_indicator(values: Sequence[Any]) -> bool:
-    found = set()
+    """Whether all values are 0, 1 or blank, and some are not blank."""
+    numbers = set()
     for value in values:
-        found.add(_number(value))
-        if not found <= {0.0, 1.0, None}:
+        numbers.add(_number(value))
+        if not numbers <= {0.0, 1.0, None}:
             return False
-    return bool(found - {None})
+    return bool(numbers - {None})
 
 
 def _number(value: Any) -> float | None:

@@ -53,13 +53,13 @@ class Input:
             raise DataError(f"{self.path} cannot be read", why) from None
 
 
-class _Place(Protocol):
-    """What one argument names."""
+class _Source(Protocol):
+    """The pictures of one argument."""
 
     def __iter__(self) -> Iterator[Input]: ...
 
     def count(self) -> int | None:
-        """How many pictures there are; None if that is known at the end only."""
+        """How many pictures there are; None if that is known only at the end."""
         ...
 
 
@@ -70,16 +70,16 @@ class Inputs:
     A second iteration reads folders and tables again; stdin can be read once.
     """
 
-    places: Sequence[_Place]
+    sources: Sequence[_Source]
     notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Input]:
-        for place in self.places:
-            yield from place
+        for source in self.sources:
+            yield from source
 
     def count(self) -> int | None:
-        """How many there are; None where stdin tells."""
-        counts = [place.count() for place in self.places]
+        """How many there are; None if unknown, as of stdin."""
+        counts = [source.count() for source in self.sources]
         return None if None in counts else sum(count for count in counts if count is not None)
 
 
@@ -94,31 +94,33 @@ def find(arguments: Sequence[str], selection: DataSelection, stdin: BinaryIO | N
     """
     if arguments.count(STDIN) > 1:
         raise UsageError(f"{STDIN} is given twice", "stdin can be read once", f"give {STDIN} once")
-    places: list[_Place] = []
+    sources: list[_Source] = []
     notes: list[str] = []
     for argument in arguments:
         if argument == STDIN:
-            places.append(_Stdin(stdin or sys.stdin.buffer))
+            sources.append(_Stdin(stdin or sys.stdin.buffer))
         elif os.path.lexists(argument):
-            places.append(_place(argument, selection, notes))
+            sources.append(_source(argument, selection, notes))
         else:
-            found = sorted(glob.iglob(argument, recursive=True)) if glob.has_magic(argument) else []
-            if not found:
-                what = "glob {} matches nothing" if glob.has_magic(argument) else "{} is not there"
-                raise DataError(what.format(readable(argument)), f"seen from {readable(os.getcwd())}", f"give {_KINDS}")
+            matches = sorted(glob.iglob(argument, recursive=True)) if glob.has_magic(argument) else []
+            if not matches:
+                message = "glob {} matches nothing" if glob.has_magic(argument) else "{} is not there"
+                raise DataError(
+                    message.format(readable(argument)), f"seen from {readable(os.getcwd())}", f"give {_KINDS}"
+                )
             # A folder's other files are passed over by a glob as by the folder itself.
-            chosen = [path for path in found if os.path.isdir(path) or _is_table(path) or _is_picture(path)]
-            places += [_place(path, selection, notes) for path in chosen or found]
-    return Inputs(places, tuple(dict.fromkeys(notes)))
+            chosen = [path for path in matches if os.path.isdir(path) or _is_table(path) or _is_picture(path)]
+            sources += [_source(path, selection, notes) for path in chosen or matches]
+    return Inputs(sources, tuple(dict.fromkeys(notes)))
 
 
-def _place(path: str, selection: DataSelection, notes: list[str]) -> _Place:
+def _source(path: str, selection: DataSelection, notes: list[str]) -> _Source:
     if os.path.isdir(path):
         return _folder(path, selection)
     ending = os.path.splitext(path)[1].lower()
     if ending in list_file.ENDINGS:
-        names, said = image_list.read_names(Path(path), selection)
-        notes += said
+        names, more = image_list.read_names(Path(path), selection)
+        notes += more
         return _Files([name.removeprefix(f".{os.sep}") for name in names])
     if ending == ".txt":
         raise DataError(
@@ -136,7 +138,7 @@ def _table(path: str, selection: DataSelection) -> "_Parquet":
     return table
 
 
-def _folder(path: str, selection: DataSelection) -> _Place:
+def _folder(path: str, selection: DataSelection) -> _Source:
     """The pictures of a folder; where it holds none, those of its parquet files."""
     folder = _Folder(path)
     if next(iter(folder), None) is not None:
@@ -165,7 +167,6 @@ class _Files:
         return (Input(readable(path), path) for path in self.paths)
 
     def count(self) -> int:
-        """They are here."""
         return len(self.paths)
 
 
@@ -179,18 +180,17 @@ class _Folder:
         return (Input(readable(path), path) for path in _walk(self.root, frozenset()) if _is_picture(path))
 
     def count(self) -> int:
-        """Counted anew each time: no name is kept."""
         return sum(1 for _ in self)
 
 
-def _walk(root: str, above: frozenset[str]) -> Iterator[str]:
+def _walk(root: str, ancestors: frozenset[str]) -> Iterator[str]:
     """The files of a folder and below, in order of their names; a link to a folder around it is not followed."""
-    above |= {os.path.realpath(root)}
-    there = [entry for entry in sorted_entries(root) if not is_ignored(entry.name)]
-    yield from (entry.path for entry in there if not is_folder(entry))
-    for entry in there:
-        if is_folder(entry) and not leads_back(entry, above):
-            yield from _walk(entry.path, above)
+    ancestors |= {os.path.realpath(root)}
+    entries = [entry for entry in sorted_entries(root) if not is_ignored(entry.name)]
+    yield from (entry.path for entry in entries if not is_folder(entry))
+    for entry in entries:
+        if is_folder(entry) and not leads_back(entry, ancestors):
+            yield from _walk(entry.path, ancestors)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,6 @@ class _Stdin:
         return (Input(readable(path), path) for path in paths)
 
     def count(self) -> None:
-        """Known when all have come."""
         return None
 
 
@@ -235,7 +234,6 @@ class _Parquet:
         _ = self._column
 
     def count(self) -> int:
-        """As its footer has it."""
         return int(self._file.metadata.num_rows)
 
     @cached_property
@@ -253,13 +251,13 @@ class _Parquet:
         kinds = {field.name: _kind(str(field.type)) for field in schema}
         return columns.find_image(str(self.path), Table({}, kinds), self.selection)
 
-    def _input(self, cell: Any, place: str) -> Input:
+    def _input(self, cell: Any, row_name: str) -> Input:
         encoded, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if isinstance(encoded, bytes):
-            return Input(readable(name) if name else place, encoded=encoded)
+            return Input(readable(name) if name else row_name, encoded=encoded)
         name = name if encoded is None else str(encoded)
         if not name:
-            return Input(place, encoded=b"")
+            return Input(row_name, encoded=b"")
         file = image_path(image_root(self.selection, self.path.parent), name, self.selection)
         return Input(readable(file), file)
 

@@ -20,7 +20,7 @@ from samtune.data import labels, list_file, listed_folder, repeats, split_roles,
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.encoded import EncodedImages, joined
 from samtune.data.formats import archive_ending, unpacking
-from samtune.data.labels import Classified, Labels
+from samtune.data.labels import Classified
 from samtune.data.path_source import read_path
 from samtune.data.raw_splits import RawSplits
 from samtune.data.split_roles import ROLES, DataSelection
@@ -80,10 +80,10 @@ def concat_splits(first: Split, second: Split) -> Split:
 
 @dataclass(frozen=True)
 class LabelledDataset:
-    """A data set as it was found: its name, where it came from, its classes in the order of the labels, its splits.
+    """A data set: its name, its origin, its classes in the order of the labels, its splits.
 
     splits: by role (train, validation, test) or by their own names. parts: role -> what the data set calls it.
-    notes: what a user should know of how it was read.
+    notes: for the user, on how it was read.
     """
 
     name: str
@@ -118,7 +118,7 @@ class LabelledDataset:
 
 
 def split_config(dataset: str) -> tuple[str, str | None]:
-    """A data set's name or path, and the configuration that is named behind it: user/name:config."""
+    """A data set's name or path, and the configuration after it: user/name:config."""
     head, _, config = dataset.rpartition(":")
     is_one = head in CATALOG or os.path.exists(head) or _is_hub_id(head)
     return (head, config) if head and is_one and not os.path.exists(dataset) else (dataset, None)
@@ -139,8 +139,10 @@ def locate(dataset: str) -> Dataset | Path:
     if path.is_dir() or (path.is_file() and path.suffix.lower() in _FILES):
         return path
     if path.exists() and archive_ending(path.name):
-        what = f"data set {dataset} is an archive"
-        raise DataError(what, hint=f"unpack it (`{unpacking(dataset)}`), and give the folder by --dataset")
+        raise DataError(
+            f"data set {dataset} is an archive",
+            hint=f"unpack it (`{unpacking(dataset)}`), and give the folder by --dataset",
+        )
     if path.exists():
         raise DataError(
             f"data set {dataset} is a file, and no list",
@@ -159,10 +161,10 @@ def locate(dataset: str) -> Dataset | Path:
 
 
 def _is_hub_id(dataset: str) -> bool:
-    """user/name; where a folder `user` is here, rather a path that was misspelt."""
+    """Whether it is user/name. Where a folder `user` exists, it is a misspelt path instead."""
     user, _, name = dataset.partition("/")
-    plain = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (user, name))
-    return plain and not os.path.exists(user) and Path(name).suffix.lower() not in _FILES
+    is_plain = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (user, name))
+    return is_plain and not os.path.exists(user) and Path(name).suffix.lower() not in _FILES
 
 
 def open_source(
@@ -176,21 +178,23 @@ def open_source(
 
     Raises:
         DataError: no such data set, no image or label column, a label without a class, no train split.
-        UsageError: a selection column or split is not there, or a test split shall be validation.
+        UsageError: a selected column or split is missing, or a test split is selected as validation.
         ModelError: the hub cannot be reached and its cache does not hold the data set.
     """
     selection = selection or DataSelection()
-    found = locate(dataset)
+    located = locate(dataset)
     _, config = split_config(dataset)
     selection = replace(selection, dataset_config=selection.dataset_config or config)
-    row = found if isinstance(found, Dataset) else Dataset(_name(found), "")
-    origin = row.origin if isinstance(found, Dataset) else str(found)
-    train = row.splits.get("train", selection.train_split or "train").split("+")
-    if isinstance(found, Path):
-        raw, notes = read_path(found.resolve(), origin, selection, train, classes or ())
+    if isinstance(located, Path):
+        row = Dataset(readable(located.stem if located.is_file() else located.resolve().name), "")
+        origin = str(located)
+        train = (selection.train_split or "train").split("+")
+        raw, notes = read_path(located.resolve(), origin, selection, train, classes or ())
     else:
+        row, origin = located, located.origin
+        train = row.splits.get("train", selection.train_split or "train").split("+")
         raw, notes = _read_row(row, selection, train, classes or ())
-    parts = split_roles.assign(dataset, list(raw), selection, row.splits, needs_train=classes is None, told=notes)
+    parts = split_roles.assign(dataset, list(raw), selection, row.splits, needs_train=classes is None, notes=notes)
     trained = [raw[split][1] for split in parts.get("train", ())]
     own_names = labels.class_names(trained)
     declared = own_names if any(part.names is not None for part in trained) else None
@@ -203,30 +207,29 @@ def open_source(
             notes.append(f"split {hidden[0]} of {dataset} is left out: its labels are hidden (none, blank or -1)")
             continue
         strict = classes is None and role in ROLES
-        found_labels = {name: labels.classify(raw[name][1], names, declared) for name in of_role}
-        for name, classified in found_labels.items():
+        classified = {name: labels.classify(raw[name][1], names, declared) for name in of_role}
+        for name, of_split in classified.items():
             if strict:
-                _check_labels(raw[name][1], classified, name, names, selection.on_unlabelled)
-            notes += _left_out(classified, name)
+                labels.check(raw[name][1], of_split, name, names, selection.on_unlabelled)
+            notes += _note_left_out(of_split, name)
+        indices = np.concatenate([of_split.indices for of_split in classified.values()])
         if classes is None and role not in ROLES:
-            rows = sum(len(found.indices) for found in found_labels.values())
             flags = "--train-split, --val-split and --test-split take any"
-            notes.append(f"split {role} is not used: {rows} rows ({flags})")
+            notes.append(f"split {role} is not used: {len(indices)} rows ({flags})")
         images = joined([raw[name][0] for name in of_role])
-        indices = np.concatenate([classified.indices for classified in found_labels.values()])
-        unknown = sum((Counter(classified.unknown) for classified in found_labels.values()), Counter[str]())
+        unknown = sum((Counter(of_split.unknown) for of_split in classified.values()), Counter[str]())
         splits[role] = Split(role, images, indices, unknown)
         if strict:
             _check_classes(splits[role], splits["train"], names)
     if classes is None and len(names) < 2:
-        lists = listed_folder.lists_with_labels(found) if isinstance(found, Path) and found.is_dir() else []
+        lists = listed_folder.lists_with_labels(located) if isinstance(located, Path) and located.is_dir() else []
         raise DataError(
-            f"data set {dataset} has one class alone: {', '.join(names)}",
+            f"data set {dataset} has only one class: {', '.join(names)}",
             "; ".join(notes),
             "a classifier takes two; a folder of pictures needs two class folders in its train split"
             + (f"; if {readable(str(lists[0]))} lists them with their labels, give it by --dataset" if lists else ""),
         )
-    notes += [] if row.splits else _roles_told(parts, selection)
+    notes += [] if row.splits else _note_roles(parts, selection)
     notes += repeats.shared(raw, parts) if classes is None else []
     title = f"{row.name}:{config}" if config else row.name
     return LabelledDataset(title, origin, names, splits, {role: parts[role] for role in splits}, tuple(notes))
@@ -252,18 +255,7 @@ def _read_row(
     )
 
 
-def _name(path: Path) -> str:
-    return readable(path.stem if path.is_file() else path.resolve().name)
-
-
-def _check_labels(raw: Labels, found: Classified, split: str, classes: Sequence[str], on_unlabelled: str) -> None:
-    """Raise DataError for the first row that must have a class and has none."""
-    missing_is_wrong = on_unlabelled == "error"
-    if found.unknown or (missing_is_wrong and found.unlabelled):
-        raise labels.no_class(raw, found, split, classes, missing_is_wrong=missing_is_wrong)
-
-
-def _roles_told(parts: Mapping[str, Sequence[str]], selection: DataSelection) -> list[str]:
+def _note_roles(parts: Mapping[str, Sequence[str]], selection: DataSelection) -> list[str]:
     """Notes on the splits whose role neither their names nor a flag make plain."""
     asked = {name for names in selection.splits.values() for name in names}
     return [
@@ -274,14 +266,16 @@ def _roles_told(parts: Mapping[str, Sequence[str]], selection: DataSelection) ->
     ]
 
 
-def _left_out(found: Classified, split: str) -> list[str]:
+def _note_left_out(classified: Classified, split: str) -> list[str]:
     notes = []
-    if found.unlabelled:
-        notes.append(f"split {split}: {found.unlabelled} of {len(found.indices)} rows have no label and are left out")
-    if found.unknown:
-        classes = shorten([f"{name} ({count})" for name, count in found.unknown.items()])
+    if classified.unlabelled:
         notes.append(
-            f"split {split}: {sum(found.unknown.values())} rows are of unknown classes and left out: {classes}"
+            f"split {split}: {classified.unlabelled} of {len(classified.indices)} rows have no label and are left out"
+        )
+    if classified.unknown:
+        classes = shorten([f"{name} ({count})" for name, count in classified.unknown.items()])
+        notes.append(
+            f"split {split}: {sum(classified.unknown.values())} rows are of unknown classes and left out: {classes}"
         )
     return notes
 

@@ -47,8 +47,8 @@ def names_no_train(column: str, values: Sequence[Any]) -> bool:
 
 def may_tell_splits(column: str, values: Callable[[], Sequence[Any]]) -> bool:
     """Whether the name of a column speaks of splits, and its values are few: 2 to 5. They are asked about."""
-    found = (_distinct(values(), _MOST_UNNAMED) if is_called_split(column) else None) or set()
-    return len(found) > 1 and not all(map(_says_no_split, found))
+    distinct = (_distinct(values(), _MOST_UNNAMED) if is_called_split(column) else None) or set()
+    return len(distinct) > 1 and not all(map(_says_no_split, distinct))
 
 
 def is_called_split(column: str) -> bool:
@@ -67,15 +67,15 @@ def is_called_split(column: str) -> bool:
 def _distinct(values: Sequence[Any], most: int) -> set[str] | None:
     """The values as text, all blanks as one; None where there are more."""
     texts: set[str] = set()
-    found: set[str] = set()
+    distinct: set[str] = set()
     for value in values:
         text = str(value)
         if text not in texts:
             texts.add(text)
-            found.add("" if _is_blank(text) else text.strip())
-        if len(found) > most:
+            distinct.add("" if _is_blank(text) else text.strip())
+        if len(distinct) > most:
             return None
-    return found
+    return distinct
 
 
 def role_of_flag(name: str, values: Callable[[], Sequence[Any]]) -> str | None:
@@ -88,17 +88,17 @@ def role_of_flag(name: str, values: Callable[[], Sequence[Any]]) -> str | None:
     if role not in ROLES or not set(rest) <= _WORDS_OF_FLAGS:
         return None
     counts = Counter(map(_plain, values()))
-    found = {value: count for value, count in counts.items() if not _is_blank(value)}
-    if not found or not set(found) <= set(_FLAGS):
-        if is_sure_flag(name) and found and not tells_splits(name, values()):
-            odd = next(value for value in found if value not in _FLAGS)
+    counts = Counter({value: count for value, count in counts.items() if not _is_blank(value)})
+    if not counts or not set(counts) <= set(_FLAGS):
+        if is_sure_flag(name) and counts and not tells_splits(name, values()):
+            odd = next(value for value in counts if value not in _FLAGS)
             raise DataError(
                 f"column {name} speaks of a split, and has the value {odd!r}",
                 "a flag is 0 or 1, false or true",
                 "fix or remove the column, or name another that tells the splits by --split-key",
             )
         return None
-    count = sum(number for value, number in found.items() if _FLAGS[value])
+    count = sum(number for value, number in counts.items() if _FLAGS[value])
     is_soundness = "valid" in name.casefold() and "validation" not in name.casefold() and 2 * count > len(values())
     return None if is_soundness else role
 
@@ -115,9 +115,9 @@ def split_of_rows(
     where: Sequence[str],
     selection: DataSelection,
 ) -> tuple[list[str | None], list[str]]:
-    """The split of each row, None for one in no split, and what is to be said of it.
+    """The split of each row, None for one in no split, and notes.
 
-    columns: one with names of splits, or flags. where: a row's place in words. A row without a flag is of train, or of
+    columns: one with names of splits, or flags. where: each row for messages. A row without a flag is of train, or of
     test where train has a flag. Raises DataError for values that cannot be told, and where no row is in a split.
     """
     flags = _flags_among(columns, values, selection)
@@ -153,13 +153,14 @@ def _flags_among(
 def _by_flags(flags: Mapping[str, str], values: Mapping[str, Sequence[Any]], where: Sequence[str]) -> list[str | None]:
     without = next((role for role in ("train", "test") if role not in flags.values()), None)
     of_row: list[str | None] = []
-    for place, row in zip(where, zip(*(values[name] for name in flags), strict=True), strict=True):
-        there = [name for name, value in zip(flags, row, strict=True) if _FLAGS.get(_plain(value))]
-        if len(there) > 1:
+    for row_name, row in zip(where, zip(*(values[name] for name in flags), strict=True), strict=True):
+        set_flags = [name for name, value in zip(flags, row, strict=True) if _FLAGS.get(_plain(value))]
+        if len(set_flags) > 1:
             raise DataError(
-                f"{place} is in {len(there)} splits: {', '.join(there)}", hint="fix the row, or name one --split-key"
+                f"{row_name} is in {len(set_flags)} splits: {', '.join(set_flags)}",
+                hint="fix the row, or name one --split-key",
             )
-        of_row.append(flags[there[0]] if there else without)
+        of_row.append(flags[set_flags[0]] if set_flags else without)
     return of_row
 
 
@@ -188,20 +189,24 @@ def _by_names(
     return of_row, notes
 
 
-def _one_name(column: str, there: Collection[str], asked: set[str]) -> tuple[dict[str, str], list[str]]:
+def _one_name(column: str, splits: Collection[str], asked: set[str]) -> tuple[dict[str, str], list[str]]:
     """Name -> the name of its split, where that is another one, and notes: Train is train, tr is train beside te."""
     names: dict[str, str] = {}
-    for text in {name.casefold(): None for name in there}:
-        forms = [name for name in there if name.casefold() == text]
+    for text in {name.casefold(): None for name in splits}:
+        forms = [name for name in splits if name.casefold() == text]
         chosen = [name for name in forms if name in asked]
         if len(chosen) < 2:
             one = (chosen or [name for name in forms if name == text] or forms)[0]
             names |= {name: one for name in forms if name != one}
-    short = {name: _SHORT[name.casefold()] for name in there if name.casefold() in _SHORT}
-    if is_called_split(column) and not asked & set(there) and all(role_of(n) in ROLES for n in set(there) - set(short)):
+    short = {name: _SHORT[name.casefold()] for name in splits if name.casefold() in _SHORT}
+    if (
+        is_called_split(column)
+        and not asked & set(splits)
+        and all(role_of(n) in ROLES for n in set(splits) - set(short))
+    ):
         names |= short
-    said = ", ".join(f"{readable(name)} is {readable(one)}" for name, one in names.items())
-    return names, [f"column {column}: {said}"] if said else []
+    renamed = ", ".join(f"{readable(name)} is {readable(one)}" for name, one in names.items())
+    return names, [f"column {column}: {renamed}"] if renamed else []
 
 
 def _unknown(names: Iterable[str]) -> list[str]:

@@ -69,7 +69,8 @@ def load_run_data(config: RunConfig, settled: Resolved | None = None, look: Deco
     parts = open_run_splits(config, classes=settled.classes if settled else None)
     rule = settled.rule if settled else decode_rule(config, parts.data)
     data = replace(
-        parts.data, notes=(*parts.data.notes, *depth.words(rule.ranges), *depth.beyond(rule, parts.data.splits))
+        parts.data,
+        notes=(*parts.data.notes, *depth.range_notes(rule.ranges), *depth.range_warnings(rule, parts.data.splits)),
     )
     for note in data.notes:
         console.info(note)

@@ -500,7 +500,7 @@ def test_a_class_or_split_without_pictures_is_named(name, tmp_path):
 def test_the_error_for_one_class_alone_says_what_became_of_the_other(tmp_path):
     write(tmp_path, "train/cat/2")
     (tmp_path / "train" / "owl").mkdir()
-    with pytest.raises(DataError, match="one class alone: cat") as error:
+    with pytest.raises(DataError, match="only one class: cat") as error:
         read(tmp_path)
     assert "class owl of train is left out: it is empty" in error.value.cause
 

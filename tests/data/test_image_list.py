@@ -723,7 +723,7 @@ def test_the_list_with_a_column_of_labels_by_name_or_one_for_each_class_is_named
 
 def test_a_table_beside_one_folder_of_pictures_is_named(folder):
     pq.write_table(pa.table({"path": ["photos/0.png"], "label": ["a"]}), folder / "rows.parquet")
-    with pytest.raises(DataError, match="one class alone: photos") as error:
+    with pytest.raises(DataError, match="only one class: photos") as error:
         read(folder)
     assert f"{folder / 'rows.parquet'} lists them" in error.value.hint
 
@@ -744,7 +744,7 @@ def test_a_list_beside_one_folder_of_pictures_tells_their_labels(folder):
     write(folder, *TRAIN, name="train.csv")
     assert labels(read(folder)) == ["a", "b", "a", "b"]
     (folder / "train.csv").rename(folder / "labels.csv")
-    with pytest.raises(DataError, match="one class alone: photos") as error:
+    with pytest.raises(DataError, match="only one class: photos") as error:
         read(folder)
     assert f"{folder / 'labels.csv'} lists them" in error.value.hint
 
