@@ -58,7 +58,7 @@ def data_check(
     else:
         console.print_table(f"Data check: {result['dataset']}", check.summary(result))
         console.print_prose(check.findings(result))
-    check.refuse_unreadable(result)
+    check.raise_if_unreadable(result)
 
 
 @datasets_app.callback(invoke_without_command=True)
@@ -99,4 +99,4 @@ def show(
     if as_json:
         console.print_json(about)
     else:
-        console.print_table(about["name"], describe.words(about))
+        console.print_table(about["name"], describe.rows(about))

@@ -30,8 +30,8 @@ _ROW_NUMBERS = ("", "index", "unnamed", "unnamed0", "idx", "rowid")
 class Columns:
     """The columns of one list or table. label is "" where one_hot names a column for each class.
 
-    splits: the column of names of splits, or the columns of flags such as is_test; none where all is train. notes: what
-    is to be said of columns that are not used.
+    splits: the column of names of splits, or the columns of flags such as is_test; none where all is train. notes: on
+    columns that are not used.
     """
 
     image: str
@@ -43,7 +43,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Table:
-    """What a search looks at: values by column, and what kind they are."""
+    """The values and the kind of each column."""
 
     values: Mapping[str, Sequence[Any]]
     kinds: Mapping[str, Kind]
@@ -58,14 +58,14 @@ class Table:
         return [name for name, kind in self.kinds.items() if kind in kinds]
 
 
-def find(dataset: str, table: Table, wanted: DataSelection, *, needs_label: bool = True) -> Columns:
+def find(dataset: str, table: Table, selection: DataSelection, *, needs_label: bool = True) -> Columns:
     """The columns of a table.
 
     Raises UsageError for a flag that names no column, DataError where a column cannot be told; both list what there is.
     needs_label: whether there has to be one; else label may be "".
     """
-    _check_wanted(dataset, table, wanted)
-    search = _Search(table, wanted)
+    _check_selection(dataset, table, selection)
+    search = _Search(table, selection)
     if search.image is None or (needs_label and search.label is None and not search.one_hot):
         kind, flag = ("image", "--image-key") if search.image is None else ("label", "--label-key")
         or_several = "; --label-key a,b where each class has a column" if kind == "label" else ""
@@ -83,57 +83,57 @@ def find(dataset: str, table: Table, wanted: DataSelection, *, needs_label: bool
     return Columns(search.image, search.label or "", tuple(search.splits), search.one_hot, tuple(search.notes()))
 
 
-def find_image(dataset: str, table: Table, wanted: DataSelection) -> str:
+def find_image(dataset: str, table: Table, selection: DataSelection) -> str:
     """The column of images, or of their paths, where labels do not matter: also the only column there is.
 
     By flags, names and kinds: no value is read. Raises as `find` does.
     """
-    _check_wanted(dataset, table, wanted)
+    _check_selection(dataset, table, selection)
     only = next(iter(table.kinds)) if len(table.kinds) == 1 else None
-    found = _Search(table, wanted).image or (only if only in table.of_kind("text") else None)
-    if found is None:
+    column = _Search(table, selection).image or (only if only in table.of_kind("text") else None)
+    if column is None:
         raise DataError(
             f"{dataset} has no column of pictures or paths that can be told",
             f"its columns: {', '.join(table.kinds)}",
             "name it by --image-key; a list has a header such as path",
         )
-    return found
+    return column
 
 
-def _check_wanted(dataset: str, table: Table, wanted: DataSelection) -> None:
+def _check_selection(dataset: str, table: Table, selection: DataSelection) -> None:
     for flag, key in (
-        ("--image-key", wanted.image_key),
-        ("--label-key", wanted.label_key),
-        ("--split-key", wanted.split_key),
+        ("--image-key", selection.image_key),
+        ("--label-key", selection.label_key),
+        ("--split-key", selection.split_key),
     ):
-        classes = _classes_wanted(table, wanted) if flag == "--label-key" else ()
+        classes = _selected_classes(table, selection) if flag == "--label-key" else ()
         if key is not None and key not in table.kinds and not classes:
             raise UsageError(
                 f"{flag} {key}: data set {dataset} has no such column", hint=f"its columns: {', '.join(table.kinds)}"
             )
-    for name in set(_classes_wanted(table, wanted)) & set(table.values):
+    for name in set(_selected_classes(table, selection)) & set(table.values):
         if table.kinds[name] not in ("text", "number") or not _is_indicator(table.values[name]):
             raise DataError(
                 f"column {name} of data set {dataset} holds other than 0 and 1",
-                f"--label-key {wanted.label_key} takes each column as a class",
+                f"--label-key {selection.label_key} takes each column as a class",
                 "name columns of 0 and 1 alone, or one column of labels",
             )
-    if wanted.image_key is not None and table.kinds[wanted.image_key] in ("classes", "list"):
-        raise DataError(f"column {wanted.image_key} holds no images", hint="name another by --image-key")
+    if selection.image_key is not None and table.kinds[selection.image_key] in ("classes", "list"):
+        raise DataError(f"column {selection.image_key} holds no images", hint="name another by --image-key")
 
 
-def _classes_wanted(table: Table, wanted: DataSelection) -> tuple[str, ...]:
+def _selected_classes(table: Table, selection: DataSelection) -> tuple[str, ...]:
     """The columns that --label-key cat,dog names, each of them a class; () where it names one column."""
-    names = tuple((wanted.label_key or "").split(","))
-    is_several = wanted.label_key not in table.kinds and len(names) > 1
+    names = tuple((selection.label_key or "").split(","))
+    is_several = selection.label_key not in table.kinds and len(names) > 1
     return names if is_several and set(names) <= set(table.kinds) else ()
 
 
 class _Search:
-    """Each column is looked for among those that are left over by the search before."""
+    """A search for the columns of a table: each is taken from those that the others leave."""
 
-    def __init__(self, table: Table, wanted: DataSelection) -> None:
-        self.table, self.wanted = table, wanted
+    def __init__(self, table: Table, selection: DataSelection) -> None:
+        self.table, self.selection = table, selection
         self._indicators: dict[str, bool] = {}
 
     @cached_property
@@ -141,8 +141,8 @@ class _Search:
         """Of pictures in the table, else of their paths."""
         pictures = self.table.of_kind("images")
         by_name = _by_name(pictures, _IMAGE_NAMES) or (pictures[0] if len(pictures) == 1 else None)
-        paths = [name for name in self.table.of_kind("text", "number") if name != self.wanted.label_key]
-        return self.wanted.image_key or by_name or _by_name(paths, _IMAGE_NAMES)
+        paths = [name for name in self.table.of_kind("text", "number") if name != self.selection.label_key]
+        return self.selection.image_key or by_name or _by_name(paths, _IMAGE_NAMES)
 
     @cached_property
     def splits(self) -> list[str]:
@@ -152,8 +152,8 @@ class _Search:
     @cached_property
     def names_of_splits(self) -> list[str]:
         """Columns of names of splits; more than one leaves it to the user. The label is none of them."""
-        if self.wanted.split_key:
-            return [self.wanted.split_key]
+        if self.selection.split_key:
+            return [self.selection.split_key]
         others = [name for name in self.table.of_kind("text", "classes", "number") if name not in self._keys]
         others = [name for name in others if name not in self._classes]
         by_name = _by_name(others, ("split",))
@@ -207,7 +207,7 @@ class _Search:
         return self._one_hot_beside([*self.flags, *self.unsure]) if self.label is None else ()
 
     def notes(self) -> list[str]:
-        """What is to be said of columns that are not used, and might be."""
+        """Notes on columns that are not used, and might be."""
         notes = []
         used = (self.image, self.label, *self.splits, *self.one_hot)
         others = [name for name in self.table.kinds if name not in used and _plain(name) not in _ROW_NUMBERS]
@@ -219,7 +219,7 @@ class _Search:
             for name in texts
             if names_no_train(name, self.table.values[name])
         ]
-        block = self._block([self.label, *others]) if self.wanted.label_key and self.label else ()
+        block = self._block([self.label, *others]) if self.selection.label_key and self.label else ()
         if self.label in block:
             notes.append(
                 f"column {self.label} is one of several of which each row has one: "
@@ -261,7 +261,7 @@ class _Search:
     @cached_property
     def _classes(self) -> tuple[str, ...]:
         """The columns of classes that are asked for."""
-        return _classes_wanted(self.table, self.wanted)
+        return _selected_classes(self.table, self.selection)
 
     def _has_one_class_a_row(self, classes: Sequence[str]) -> bool:
         rows = zip(*(self.table.values[name] for name in classes), strict=True)
@@ -276,10 +276,10 @@ class _Search:
         """By its name. What is called label or class is it; of others those that tell no splits come first."""
         if self._classes:
             return None
-        if self.wanted.label_key:
-            return self.wanted.label_key
+        if self.selection.label_key:
+            return self.selection.label_key
         kinds = self.table.kinds
-        taken = (self.image, self.wanted.split_key)
+        taken = (self.image, self.selection.split_key)
         candidates = [name for name in kinds if name not in taken and kinds[name] != "images"]
         other = [name for name in candidates if name not in self._like_splits]
         return _by_name(candidates, _LABEL_NAMES[:_SURE_LABEL_NAMES]) or _by_name(other or candidates, _LABEL_NAMES)
@@ -302,14 +302,14 @@ def has_label(names: Iterable[str]) -> bool:
 def one_hot_labels(table: Table, names: Sequence[str], where: Sequence[str]) -> list[str | None]:
     """The class of each row: the name of the column that has 1; None where none has.
 
-    where: a row's place in words. Raises DataError for a row with several.
+    where: each row for messages. Raises DataError for a row with several.
     """
     labels: list[str | None] = []
-    for place, row in zip(where, zip(*(table.values[name] for name in names), strict=True), strict=True):
+    for row_name, row in zip(where, zip(*(table.values[name] for name in names), strict=True), strict=True):
         classes = [name for name, value in zip(names, row, strict=True) if _number(value) == 1]
         if len(classes) > 1:
             raise DataError(
-                f"{place} has {len(classes)} labels: {', '.join(classes)}",
+                f"{row_name} has {len(classes)} labels: {', '.join(classes)}",
                 "several labels a picture are not supported",
                 "keep one, or name the columns of the classes by --label-key a,b, or a column with one label",
             )
@@ -317,9 +317,10 @@ def one_hot_labels(table: Table, names: Sequence[str], where: Sequence[str]) -> 
     return labels
 
 
-def _by_name(there: Iterable[str], names: Sequence[str]) -> str | None:
-    found = {_plain(name): name for name in reversed(list(there))}
-    return next((found[name] for name in names if name in found), None)
+def _by_name(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    """The first column with one of the names, which are in order of preference."""
+    by_plain = {_plain(column): column for column in reversed(list(columns))}
+    return next((by_plain[name] for name in names if name in by_plain), None)
 
 
 def _plain(name: str) -> str:
@@ -327,12 +328,13 @@ def _plain(name: str) -> str:
 
 
 def _is_indicator(values: Sequence[Any]) -> bool:
-    found = set()
+    """Whether all values are 0, 1 or blank, and some are not blank."""
+    numbers = set()
     for value in values:
-        found.add(_number(value))
-        if not found <= {0.0, 1.0, None}:
+        numbers.add(_number(value))
+        if not numbers <= {0.0, 1.0, None}:
             return False
-    return bool(found - {None})
+    return bool(numbers - {None})
 
 
 def _number(value: Any) -> float | None:

@@ -215,9 +215,6 @@ def _to_rgb(encoded: bytes, image: Image.Image, deep: str | None, rule: DecodeRu
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# -------------------------------------------------------------------------------------------------------- deep pictures
-
-
 def deep_mode(image: Image.Image) -> str | None:
     """The mode of an image of more than 8 bits, before it is loaded; None for others."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

@@ -1,4 +1,4 @@
-"""The range of deep pictures of a data set: which of their values become black and white.
+"""The range of pictures of more than 8 bits: which of their values become black and white.
 
 Cameras store 12 bits in 16, microscopes numbers in [0, 1], scanners negative integers. The values of one file do not
 tell which: those of the training images together do.
@@ -33,12 +33,12 @@ def value_ranges(split: Split, rows: Indices) -> dict[str, Range]:
     }
 
 
-def beyond(rule: DecodeRule, splits: Mapping[str, Split]) -> list[str]:
-    """What is to be said of validation and test pictures whose values do not fit the range of the training images.
+def range_warnings(rule: DecodeRule, splits: Mapping[str, Split]) -> list[str]:
+    """Warnings on validation and test pictures whose values do not fit the range of the training images.
 
     They hold values that are more than a tenth of the range outside of it, or none above an eighth of it.
     """
-    said = []
+    warnings = []
     for role in ("validation", "test"):
         extremes = _lowest_and_highest(splits[role], splits[role].labelled) if role in splits else {}
         for mode, (low, high) in sorted(extremes.items()):
@@ -46,25 +46,25 @@ def beyond(rule: DecodeRule, splits: Mapping[str, Split]) -> list[str]:
             outside = max(high - white, black - low) > (white - black) / 10
             if outside or (black >= 0 and high < white / 8):
                 becomes = "what is outside becomes black or white" if outside else "they are nearly black"
-                said.append(
+                warnings.append(
                     f"{_NAMES[mode]} pictures of {role} hold {low:g} to {high:g}, and {black:g} is black and {white:g} "
                     f"white, as in train: {becomes}; store all splits in one range"
                 )
-    return said
+    return warnings
 
 
 def _lowest_and_highest(split: Split, rows: Indices) -> dict[str, Range]:
     """Mode -> the least and the largest value, of a sample of these rows."""
-    found: dict[str, list[Range]] = {}
+    by_mode: dict[str, list[Range]] = {}
     for row in rows[np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLED)).round().astype(int)].tolist():
         extremes = _extremes(split, row)
         if extremes is not None:
-            found.setdefault(extremes[0], []).append(extremes[1])
-    return {mode: (min(low for low, _ in all_), max(high for _, high in all_)) for mode, all_ in found.items()}
+            by_mode.setdefault(extremes[0], []).append(extremes[1])
+    return {mode: (min(low for low, _ in all_), max(high for _, high in all_)) for mode, all_ in by_mode.items()}
 
 
-def words(ranges: Mapping[str, Range]) -> list[str]:
-    """What a user should know of ranges other than all of 16 bits: one line for each mode."""
+def range_notes(ranges: Mapping[str, Range]) -> list[str]:
+    """Notes on ranges other than all of 16 bits: one line for each mode."""
     return [
         f"{_NAMES[mode]} pictures: {low:g} is black and {high:g} is white, by the range of the training images"
         for mode, (low, high) in sorted(ranges.items())
@@ -85,7 +85,7 @@ def _extremes(split: Split, row: int) -> tuple[str, Range] | None:
             file.seek(0)
             encoded = file.read()
         values = deep_values(encoded, Image.open(io.BytesIO(encoded)), mode)
-    except Exception:  # told when the images are decoded
+    except Exception:  # reported when the images are decoded
         return None
     colours = without_alpha(values)
     finite = colours[np.isfinite(colours)]

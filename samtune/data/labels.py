@@ -2,23 +2,23 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from samtune.data.text import plural, shorten
 from samtune.errors import DataError
 from samtune.files import natural_key, readable
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of a split as they stand there.
+    """The labels of a split as they are stored.
 
     names: the class names, where the data set declares them and values are positions in it; else None.
-    values: (n,) text, numbers or whatever else was found. are_names: whether each value is a name, also "-1": a folder
-    has no other.
+    values: (n,) text, numbers or other. are_names: whether each value is a name, also "-1", as those of folders are.
     """
 
     names: tuple[str, ...] | None
@@ -27,11 +27,11 @@ class Labels:
 
     @property
     def hidden(self) -> bool:
-        """Whether none is told, as in the test split of a competition."""
+        """Whether all are missing, as in the test split of a competition."""
         return all(map(self.lacks, self.values))
 
     def lacks(self, value: Any) -> bool:
-        """Whether one of the values says nothing."""
+        """Whether a value means that there is no label."""
         return not self.are_names and is_missing(value)
 
 
@@ -49,23 +49,18 @@ class Classified:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a label says nothing: None, blank, -1 (among words, too) or NaN."""
+    """Whether a label is None, blank, -1 (number or text) or NaN."""
     return value in (None, "", -1, "-1") or value != value
 
 
-def without_blanks(labels: Labels, column: str) -> tuple[Labels, list[str]]:
-    """Labels of a column without the blanks around them, and a note where that changes some; declared ones stay."""
-    if labels.names is not None:
-        return labels, []
-    values = [value.strip() if isinstance(value, str) else value for value in labels.values]
-    changed = [old for old, new in zip(labels.values, values, strict=True) if isinstance(old, str) and old != new]
-    rows = f"{len(changed)} row{'s' if len(changed) > 1 else ''}"
-    said = (
-        f"column {column}: blanks around the values of {rows} are left out, as {readable(changed[0])!r}"
-        if changed
-        else ""
-    )
-    return replace(labels, values=values), [said] if said else []
+def strip_blanks(column: str, values: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """The values of a column without the blanks around them, and a note where that changes some."""
+    stripped = [value.strip() if isinstance(value, str) else value for value in values]
+    changed = [old for old, new in zip(values, stripped, strict=True) if isinstance(old, str) and old != new]
+    if not changed:
+        return stripped, []
+    rows = plural(len(changed), "row")
+    return stripped, [f"column {column}: blanks around the values of {rows} are left out, as {readable(changed[0])!r}"]
 
 
 def class_names(train: Sequence[Labels]) -> tuple[str, ...]:
@@ -97,12 +92,14 @@ def classify(labels: Labels, classes: Sequence[str], declared: Sequence[str] | N
     """
     index = {readable(name): i for i, name in enumerate(classes)}
     names = labels.names if labels.names is not None else declared
-    known = {value: index.get(_name(labels, value, names) or "", -1) for value in set(filter(_is_plain, labels.values))}
-    found = np.asarray([known[v] if _is_plain(v) else -1 for v in labels.values], dtype=np.int64)
-    rows = np.flatnonzero(found < 0).tolist()
+    index_of = {
+        value: index.get(_name(labels, value, names) or "", -1) for value in set(filter(_is_plain, labels.values))
+    }
+    indices = np.asarray([index_of[v] if _is_plain(v) else -1 for v in labels.values], dtype=np.int64)
+    rows = np.flatnonzero(indices < 0).tolist()
     missing = sum(labels.lacks(labels.values[row]) for row in rows)
     others = [labels.values[row] for row in rows if not labels.lacks(labels.values[row])]
-    return Classified(found, missing, Counter(_name(labels, value, names) or repr(value) for value in others))
+    return Classified(indices, missing, Counter(_name(labels, value, names) or repr(value) for value in others))
 
 
 def _is_plain(value: Any) -> bool:
@@ -118,32 +115,25 @@ def _name(labels: Labels, value: Any, names: Sequence[str] | None) -> str | None
     return readable(str(value)) if _is_class(value) else None
 
 
-def no_class(
-    labels: Labels, found: Classified, split: str, classes: Sequence[str], *, missing_is_wrong: bool
-) -> DataError:
-    """The error for the first row whose label is no class. missing_is_wrong: whether one without a label counts."""
-    rows = np.flatnonzero(found.indices < 0).tolist()
-    row = next(row for row in rows if missing_is_wrong or not labels.lacks(labels.values[row]))
+def check(labels: Labels, classified: Classified, split: str, classes: Sequence[str], on_unlabelled: str) -> None:
+    """Raise DataError for the first row of an unknown class, or without a label if on_unlabelled is "error"."""
+    skips = on_unlabelled != "error"
+    if not classified.unknown and (skips or not classified.unlabelled):
+        return
+    rows = np.flatnonzero(classified.indices < 0).tolist()
+    row = next(row for row in rows if not (skips and labels.lacks(labels.values[row])))
     value = labels.values[row]
     if labels.names is not None and isinstance(value, int) and 0 <= value < len(labels.names):
         value = labels.names[value]
-    has = f"train has {len(classes)} classes: {some(classes)}"
+    cause = f"train has {len(classes)} classes: {shorten(classes)}"
     same = next((name for name in classes if str(value).casefold() == name.casefold()), None)
-    has += f"; {same} is written otherwise" if same else ""
+    cause += f"; {same} is written otherwise" if same else ""
     if labels.are_names:
-        return DataError(
-            f"class folder {readable(value)} of split {split} is no class of train",
-            has,
-            "rename the folder, or take it away",
-        )
-    skip = f"; --on-unlabelled skip leaves out the {found.unlabelled} rows without a label"
-    return DataError(
+        message = f"class folder {readable(value)} of split {split} is no class of train"
+        raise DataError(message, cause, "rename the folder, or take it away")
+    skip = f"; --on-unlabelled skip leaves out the {classified.unlabelled} rows without a label"
+    raise DataError(
         f"row {row} of split {split} has the label {value!r}, which is no class",
-        has,
+        cause,
         "fix or remove the row; labels count from 0" + (skip if labels.lacks(value) else ""),
     )
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of many names, in words."""
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

@@ -1,6 +1,6 @@
 """Rows -> batches.
 
-Order and augmentation depend on (seed, epoch, row) alone, not on the number of workers.
+Order and augmentation depend only on (seed, epoch, row), not on the number of workers.
 """
 
 import itertools
@@ -57,8 +57,8 @@ def train_batches(
     """
     per_epoch = steps_per_epoch(len(rows), batch_size)
 
-    def augmented(found: Pictures, epoch: int, chosen: Indices) -> torch.Tensor:
-        return transform(found, seed, epoch, chosen)
+    def augmented(pictures: Pictures, epoch: int, chosen: Indices) -> torch.Tensor:
+        return transform(pictures, seed, epoch, chosen)
 
     def plan() -> Iterator[_Key]:
         for step in range(done, total_steps):
@@ -88,8 +88,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every row once, in order; the last batch may be smaller."""
 
-    def plain(found: Pictures, epoch: int, chosen: Indices) -> torch.Tensor:
-        return torch.stack([transform(image) for image in found])
+    def plain(pictures: Pictures, epoch: int, chosen: Indices) -> torch.Tensor:
+        return torch.stack([transform(image) for image in pictures])
 
     plan = ((0, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
     # Never in processes: to fork one while training's threads are at work may copy a lock that they hold.
@@ -122,7 +122,7 @@ class _Batches(torch.utils.data.Dataset[Batch | DataError]):
         return torch.cat([self.transform(self.images.take(row), epoch, row) for row in one])
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
@@ -155,18 +155,18 @@ def _load_in_threads(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_
 
 
 def _load(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """In worker processes. One that is killed costs nothing but time, once: what it owed is made again.
+    """Load batches in worker processes. After the first death of a worker, its missing batches are loaded again.
 
-    A batch is a function of its key, so that nobody can tell from the batches. Raises WorkerLost at the second death.
+    A batch is a function of its key, so it is the same again. Raises WorkerLost at the second death.
     """
-    owed: deque[_Key] = deque()  # asked for, and not delivered
+    requested: deque[_Key] = deque()  # and not delivered
 
-    def asked(keys: Iterator[_Key]) -> Iterator[_Key]:
+    def recorded(keys: Iterator[_Key]) -> Iterator[_Key]:
         for key in keys:
-            owed.append(key)
+            requested.append(key)
             yield key
 
-    batches = _start(dataset, asked(plan), workers, pin_memory)
+    batches = _start(dataset, recorded(plan), workers, pin_memory)
     restarted = False
     while True:
         try:
@@ -177,15 +177,15 @@ def _load(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: boo
                 raise
             if restarted:
                 raise _lost(death, workers) from error
-            console.warn(f"{death}; the images that it owed are loaded again by a new one")
-            restarted, again = True, list(owed)
-            owed.clear()
+            console.warn(f"{death}; a new one loads its images again")
+            restarted, again = True, list(requested)
+            requested.clear()
             del error  # its traceback keeps the old processes' queues
-            batches = _start(dataset, asked(itertools.chain(again, plan)), workers, pin_memory)
+            batches = _start(dataset, recorded(itertools.chain(again, plan)), workers, pin_memory)
             continue
         if batch is None:
             return
-        owed.popleft()
+        requested.popleft()
         if isinstance(batch, DataError):
             raise batch
         yield batch
@@ -198,7 +198,7 @@ def _start(dataset: _Batches, keys: Iterator[_Key], workers: int, pin_memory: bo
         sampler=keys,
         num_workers=workers,
         pin_memory=pin_memory,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else it would draw a seed from the global one, which dropout uses
     )

@@ -1,23 +1,31 @@
-"""Wrong training labels on purpose: flipped at random, or those that somebody else gave.
+"""Label noise in the training split: flipped at random, or given in a file.
 
-Only the labels that a run trains on change. Validation and test keep the data set's own, the part of train that is held
-out for validation included: what chooses and what measures is clean.
+Only the labels that a run trains on change. Validation and test keep the data set's labels, also where validation is
+held out of train.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
 import pyarrow.parquet as pq
 
 from samtune.data.source import Split
 from samtune.data.splits import Indices
+from samtune.data.text import shorten
 from samtune.errors import DataError, first_line
 
 _ROW_COLUMN = "index"
+_READERS: Mapping[str, Callable[[Path], pa.Table]] = {
+    ".parquet": pq.read_table,
+    ".csv": pyarrow.csv.read_csv,
+    ".jsonl": pyarrow.json.read_json,
+}
 
 
 @dataclass(frozen=True)
@@ -103,23 +111,22 @@ def from_file(
     given = np.array([meaning.get(v, -1) if isinstance(v, str | int) else -1 for v in values], dtype=np.int64)
     if (given < 0).any():
         row = int(np.flatnonzero(given < 0)[0])
-        some = ", ".join(class_names[:6]) + (", ..." if len(class_names) > 6 else "")
         raise DataError(
             f"row {row} of --train-labels {path} has the {key} {values[row]!r}, which is no class",
-            f"there are {len(class_names)} classes: {some}",
+            f"there are {len(class_names)} classes: {shorten(class_names)}",
             "give class names, or numbers that count from 0",
         )
     if _ROW_COLUMN in table.column_names:
-        place = np.array(table[_ROW_COLUMN].to_pylist())
-        if not np.array_equal(np.sort(place), np.arange(labelled)):
+        index = np.array(table[_ROW_COLUMN].to_pylist())
+        if not np.array_equal(np.sort(index), np.arange(labelled)):
             raise DataError(
                 f"column {_ROW_COLUMN} of --train-labels {path} is not each row of split train once",
                 hint=f"number the rows from 0 to {labelled - 1}, or remove the column",
             )
-        given = given[np.argsort(place)]
+        given = given[np.argsort(index)]
     noisy = train.labels.copy()
-    own = rows[rows < labelled]
-    noisy[own] = given[own]
+    in_file = rows[rows < labelled]
+    noisy[in_file] = given[in_file]
     return _changed(train, noisy, rows, "file", None, f"{path}, column {key}")
 
 
@@ -140,26 +147,10 @@ def _meaning(class_names: Sequence[str]) -> Mapping[Any, int]:
 
 
 def _read(path: Path) -> pa.Table:
-    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"--train-labels {path}: unknown kind of file", hint=f"give {', '.join(readers)}")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"--train-labels {path}: unknown kind of file", hint=f"give {', '.join(_READERS)}")
     try:
-        return readers[path.suffix.lower()](path)
+        return reader(path)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"--train-labels {path} cannot be read", first_line(error), "check path and content") from None
-
-
-def _read_parquet(path: Path) -> pa.Table:
-    return pq.read_table(path)
-
-
-def _read_csv(path: Path) -> pa.Table:
-    import pyarrow.csv
-
-    return pyarrow.csv.read_csv(path)
-
-
-def _read_jsonl(path: Path) -> pa.Table:
-    import pyarrow.json
-
-    return pyarrow.json.read_json(path)

@@ -6,9 +6,10 @@ from functools import cache
 from typing import Any
 
 from samtune.data.encoded import FileImages
-from samtune.data.labels import Labels, is_missing, some
+from samtune.data.labels import Labels, is_missing
+from samtune.data.raw_splits import RawSplits
 from samtune.data.split_roles import ROLES
-from samtune.data.tables import RawSplits
+from samtune.data.text import plural, shorten
 from samtune.errors import DataError
 from samtune.files import readable
 
@@ -46,7 +47,7 @@ def without_repeats(dataset: str, raw: RawSplits) -> tuple[RawSplits, list[str]]
     if differ:
         shown = [f"{readable(file)} is {label_of[file]!r} and {value!r}" for file, value in differ.items()]
         raise DataError(
-            f"{_pictures(len(differ))} of data set {dataset} with several labels: {some(shown)}",
+            f"{plural(len(differ), 'picture')} of data set {dataset} with several labels: {shorten(shown)}",
             "several labels a picture are not supported",
             "keep one row of each picture",
         )
@@ -68,8 +69,8 @@ def shared(raw: RawSplits, parts: Mapping[str, Sequence[str]]) -> list[str]:
             again = [file for file in files if role_of.setdefault(file, role) != role]
             if again:
                 notes.append(
-                    f"{_pictures(len(again))} of {role_of[again[0]]} in {role}, too: its score is better than it "
-                    f"should be; keep each in one split ({some([readable(file) for file in again])})"
+                    f"{plural(len(again), 'picture')} of {role_of[again[0]]} in {role}, too: its score is better than "
+                    f"it should be; keep each in one split ({shorten([readable(file) for file in again])})"
                 )
     return notes
 
@@ -81,7 +82,3 @@ def _name(value: Any, names: Sequence[str] | None) -> Any:
 
 def _plain(path: str) -> str:
     return os.path.normpath(path) if "//" in path or "/." in path else path
-
-
-def _pictures(count: int) -> str:
-    return f"{count} picture{'s' if count != 1 else ''}"

@@ -47,8 +47,8 @@ def names_no_train(column: str, values: Sequence[Any]) -> bool:
 
 def may_tell_splits(column: str, values: Callable[[], Sequence[Any]]) -> bool:
     """Whether the name of a column speaks of splits, and its values are few: 2 to 5. They are asked about."""
-    found = (_distinct(values(), _MOST_UNNAMED) if is_called_split(column) else None) or set()
-    return len(found) > 1 and not all(map(_says_no_split, found))
+    distinct = (_distinct(values(), _MOST_UNNAMED) if is_called_split(column) else None) or set()
+    return len(distinct) > 1 and not all(map(_says_no_split, distinct))
 
 
 def is_called_split(column: str) -> bool:
@@ -67,15 +67,15 @@ def is_called_split(column: str) -> bool:
 def _distinct(values: Sequence[Any], most: int) -> set[str] | None:
     """The values as text, all blanks as one; None where there are more."""
     texts: set[str] = set()
-    found: set[str] = set()
+    distinct: set[str] = set()
     for value in values:
         text = str(value)
         if text not in texts:
             texts.add(text)
-            found.add("" if _is_blank(text) else text.strip())
-        if len(found) > most:
+            distinct.add("" if _is_blank(text) else text.strip())
+        if len(distinct) > most:
             return None
-    return found
+    return distinct
 
 
 def role_of_flag(name: str, values: Callable[[], Sequence[Any]]) -> str | None:
@@ -88,17 +88,17 @@ def role_of_flag(name: str, values: Callable[[], Sequence[Any]]) -> str | None:
     if role not in ROLES or not set(rest) <= _WORDS_OF_FLAGS:
         return None
     counts = Counter(map(_plain, values()))
-    found = {value: count for value, count in counts.items() if not _is_blank(value)}
-    if not found or not set(found) <= set(_FLAGS):
-        if is_sure_flag(name) and found and not tells_splits(name, values()):
-            odd = next(value for value in found if value not in _FLAGS)
+    counts = Counter({value: count for value, count in counts.items() if not _is_blank(value)})
+    if not counts or not set(counts) <= set(_FLAGS):
+        if is_sure_flag(name) and counts and not tells_splits(name, values()):
+            odd = next(value for value in counts if value not in _FLAGS)
             raise DataError(
                 f"column {name} speaks of a split, and has the value {odd!r}",
                 "a flag is 0 or 1, false or true",
                 "fix or remove the column, or name another that tells the splits by --split-key",
             )
         return None
-    count = sum(number for value, number in found.items() if _FLAGS[value])
+    count = sum(number for value, number in counts.items() if _FLAGS[value])
     is_soundness = "valid" in name.casefold() and "validation" not in name.casefold() and 2 * count > len(values())
     return None if is_soundness else role
 
@@ -113,19 +113,19 @@ def split_of_rows(
     columns: Sequence[str],
     values: Mapping[str, Sequence[Any]],
     where: Sequence[str],
-    wanted: DataSelection,
+    selection: DataSelection,
 ) -> tuple[list[str | None], list[str]]:
-    """The split of each row, None for one in no split, and what is to be said of it.
+    """The split of each row, None for one in no split, and notes.
 
-    columns: one with names of splits, or flags. where: a row's place in words. A row without a flag is of train, or of
+    columns: one with names of splits, or flags. where: each row for messages. A row without a flag is of train, or of
     test where train has a flag. Raises DataError for values that cannot be told, and where no row is in a split.
     """
-    flags = _flags_among(columns, values, wanted)
+    flags = _flags_among(columns, values, selection)
     notes: list[str] = []
     if flags:
         of_row = _by_flags(flags, values, where)
     else:
-        of_row, notes = _by_names(dataset, columns[0], values[columns[0]], wanted)
+        of_row, notes = _by_names(dataset, columns[0], values[columns[0]], selection)
     told = f"column {columns[0]} tells" if len(columns) == 1 else f"columns {', '.join(columns)} tell"
     sizes = Counter(split for split in of_row if split is not None)
     if tuple(columns) != ("split",):
@@ -140,9 +140,11 @@ def split_of_rows(
     return of_row, notes
 
 
-def _flags_among(columns: Sequence[str], values: Mapping[str, Sequence[Any]], wanted: DataSelection) -> dict[str, str]:
+def _flags_among(
+    columns: Sequence[str], values: Mapping[str, Sequence[Any]], selection: DataSelection
+) -> dict[str, str]:
     """Column -> role of columns that are flags; not where a split is asked for by the value itself."""
-    asked = {name for names in wanted.splits.values() for name in names}
+    asked = {name for names in selection.splits.values() for name in names}
     roles = {name: role_of_flag(name, partial(values.__getitem__, name)) for name in columns}
     flags = {name: role for name, role in roles.items() if role is not None}
     return {} if asked & {str(value) for name in flags for value in values[name]} else flags
@@ -151,21 +153,22 @@ def _flags_among(columns: Sequence[str], values: Mapping[str, Sequence[Any]], wa
 def _by_flags(flags: Mapping[str, str], values: Mapping[str, Sequence[Any]], where: Sequence[str]) -> list[str | None]:
     without = next((role for role in ("train", "test") if role not in flags.values()), None)
     of_row: list[str | None] = []
-    for place, row in zip(where, zip(*(values[name] for name in flags), strict=True), strict=True):
-        there = [name for name, value in zip(flags, row, strict=True) if _FLAGS.get(_plain(value))]
-        if len(there) > 1:
+    for row_name, row in zip(where, zip(*(values[name] for name in flags), strict=True), strict=True):
+        set_flags = [name for name, value in zip(flags, row, strict=True) if _FLAGS.get(_plain(value))]
+        if len(set_flags) > 1:
             raise DataError(
-                f"{place} is in {len(there)} splits: {', '.join(there)}", hint="fix the row, or name one --split-key"
+                f"{row_name} is in {len(set_flags)} splits: {', '.join(set_flags)}",
+                hint="fix the row, or name one --split-key",
             )
-        of_row.append(flags[there[0]] if there else without)
+        of_row.append(flags[set_flags[0]] if set_flags else without)
     return of_row
 
 
 def _by_names(
-    dataset: str, column: str, values: Sequence[Any], wanted: DataSelection
+    dataset: str, column: str, values: Sequence[Any], selection: DataSelection
 ) -> tuple[list[str | None], list[str]]:
     """The split of each row, and notes. Names that differ in case are one split, unless both are asked for."""
-    asked = {name for names in wanted.splits.values() for name in names}
+    asked = {name for names in selection.splits.values() for name in names}
     texts = ["" if value is None else str(value).strip() for value in values]
     no_split = {text for text in set(texts) if _says_no_split(text) and text not in asked}
     of_row = [None if text in no_split else text for text in texts]
@@ -173,7 +176,7 @@ def _by_names(
     of_row = [one_name.get(name, name) if name is not None else None for name in of_row]
     names = [name for name in of_row if name is not None]
     unknown = [name for name in _unknown(names) if name not in asked]
-    if unknown and wanted.split_key is None and column != "split":
+    if unknown and selection.split_key is None and column != "split":
         every = shlex.quote("+".join(dict.fromkeys(one_name.get(text, text) for text in texts)))
         sizes = Counter(texts).most_common(12)
         key = f"--split-key {shlex.quote(column)}"
@@ -186,20 +189,24 @@ def _by_names(
     return of_row, notes
 
 
-def _one_name(column: str, there: Collection[str], asked: set[str]) -> tuple[dict[str, str], list[str]]:
+def _one_name(column: str, splits: Collection[str], asked: set[str]) -> tuple[dict[str, str], list[str]]:
     """Name -> the name of its split, where that is another one, and notes: Train is train, tr is train beside te."""
     names: dict[str, str] = {}
-    for text in {name.casefold(): None for name in there}:
-        forms = [name for name in there if name.casefold() == text]
-        wanted = [name for name in forms if name in asked]
-        if len(wanted) < 2:
-            one = (wanted or [name for name in forms if name == text] or forms)[0]
+    for text in {name.casefold(): None for name in splits}:
+        forms = [name for name in splits if name.casefold() == text]
+        chosen = [name for name in forms if name in asked]
+        if len(chosen) < 2:
+            one = (chosen or [name for name in forms if name == text] or forms)[0]
             names |= {name: one for name in forms if name != one}
-    short = {name: _SHORT[name.casefold()] for name in there if name.casefold() in _SHORT}
-    if is_called_split(column) and not asked & set(there) and all(role_of(n) in ROLES for n in set(there) - set(short)):
+    short = {name: _SHORT[name.casefold()] for name in splits if name.casefold() in _SHORT}
+    if (
+        is_called_split(column)
+        and not asked & set(splits)
+        and all(role_of(n) in ROLES for n in set(splits) - set(short))
+    ):
         names |= short
-    said = ", ".join(f"{readable(name)} is {readable(one)}" for name, one in names.items())
-    return names, [f"column {column}: {said}"] if said else []
+    renamed = ", ".join(f"{readable(name)} is {readable(one)}" for name, one in names.items())
+    return names, [f"column {column}: {renamed}"] if renamed else []
 
 
 def _unknown(names: Iterable[str]) -> list[str]:

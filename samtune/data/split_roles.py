@@ -41,7 +41,7 @@ _STAND_INS = {"holdout": "test", "heldout": "test", "trainval": "train"}  # wher
 
 @dataclass(frozen=True)
 class DataSelection:
-    """How a data set is to be read, where it is not to be found out: the settings of a run with these names.
+    """Settings of a run that tell how its data set is read; None is found out from the data.
 
     A split may be several, joined by "+": "train+validation".
     """
@@ -71,7 +71,7 @@ class DataSelection:
 
     @property
     def splits(self) -> dict[str, tuple[str, ...]]:
-        """Role -> the splits that were asked for."""
+        """Role -> the selected splits."""
         flags = {"train": self.train_split, "validation": self.val_split, "test": self.test_split}
         return {role: tuple(names.split("+")) for role, names in flags.items() if names is not None}
 
@@ -112,10 +112,10 @@ def roles_beside(names: Iterable[str]) -> dict[str, str]:
     one that is held out is, and where none says train, trainval. The public part of a test set is what one may choose
     on, beside a private one.
     """
-    there = dict.fromkeys(names)
-    told = {name: role_of(name) for name in there}
-    roles = {name: name if role != name and role in there else role for name, role in told.items()}
-    for name in there:
+    splits = dict.fromkeys(names)
+    roles = {name: role_of(name) for name in splits}
+    roles = {name: name if role != name and role in splits else role for name, role in roles.items()}
+    for name in splits:
         role, rest = parse(name)
         free = [role for role in ("test", "validation") if role not in roles.values()]
         if (role, rest) == ("test", ("public",)) and free:
@@ -126,29 +126,43 @@ def roles_beside(names: Iterable[str]) -> dict[str, str]:
     return roles
 
 
+def roles_of_folders(names: Mapping[str, str]) -> dict[str, str]:
+    """Key -> role of those folders that are splits, by their names.
+
+    flowers_train and flowers_test are splits beside each other; one of them without the other is not.
+    """
+    parsed = {key: parse(name) for key, name in names.items()}
+    roles = {}
+    for key, (role, rest) in parsed.items():
+        partners = {other for other, other_rest in parsed.values() if other_rest == rest and other in ROLES}
+        if role is not None and (not rest or len(partners) > 1):
+            roles[key] = role
+    return roles
+
+
 def assign(
     dataset: str,
-    there: Sequence[str],
-    wanted: DataSelection,
+    splits: Sequence[str],
+    selection: DataSelection,
     policy: Mapping[str, str],
     needs_train: bool = True,
-    told: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> dict[str, tuple[str, ...]]:
     """Role -> the splits that play it, train first.
 
-    there: the splits of the data set. policy: role -> splits joined by "+", as the catalog says; {} goes by names, and
-    splits of other names keep them. What is wanted takes precedence, and each split plays one role. A test split is
-    never validation. needs_train: whether there has to be a train split. told: what was said of the splits, for errors.
+    splits: those of the data set. policy: role -> splits joined by "+", as the catalog says; {} goes by names, and
+    splits of other names keep them. What is selection takes precedence, and each split plays one role. A test split is
+    never validation. needs_train: whether there has to be a train split. notes: on the splits, for errors.
 
     Raises:
-        UsageError: a wanted split is not there, has two roles, or is test and shall be validation.
+        UsageError: a selected split is missing, has two roles, or is test and shall be validation.
         DataError: no train split; two splits that may both be meant.
     """
-    chosen = wanted.splits
-    _check(dataset, there, chosen, policy)
+    chosen = selection.splits
+    _check(dataset, splits, chosen, policy)
     taken = {name for names in chosen.values() for name in names}
     roles = dict(chosen)
-    for role, names in _by_default(there, policy).items():
+    for role, names in _default_roles(splits, policy).items():
         free = tuple(name for name in names if name not in taken)
         if role in roles or not free:
             continue
@@ -161,34 +175,34 @@ def assign(
     if "train" not in roles and needs_train:
         raise DataError(
             f"data set {dataset} has no train split",
-            "; ".join([f"it has: {', '.join(there)}", *told]),
+            "; ".join([f"it has: {', '.join(splits)}", *notes]),
             "name a split's files or folder train, or choose one by --train-split",
         )
     return {role: roles[role] for role in sorted(roles, key=lambda role: role != "train")}
 
 
-def _by_default(there: Iterable[str], policy: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def _default_roles(splits: Iterable[str], policy: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     if policy:
-        roles = {role: tuple(name for name in names.split("+") if name in there) for role, names in policy.items()}
+        roles = {role: tuple(name for name in names.split("+") if name in splits) for role, names in policy.items()}
         return {role: names for role, names in roles.items() if names}
-    found: dict[str, tuple[str, ...]] = {}
-    for name, role in roles_beside(there).items():
-        found[role] = (*found.get(role, ()), name)
-    return found
+    by_role: dict[str, tuple[str, ...]] = {}
+    for name, role in roles_beside(splits).items():
+        by_role[role] = (*by_role.get(role, ()), name)
+    return by_role
 
 
 def _check(
-    dataset: str, there: Sequence[str], chosen: Mapping[str, tuple[str, ...]], policy: Mapping[str, str]
+    dataset: str, splits: Sequence[str], chosen: Mapping[str, tuple[str, ...]], policy: Mapping[str, str]
 ) -> None:
     """Raise UsageError for a choice of splits that cannot be meant."""
     role_that_took: dict[str, str] = {}
     test = policy.get("test", "").split("+")
     for role, names in chosen.items():
         for name in names:
-            if name not in there:
+            if name not in splits:
                 raise UsageError(
                     f"{_FLAGS[role]} {'+'.join(names)}: data set {dataset} has no split {name!r}",
-                    hint=f"it has: {', '.join(there)}",
+                    hint=f"it has: {', '.join(splits)}",
                 )
             if name in role_that_took:
                 raise UsageError(

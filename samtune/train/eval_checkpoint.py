@@ -13,10 +13,10 @@ from samtune.config.run_config import RunConfig
 from samtune.data import source
 from samtune.data.cache import Images, drop_undecodable, raise_if_undecodable, undecodable_rows
 from samtune.data.decode import DecodeRule
-from samtune.data.labels import some
 from samtune.data.source import LabelledDataset, Split
 from samtune.data.split_roles import DataSelection
 from samtune.data.splits import Indices, RunSplits, open_run_splits
+from samtune.data.text import shorten
 from samtune.distributed import collectives, device
 from samtune.errors import DataError, UsageError
 from samtune.models import pretrained
@@ -185,7 +185,7 @@ def _rows_of_other(
     if len(rows) == 0:
         raise DataError(
             f"no picture of split {name} of {data.origin} is of a class that the model knows",
-            f"its classes: {some(list(selected.unknown)) or 'none'}; the model's: {some(manifest['class_names'])}",
+            f"its classes: {shorten(list(selected.unknown)) or 'none'}; the model's: {shorten(manifest['class_names'])}",
             "classes are matched by their names: name the folders or labels as the model does",
         )
     on_bad_image = selection.on_bad_image if selection is not None else config.on_bad_image

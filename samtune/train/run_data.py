@@ -13,7 +13,7 @@ from samtune.data.cache import (
     count_shared_images,
     decode_into_cache,
     drop_undecodable,
-    of_one_colour,
+    one_colour,
     raise_if_undecodable,
     undecodable_rows,
 )
@@ -69,7 +69,8 @@ def load_run_data(config: RunConfig, resolved: Resolved | None = None, decode: D
     parts = open_run_splits(config, classes=resolved.classes if resolved else None)
     rule = resolved.rule if resolved else decode_rule(config, parts.data)
     data = replace(
-        parts.data, notes=(*parts.data.notes, *depth.words(rule.ranges), *depth.beyond(rule, parts.data.splits))
+        parts.data,
+        notes=(*parts.data.notes, *depth.range_notes(rule.ranges), *depth.range_warnings(rule, parts.data.splits)),
     )
     for note in data.notes:
         console.info(note)
@@ -97,7 +98,7 @@ def load_run_data(config: RunConfig, resolved: Resolved | None = None, decode: D
         bad_images=bad,
         seen_test_images=count_shared_images(train, train_rows, test, test_rows) if test else 0,
         one_colour=[
-            image for images, (_, rows) in zip(decoded, used, strict=True) for image in of_one_colour(images, rows)
+            image for images, (_, rows) in zip(decoded, used, strict=True) for image in one_colour(images, rows)
         ],
     )
 

@@ -241,7 +241,7 @@ def test_odd_labels_are_said_and_are_no_error(tmp_path):
         "train has no image of yew",
         "test has no image of oak , ash, yew",
     ]
-    check.refuse_unreadable(result)
+    check.raise_if_unreadable(result)
     assert samtune("data", "check", tmp_path).returncode == 0
 
 

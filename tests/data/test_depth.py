@@ -82,7 +82,7 @@ def test_the_range_of_the_training_images_becomes_black_to_white(name, tmp_path)
     expected = np.rint((values.astype(float) - low) / (high - low) * 255)
     assert (pixels.numpy() == expected).all()
     assert len({*pixels.flatten().tolist()}) > 60  # neither black nor a few steps
-    assert (depth.words(ranges) == []) == (ranges == {"I;16": (0, 65535)})
+    assert (depth.range_notes(ranges) == []) == (ranges == {"I;16": (0, 65535)})
 
 
 def test_other_values_are_cut_off_and_what_is_no_number_is_black():

@@ -95,7 +95,7 @@ def test_a_picture_outside_the_class_folders_is_named(tmp_path):
 
 
 def test_one_class_alone_is_refused(tmp_path):
-    with pytest.raises(DataError, match="one class alone: cat"):
+    with pytest.raises(DataError, match="only one class: cat"):
         source.open_source(str(write_image_folder(tmp_path, {"train": 3}, classes=("cat",))))
 
 

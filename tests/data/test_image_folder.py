@@ -45,26 +45,23 @@ def sizes(data):
     return {role: len(split) for role, split in data.splits.items()}
 
 
-# Files -> splits with their sizes, classes, and a word of the note, if there is one.
+# Files -> splits with their sizes, classes, and a part of the note, if there is one.
 LAYOUTS = {
     "a folder around the data set": (
         ("data/train/cat/3", "data/train/dog/3", "data/test/cat/1", "data/test/dog/1"),
         {"train": 6, "test": 2},
         "cat dog",
-        "",
     ),
     "many folders around the data set": (
         ("a/b/c/train/cat/3", "a/b/c/train/dog/3", "a/b/c/val/dog/1"),
         {"train": 6, "validation": 1},
         "cat dog",
-        "",
     ),
-    "folders around classes": (("photos/all/cat/3", "photos/all/dog/3"), {"train": 6}, "cat dog", ""),
+    "folders around classes": (("photos/all/cat/3", "photos/all/dog/3"), {"train": 6}, "cat dog"),
     "Kaggle's names": (
         ("training_set/training_set/cat/3", "training_set/training_set/dog/3", "test_set/test_set/cat/2"),
         {"train": 6, "test": 2},
         "cat dog",
-        "",
     ),
     "Intel's names, and pictures to predict": (
         ("seg_train/seg_train/sea/3", "seg_train/seg_train/ice/3", "seg_test/seg_test/sea/2", "seg_pred/seg_pred/5"),
@@ -76,40 +73,30 @@ LAYOUTS = {
         ("images/train/cat/3", "images/train/dog/3", "images/val/cat/1", "labels/train/cat/0.txt"),
         {"train": 6, "validation": 1},
         "cat dog",
-        "",
     ),
     "years, cases, signs": (
         ("Train2017/cat/3", "Train2017/dog/3", "VAL-2017/cat/1", "test images/dog/1"),
         {"train": 6, "validation": 1, "test": 1},
         "cat dog",
-        "",
     ),
     "one word before all splits": (
         ("flowers_train/rose/3", "flowers_train/tulip/3", "flowers_test/rose/1"),
         {"train": 6, "test": 1},
         "rose tulip",
-        "",
     ),
-    "one such folder alone": (("asl_train/a/3", "asl_train/b/3"), {"train": 6}, "a b", ""),
+    "one such folder alone": (("asl_train/a/3", "asl_train/b/3"), {"train": 6}, "a b"),
     "a container inside each split": (
         ("train/images/cat/3", "train/images/dog/3", "test/images/cat/2"),
         {"train": 6, "test": 2},
         "cat dog",
-        "",
     ),
-    "classes first": (
-        ("cat/train/3", "cat/test/1", "dog/train/3", "dog/Test/2"),
-        {"train": 6, "test": 3},
-        "cat dog",
-        "",
-    ),
+    "classes first": (("cat/train/3", "cat/test/1", "dog/train/3", "dog/Test/2"), {"train": 6, "test": 3}, "cat dog"),
     "a lone val beside classes": (
         ("cat/3", "dog/3", "val/cat/1", "val/dog/1"),
         {"train": 6, "validation": 2},
         "cat dog",
-        "",
     ),
-    "a lone test beside classes": (("cat/3", "dog/3", "test/dog/2"), {"train": 6, "test": 2}, "cat dog", ""),
+    "a lone test beside classes": (("cat/3", "dog/3", "test/dog/2"), {"train": 6, "test": 2}, "cat dog"),
     "a lone test beside a folder that has its classes": (
         ("images/cat/3", "images/dog/3", "test/dog/2"),
         {"train": 6, "test": 2},
@@ -144,13 +131,11 @@ LAYOUTS = {
         ("cat/train/images/3", "cat/test/images/1", "dog/train/images/3", "dog/test/images/2"),
         {"train": 6, "test": 3},
         "cat dog",
-        "",
     ),
     "classes first, and a container between": (
         ("cat/images/train/3", "cat/images/test/1", "dog/images/train/3"),
         {"train": 6, "test": 1},
         "cat dog",
-        "",
     ),
     "a second train": (
         ("train/cat/3", "train/dog/3", "train2/cat/2"),
@@ -180,7 +165,6 @@ LAYOUTS = {
         ("train/-1/2", "train/0/2", "train/1/2", "test/-1/1"),
         {"train": 6, "test": 1},
         "0 1 -1",
-        "",
     ),
     "classes with folders of other names": (
         ("cat/day/1", "cat/night/1", "dog/day/2"),
@@ -200,8 +184,8 @@ LAYOUTS = {
         "cat dog",
         "1 picture right in .* left out",
     ),
-    "a class called train": (("train/3", "plane/3", "bus/3"), {"train": 9}, "bus plane train", ""),
-    "classes called valid and invalid": (("valid/3", "invalid/3"), {"train": 6}, "invalid valid", ""),
+    "a class called train": (("train/3", "plane/3", "bus/3"), {"train": 9}, "bus plane train"),
+    "classes called valid and invalid": (("valid/3", "invalid/3"), {"train": 6}, "invalid valid"),
     "folders inside classes": (
         ("train/cat/day1/3", "train/cat/day2/1", "train/dog/day1/2", "train/dog/1"),
         {"train": 7},
@@ -212,14 +196,13 @@ LAYOUTS = {
         ("train/cat/3", "train/dog/3", "__MACOSX/train/cat/2", "train/cat/@eaDir/2", "train/.cache/cat/2"),
         {"train": 6},
         "cat dog",
-        "",
     ),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_splits_and_classes_are_found_where_people_have_them(name, tmp_path):
-    paths, found, classes, note = LAYOUTS[name]
+    paths, found, classes, note = (*LAYOUTS[name], "")[:4]
     data = read(write(tmp_path, *paths))
     assert sizes(data) == found
     assert " ".join(data.class_names) == classes
@@ -500,7 +483,7 @@ def test_a_class_or_split_without_pictures_is_named(name, tmp_path):
 def test_the_error_for_one_class_alone_says_what_became_of_the_other(tmp_path):
     write(tmp_path, "train/cat/2")
     (tmp_path / "train" / "owl").mkdir()
-    with pytest.raises(DataError, match="one class alone: cat") as error:
+    with pytest.raises(DataError, match="only one class: cat") as error:
         read(tmp_path)
     assert "class owl of train is left out: it is empty" in error.value.cause
 
@@ -564,28 +547,28 @@ def test_an_archive_counts_as_a_folder_in_its_place(tmp_path):
 
 
 PACKED = {
-    "a class": (("cat/2", "bird/2"), "dog.zip", "dog.zip"),
-    "a class, which another program unpacks": (("cat/2", "bird/2"), "dog.rar", "dog.rar"),
-    "a class below": (("a/b/cat/2", "a/b/bird/2"), "a/b/dog.tar.xz", "a/b/dog.tar.xz"),
-    "a class of train": (("train/cat/2", "train/bird/2"), "train/dog.tgz", "train/dog.tgz"),
-    "a class of test": (("train/cat/2", "train/bird/2", "test/cat/1"), "test/bird.zip", "test/bird.zip"),
-    "a class beside a container": (("train/images/cat/2", "train/images/bird/2"), "train/dog.zip", "train/dog.zip"),
-    "a class in its folder": (("train/cat/2", "train/bird/2"), "train/dog/all.zip", "train/dog/all.zip"),
-    "a class, before splits": (("cat/train/2", "bird/train/2"), "dog.zip", "dog.zip"),
-    "a split below a class": (("cat/train/2", "bird/train/2"), "cat/test.zip", "cat/test.zip"),
-    "the second class": (("cat/2",), "dog.zip", "dog.zip"),
-    "test": (("train/cat/2", "train/dog/2"), "test.zip", "test.zip"),
-    "test in its folder": (("train/cat/2", "train/dog/2"), "test/test.zip", "test/test.zip"),
-    "test beside a folder of classes": (("photos/cat/2", "photos/dog/2"), "Test_Set.ZIP", "Test_Set.ZIP"),
-    "train": (("test/cat/2", "test/dog/2"), "train.tar.bz2", "train.tar.bz2"),
+    "a class": (("cat/2", "bird/2"), "dog.zip"),
+    "a class, which another program unpacks": (("cat/2", "bird/2"), "dog.rar"),
+    "a class below": (("a/b/cat/2", "a/b/bird/2"), "a/b/dog.tar.xz"),
+    "a class of train": (("train/cat/2", "train/bird/2"), "train/dog.tgz"),
+    "a class of test": (("train/cat/2", "train/bird/2", "test/cat/1"), "test/bird.zip"),
+    "a class beside a container": (("train/images/cat/2", "train/images/bird/2"), "train/dog.zip"),
+    "a class in its folder": (("train/cat/2", "train/bird/2"), "train/dog/all.zip"),
+    "a class, before splits": (("cat/train/2", "bird/train/2"), "dog.zip"),
+    "a split below a class": (("cat/train/2", "bird/train/2"), "cat/test.zip"),
+    "the second class": (("cat/2",), "dog.zip"),
+    "test": (("train/cat/2", "train/dog/2"), "test.zip"),
+    "test in its folder": (("train/cat/2", "train/dog/2"), "test/test.zip"),
+    "test beside a folder of classes": (("photos/cat/2", "photos/dog/2"), "Test_Set.ZIP"),
+    "train": (("test/cat/2", "test/dog/2"), "train.tar.bz2"),
 }
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_an_archive_that_may_be_a_class_or_a_split_is_not_dropped(name, tmp_path):
-    paths, archive, said = PACKED[name]
+    paths, archive = PACKED[name]
     write(tmp_path, *paths, archive)  # it is not opened
-    with pytest.raises(DataError, match=f"archive {said} lies beside") as error:
+    with pytest.raises(DataError, match=f"archive {archive} lies beside") as error:
         read(tmp_path)
     assert "unpack it" in error.value.hint
 

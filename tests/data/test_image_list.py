@@ -41,6 +41,15 @@ def pictures(data, role="train"):
     return [PICTURES.index(split.image_bytes(row)) for row in range(len(split))]
 
 
+def by_role(data):
+    return {role: pictures(data, role) for role in data.splits}
+
+
+def cells(count):
+    """Pictures as they stand in a table."""
+    return [{"bytes": picture, "path": None} for picture in PICTURES[:count]]
+
+
 def write(folder, header, *rows, name="list.csv", encoding="utf-8"):
     (folder / name).write_bytes("\n".join([header, *rows, ""]).encode(encoding))
     return folder / name
@@ -76,11 +85,7 @@ def test_a_column_of_names_of_splits_is_noticed_under_any_name(column, folder):
         f"photos/{i}.png,{'ab'[i % 2]},{s}" for i, s in enumerate(("train", "train", "train", "train", "valid", "Test"))
     ]
     data = read(write(folder, f"path,label,{column}", *rows))
-    assert {role: pictures(data, role) for role in data.splits} == {
-        "train": [0, 1, 2, 3],
-        "validation": [4],
-        "test": [5],
-    }
+    assert by_role(data) == {"train": [0, 1, 2, 3], "validation": [4], "test": [5]}
     told = f"column {column} tells the splits: train 4, valid 1, Test 1"
     assert data.notes == (() if column == "split" else (told,))
 
@@ -98,13 +103,8 @@ def test_columns_of_splits_are_chosen_by_name_where_there_are_several(folder):
 
 def test_a_column_of_splits_of_other_names_is_taken_where_it_is_named(folder):
     rows = [f"photos/{i}.png,{'ab'[i % 2]},fold{i // 2}" for i in range(4)]
-    data = read(
-        write(folder, "path,label,fold", *rows),
-        split_key="fold",
-        label_key="label",
-        train_split="fold0",
-        test_split="fold1",
-    )
+    flags = {"split_key": "fold", "label_key": "label", "train_split": "fold0", "test_split": "fold1"}
+    data = read(write(folder, "path,label,fold", *rows), **flags)
     assert (pictures(data), pictures(data, "test")) == ([0, 1], [2, 3])
 
 
@@ -113,8 +113,7 @@ def table_of_splits(folder, kind, column, values):
     if kind == "csv":
         rows = [f"photos/{i}.png,{'ab'[i % 2]},{'' if value is None else value}" for i, value in enumerate(values)]
         return write(folder, f"path,label,{column}", *rows)
-    images = [{"bytes": picture, "path": None} for picture in PICTURES[: len(values)]]
-    table = pa.table({"image": images, "label": ["a", "b", "a", "b", "a", "b"][: len(values)], column: list(values)})
+    table = pa.table({"image": cells(len(values)), "label": list("ababab"[: len(values)]), column: list(values)})
     pq.write_table(table, folder / "list.parquet")
     return folder / "list.parquet"
 
@@ -169,7 +168,7 @@ SPLITS = {
 def test_one_unusual_value_does_not_hide_a_column_of_splits(name, kind, folder):
     (column, values), expected, said = SPLITS[name]
     data = read(table_of_splits(folder, kind, column, values))
-    assert {role: pictures(data, role) for role in data.splits} == expected
+    assert by_role(data) == expected
     assert any(said in note for note in data.notes)
 
 
@@ -281,11 +280,7 @@ def test_a_column_that_is_called_as_splits_are_is_the_label_where_no_other_is(co
 
 def test_abbreviations_are_read_in_a_column_that_is_called_as_splits_are(folder):
     data = read(table_of_splits(folder, "csv", "subset", ["tr", "tr", "tr", "TR", "va", "te"]))
-    assert {role: pictures(data, role) for role in data.splits} == {
-        "train": [0, 1, 2, 3],
-        "validation": [4],
-        "test": [5],
-    }
+    assert by_role(data) == {"train": [0, 1, 2, 3], "validation": [4], "test": [5]}
     assert data.notes[0] == "column subset: TR is train, tr is train, va is validation, te is test"
     assert pictures(read(folder / "list.csv", split_key="subset", train_split="va+te")) == [4, 5]
 
@@ -356,14 +351,14 @@ FLAGS = {
 def test_a_flag_tells_the_split_of_a_row(name, kind, values, folder):
     no, yes = values
     data = read(table_of_splits(folder, kind, name, [no] * 4 + [yes] * 2))
-    assert {role: pictures(data, role) for role in data.splits} == FLAGS[name]
+    assert by_role(data) == FLAGS[name]
     assert any(f"column {name} tells the splits" in note for note in data.notes)
 
 
 def test_several_flags_tell_the_splits_together(folder):
     rows = [f"photos/{i}.png,{'ab'[i % 2]},{int(i < 2)},{int(1 < i < 4)}" for i in range(6)]
     data = read(write(folder, "path,label,is_train,is_val", *rows))
-    assert {r: pictures(data, r) for r in data.splits} == {"train": [0, 1], "validation": [2, 3], "test": [4, 5]}
+    assert by_role(data) == {"train": [0, 1], "validation": [2, 3], "test": [4, 5]}
     path = write(folder, "path,label,is_train,is_val", *rows, "photos/0.png,a,1,1")
     with pytest.raises(DataError, match=r"line 8 of .* is in 2 splits: is_train, is_val"):
         read(path)
@@ -624,10 +619,8 @@ def test_a_path_and_a_label_that_are_not_utf8_are_read(folder):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_marks_of_the_encoding_are_no_part_of_the_first_column(encoding, folder):
-    assert labels(read(write(folder, "path,label", "photos/0.png,ä", "photos/1.png,b", encoding=encoding))) == [
-        "ä",
-        "b",
-    ]
+    path = write(folder, "path,label", "photos/0.png,ä", "photos/1.png,b", encoding=encoding)
+    assert labels(read(path)) == ["ä", "b"]
 
 
 def test_line_characters_of_unicode_are_no_ends_of_lines_in_json(folder):
@@ -659,7 +652,7 @@ def test_a_competitions_folder_is_read_by_its_list_of_train(name, competition):
     write(competition, *TRAIN, name=name)
     write(competition, "id", "0", "1", name="test.csv")
     data = read(competition)
-    assert {role: pictures(data, role) for role in data.splits} == {"train": [0, 1, 2, 3]}
+    assert by_role(data) == {"train": [0, 1, 2, 3]}
     assert labels(data) == ["a", "b", "a", "b"]
     assert f"stand in {name};" in data.notes[0]
     assert "test.csv is left out: it has no labels" in data.notes
@@ -723,7 +716,7 @@ def test_the_list_with_a_column_of_labels_by_name_or_one_for_each_class_is_named
 
 def test_a_table_beside_one_folder_of_pictures_is_named(folder):
     pq.write_table(pa.table({"path": ["photos/0.png"], "label": ["a"]}), folder / "rows.parquet")
-    with pytest.raises(DataError, match="one class alone: photos") as error:
+    with pytest.raises(DataError, match="only one class: photos") as error:
         read(folder)
     assert f"{folder / 'rows.parquet'} lists them" in error.value.hint
 
@@ -744,7 +737,7 @@ def test_a_list_beside_one_folder_of_pictures_tells_their_labels(folder):
     write(folder, *TRAIN, name="train.csv")
     assert labels(read(folder)) == ["a", "b", "a", "b"]
     (folder / "train.csv").rename(folder / "labels.csv")
-    with pytest.raises(DataError, match="one class alone: photos") as error:
+    with pytest.raises(DataError, match="only one class: photos") as error:
         read(folder)
     assert f"{folder / 'labels.csv'} lists them" in error.value.hint
 
@@ -776,9 +769,8 @@ def test_a_list_beside_class_folders_is_not_read_and_named(tmp_path):
 
 
 def test_numbers_written_as_floats_are_ordered_as_numbers(folder):
-    data = read(
-        write(folder, "path,label", *(f"photos/{i}.png,{label}" for i, label in enumerate(("10.0", "9.0", "2."))))
-    )
+    rows = [f"photos/{i}.png,{label}" for i, label in enumerate(("10.0", "9.0", "2."))]
+    data = read(write(folder, "path,label", *rows))
     assert data.class_names == ("2", "9", "10")
 
 
@@ -793,7 +785,7 @@ def test_blanks_around_names_and_values_do_not_count(folder):
 
 
 def test_blanks_around_labels_of_a_table_do_not_count(folder):
-    images = [{"bytes": picture, "path": None} for picture in PICTURES[:3]]
+    images = cells(3)
     pq.write_table(pa.table({"image": images, "label": ["cat ", "cat", "dog"]}), folder / "list.parquet")
     data = read(folder / "list.parquet")
     assert labels(data) == ["cat", "cat", "dog"]
@@ -838,7 +830,7 @@ def test_none_blank_and_minus_one_are_no_labels_in_a_table(missing, folder):
     kind = datasets.Value("string") if missing == "" else datasets.ClassLabel(names=["a", "b"])
     known = ["a", "b", "a"] if missing == "" else [0, 1, 0]
     features = datasets.Features({"image": datasets.Image(), "label": kind})
-    images = [{"bytes": picture, "path": None} for picture in PICTURES[:4]]
+    images = cells(4)
     table = datasets.Dataset.from_dict({"image": images, "label": [*known, missing]}, features=features)
     (folder / "data").mkdir()
     table.to_parquet(folder / "data" / "train.parquet")
@@ -853,7 +845,7 @@ def test_none_blank_and_minus_one_are_no_labels_in_a_table(missing, folder):
 def test_a_single_parquet_file_is_a_data_set_with_its_column_of_splits(folder):
     table = pa.table(
         {
-            "picture": [{"bytes": picture, "path": None} for picture in PICTURES],
+            "picture": cells(6),
             "kind": ["a", "b"] * 3,
             "part": ["train"] * 4 + ["val", "test"],
         }
@@ -891,7 +883,7 @@ def test_a_table_of_paths_sees_them_from_its_folder(kind, folder, monkeypatch):
 def test_several_labels_a_picture_in_a_table_are_refused_by_the_column(folder):
     classes = datasets.Sequence(datasets.ClassLabel(names=["a", "b"]))
     features = datasets.Features({"image": datasets.Image(), "label": classes})
-    images = [{"bytes": picture, "path": None} for picture in PICTURES[:2]]
+    images = cells(2)
     table = datasets.Dataset.from_dict({"image": images, "label": [[0], [0, 1]]}, features=features)
     table.to_parquet(folder / "train.parquet")
     with pytest.raises(DataError, match=r"column label of .* holds lists of labels") as error:

@@ -14,10 +14,11 @@ from samtune.data.check.scan import Picture, Progress
 from samtune.data.decode import DecodeRule
 from samtune.data.source import LabelledDataset, open_source
 from samtune.data.split_roles import DataSelection
+from samtune.data.text import plural, shorten
 from samtune.distributed import device
 from samtune.errors import DataError
 
-_IMBALANCE = 10.0  # largest class over smallest, from which on it is worth a word
+_IMBALANCE = 10.0  # largest class over smallest, from which on it is reported
 _MIN_SIDE = 256  # pixels of a picture's shorter side that are enough to see what it is
 _SHOWN = 20  # findings of a kind that are printed; --json has all
 
@@ -52,27 +53,27 @@ def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict
         pictures += scan.scan(split, rule, workers=workers, progress=progress)
     groups = [("exact", group) for group in duplicates.exact(pictures)]
     groups += [("near", group) for group in duplicates.near(pictures)]
-    found = [_group(kind, group, data.class_names) for kind, group in groups]
+    of_duplicates = [_group(kind, group, data.class_names) for kind, group in groups]
     splits = {name: _split(data, [p for p in pictures if p.split == name]) for name in data.splits}
     return {
         "dataset": data.name,
         "source": data.origin,
         "classes": len(data.class_names),
         "splits": splits,
-        "unreadable": [_place(p, data.class_names) | {"reason": p.unreadable} for p in pictures if p.unreadable],
-        "one_colour": [_place(p, data.class_names) for p in pictures if p.one_colour],
+        "unreadable": [_location(p, data.class_names) | {"reason": p.unreadable} for p in pictures if p.unreadable],
+        "one_colour": [_location(p, data.class_names) for p in pictures if p.one_colour],
         "near_duplicates": scan.can_see_likeness(),
-        "duplicates": sorted(found, key=lambda group: (not group["labels_differ"], not group["across_splits"])),
+        "duplicates": sorted(of_duplicates, key=lambda group: (not group["labels_differ"], not group["across_splits"])),
         "oddities": [
             *_oddities(data.class_names, splits),
             *data.notes,
-            *depth.words(ranges),
-            *depth.beyond(rule, data.splits),
+            *depth.range_notes(ranges),
+            *depth.range_warnings(rule, data.splits),
         ],
     }
 
 
-def _place(picture: Picture, class_names: Sequence[str]) -> dict[str, Any]:
+def _location(picture: Picture, class_names: Sequence[str]) -> dict[str, Any]:
     return {
         "split": picture.split,
         "row": picture.row,
@@ -86,7 +87,7 @@ def _group(kind: str, group: Sequence[Picture], class_names: Sequence[str]) -> d
         "kind": kind,
         "across_splits": len({picture.split for picture in group}) > 1,
         "labels_differ": len({picture.label for picture in group}) > 1,
-        "images": [_place(picture, class_names) for picture in group],
+        "images": [_location(picture, class_names) for picture in group],
     }
 
 
@@ -119,109 +120,99 @@ def _spread(values: Sequence[int]) -> dict[str, float] | None:
 
 
 def _oddities(class_names: Sequence[str], splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    said = []
+    oddities = []
     alike: dict[str, list[str]] = {}
     for name in class_names:
         alike.setdefault("".join(name.split()).casefold(), []).append(name)
     for names in alike.values():
         if len(names) > 1:
-            said.append(f"classes differ by case or blanks alone: {', '.join(map(repr, names))}")
+            oddities.append(f"classes differ by case or blanks alone: {', '.join(map(repr, names))}")
     train = splits["train"]
     single = [name for name, count in train["class_counts"].items() if count == 1]
     if single:
-        said.append(f"train has only one image of {_some(single)}")
+        oddities.append(f"train has only one image of {shorten(single)}")
     smallest = min(count for count in train["class_counts"].values() if count > 0)
     if train["largest_class"] >= _IMBALANCE * smallest:
-        said.append(f"train is imbalanced: {smallest} to {train['largest_class']} images a class")
+        oddities.append(f"train is imbalanced: {smallest} to {train['largest_class']} images a class")
     for name, split in splits.items():
         if split["missing_classes"]:
-            said.append(f"{name} has no image of {_some(split['missing_classes'])}")
+            oddities.append(f"{name} has no image of {shorten(split['missing_classes'])}")
         if split["animated"]:
-            said.append(f"{name} has {split['animated']} animated images, of which the first frame is used")
-    return said
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 6} other classes" if len(names) > 6 else ""
-    return ", ".join(names[:6]) + more
-
-
-# --------------------------------------------------------------------------------------------------------------- words
+            oddities.append(f"{name} has {split['animated']} animated images, of which the first frame is used")
+    return oddities
 
 
 def summary(result: Mapping[str, Any]) -> dict[str, str]:
-    """The rows of the table: each split, and how much of what was found."""
+    """The rows of the table: each split, and the number of findings of each kind."""
     sizes = ", ".join(f"{name} {split['images']}" for name, split in result["splits"].items())
     rows = {"images": f"{sizes}; {result['classes']} classes ({result['source']})"}
     for name, split in result["splits"].items():
-        rows[name] = _split_words(split)
+        rows[name] = _describe_split(split)
     rows["unreadable"] = str(len(result["unreadable"]) or "none")
     rows["of one colour"] = str(len(result["one_colour"]) or "none")
     for kind in ("exact", "near"):
         groups = [group for group in result["duplicates"] if group["kind"] == kind]
-        rows[f"{kind} duplicates"] = _duplicate_words(groups)
+        rows[f"{kind} duplicates"] = _describe_duplicates(groups)
     if not result["near_duplicates"]:
         rows["near duplicates"] = "not looked for: the package imagehash is not installed"
     rows["oddities"] = str(len(result["oddities"]) or "none")
     return rows
 
 
-def _split_words(split: Mapping[str, Any]) -> str:
+def _describe_split(split: Mapping[str, Any]) -> str:
     counts = {"min": split["smallest_class"], "median": split["median_class"], "max": split["largest_class"]}
-    words = [f"images a class {_spread_words(counts)}"]
+    lines = [f"images a class {_describe_spread(counts)}"]
     if split["width"]:
-        words.append(f"width {_spread_words(split['width'])}, height {_spread_words(split['height'])} px")
-    words.append(", ".join(f"{mode} {count}" for mode, count in split["modes"].items()))
-    words.append(f"{split['animated']} animated, {split['exif_turned']} turned by EXIF")
-    return "\n".join(word for word in words if word)
+        lines.append(f"width {_describe_spread(split['width'])}, height {_describe_spread(split['height'])} px")
+    lines.append(", ".join(f"{mode} {count}" for mode, count in split["modes"].items()))
+    lines.append(f"{split['animated']} animated, {split['exif_turned']} turned by EXIF")
+    return "\n".join(filter(None, lines))
 
 
-def _spread_words(spread: Mapping[str, float]) -> str:
+def _describe_spread(spread: Mapping[str, float]) -> str:
     if spread["min"] == spread["max"]:
         return f"{spread['min']}"
     return f"{spread['min']} to {spread['max']} (median {spread['median']:g})"
 
 
-def _duplicate_words(groups: Sequence[Mapping[str, Any]]) -> str:
+def _describe_duplicates(groups: Sequence[Mapping[str, Any]]) -> str:
     if not groups:
         return "none"
     images = sum(len(group["images"]) for group in groups)
     across = sum(group["across_splits"] for group in groups)
     differ = sum(group["labels_differ"] for group in groups)
-    number = f"{len(groups)} groups" if len(groups) > 1 else "1 group"
-    return f"{number}, {images} images; {across} across splits, {differ} with different labels"
+    return f"{plural(len(groups), 'group')}, {images} images; {across} across splits, {differ} with different labels"
 
 
 def findings(result: Mapping[str, Any]) -> list[str]:
-    """One line for each thing found; of a kind the first few."""
+    """One line for each finding; of each kind the first few."""
     unreadable = [f"unreadable: {_where(image)}: {image['reason']}" for image in result["unreadable"]]
     lines = _first(unreadable)
     lines += _first([f"of one colour all over: {_where(image)}" for image in result["one_colour"]])
     for kind in ("exact", "near"):
-        lines += _first([_group_words(group) for group in result["duplicates"] if group["kind"] == kind])
+        lines += _first([_describe_group(group) for group in result["duplicates"] if group["kind"] == kind])
     return lines + _first([f"odd: {oddity}" for oddity in result["oddities"]])
 
 
 def _first(lines: list[str]) -> list[str]:
-    more = [f"... and {len(lines) - _SHOWN} more such (--json lists all)"] if len(lines) > _SHOWN else []
-    return lines[:_SHOWN] + more
+    rest = len(lines) - _SHOWN
+    return lines[:_SHOWN] + ([f"... and {rest} more such (--json lists all)"] if rest > 0 else [])
 
 
-def _group_words(group: Mapping[str, Any]) -> str:
-    words = f"{group['kind']} duplicates"
-    words += " across splits" if group["across_splits"] else ""
-    words += " WITH DIFFERENT LABELS" if group["labels_differ"] else ""
+def _describe_group(group: Mapping[str, Any]) -> str:
+    across = " across splits" if group["across_splits"] else ""
+    differ = " WITH DIFFERENT LABELS" if group["labels_differ"] else ""
     sign = " = " if group["kind"] == "exact" else " ~ "
-    return f"{words}: " + sign.join(f"{_where(image)} [{image['label']}]" for image in group["images"])
+    title = f"{group['kind']} duplicates{across}{differ}"
+    return f"{title}: " + sign.join(f"{_where(image)} [{image['label']}]" for image in group["images"])
 
 
 def _where(image: Mapping[str, Any]) -> str:
-    place = f"{image['split']} {image['row']}"
-    return f"{place} {image['path']}" if image["path"] else place
+    return " ".join(filter(None, (image["split"], str(image["row"]), image["path"])))
 
 
-def refuse_unreadable(result: Mapping[str, Any]) -> None:
-    """Raise DataError if there are images that a run would stop at."""
+def raise_if_unreadable(result: Mapping[str, Any]) -> None:
+    """Raise DataError if there are images at which a run would stop."""
     images = result["unreadable"]
     if images:
         total = sum(split["images"] for split in result["splits"].values())

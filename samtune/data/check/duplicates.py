@@ -54,20 +54,20 @@ def close_pairs(hashes: Hashes, distance: int) -> Pairs:
     Such hashes agree in one of distance + 1 bands of bits at least, so that only hashes that share a band are compared.
     """
     edges = [64 * band // (distance + 1) for band in range(distance + 2)]
-    found = [np.empty((0, 2), dtype=np.int64)]
+    pairs = [np.empty((0, 2), dtype=np.int64)]
     for low, high in pairwise(edges):
         band = hashes >> np.uint64(low) & np.uint64((1 << (high - low)) - 1)
         order = np.argsort(band, kind="stable")
         band, ordered = band[order], hashes[order]
-        here = np.arange(len(hashes))
+        first = np.arange(len(hashes))
         for ahead in range(1, len(hashes)):  # as often as the fullest bucket has hashes
-            here = here[here + ahead < len(hashes)]
-            here = here[band[here] == band[here + ahead]]
-            if len(here) == 0:
+            first = first[first + ahead < len(hashes)]
+            first = first[band[first] == band[first + ahead]]
+            if len(first) == 0:
                 break
-            close = here[np.bitwise_count(ordered[here] ^ ordered[here + ahead]) <= distance]
-            found.append(np.stack([order[close], order[close + ahead]], axis=1))
-    return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+            close = first[np.bitwise_count(ordered[first] ^ ordered[first + ahead]) <= distance]
+            pairs.append(np.stack([order[close], order[close + ahead]], axis=1))
+    return np.unique(np.sort(np.concatenate(pairs), axis=1), axis=0)
 
 
 def _alike(files: Sequence[Sequence[Picture]], pairs: Pairs) -> npt.NDArray[np.bool_]:

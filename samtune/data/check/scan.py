@@ -1,4 +1,4 @@
-"""Every image of a data set, looked at once: what it is, what it looks like, or why it cannot be read.
+"""Every image of a data set, read once: its format, its appearance, or why it cannot be read.
 
 What is readable is what training can decode. Work is spread over processes.
 """
@@ -27,7 +27,7 @@ _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _LEAST_CONTRAST = 2.0  # standard deviation in grey levels, of 255, under which a picture shows nothing to compare
 _MODES = {"1": "grey", "L": "grey", "LA": "grey with alpha", "P": "palette", "PA": "palette"}
 
-Progress = Callable[[str, int, int], None]  # what is going on, images done, images in all
+Progress = Callable[[str, int, int], None]  # activity, images done, images in all
 
 
 @dataclass(frozen=True)
@@ -86,21 +86,17 @@ class _Pictures(torch.utils.data.Dataset[Picture]):
 
     def __getitem__(self, row: int) -> Picture:
         split = self.split
-        place: dict[str, Any] = {
-            "split": split.name,
-            "row": row,
-            "label": int(split.labels[row]),
-            "path": split.path(row),
-        }
+        label, path = int(split.labels[row]), split.path(row)
+        where: dict[str, Any] = {"split": split.name, "row": row, "label": label, "path": path}
         encoded = b""
         try:
             encoded = split.image_bytes(row)
             pixels = decode(encoded, lambda: split.where(row), self.rule)
         except DataError as error:
             digest = hashlib.sha256(encoded).digest() if encoded else b""
-            return Picture(**place, sha256=digest, unreadable=error.cause)
+            return Picture(**where, sha256=digest, unreadable=error.cause)
         about = _header(encoded) | _appearance(pixels)
-        return Picture(**place, sha256=hashlib.sha256(encoded).digest(), one_colour=is_constant(pixels), **about)
+        return Picture(**where, sha256=hashlib.sha256(encoded).digest(), one_colour=is_constant(pixels), **about)
 
 
 def _header(encoded: bytes) -> dict[str, Any]:
