@@ -185,7 +185,7 @@ def _rows_of_other(
     if len(rows) == 0:
         raise DataError(
             f"no picture of split {name} of {data.origin} is of a class that the model knows",
-            f"its classes: {shorten(list(selected.unknown)) or 'none'}; the model's: {shorten(manifest['class_names'])}",
+            f"its classes: {shorten([*selected.unknown]) or 'none'}; the model's: {shorten(manifest['class_names'])}",
             "classes are matched by their names: name the folders or labels as the model does",
         )
     on_bad_image = selection.on_bad_image if selection is not None else config.on_bad_image
