@@ -51,8 +51,8 @@ POINTS = {
     "exit with launcher": "samtune.distributed.environment:exit_with_launcher",
     "classify": "samtune.predict.predictor:Predictor.classify",
     "start TensorBoard": "samtune.train.trackers:_TensorBoard.__init__",
-    "TensorBoard row": "samtune.train.trackers:_TensorBoard.row",
-    "end TensorBoard": "samtune.train.trackers:_TensorBoard.end",
+    "TensorBoard row": "samtune.train.trackers:_TensorBoard.log_row",
+    "end TensorBoard": "samtune.train.trackers:_TensorBoard.finish",
 }
 """Where a fault can be injected: name -> module:function, in the module whose call breaks."""
 
