@@ -27,7 +27,7 @@ from samtune.data.transforms import eval_transform, normalize
 from samtune.distributed import collectives, device
 from samtune.distributed.signals import Interrupted
 from samtune.errors import DataError, Diverged, UsageError
-from samtune.models import pretrained
+from samtune.models.timm_format import load_checkpoint
 from samtune.report.stats import wilson_interval
 from samtune.runs import checkpoint
 from samtune.runs.run_log import read_provenance
@@ -237,7 +237,7 @@ def evaluate_checkpoint(
     target = device.select_device(gpus, processes)
     collectives.init(target)
     with collectives.local_main_process_first():
-        model, data_config = pretrained.load_checkpoint(weights)
+        model, data_config = load_checkpoint(weights)
         chosen = _choose(folder, config, manifest, split, dataset, wanted)
         for note in chosen.notes:
             console.info(note)

@@ -37,7 +37,7 @@ POINTS = {
     "train step": "samtune.train.loop:Trainer._step",
     "preflight": "samtune.train.preflight:check_before_slow_work",
     "build setup": "samtune.train.setup:build_setup",
-    "build model": "samtune.models.pretrained:build",
+    "build model": "samtune.train.setup:build_model",
     "decode": "samtune.data.cache:decode",
     "read images": "samtune.data.cache:Images.take",
     "save checkpoint": "samtune.runs.checkpoint:save",
