@@ -142,7 +142,6 @@ class _Parquet(_Rows):
         text = {0, *range(1, 1 + 2 * self.top, 2)}  # path, and the classes
         types = [pa.string() if i in text else pa.float32() for i in range(len(self.columns))]
         self._schema = pa.schema(list(zip(self.columns, types, strict=True)))
-        self._table, self._array = pa.Table, pa.array
         self._writer = pq.ParquetWriter(self.file, self._schema)
         self._waiting: list[list[str | np.float32]] = []
 
@@ -157,9 +156,11 @@ class _Parquet(_Rows):
         self.file.flush()
 
     def _write_group(self) -> None:
+        import pyarrow as pa
+
         columns: list[Sequence[Any]] = list(zip(*self._waiting, strict=True)) or [()] * len(self.columns)
-        arrays = [self._array(values, kind) for values, kind in zip(columns, self._schema.types, strict=True)]
-        self._writer.write_table(self._table.from_arrays(arrays, schema=self._schema))
+        arrays = [pa.array(values, kind) for values, kind in zip(columns, self._schema.types, strict=True)]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         self._waiting = []
 
 

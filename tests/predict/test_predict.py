@@ -438,11 +438,15 @@ def test_several_ranks_write_the_same_rows_in_the_same_order(trained, mixed, tmp
 def test_a_pipe_or_a_device_is_written_to_and_never_replaced(trained, photos, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # has room for what comes
-    done = samtune("predict", trained, photos, "--output", pipe)
-    assert done.returncode == 0, done.stderr
-    assert os.read(reader, 2**16).decode() == samtune("predict", trained, photos).stdout
-    os.close(reader)
+    content = {}
+    for kind in ("csv", "parquet"):
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # the pipe has room for all
+        done = samtune("predict", trained, photos, "--output", pipe, "--format", kind)
+        assert done.returncode == 0, done.stderr
+        content[kind] = os.read(reader, 2**16)
+        os.close(reader)
+    assert content["csv"].decode() == samtune("predict", trained, photos).stdout
+    assert pq.read_table(io.BytesIO(content["parquet"])).num_rows == len(content["csv"].splitlines()) - 1
     assert pipe.is_fifo()
     null = tmp_path / "null"
     null.symlink_to(os.devnull)
