@@ -1,4 +1,4 @@
-"""The model hub: patience with it, its cache, and its errors in plain words. The only user of `huggingface_hub`."""
+"""The model hub: retries, its cache, and its errors in plain words. The only user of `huggingface_hub`."""
 
 import errno
 import hashlib
@@ -9,23 +9,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
-from huggingface_hub import CacheNotFound, HfApi, constants, scan_cache_dir, snapshot_download
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub import CacheNotFound, constants, scan_cache_dir, snapshot_download
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, hf_raise_for_status, http_backoff
 
 from samtune import console
 from samtune.errors import MachineError, ModelError, SamtuneError, UsageError, first_line
 
 T = TypeVar("T")
 
-# Seconds before each new try. The library has patience of its own with a download that is cut off, late or put off
-# (429), but none with one that gets a 5xx, and none at all with the first question, whether there is the repository.
-_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+_SERVER_ERRORS = (500, 502, 503, 504)
+# Seconds before a download is tried again. The library retries downloads that are cut off, late or refused by 429,
+# but not those that get a 5xx.
 _DOWNLOAD_PAUSES = (1.0, 4.0)
-_LONGEST_PAUSE = 300.0  # the hub counts requests in windows of five minutes
-_PASSING = {500, 502, 503, 504}
 
-# A repository of which only such files are there is of no use.
+# Suffixes of files that describe a repository. One that has no others in the cache is not cached.
 _DESCRIPTIONS = {"", ".md", ".json", ".txt", ".py", ".yaml", ".yml"}
 
 
@@ -33,161 +32,152 @@ _DESCRIPTIONS = {"", ".md", ".json", ".txt", ".py", ".yaml", ".yml"}
 class Repository:
     """A repository of the hub.
 
-    what: the thing that a user asked for, and instead: where else it may come from, both for messages. revision: a
-    branch or a commit; None is the main branch.
+    label: what the user asked for; alternative: where else it may come from. Both are for messages. revision: a branch
+    or a commit; None is the main branch.
     """
 
     id: str
     kind: Literal["model", "dataset"]
-    what: str
-    instead: str
+    label: str
+    alternative: str
     revision: str | None = None
 
     @property
-    def fetch(self) -> str:
-        """The command that brings it into the cache."""
+    def download_command(self) -> str:
+        """The command that downloads it into the cache."""
         options = "--repo-type dataset " if self.kind == "dataset" else ""
         options += f"--revision {self.revision} " if self.revision else ""
         return f"hf download {options}{self.id}"
 
     @property
     def folder(self) -> Path:
-        """Its place in the cache: blobs, refs and snapshots."""
+        """Its folder in the cache, with blobs, refs and snapshots."""
         return Path(constants.HF_HUB_CACHE) / f"{self.kind}s--{self.id.replace('/', '--')}"
 
     @property
     def is_cached(self) -> bool:
-        """Whether weights, tables or pictures are there; a part of them, perhaps."""
+        """Whether the cache has weights, tables or pictures of it, all or some."""
         files = (path for path in self.folder.glob("snapshots/*/**/*") if path.is_file())
         return any(path.suffix.lower() not in _DESCRIPTIONS for path in files)
 
 
 def cache_folder() -> Path:
-    """Where repositories of the hub are kept here."""
+    """The folder of all cached repositories."""
     return Path(constants.HF_HUB_CACHE)
 
 
 def endpoint() -> str:
-    """The hub's address."""
+    """The address of the hub."""
     return str(constants.ENDPOINT)
 
 
 def is_offline() -> bool:
-    """Whether the hub shall not be asked."""
+    """Whether HF_HUB_OFFLINE forbids requests."""
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def cached() -> list[dict[str, Any]]:
-    """What the cache holds: kind (model, dataset, space), id, bytes."""
+    """All cached repositories: kind (model, dataset, space), id, bytes."""
     try:
-        found = scan_cache_dir().repos
+        repositories = scan_cache_dir().repos
     except CacheNotFound:
         return []
-    rows = [{"kind": repo.repo_type, "id": repo.repo_id, "bytes": repo.size_on_disk} for repo in found]
+    rows = [{"kind": repo.repo_type, "id": repo.repo_id, "bytes": repo.size_on_disk} for repo in repositories]
     return sorted(rows, key=lambda row: (row["kind"], row["id"]))
 
 
 def load(repository: Repository, read: Callable[[bool], T]) -> T:
-    """What `read` makes of a repository's files, fetched where the cache does not hold them.
+    """Call `read`, which downloads and reads files of the repository, and return its result.
 
-    read: is told whether the hub answers; if not, the cache must do. It may be called more than once: after an answer
-    that passes (5xx), and after a damaged file of the cache is thrown away.
+    read: its argument says whether the hub answers; if not, it must use the cache. It is called again after a 5xx, and
+    after a damaged file of the cache has been deleted.
 
-    Raises ModelError where neither hub nor cache has it, and lets TypeError and AssertionError through: they are about
-    the arguments inside `read`. Errors of samtune's own go through, too, unless a file of the cache is damaged.
+    Raises ModelError where neither hub nor cache has the repository. TypeError and AssertionError are about the
+    arguments inside `read` and pass through, and so do samtune's own errors unless a file of the cache is damaged.
     """
     if not sys.stderr.isatty():
         disable_progress_bars()
-    trouble = _ask(repository)
-    if trouble is not None:
+    hub_error = _hub_error(repository)
+    if hub_error is not None:
         if not repository.is_cached:
-            raise _error(repository, trouble) from None
-        if not _is_offline(trouble):
-            console.warn(f"{_answer(trouble)}; taking {repository.what} from the cache")
+            raise _user_error(repository, hub_error) from None
+        if not _is_offline(hub_error):
+            console.warn(f"{_answer(hub_error)}; taking {repository.label} from the cache")
     damaged: list[str] = []
     while True:
         try:
-            return _patiently(lambda: read(trouble is None), _DOWNLOAD_PAUSES, _PASSING, silence=("ReadError",))
+            return _with_retries(lambda: read(hub_error is None))
         except (TypeError, AssertionError, UsageError):
             raise
         except Exception as error:  # network, cache and file formats have a family of errors each
-            found = [] if damaged else _discard_damaged(repository)
-            if isinstance(error, SamtuneError) and not (damaged or found):
+            deleted = [] if damaged else _delete_damaged(repository)
+            if isinstance(error, SamtuneError) and not (damaged or deleted):
                 raise
-            if trouble is not None or not found:
-                raise _error(repository, trouble or error, damaged or found) from None
-            damaged = found
-            console.warn(f"{repository.what}: {', '.join(found)} in the cache is damaged and is fetched again")
+            if hub_error is not None or not deleted:
+                raise _user_error(repository, hub_error or error, damaged or deleted) from None
+            damaged = deleted
+            console.warn(f"{repository.label}: {', '.join(damaged)} in the cache is damaged and is fetched again")
 
 
 def snapshot(repository: Repository, *, online: bool) -> Path:
-    """The folder of the cache that holds a data set's files, after fetching those that are missing.
+    """The folder of the cache that holds a data set's files, after downloading those that are missing.
 
-    Tables, where the repository has some; else everything: pictures, archives, WebDataset shards.
+    Only tables, where the repository has some; else all files: pictures, archives, WebDataset shards.
     """
 
-    def fetch(patterns: list[str] | None) -> Path:
-        place = snapshot_download(
+    def download(patterns: list[str] | None) -> Path:
+        folder = snapshot_download(
             repository.id,
             repo_type=repository.kind,
             revision=repository.revision,
             allow_patterns=patterns,
             local_files_only=not online,
         )
-        return Path(place)
+        return Path(folder)
 
-    folder = fetch(["*.parquet", "README.md", "dataset_infos.json"])
-    return folder if any(folder.rglob("*.parquet")) else fetch(None)
+    folder = download(["*.parquet", "README.md", "dataset_infos.json"])
+    return folder if any(folder.rglob("*.parquet")) else download(None)
 
 
-def _ask(repository: Repository) -> Exception | None:
-    """What keeps the hub from telling about the repository, or None.
+def _hub_error(repository: Repository) -> Exception | None:
+    """Ask the hub for the repository; return the error, or None.
 
-    The library asks before each download too, but without a limit of time, or with one of minutes; and what it then
-    raises hides the answer.
+    Downloads ask for it too, but without retries or a time limit, and the errors that they raise hide the answer.
     """
-    timeout = float(constants.HF_HUB_ETAG_TIMEOUT)
+    url = f"{constants.ENDPOINT}/api/{repository.kind}s/{repository.id}"
+    url += f"/revision/{quote(repository.revision, safe='')}" if repository.revision else ""
     try:
-        _patiently(
-            lambda: HfApi().repo_info(
-                repository.id, repo_type=repository.kind, revision=repository.revision, timeout=timeout
-            ),
-            () if repository.is_cached else _PAUSES,
-            _PASSING | {408, 429},
-            silence=("Timeout", "ReadError", "ProtocolError"),
+        response = http_backoff(
+            "GET",
+            url,
+            max_retries=0 if repository.is_cached else 5,
+            retry_on_exceptions=(),  # without a network the user should not wait
+            retry_on_status_codes=(408, 429, *_SERVER_ERRORS),
+            headers=build_hf_headers(),
+            timeout=float(constants.HF_HUB_ETAG_TIMEOUT),
         )
-    except Exception as error:  # each of its versions stands on another library for the network
+        hf_raise_for_status(response)
+    except Exception as error:  # versions of the library differ in the HTTP library whose errors they raise
         return error
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------- patience
-
-
-def _patiently(call: Callable[[], T], pauses: tuple[float, ...], statuses: set[int], silence: tuple[str, ...]) -> T:
-    """Call again after the pauses as long as the answer is one of the statuses.
-
-    silence: parts of the names of errors for "no answer, or only its beginning"; after these one more try, since a
-    time-out has been a long wait itself.
-    """
-    tried = 0
-    while True:
+def _with_retries(download: Callable[[], T]) -> T:
+    """Call again after a 5xx, and once after an answer that broke off."""
+    for tried, pause in enumerate(_DOWNLOAD_PAUSES):
         try:
-            return call()
+            return download()
         except Exception as error:
             status = _status(error)
-            allowed = pauses if status in statuses else pauses[:1] if status is None and _is(error, *silence) else ()
-            if tried >= len(allowed):
+            if status not in _SERVER_ERRORS and not (tried == 0 and status is None and _is(error, "ReadError")):
                 raise
-            asked = _asked_pause(error)
-            pause = allowed[tried] if asked is None else min(asked, _LONGEST_PAUSE)
             console.warn(f"{_answer(error)}; next try in {pause:.0f} s")
             time.sleep(pause)
-            tried += 1
+    return download()
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from."""
+    """An error, its cause, the cause of that, and so on."""
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
@@ -197,7 +187,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The hub's answer, if one came."""
+    """The status of the hub's answer; None without one."""
     for link in _chain(error):
         response = getattr(link, "response", None)
         if response is not None:
@@ -205,31 +195,20 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def _asked_pause(error: BaseException) -> float | None:
-    """Seconds that the hub asks us to wait."""
-    for link in _chain(error):
-        headers = getattr(getattr(link, "response", None), "headers", None)
-        if headers is not None:
-            window = re.search(r"\bt=(\d+)", headers.get("ratelimit", "")) if _status(error) == 429 else None
-            seconds = window[1] if window else headers.get("retry-after", "")
-            return float(seconds) if seconds.isdigit() else None
-    return None
-
-
 def _is(error: BaseException, *names: str) -> bool:
-    """Whether the error, or one that it came from, has one of the names in its own."""
+    """Whether the type of the error, or of one of its causes, has one of these in its name."""
     return any(name in type(link).__name__ for link in _chain(error) for name in names)
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
 
 
-def _discard_damaged(repository: Repository) -> list[str]:
-    """Delete the repository's cached files that are not what their names say; returns their names in the repository.
+def _delete_damaged(repository: Repository) -> list[str]:
+    """Delete cached files of the repository whose checksum is wrong; return their names in the repository.
 
-    The cache names a large file by its sha256 and a small one by git's sum, as the hub states them.
+    A blob's name is its checksum: sha256 of a large file, git's sha1 of a small one.
     """
-    found = []
+    deleted = []
     for blob in repository.folder.glob("blobs/*"):
         if re.fullmatch(r"[0-9a-f]{64}", blob.name):
             digest = hashlib.sha256()
@@ -238,40 +217,40 @@ def _discard_damaged(repository: Repository) -> list[str]:
         else:
             continue
         with blob.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+            hashlib.file_digest(file, lambda digest=digest: digest)  # type: ignore[misc]
         if digest.hexdigest() != blob.name:
             links = [path for path in repository.folder.glob("snapshots/*/**/*") if path.resolve() == blob.resolve()]
-            found += sorted({path.name for path in links}) or [blob.name]
+            deleted += sorted({path.name for path in links}) or [blob.name]
             blob.unlink()
-    return found
+    return deleted
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def _error(repository: Repository, error: Exception, damaged: list[str] | None = None) -> MachineError | ModelError:
-    """What a user can do about an error of the hub."""
+def _user_error(
+    repository: Repository, error: Exception, damaged: list[str] | None = None
+) -> MachineError | ModelError:
+    """The error of the hub as one that says what the user can do."""
     if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in _chain(error)):
         return MachineError("the disk of the cache is full", first_line(error), "make room, or set HF_HOME")
-    lost = f"; {', '.join(damaged)} in the cache was damaged" if damaged else ""
-    cache = f"{lost} (cache: {constants.HF_HUB_CACHE})"
+    cache = f"; {', '.join(damaged)} in the cache was damaged" if damaged else ""
+    cache += f" (cache: {constants.HF_HUB_CACHE})"
     status = _status(error)
     if status is None and not _is_from_network(error):  # files are there, and cannot be read
         return ModelError(
-            f"{repository.what}: what came from the hub cannot be read",
+            f"{repository.label}: what came from the hub cannot be read",
             first_line(error) + cache,
-            f"`{repository.fetch} --force-download` fetches it anew; or {repository.instead}",
+            f"`{repository.download_command} --force-download` fetches it anew; or {repository.alternative}",
         )
-    hint = f"`{repository.fetch}` fetches it into the cache; or {repository.instead}"
+    hint = f"`{repository.download_command}` fetches it into the cache; or {repository.alternative}"
     if status in (401, 403, 404):
-        hint = (
-            f"if you have access, `hf auth login` or set HF_TOKEN, then `{repository.fetch}`; or {repository.instead}"
-        )
+        login = "if you have access, `hf auth login` or set HF_TOKEN"
+        hint = f"{login}, then `{repository.download_command}`; or {repository.alternative}"
     elif _is_offline(error):
         hint = f"with a network and without HF_HUB_OFFLINE, {hint}"
-    what = f"{repository.what}: neither in the cache nor to be had from the hub"
-    return ModelError(what, _answer(error) + cache, hint)
+    message = f"{repository.label}: neither in the cache nor to be had from the hub"
+    return ModelError(message, _answer(error) + cache, hint)
 
 
 def _answer(error: BaseException) -> str:

@@ -13,7 +13,7 @@ def doctor(as_json: Json = False) -> None:
     seconds, and writes nothing.
     """
     from samtune import console
-    from samtune.doctor import checks as checks
+    from samtune.doctor import checks
 
     findings = list(checks.run_all(lambda name: console.info(f"checking {name} ...")))
     broken = [finding for finding in findings if finding.status == "failed"]

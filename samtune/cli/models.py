@@ -66,7 +66,7 @@ def _show(name: str, results: Path | None, as_json: bool) -> None:
     if as_json:
         console.print_json(about)
         return
-    console.print_table(about["name"], listing.words(about))
+    console.print_table(about["name"], listing.description_rows(about))
     console.print_rows("Stages", listing.stage_rows(about))
     console.print_lines([listing.example(about)])
 
@@ -76,7 +76,7 @@ def _list(pattern: str | None, results: Path | None, every: bool, as_json: bool)
     from samtune.models import listing
 
     accuracy = listing.top1(results)
-    unfiltered = listing.every if every else listing.first_choices
+    unfiltered = listing.all_names if every else listing.first_choices
     names = unfiltered() if pattern is None else listing.find(pattern)
     shown = names if every else names[: listing.MOST]
     count = len(shown) <= listing.MOST

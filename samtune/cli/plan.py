@@ -35,7 +35,7 @@ def plan(
 
         from samtune import console
         from samtune.plan.plan import plan as make_plan
-        from samtune.plan.plan import tables
+        from samtune.plan.tables import tables
 
         result = make_plan(settings)
         if as_json:

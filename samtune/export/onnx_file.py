@@ -15,7 +15,7 @@ import torch
 from samtune.errors import CheckpointError, MachineError, ModelError, first_line
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_LARGEST = 2**31  # bytes of one protobuf message
+_MAX_BYTES = 2**31  # of one protobuf message
 
 
 def check_packages() -> None:
@@ -33,14 +33,14 @@ def write(
     outputs: Sequence[str],
     metadata: Mapping[str, str],
 ) -> None:
-    """Translate a program. inputs: name -> axis -> name of the size that may vary. outputs: their names.
+    """Write a program. inputs: name -> axis -> name of a size that may vary. outputs: their names.
 
-    Raises ModelError for a model with an operation that ONNX has not, or that is too large for one file.
+    Raises ModelError for an operation that ONNX lacks, or a model too large for one file.
     """
     import onnx
 
     size = sum(value.nbytes for value in program.state_dict.values())
-    if size >= _LARGEST:
+    if size >= _MAX_BYTES:
         raise ModelError(
             f"the model has {size / 2**30:.1f} GiB of weights", "an ONNX file holds 2 GiB", "export it --to torch"
         )
@@ -51,7 +51,7 @@ def write(
             )
             assert translated is not None
             model = translated.model_proto
-    except Exception as error:  # of torch.onnx, onnxscript and onnx_ir: each has its own
+    except Exception as error:  # torch.onnx, onnxscript and onnx_ir have their own
         root = _root(error)
         raise ModelError(
             f"the model cannot be exported to ONNX: {_operation(root, program)}",
@@ -75,7 +75,7 @@ class Session:
         options.intra_op_num_threads = torch.get_num_threads()
         try:
             self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # it has a dozen, without a base of their own
+        except Exception as error:  # onnxruntime's errors have no common base
             raise CheckpointError(
                 "the exported file does not load in onnxruntime",
                 first_line(error),
@@ -90,7 +90,7 @@ class Session:
 
 
 def keep_outputs(file: Path, count: int) -> None:
-    """Only the first outputs of the graph remain outputs."""
+    """Keep only the first outputs of the graph."""
     import onnx
 
     model = onnx.load_model(str(file))
@@ -99,7 +99,7 @@ def keep_outputs(file: Path, count: int) -> None:
 
 
 def _name_sizes(graph: Any, inputs: Mapping[str, Mapping[int, str]]) -> None:
-    """Sizes that vary get their names, in place of the symbols of torch."""
+    """Replace torch's symbols for variable sizes by names."""
     names: dict[str, str] = {}
     for value in graph.input:
         for axis, name in inputs[value.name].items():
@@ -117,7 +117,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _operation(error: BaseException, program: torch.export.ExportedProgram) -> str:
-    """The operation that has no translation, and the layer that it is in."""
+    """The operation without translation, and its layer."""
     for node in program.graph.nodes:
         name, _, overload = str(node.target).rpartition(".")
         if node.op == "call_function" and f"op='{name}', overload='{overload}'" in str(error):
@@ -129,7 +129,7 @@ def _operation(error: BaseException, program: torch.export.ExportedProgram) -> s
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Torch's exporters warn and log of what a user cannot change."""
+    """Silence the warnings and logs of torch's exporters: a user cannot act on them."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""The models that there are, as `samtune models` lists them, and what is known of one before it is built."""
+"""The lists and the descriptions of `samtune models`, made without weights."""
 
 import csv
 import fnmatch
@@ -9,26 +9,28 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from samtune import hub
 from samtune.errors import DataError, ModelError, first_line
-from samtune.models import pretrained
+from samtune.models.build import build_on_meta, multiply_accumulates, weights_origin
+from samtune.models.head import head_names
+from samtune.models.names import ALIASES, nearest, pretraining_data
+from samtune.models.timm_format import ModelSource, look_up
 from samtune.sam import filters
 
 MOST = 50
 """Models whose parameters are counted in one list: each takes about 0.2 s."""
 
 _FIRST = ("tf_efficientnet_lite0", *(f"efficientnet_b{n}" for n in range(6)))
-# A checkout of timm has its own tables; what pip installs has not.
+# Only a checkout of timm has this file.
 _TABLE = Path(timm.__file__).parents[1] / "results" / "results-imagenet.csv"
-_MOST_OF_IT = 0.8  # share of the body's parameters
+_LARGE_PART = 0.8  # share of the body's parameters
 
 
 def top1(table: Path | None = None) -> dict[str, float]:
-    """Top-1 accuracy on ImageNet in %, by full name, as timm's results-imagenet.csv says; {} where there is none.
+    """Top-1 accuracy on ImageNet in %, by full name, from timm's results-imagenet.csv; {} without one.
 
-    table: the file, if it is not that of timm's checkout. Raises DataError for one that is not timm's.
+    table: another file than that of timm's checkout. Raises DataError for one that is not timm's.
     """
     if table is None and not _TABLE.is_file():
         return {}
@@ -43,76 +45,79 @@ def top1(table: Path | None = None) -> dict[str, float]:
 
 
 def first_choices() -> list[str]:
-    """Names that people begin with: EfficientNets, and all aliases."""
-    return sorted({*_FIRST, *pretrained.ALIASES})
+    """The names of the short list: EfficientNets, and all aliases."""
+    return sorted({*_FIRST, *ALIASES})
 
 
 def find(pattern: str) -> list[str]:
-    """Aliases and pretrained names that a pattern matches: a glob over the whole name, or a part of it.
+    """Aliases and pretrained names that match a pattern: a glob over the whole name, or a part of it.
 
-    What an alias of the list means is not in it a second time. Raises ModelError with the nearest names for none.
+    A name whose alias is in the list is left out. Raises ModelError with the nearest names where none matches.
     """
-    is_glob = any(sign in pattern for sign in "*?[")
-    matching = pattern if is_glob else f"*{pattern}*"
-    found = [
+    glob = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    matches = [
         name
-        for name in every()
-        if fnmatch.fnmatchcase(name, matching) or fnmatch.fnmatchcase(name.partition(".")[0], matching)
+        for name in all_names()
+        if fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.partition(".")[0], glob)
     ]
-    if not found:
-        raise ModelError(f"no pretrained model's name matches {pattern!r}", hint=pretrained.nearest(pattern.strip("*")))
-    said = {pretrained.ALIASES[name] for name in found if name in pretrained.ALIASES}
-    return [name for name in found if name not in said]
+    if not matches:
+        raise ModelError(f"no pretrained model's name matches {pattern!r}", hint=nearest(pattern.strip("*")))
+    with_alias = {ALIASES[name] for name in matches if name in ALIASES}
+    return [name for name in matches if name not in with_alias]
 
 
-def every() -> list[str]:
+def all_names() -> list[str]:
     """All aliases, and all names that timm has pretrained weights for."""
-    return [*pretrained.ALIASES, *timm.list_pretrained()]
+    return [*ALIASES, *timm.list_pretrained()]
 
 
 def rows(names: Sequence[str], accuracy: Mapping[str, float], *, count: bool) -> list[dict[str, Any]]:
-    """What is known of each model. count: count parameters too, by an outline of the model.
+    """A row for each model. count: count its parameters on the meta device.
 
-    name, alias (what --model may say in its place, or None), parameters (with the head of the weights), img_size (side
-    in pixels), pretraining, top1 (%, or None), weights (package, cache, file, hub, url or "none"), licence.
+    name, alias (or None), parameters (with the head of the weights; None where not counted), img_size (side in pixels),
+    pretraining, top1 (%, or None), weights (package, cache, file, hub, url or "none"), licence.
     """
     return [_row(name, accuracy, count=count) for name in names]
 
 
 def _row(name: str, accuracy: Mapping[str, float], *, count: bool) -> dict[str, Any]:
-    source = pretrained.look_up(name)
+    source = look_up(name)
     return {
         "name": source.resolved,
-        "alias": name if name in pretrained.ALIASES else None,
-        "parameters": _counted(source) if count else None,
+        "alias": name if name in ALIASES else None,
+        "parameters": _count_parameters(source) if count else None,
         "img_size": source.data_config(None)["input_size"][1],
-        "pretraining": pretrained.pretraining_data(source.resolved),
+        "pretraining": pretraining_data(source.resolved),
         "top1": accuracy.get(source.resolved),
-        "weights": place(pretrained.origin(source)),
+        "weights": weights_location(weights_origin(source)),
         "licence": source.config.get("license"),
     }
 
 
-def _counted(source: pretrained.ModelSource) -> int | None:
-    """Parameters of a model; None where it cannot be outlined."""
+def _count_parameters(source: ModelSource) -> int | None:
+    """Parameters of a model; None where it cannot be built on the meta device."""
     try:
-        return sum(w.numel() for w in pretrained.outline(source).parameters())
+        return _size(build_on_meta(source))
     except ModelError:
         return None
 
 
-def place(origin: str) -> str:
-    """Where weights are, in one word: package, file, cache (of the hub), hub, url, or none."""
-    kind, _, where = origin.partition(":")
-    if kind == "hub" and hub.Repository(where, "model", where, "").is_cached:
+def _size(module: nn.Module) -> int:
+    return sum(w.numel() for w in module.parameters())
+
+
+def weights_location(origin: str) -> str:
+    """An origin of weights -> package, file, cache (of the hub), hub, url, or none."""
+    kind, _, rest = origin.partition(":")
+    if kind == "hub" and hub.Repository(rest, "model", rest, "").is_cached:
         return "cache"
     return kind or "none"
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str | float | None]]:
-    """Rows as a terminal shows them; columns that would be empty are left out."""
+def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str | float | None]]:
+    """Rows for the terminal, without empty columns."""
     lines = []
-    for row in found:
+    for row in rows:
         count = row["parameters"]
         line: dict[str, str | float | None] = {"model": row["name"]}
         line["params"] = None if count is None else f"{count / 1e6:.1f} M"
@@ -123,71 +128,60 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str | float | No
     return [{key: value for key, value in line.items() if key not in empty} for line in lines]
 
 
-def alias_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What may be said in place of a listed name."""
-    return [f"--model {row['alias']} is {row['name']}" for row in found if row["alias"]]
+def alias_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The aliases of listed names."""
+    return [f"--model {row['alias']} is {row['name']}" for row in rows if row["alias"]]
 
 
 def describe(name: str, accuracy: Mapping[str, float]) -> dict[str, Any]:
-    """All that is known of one model without its weights.
+    """Describe one model without its weights.
 
-    macs: multiply-accumulates of one image; None where the model cannot run on shapes alone. stages: name, parameters
-    and output (shape without the batch) in the model's order. perturb: tensors and parameters that a filter of that
-    name lets through. Raises ModelError for an unknown name, and what keeps the hub from answering.
+    macs: multiply-accumulates of one image; None where the model cannot run on the meta device. stages: name,
+    parameters and output (shape without the batch) in the model's order. perturb: tensors and parameters that each
+    filter selects. Raises ModelError for an unknown name or a hub that does not answer.
     """
-    source = pretrained.look_up(name)
-    model = pretrained.outline(source)
-    origin = pretrained.origin(source)
+    source = look_up(name)
+    model = build_on_meta(source)
+    origin = weights_origin(source)
     config = source.data_config(None)
-    outputs, macs = _passed_through(model, config["input_size"])
+    outputs, macs = _output_shapes(model, config["input_size"])
     return {
         "requested": name,
         "name": source.resolved,
         "architecture": source.architecture,
         "weights": origin or None,
-        "where": place(origin),
-        "pretraining": pretrained.pretraining_data(source.resolved),
+        "where": weights_location(origin),
+        "pretraining": pretraining_data(source.resolved),
         "licence": source.config.get("license"),
         "top1": accuracy.get(source.resolved),
-        "parameters": sum(w.numel() for w in model.parameters()),
+        "parameters": _size(model),
         "macs": macs,
         "data_config": config,
-        "classifier": list(_heads(model)),
+        "classifier": list(head_names(model)),
         "stages": [
-            {
-                "name": stage,
-                "parameters": sum(w.numel() for w in model.get_submodule(stage).parameters()),
-                "output": outputs.get(stage),
-            }
+            {"name": stage, "parameters": _size(model.get_submodule(stage)), "output": outputs.get(stage)}
             for stage in stages(model)
         ],
-        "perturb": {filter_: _let_through(model, filter_) for filter_ in ("all", "norm", "no-norm")},
+        "perturb": {filter_: _filter_counts(model, filter_) for filter_ in ("all", "norm", "no-norm")},
     }
 
 
 def stages(model: nn.Module) -> list[str]:
-    """Names of a model's parts that have parameters; a list of blocks that is most of the model is shown in parts."""
-    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
-    sizes = {name: sum(w.numel() for w in child.parameters()) for name, child in children.items()}
-    heads = {head.partition(".")[0] for head in _heads(model)}
-    body = sum(size for name, size in sizes.items() if name not in heads)
-    found = []
+    """Names of a model's parts that have parameters; a list of blocks that is most of the model is split."""
+    children = {name: child for name, child in model.named_children() if _size(child)}
+    heads = {head.partition(".")[0] for head in head_names(model)}
+    body = sum(_size(child) for name, child in children.items() if name not in heads)
+    names = []
     for name, child in children.items():
-        if isinstance(child, nn.Sequential | nn.ModuleList) and sizes[name] > _MOST_OF_IT * body:
-            found += [f"{name}.{part}" for part, _ in child.named_children()]
+        if isinstance(child, nn.Sequential | nn.ModuleList) and _size(child) > _LARGE_PART * body:
+            names += [f"{name}.{part}" for part, _ in child.named_children()]
         else:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
-def _heads(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classifier's modules; none of a model that gives features."""
-    config: Any = model.pretrained_cfg
-    return pretrained.head_names(model) if config.get("classifier") else ()
-
-
-def _passed_through(model: nn.Module, input_size: Sequence[int]) -> tuple[dict[str, list[int]], int | None]:
-    """Output shapes of the stages for one image, and the multiply-accumulates of it."""
+def _output_shapes(model: nn.Module, input_size: Sequence[int]) -> tuple[dict[str, list[int]], int | None]:
+    """Output shapes of the stages for one image, and its multiply-accumulates."""
     shapes: dict[str, list[int]] = {}
 
     def keep(name: str) -> Any:
@@ -198,22 +192,16 @@ def _passed_through(model: nn.Module, input_size: Sequence[int]) -> tuple[dict[s
         return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in stages(model)]
-    trainable = [w for w in model.parameters() if w.requires_grad]
-    model.requires_grad_(False)  # the counter expects a graph where parameters ask for one
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, *input_size, device="meta"))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):  # code that looks at values
+        return shapes, multiply_accumulates(model, input_size)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):  # code that reads values
         return shapes, None
     finally:
-        for w in trainable:
-            w.requires_grad_(True)
         for hook in hooks:
             hook.remove()
-    return shapes, counter.get_total_flops() // 2
 
 
-def _let_through(model: nn.Module, perturb: str) -> dict[str, int]:
+def _filter_counts(model: nn.Module, perturb: str) -> dict[str, int]:
     try:
         chosen = filters.select_parameters(model, perturb)
     except ValueError:  # none
@@ -221,10 +209,10 @@ def _let_through(model: nn.Module, perturb: str) -> dict[str, int]:
     return {"tensors": len(chosen), "parameters": sum(w.numel() for w in chosen.values())}
 
 
-def words(about: Mapping[str, Any]) -> dict[str, str]:
-    """A description without its stages, for people."""
+def description_rows(about: Mapping[str, Any]) -> dict[str, str]:
+    """A description without its stages, for the terminal."""
     data = about["data_config"]
-    said = {
+    rows = {
         "weights": f"{about['weights'] or 'none'}" + (" (in the cache)" if about["where"] == "cache" else ""),
         "pretrained on": about["pretraining"],
         "licence of the weights": about["licence"] or "not stated",
@@ -236,15 +224,15 @@ def words(about: Mapping[str, Any]) -> dict[str, str]:
         "evaluation": f"{data['interpolation']}, crop {data['crop_pct']:g} ({data['crop_mode']})",
         "classifier": ", ".join(about["classifier"]),
     }
-    said |= {
+    rows |= {
         f"--perturb {name}": f"{counts['parameters']:,} in {counts['tensors']:,} tensors"
         for name, counts in about["perturb"].items()
     }
-    return {key: value for key, value in said.items() if value}
+    return {key: value for key, value in rows.items() if value}
 
 
 def stage_rows(about: Mapping[str, Any]) -> list[dict[str, str | float | None]]:
-    """The stages, for people."""
+    """The stages, for the terminal."""
     return [
         {
             "stage": stage["name"],
@@ -256,9 +244,9 @@ def stage_rows(about: Mapping[str, Any]) -> list[dict[str, str | float | None]]:
 
 
 def example(about: Mapping[str, Any]) -> str:
-    """How one stage alone is perturbed: the last one before the classifier, as most would."""
+    """How to perturb only one stage, by the example of the last one before the classifier."""
     heads = {head.partition(".")[0] for head in about["classifier"]}
     body = [stage["name"] for stage in about["stages"] if stage["name"].partition(".")[0] not in heads]
     parts = [name for name in body if "." in name] or body  # of a list of blocks, if there is one
     name = parts[-1].replace(".", r"\.")
-    return rf"--perturb '^{name}\.' perturbs that stage alone: a regular expression is searched for in parameter names"
+    return rf"--perturb '^{name}\.' perturbs only that stage: a regular expression is searched for in parameter names"

@@ -1,4 +1,4 @@
-"""Weights from files: of timm, of a training run here or elsewhere, of the first PyTorch EfficientNets."""
+"""Weights from files: timm's, those of training runs and tools, those of the first PyTorch EfficientNets."""
 
 import argparse
 import hashlib
@@ -20,8 +20,8 @@ from samtune.runs import checkpoint
 
 StateDict = dict[str, torch.Tensor]
 
-# What training tools call the weights in their checkpoints; averaged weights first, as timm takes them.
-_WEIGHTS = (
+# Keys of the weights in checkpoints of training tools; averaged weights first, as in timm.
+_WEIGHTS_KEYS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model_state"),
     *("model", "net", "weights", "params", "network"),
 )
@@ -31,14 +31,14 @@ _FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """Where weights are. config: what config.json beside them says of their model; {} if there is none."""
+    """A file of weights. config: the content of config.json in its folder; {} without one."""
 
     path: Path
     config: Mapping[str, Any]
 
 
 def locate(given: Path) -> WeightsFile:
-    """The weights that a path means: a file, a run, a checkpoint of a run, or a folder that timm could load.
+    """Find the weights of a path: a file, a run, a checkpoint of a run, or a folder that timm could load.
 
     Raises CheckpointError where there are none, or damaged ones.
     """
@@ -63,27 +63,27 @@ def locate(given: Path) -> WeightsFile:
 
 
 def read(path: Path, model: nn.Module) -> StateDict:
-    """The weights of a file under the names that the model has; what was taken off or converted is said.
+    """Read the weights of a file under the model's names, and tell the user about each conversion.
 
     Raises CheckpointError for a file that is damaged or holds code.
     """
-    content, taken = _unwrapped(_load(path))
-    state_dict = {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # put there by torch.compile
-    taken += ["prefix `_orig_mod.` taken off"] if state_dict.keys() != content.keys() else []
+    content, changes = _unwrap(_load(path))
+    state_dict = {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # torch.compile's prefix
+    changes += ["prefix `_orig_mod.` taken off"] if state_dict.keys() != content.keys() else []
     names = list(model.state_dict())
     if any(key.endswith("_conv_stem.weight") for key in state_dict):
         names = ["_conv_stem.weight"]
     prefix = _prefix(state_dict, names)
     if prefix:
-        left_out = len(state_dict)
+        count = len(state_dict)
         state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
-        left_out -= len(state_dict)
-        taken.append(f"prefix `{prefix}` taken off" + (f", {left_out} other tensors left out" if left_out else ""))
+        left_out = count - len(state_dict)
+        changes.append(f"prefix `{prefix}` taken off" + (f", {left_out} other tensors left out" if left_out else ""))
     if "_conv_stem.weight" in state_dict:
         state_dict = timm_names(state_dict, model)
-        taken.append("names of the first PyTorch EfficientNets turned into timm's")
-    if taken:
-        console.info(f"{path}: {'; '.join(taken)}")
+        changes.append("names of the first PyTorch EfficientNets turned into timm's")
+    if changes:
+        console.info(f"{path}: {'; '.join(changes)}")
     return state_dict
 
 
@@ -91,10 +91,10 @@ def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own checkpoints have their options
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in timm's checkpoints
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own family of errors for damage
-        pickled = "weights_only" in str(error)  # torch goes on to advise what would run the code
+        pickled = "weights_only" in str(error)  # torch's message advises a load that runs code
         raise CheckpointError(
             f"weights {path} cannot be read",
             "it holds objects that may run code, or is damaged" if pickled else first_line(error),
@@ -102,14 +102,14 @@ def _load(path: Path) -> Any:
         ) from None
 
 
-def _unwrapped(content: Any) -> tuple[StateDict, list[str]]:
-    """The tensors of a checkpoint, which may lie some levels deep, and what was said on the way."""
-    taken = []
-    while isinstance(content, Mapping) and (key := next((key for key in _WEIGHTS if _holds(content, key)), None)):
+def _unwrap(content: Any) -> tuple[StateDict, list[str]]:
+    """The tensors of a checkpoint, which may be nested, and the keys that were entered, for a message."""
+    changes = []
+    while isinstance(content, Mapping) and (key := next((key for key in _WEIGHTS_KEYS if _holds(content, key)), None)):
         content = content[key]
-        taken.append(f"`{key}` of it taken")
+        changes.append(f"`{key}` of it taken")
     tensors = content.items() if isinstance(content, Mapping) else ()
-    return {str(key): value for key, value in tensors if isinstance(value, torch.Tensor)}, taken
+    return {str(key): value for key, value in tensors if isinstance(value, torch.Tensor)}, changes
 
 
 def _holds(content: Mapping[str, Any], key: str) -> bool:
@@ -117,33 +117,33 @@ def _holds(content: Mapping[str, Any], key: str) -> bool:
 
 
 def _prefix(state_dict: Mapping[str, Any], names: list[str]) -> str:
-    """What most of the names have before them in a state dict: "" or one such as `module.`."""
-    wanted = set(names)
-    found: Counter[str] = Counter()
+    """The prefix of most names in a state dict, such as `module.`, or ""."""
+    expected = set(names)
+    counts: Counter[str] = Counter()
     for key in state_dict:
         parts = key.split(".")
         for start in range(len(parts)):
-            if ".".join(parts[start:]) in wanted:
-                found[".".join([*parts[:start], ""])] += 1
-    best = max(found, key=lambda prefix: (found[prefix], not prefix), default="")
-    return best if 2 * found[best] > len(names) else ""  # of another model, names agree by chance
+            if ".".join(parts[start:]) in expected:
+                counts[".".join([*parts[:start], ""])] += 1
+    best = max(counts, key=lambda prefix: (counts[prefix], not prefix), default="")
+    return best if 2 * counts[best] > len(names) else ""  # a few names agree by chance
 
 
 # --------------------------------------------------------------------------------------------------------- other names
 
 
 def read_lite(path: Path, model: nn.Module) -> StateDict:
-    """The weights inside one of the lite packages, whose file name ends with the start of their sha256."""
+    """Read the weights of a lite package. The file's name ends with the start of its sha256."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(path.stem.rpartition("-")[2]):
         raise CheckpointError(f"weights {path} are damaged", f"sha256 is {digest}", "install the package again")
-    return timm_names(_unwrapped(_load(path))[0], model)
+    return timm_names(_unwrap(_load(path))[0], model)
 
 
 def timm_names(published: Mapping[str, torch.Tensor], model: nn.Module) -> StateDict:
-    """The names of the first PyTorch EfficientNets, the lite packages among them -> timm's.
+    """Rename the weights of the first PyTorch EfficientNets, lite packages included, to timm's names.
 
-    The published blocks count through (`_blocks.7`); timm's are numbered by stage (`blocks.3.1`). A block with an
+    The published blocks are numbered through (`_blocks.7`), those of timm by stage (`blocks.3.1`). A block with an
     expansion has three convolutions, the first block two. Raises CheckpointError for a model that is no EfficientNet.
     """
     top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
@@ -158,7 +158,7 @@ def timm_names(published: Mapping[str, torch.Tensor], model: nn.Module) -> State
     }
     plain = squeeze | {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     stages: Any = getattr(model, "blocks", ())
-    places = [f"blocks.{s}.{b}" for s, stage in enumerate(stages) for b in range(len(stage))]
+    block_names = [f"blocks.{s}.{b}" for s, stage in enumerate(stages) for b in range(len(stage))]
     with_expansion = {int(key.split(".")[1]) for key in published if "_expand_conv" in key}
     state_dict = {}
     try:
@@ -167,7 +167,7 @@ def timm_names(published: Mapping[str, torch.Tensor], model: nn.Module) -> State
             if parts[0] == "_blocks":
                 block = int(parts[1])
                 names = expanded if block in with_expansion else plain
-                parts = [places[block], names[parts[2]], *parts[3:]]
+                parts = [block_names[block], names[parts[2]], *parts[3:]]
             else:
                 parts[0] = top[parts[0]]
             state_dict[".".join(parts)] = value
@@ -184,16 +184,16 @@ def timm_names(published: Mapping[str, torch.Tensor], model: nn.Module) -> State
 
 
 def load(model: nn.Module, state_dict: StateDict, *, head: tuple[str, ...], origin: str) -> None:
-    """Load all but the head (names of modules, which are new), and let nothing else differ.
+    """Load all weights except those of the head (names of its modules). Nothing else may be missing or extra.
 
-    Position embeddings of another size are resampled as timm does for its own weights. Raises CheckpointError that
-    names the first tensors that do not fit.
+    timm's own function resamples position embeddings of another size. Raises CheckpointError that names the first
+    tensors that do not fit.
     """
     new = tuple(f"{name}." for name in head)
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if not (new and k.startswith(new))}
     body = {key: value for key, value in state_dict.items() if not (new and key.startswith(new))}
     if _differences(expected, body):
-        body = _converted(model, body, expected, new)
+        body = _convert(model, body, expected, new)
     wrong = _differences(expected, body)
     if wrong:
         raise CheckpointError(
@@ -205,29 +205,29 @@ def load(model: nn.Module, state_dict: StateDict, *, head: tuple[str, ...], orig
 
 
 def _differences(expected: Mapping[str, tuple[int, ...]], body: StateDict) -> list[str]:
-    there = {key: tuple(value.shape) for key, value in body.items()}
+    shapes = {key: tuple(value.shape) for key, value in body.items()}
     return [
-        f"{key} is {there.get(key, 'missing')}, needed {expected.get(key, 'nowhere')}"
-        for key in dict.fromkeys((*expected, *there))
-        if there.get(key) != expected.get(key) and not (key.endswith("num_batches_tracked") and key not in there)
+        f"{key} is {shapes.get(key, 'missing')}, needed {expected.get(key, 'nowhere')}"
+        for key in dict.fromkeys((*expected, *shapes))
+        if shapes.get(key) != expected.get(key) and not (key.endswith("num_batches_tracked") and key not in shapes)
     ]
 
 
-def _converted(
+def _convert(
     model: nn.Module, body: StateDict, expected: Mapping[str, tuple[int, ...]], new: tuple[str, ...]
 ) -> StateDict:
-    """By the function that timm's module of an architecture has for this; as it was, where there is none."""
+    """Convert by the function of timm's module for the architecture; without one, return body unchanged."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return body
     try:
         converted: StateDict = convert(dict(body), model)
-    except Exception:  # weights of something else; the caller names the first tensors that differ
+    except Exception:  # other weights: the caller names the first tensors that differ
         return body
     converted = {key: value for key, value in converted.items() if not (new and key.startswith(new))}
     if not _differences(expected, converted):
         changed = [key for key in body if key in converted and body[key].shape != converted[key].shape]
-        words = [f"{key} {tuple(body[key].shape)} -> {tuple(converted[key].shape)}" for key in changed]
-        if words:
-            console.info(f"resampled to the size of the input: {'; '.join(words[:3])}")
+        resampled = [f"{key} {tuple(body[key].shape)} -> {tuple(converted[key].shape)}" for key in changed]
+        if resampled:
+            console.info(f"resampled to the size of the input: {'; '.join(resampled[:3])}")
     return converted

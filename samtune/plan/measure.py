@@ -1,4 +1,4 @@
-"""What a job costs, measured on it: operations, memory, steps, an evaluation, a checkpoint. Its weights are used up."""
+"""The cost of a run, measured on its setup: memory, steps, an evaluation, a checkpoint. This changes its weights."""
 
 import math
 import statistics
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from samtune.data.cache import Images
 from samtune.data.loader import Batch, train_batches
@@ -22,7 +21,7 @@ from samtune.data.splits import Indices
 from samtune.data.transforms import train_transform
 from samtune.distributed import device
 from samtune.errors import OutOfMemory
-from samtune.models import pretrained
+from samtune.models.training import train_mode
 from samtune.sam.filters import select_parameters
 from samtune.sam.snapshot import batch_norms, restore_bn_stats
 from samtune.sam.snapshot import bn_stats as batch_norm_statistics
@@ -31,17 +30,17 @@ from samtune.train.evaluation import evaluate
 from samtune.train.setup import Setup
 from samtune.train.state import TrainState
 
-Progress = Callable[[str, int, int], None]  # what is going on, images done, images in all
+Progress = Callable[[str, int, int], None]  # label, images done, images in total
 
-_ROUNDS = 3  # in which each kind of step has its turn
+_ROUNDS = 3  # each kind of step is measured once per round
 _SECONDS = 4.0  # of steps of a kind in a round
 _FEWEST, _MOST = 2, 200  # steps of a kind in a round
-_EVALUATION = 4.0  # seconds
+_EVALUATION_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Seconds of whole steps of a kind, the wait for data included. first: of the very first one, which is slower."""
+    """Seconds of steps of one kind, including the wait for data. first: of the first step, which is slower."""
 
     seconds: tuple[float, ...]
     waiting: float
@@ -49,36 +48,26 @@ class Steps:
 
     @property
     def mean(self) -> float:
-        """Without the slowest and the fastest twentieth."""
+        """Mean seconds without the slowest and the fastest twentieth."""
         ordered = sorted(self.seconds)
         cut = len(ordered) // 20
         return statistics.fmean(ordered[cut : len(ordered) - cut])
 
     @property
     def median(self) -> float:
-        """As many steps were slower as faster."""
+        """Median seconds."""
         return statistics.median(self.seconds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The middle half of the steps took between these."""
+        """Lower and upper quartile of the seconds."""
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return low, high
 
     @property
     def data_wait(self) -> float:
-        """Share of the time that was spent waiting for data, in [0, 1]."""
+        """Share of the time spent waiting for data, in [0, 1]."""
         return self.waiting / sum(self.seconds)
-
-
-def multiply_accumulates(setup: Setup) -> int:
-    """Of the forward pass of one image: of convolutions and products of matrices, attention included."""
-    setup.model.eval()
-    image = torch.zeros((1, *setup.info.data_config["input_size"]), device=setup.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        setup.model(image)
-    pretrained.train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
-    return int(counter.get_total_flops()) // 2  # which counts 2 for each
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -86,7 +75,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def memory(setup: Setup) -> dict[str, int]:
-    """Bytes by part, after a step: weights, gradients, the copy of the weights that SAM keeps, and so on."""
+    """Bytes by part, after a step: weights, gradients, SAM's copy of the weights, and so on."""
     model, config = setup.model, setup.config
     state = (value for values in setup.optimizer.state.values() for value in values.values())
     parts = {
@@ -95,26 +84,26 @@ def memory(setup: Setup) -> dict[str, int]:
         "weights_copy": _bytes(select_parameters(model, config.perturb).values()) if config.rho > 0 else 0,
         "optimizer": _bytes(value for value in state if isinstance(value, torch.Tensor)),
         "ema": 0 if setup.ema is None else _bytes([*setup.ema.module.parameters(), *setup.ema.module.buffers()]),
-        "activations": activation_bytes(setup, images_at_once(setup)),
+        "activations": activation_bytes(setup, images_per_pass(setup)),
     }
     return parts | {"total": sum(parts.values())}
 
 
-def images_at_once(setup: Setup) -> int:
-    """Images that pass through the model together on each device."""
+def images_per_pass(setup: Setup) -> int:
+    """Images of one forward pass on each device."""
     return setup.update.sam.effective_micro_batch(min(setup.batch.per_device, setup.batch.total))
 
 
 def activation_bytes(setup: Setup, images: int) -> int:
-    """What a forward pass of training keeps for the backward pass, with so many images."""
+    """Bytes that a training forward pass of so many images keeps for the backward pass."""
     inputs, targets = _any_batch(setup, images)
-    own = {t.untyped_storage().data_ptr() for t in (*setup.model.parameters(), *setup.model.buffers())}
+    of_model = {t.untyped_storage().data_ptr() for t in (*setup.model.parameters(), *setup.model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> Any:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # while it is held, its place is not given to another
+        if storage.data_ptr() not in of_model:
+            kept[storage.data_ptr()] = storage  # held, so that its address is not reused
         return None  # no backward pass follows
 
     before = batch_norm_statistics(batch_norms(setup.model))
@@ -125,7 +114,7 @@ def activation_bytes(setup: Setup, images: int) -> int:
 
 
 def _any_batch(setup: Setup, images: int) -> Batch:
-    """So many black images, as the model takes them, and their labels."""
+    """A batch of black images, as inputs of the model, and labels."""
     channels, height, width = setup.info.data_config["input_size"]
     black = torch.zeros((images, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
     return loop.to_model_inputs(setup, black, torch.zeros(images, dtype=torch.int64), 1)
@@ -135,19 +124,19 @@ def _any_batch(setup: Setup, images: int) -> Batch:
 
 
 class _Stepping:
-    """Steps of a run, one after the other, at any radius."""
+    """Takes steps of a run, at any radius."""
 
     def __init__(self, setup: Setup, batches: Iterator[Batch]) -> None:
         self.setup, self.batches, self.done = setup, batches, 0
-        self.peaks = [group["lr"] for group in setup.optimizer.param_groups]
+        self.base_lrs = [group["lr"] for group in setup.optimizer.param_groups]
 
     def __call__(self, rho: float) -> tuple[float, float]:
-        """Seconds of a step, and of them those of waiting for data."""
+        """Take a step; return its seconds, and those spent waiting for data."""
         setup, started = self.setup, time.perf_counter()
         images, labels = next(self.batches)
         arrived = time.perf_counter()
         step = self.done % setup.total_steps + 1
-        loop.set_learning_rates(setup, self.peaks, step)
+        loop.set_learning_rates(setup, self.base_lrs, step)
         setup.update.sam.rho = rho
         result = setup.update(*loop.to_model_inputs(setup, images, labels, step))
         if result.applied and setup.ema is not None:
@@ -157,17 +146,17 @@ class _Stepping:
 
 
 def steps(setup: Setup, rows: Indices, kinds: Iterable[float], progress: Progress) -> dict[float, Steps]:
-    """Steps of each radius in turn, on real batches of these rows; 0 is a step of the base optimizer.
+    """Measure steps of each radius in turn, on real batches of these rows; 0 is a step of the base optimizer.
 
-    In each turn the first steps do not count: they use up what was loaded during the turn before. Of each kind no more
-    steps are taken than the run has, but six at least.
+    The first steps of each turn do not count, because their data was loaded during the turn before. No kind takes more
+    steps than the run has, but at least six.
     """
     kinds, workers = list(kinds), setup.config.workers or 0
     most = max(_FEWEST, min(_MOST, math.ceil(setup.total_steps / _ROUNDS)))
-    pretrained.train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
+    train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
     batches = train_batches(
         setup.train,
-        np.resize(rows, max(len(rows), setup.batch.total)),  # so that there is a batch
+        np.resize(rows, max(len(rows), setup.batch.total)),  # at least one batch
         train_transform(setup.info.data_config, setup.config),
         batch_size=setup.batch.total,
         seed=setup.config.seed,
@@ -189,31 +178,31 @@ def steps(setup: Setup, rows: Indices, kinds: Iterable[float], progress: Progres
                     usual.append(step(rho)[0])
                 per_turn[rho] = per_turn[rho] or min(most, max(_FEWEST, round(_SECONDS / statistics.median(usual))))
                 for _ in range(per_turn[rho]):
-                    whole, waited = step(rho)
-                    seconds[rho].append(whole)
+                    duration, waited = step(rho)
+                    seconds[rho].append(duration)
                     waiting[rho] += waited
                     done = sum(map(len, seconds.values()))
-                    foreseen = _ROUNDS * sum(n or per_turn[rho] for n in per_turn.values())
-                    what = f"measuring steps, round {number + 1} of {_ROUNDS}"
-                    progress(what, done * setup.batch.total, foreseen * setup.batch.total)
+                    total = _ROUNDS * sum(n or per_turn[rho] for n in per_turn.values())
+                    label = f"measuring steps, round {number + 1} of {_ROUNDS}"
+                    progress(label, done * setup.batch.total, total * setup.batch.total)
     setup.update.sam.rho = setup.config.rho
-    loop.set_learning_rates(setup, step.peaks, 1)
+    loop.set_learning_rates(setup, step.base_lrs, 1)
     return {rho: Steps(tuple(seconds[rho]), waiting[rho], firsts[rho]) for rho in kinds}
 
 
-# ----------------------------------------------------------------------------------------------------------- the others
+# --------------------------------------------------------------------------------------------- evaluation, checkpoint
 
 
 @dataclass(frozen=True)
 class Evaluating:
-    """Seconds of an evaluation. per_image: in the long run. first: what the first one takes longer."""
+    """Seconds of an evaluation. per_image: of a large one. first: what the first one takes longer."""
 
     per_image: float
     first: float
 
 
 def evaluation(setup: Setup, images: Images, rows: Indices, whole: int, progress: Progress) -> Evaluating:
-    """Score some of these rows as a run does, first once to get ready. whole: images of the split in all."""
+    """Score some of these rows as a run does, after a warm-up. whole: number of images of the split."""
 
     def score(count: int) -> float:
         started = time.perf_counter()
@@ -235,17 +224,14 @@ def evaluation(setup: Setup, images: Images, rows: Indices, whole: int, progress
     few = min(len(rows), 2 * size)
     first = score(few)
     usual = score(few)
-    many = min(few * max(1, round(_EVALUATION / usual)), max(whole, few))
+    many = min(few * max(1, round(_EVALUATION_SECONDS / usual)), max(whole, few))
     each = score(many) / many if many > few else usual / few
-    pretrained.train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
+    train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
     return Evaluating(each, max(0.0, first - usual))
 
 
 def checkpoint(setup: Setup) -> tuple[int, float]:
-    """Bytes of a checkpoint, and the seconds that it takes to save one in the folder of temporary files.
-
-    Raises OSError where that has no room.
-    """
+    """Bytes of a checkpoint, and seconds to save one in the temporary folder. Raises OSError where it has no room."""
     seconds = []
     with tempfile.TemporaryDirectory(prefix="samtune-plan-") as name:
         for _ in range(3):
@@ -264,9 +250,9 @@ def checkpoint(setup: Setup) -> tuple[int, float]:
 
 
 def largest_batch(setup: Setup, most: int, progress: Progress) -> int:
-    """How many images of a step pass through the model at once before memory runs out, at most `most`.
+    """The largest number of images in one pass that fits in memory, at most `most`; 0 if none fits.
 
-    Found by steps on black images: twice as many until they do not fit, then between the two, to an eighth. 0: none.
+    Found by steps on black images: doubling until they do not fit, then bisection to an eighth.
     """
 
     def fits(images: int) -> bool:
@@ -292,7 +278,7 @@ def largest_batch(setup: Setup, most: int, progress: Progress) -> int:
 
 
 def search(fits: Callable[[int], bool], start: int, most: int) -> int:
-    """The largest number up to `most` that fits, to an eighth; 0 if 1 does not. All below one that fits fit, too."""
+    """The largest number up to `most` that fits, to an eighth; 0 if 1 does not. fits must be monotone."""
     low, high = 0, start
     while high < most and fits(high):
         low, high = high, min(most, 2 * high)

@@ -1,6 +1,6 @@
-"""What a run will do, told before it does: sizes, steps, memory, time and disk, measured on this machine.
+"""What a run will do and take: sizes, steps, memory, time and disk, measured on this machine.
 
-Nothing is trained or kept: the job of the run is built without its folder, and a few of its steps are measured.
+Nothing is kept: the run is set up without its folder, and a few of its steps are measured.
 """
 
 import math
@@ -17,50 +17,51 @@ from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.distributed import collectives, device, environment, launch
 from samtune.errors import UsageError, first_line
+from samtune.models.build import multiply_accumulates
 from samtune.plan import measure
 from samtune.plan.measure import Evaluating, Steps
-from samtune.plan.sample import Decoding, Sampler, known_rows
-from samtune.report import run_report
+from samtune.plan.sample import Decoding, Sampler, rows_with_pixels
+from samtune.plan.tables import format_bytes
 from samtune.train import checkpointing, provenance
 from samtune.train.setup import Setup, build_setup
 
 SCHEMA_VERSION = 1
-_MOST_IMAGES = 2**16  # at once, where the batch that fits is searched
-# The settings that a plan shows with where they come from.
+_MAX_BATCH = 2**16  # upper limit of the search for the batch that fits
+# The settings that a plan shows, with the origin of each.
 _SHOWN = ("lr", "weight_decay", "rho", "batch_size", "epochs", "warmup_epochs", "img_size", "amp_dtype", "workers")
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
     """What a run with these settings does and takes, schema version 1. Times are in seconds, sizes in bytes.
 
-    It reads, decodes and computes as the run does, in a process that is alone: of several ranks it measures the part of
-    one, without what they send each other. A few images are decoded into a folder that is removed afterwards.
+    It reads, decodes and computes as the run does, in one process: of several ranks it measures the part of one,
+    without communication. A few images are decoded into a folder that is removed afterwards.
 
     Raises what a run raises before its first step, and UsageError for a model that is sharded.
     """
     world = _world(config)
     if config.shard:
         raise UsageError(
-            "--shard cannot be planned", "one process has no part of a sharded model to measure", "leave --shard out"
+            "--shard cannot be planned", "one process cannot measure a shard of a model", "leave --shard out"
         )
     cores = max(1, device.available_cpus() // world.local_size)
     if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cores)  # as each rank has it
+        torch.set_num_threads(cores)  # as in each rank
     with tempfile.TemporaryDirectory(prefix="samtune-plan-") as folder:
         sampler = Sampler(Path(folder), cores)
         setup = build_setup(config, decode=sampler.look, world=world)
         start = max(0.0, _seconds_since_start() - sampler.spent)
         images = f"{setup.update.sam.effective_micro_batch(setup.batch.per_device)} images of {setup.info.img_size} px"
         with device.oom_as_user_error(images):
-            return _measured(setup, sampler.found, start)
+            return _measure(setup, sampler.found, start)
 
 
 def _world(config: RunConfig) -> collectives.World:
     """The ranks that the run will have."""
-    here = environment.rank_info()
-    if here is not None and here.world_size > 1:
+    rank_info = environment.rank_info()
+    if rank_info is not None and rank_info.world_size > 1:
         raise UsageError(
-            f"samtune plan in one of {here.world_size} ranks",
+            f"samtune plan in one of {rank_info.world_size} ranks",
             f"{environment.launcher_variables()} says that a launcher has started them",
             f"plan in one process, with --gpus or --processes: {environment.command_without_launcher()}",
         )
@@ -69,41 +70,40 @@ def _world(config: RunConfig) -> collectives.World:
 
 
 def _seconds_since_start() -> float:
-    """Since this process was started."""
+    """Seconds since this process was started."""
     started = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
-def _measured(setup: Setup, decoding: list[Decoding], start: float) -> dict[str, Any]:
-    """Measure, and put together."""
+def _measure(setup: Setup, decoding: list[Decoding], start: float) -> dict[str, Any]:
+    """Measure the run, and return the plan. start: seconds that the set-up took."""
     config, name = setup.config, device.describe(setup.device)
     about, length, asked = provenance.describe(setup), _length(setup), setup.update.sam.micro_batch
     kinds = [config.rho, 0.0] if config.rho > 0 else [0.0]
     console.info(f"measuring steps of {'SAM and ' if config.rho > 0 else ''}the plain optimizer on {name} ...")
     with console.RunProgress() as progress:
-        macs = measure.multiply_accumulates(setup)
-        steps = measure.steps(setup, known_rows(setup.train, setup.train_rows), kinds, progress.count)
+        macs = multiply_accumulates(setup.model.eval(), setup.info.data_config["input_size"])
+        steps = measure.steps(setup, rows_with_pixels(setup.train, setup.train_rows), kinds, progress.count)
         peak = device.peak_memory_bytes(setup.device)
         scored, rows = (setup.val, setup.val_rows) if config.val else (setup.test, setup.test_rows)
         assert scored is not None  # without validation there is a test split
-        evaluating = measure.evaluation(setup, scored, known_rows(scored, rows), len(rows), progress.count)
+        evaluating = measure.evaluation(setup, scored, rows_with_pixels(scored, rows), len(rows), progress.count)
         memory = measure.memory(setup)
         console.info("measuring a checkpoint ...")
         checkpoint, warnings = _checkpoint(setup)
         fits, why_fits = _fits(setup, progress.count)
     sam, plain = steps[config.rho] if config.rho > 0 else None, steps[0.0]
-    needed, free, there = checkpointing.needed_bytes(setup, config.output or Path("runs"))
+    needed, free, folder = checkpointing.needed_bytes(setup, config.output or Path("runs"))
     if free < needed:
-        warnings.append(
-            f"{there} has {_size(free)} free, and the run's checkpoints need {_size(needed)}: it would refuse to begin"
-        )
+        sizes = f"{format_bytes(free)} free, and the run's checkpoints need {format_bytes(needed)}"
+        warnings.append(f"{folder} has {sizes}: it would refuse to begin")
     if setup.update.sam.micro_batch != asked:
         warnings.append(f"no memory for the batch at once: {setup.update.sam.micro_batch} images, with the same update")
     if setup.batch.devices > 1:
         left_out = "what they send each other, and that they share a machine"
         warnings.append(f"the time of {setup.batch.devices} devices leaves out {left_out}")
     time_parts = _time(setup, length, decoding, start, steps, evaluating, checkpoint[1])
-    at_once = measure.images_at_once(setup)
+    at_once = measure.images_per_pass(setup)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": about["model"]
@@ -164,26 +164,25 @@ def _checkpoint(setup: Setup) -> tuple[tuple[int, float], list[str]]:
     try:
         return measure.checkpoint(setup), []
     except OSError as error:
-        text = (
-            f"no checkpoint could be written into {tempfile.gettempdir()} ({first_line(error)}): its time is left out"
-        )
+        folder = tempfile.gettempdir()
+        text = f"no checkpoint could be written into {folder} ({first_line(error)}): its time is left out"
         slots = setup.config.keep_checkpoints + 2
         return (checkpointing.needed_bytes(setup, Path("runs"))[0] // slots, 0.0), [text]
 
 
 def _fits(setup: Setup, progress: measure.Progress) -> tuple[int | None, str]:
-    """How many images fit at once, and why it is not known where it is not."""
+    """(images that fit in one pass or None, how that was found or why not)."""
     if setup.device.type != "cuda":
         return None, "searched on a GPU only"
     if isinstance(setup.update.sam.m, int):
         return None, f"--m {setup.config.m} decides how many images pass at once"
-    most = min(_MOST_IMAGES, len(setup.train_rows))
-    found = measure.largest_batch(setup, most, progress)
-    return found, "all training images" if found == len(setup.train_rows) else "found by steps, to an eighth"
+    most = min(_MAX_BATCH, len(setup.train_rows))
+    largest = measure.largest_batch(setup, most, progress)
+    return largest, "all training images" if largest == len(setup.train_rows) else "found by steps, to an eighth"
 
 
 def _length(setup: Setup) -> dict[str, int | float]:
-    """How many steps, passes, validations and checkpoints there are; the last if each validation is the best so far."""
+    """Number of steps, passes, validations, and of checkpoints if each validation is the best so far."""
     config, total = setup.config, setup.total_steps
     sam_steps = len(setup.rho.sam_steps)
     every = max(1, config.eval_every.steps(setup.steps_per_epoch, total))
@@ -205,7 +204,7 @@ def _length(setup: Setup) -> dict[str, int | float]:
 
 
 def _data(setup: Setup, decoding: list[Decoding]) -> dict[str, Any]:
-    """Whether the images are decoded, how long that takes and how large they are then."""
+    """State, time and size of the decoded images."""
     sampled = [part for part in decoding if part.seconds_per_image is not None]
     images = sum(part.images for part in sampled)
     each = sum((part.seconds_per_image or 0) * part.images for part in sampled) / images if images else None
@@ -240,7 +239,7 @@ def _time(
     evaluating: Evaluating,
     save: float,
 ) -> dict[str, float]:
-    """Seconds of each part of the run; train_seconds as its report counts them, from the first step to the last."""
+    """Seconds of each part of the run. train_seconds: from the first step to the last, as in the report."""
     config, devices = setup.config, setup.batch.devices
     plain, sam = steps[0.0], steps.get(config.rho, steps[0.0])
     sam_steps, total = length["sam_steps"], setup.total_steps
@@ -264,141 +263,3 @@ def _time(
     during = parts["warm_up"] + parts["steps"] + parts["validation"] + parts["checkpoints"]
     with_sgd = whole - parts["steps"] + total * plain.mean
     return parts | {"total": whole, "train_seconds": max(0.0, during - after), "total_with_sgd": with_sgd}
-
-
-# ----------------------------------------------------------------------------------------------------------- for people
-
-
-def tables(plan: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """The same in words, by topic."""
-    return {
-        "Model": _model_words(plan),
-        "Data": _data_words(plan),
-        "Settings": _settings_words(plan),
-        "Memory": _memory_words(plan),
-        "Speed": _speed_words(plan),
-        "Time": _time_words(plan),
-        "Disk": _disk_words(plan),
-    }
-
-
-def _model_words(plan: Mapping[str, Any]) -> dict[str, str]:
-    model = plan["model"]
-    macs = model["multiply_accumulates"]
-    return {
-        "model": f"{model['resolved']}, weights {model['weights']}",
-        "parameters": f"{model['parameters']:,}, {model['trainable_parameters']:,} of them train",
-        "multiply-accumulates": f"{macs / 1e6:,.4g} million for the forward pass of an image of {model['img_size']} px "
-        "(convolutions and products of matrices)",
-    }
-
-
-def _data_words(plan: Mapping[str, Any]) -> dict[str, str]:
-    data = plan["dataset"]
-    state = data["decoded"]
-    each, size = data["decode_seconds_per_image"], _size(data["pixel_bytes"])
-    if state == "kept":
-        decoding = f"done before: {size} in the cache"
-    elif state == "once":
-        limit = _size(data["cache_limit_bytes"])
-        decoding = f"{_seconds(data['decode_seconds'])} before the first step ({1000 * each:.3g} ms an image), "
-        decoding += f"{size} of at most {limit} in the cache"
-    else:
-        decoding = f"in every epoch, in the time of the steps: {size} do not fit into --cache-limit "
-        decoding += _size(data["cache_limit_bytes"])
-    return {
-        "data": f"{data['name']} ({data['source']}), {data['classes']} classes",
-        "images": f"train {data['train']}, val {data['val']}, test {data['test']}",
-        "decoding": decoding,
-    }
-
-
-def _settings_words(plan: Mapping[str, Any]) -> dict[str, str]:
-    length, batch = plan["length"], plan["batch"]
-    rows = {
-        "steps": f"{length['steps']} of {batch['images']} images, {length['steps_per_epoch']} an epoch; "
-        f"warm-up {length['warmup_steps']}",
-        "SAM": f"{run_report.sam_words(plan['sam'], length['steps'])}; in {length['sam_steps']} steps",
-        "passes": f"{length['passes']:,.0f} forward and backward, {length['passes'] / length['steps']:g} times SGD's",
-    }
-    for key, setting in plan["settings"].items():
-        value = setting["value"]
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
-        rows[key.replace("_", "-")] = f"{shown}  ({setting['origin'].removeprefix('derived: ')})"
-    return rows
-
-
-def _memory_words(plan: Mapping[str, Any]) -> dict[str, str]:
-    memory, batch, there = plan["memory"], plan["batch"], plan["device"]
-    named = {
-        "weights": "weights",
-        "gradients": "gradients",
-        "weights_copy": "copy of the weights (SAM)",
-        "optimizer": "optimizer",
-        "ema": "averaged weights",
-        "activations": f"activations of {memory['at_once']} images",
-    }
-    rows = {words: _size(memory[key]) for key, words in named.items() if memory[key] > 0}
-    peak = "allocated at most" if there["name"].split()[0] != "cpu" else "at most in this process, libraries included"
-    rows["sum"] = f"{_size(memory['total'])} of {_size(there['memory_bytes'])} on {there['name']}"
-    rows["measured"] = f"{_size(memory['measured_peak'])} {peak}"
-    fits = batch["fits"]
-    rows["batch that fits"] = batch["fits_why"] if fits is None else f"{fits} images at once ({batch['fits_why']})"
-    return rows
-
-
-def _speed_words(plan: Mapping[str, Any]) -> dict[str, str]:
-    rows = {}
-    for kind, name in (("sam", "step of SAM"), ("sgd", "plain step")):
-        step = plan["step"][kind]
-        if step is None:
-            continue
-        low, high = (1000 * value for value in step["quartiles"])
-        rows[name] = (
-            f"{1000 * step['seconds']:.4g} ms (half of {step['measured']} between {low:.4g} and {high:.4g}), "
-            f"{step['images_per_second']:.0f} images/s, data wait {100 * step['data_wait']:.0f} %"
-        )
-    rows["cost against SGD"] = f"{plan['step']['cost_against_sgd']:.2f} times, measured"
-    rows["evaluation"] = f"{plan['evaluation']['images_per_second']:.0f} images/s"
-    return rows
-
-
-def _time_words(plan: Mapping[str, Any]) -> dict[str, str]:
-    parts, length = plan["time"], plan["length"]
-    named = {
-        "start": "start",
-        "decode": "decoding",
-        "warm_up": "what the first step takes longer",
-        "steps": f"{length['steps']} steps",
-        "validation": f"{length['validations']} validations",
-        "checkpoints": f"{length['checkpoints']} checkpoints at most",
-        "test": "scoring, once",
-    }
-    rows = {words: _seconds(parts[key]) for key, words in named.items() if parts[key] > 0}
-    rows["whole run"] = f"about {_seconds(parts['total'])}; {_seconds(parts['total_with_sgd'])} without SAM"
-    return rows
-
-
-def _disk_words(plan: Mapping[str, Any]) -> dict[str, str]:
-    disk = plan["disk"]
-    return {
-        "checkpoint": f"{_size(disk['checkpoint_bytes'])}, saved in {_seconds(disk['checkpoint_seconds'])}",
-        "kept": f"{disk['kept']}: {_size(disk['kept'] * disk['checkpoint_bytes'])}",
-        "needed at once": f"{_size(disk['at_once_bytes'])}, and {_size(disk['free_bytes'])} are free",
-    }
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB" if count < 1000 else f"{count:,.0f} GiB"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.3g} minutes"
-    return f"{seconds / 3600:.3g} hours"

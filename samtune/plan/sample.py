@@ -1,4 +1,4 @@
-"""Some images in place of all: what decoding a data set will take, told by a few of its images."""
+"""The time and size of decoding a data set, estimated from a few of its images."""
 
 import time
 from collections.abc import Iterable
@@ -16,15 +16,15 @@ from samtune.data.decode import DecodeRule
 from samtune.data.source import Split
 from samtune.data.splits import Indices
 
-_FEW = 32  # images that tell roughly how long one takes
-_MANY = 512  # images that are decoded at most
-_SECONDS = 4.0  # in which these shall be decoded
+_FEW = 32  # images for the first, rough estimate
+_MANY = 512  # most images to decode
+_SECONDS = 4.0  # time for these
 _READ = 2**30  # bytes of tables that are read to find out whether they are in the cache
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What becomes of the images of a part of the data.
+    """The decoding of one part of the data.
 
     state: "kept" in the cache already; to be decoded "once"; or "every epoch", as the cache has no room for them or is
     off. seconds: for all of them before the first step. seconds_per_image: None where none was decoded. pixel_bytes:
@@ -40,10 +40,10 @@ class Decoding:
 
 @dataclass
 class Sampler:
-    """Decodes a few images of each part into a cache of its own, and notes what all of them will take.
+    """Decodes a few images of each part into a cache of its own, and estimates the decoding of all.
 
-    root: an empty folder for that cache. Nothing else is written. threads: that decode at the same time in a run.
-    spent: seconds that it took.
+    root: an empty folder for that cache; nothing else is written. threads: number of decoding threads of a run.
+    spent: seconds that sampling took.
     """
 
     root: Path
@@ -52,7 +52,7 @@ class Sampler:
     spent: float = 0.0
 
     def look(self, config: RunConfig, parts: Iterable[tuple[Split, Indices]], rule: DecodeRule) -> list[Images]:
-        """The images of (split, rows) each, of which some are decoded; those that a run would find decoded all are."""
+        """The images of each (split, rows): all decoded if the run's cache has them, else some."""
         with console.RunProgress() as progress:
             return [self._look(config, split, np.unique(rows), rule, progress.count) for split, rows in parts]
 
@@ -87,7 +87,7 @@ class Sampler:
     def _sampled(
         self, split: Split, rows: Indices, rule: DecodeRule, count: int, progress: cache.Progress, fits: bool
     ) -> tuple[Images, float]:
-        """Some of the rows, evenly spread, and the seconds that each took."""
+        """Decode some of the rows, evenly spread; return the images and the seconds per image."""
         some = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
         started = time.perf_counter()
         images = cache.decode_into_cache(
@@ -103,9 +103,9 @@ class Sampler:
         return images, (time.perf_counter() - started) / len(some)
 
 
-def known_rows(images: Images, rows: Indices) -> Indices:
-    """The rows whose pixels are there; all of them where the images are decoded again and again."""
+def rows_with_pixels(images: Images, rows: Indices) -> Indices:
+    """The rows whose pixels are decoded; all rows if images are decoded in every epoch."""
     if images.pixels is None:
         return rows
-    known: Indices = rows[np.isin(rows, list(images.slot_of))]
-    return known
+    decoded: Indices = rows[np.isin(rows, list(images.slot_of))]
+    return decoded

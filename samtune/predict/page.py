@@ -16,12 +16,12 @@ from samtune.report import html
 from samtune.report.html import Column, Table
 
 MOST = 500
-"""Pictures that a page shows."""
+"""Most pictures that a page shows."""
 _CLASSES = 3  # of each picture
 
 
 class Gallery:
-    """Keeps the least certain of all pictures that are predicted; how many of each class there are."""
+    """Collects the least certain of all predicted pictures, and the number of pictures of each class."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
@@ -31,7 +31,7 @@ class Gallery:
         self._bad: list[tuple[str, str]] = []
 
     def add(self, batch: Batch) -> None:
-        """What is said of some pictures."""
+        """Add a batch."""
         names = self._predictor.class_names
         for one, row, best in zip(
             batch.inputs, batch.probabilities, ranked(batch.probabilities, _CLASSES).tolist(), strict=True
@@ -78,7 +78,7 @@ class Gallery:
     def _shown(self, one: Input, top: Sequence[tuple[str, float]]) -> dict[str, Any]:
         try:
             drawn = picture(one.read(), one.path, self._predictor.decode_rule)
-        except DataError:  # it was there a moment ago
+        except DataError:  # the file has changed since
             drawn = ""
         return {
             "picture": drawn,
@@ -90,9 +90,9 @@ class Gallery:
 
 
 def _short(folder: Path) -> str:
-    """A checkpoint by the names of its run and step."""
-    whole = folder.resolve()
-    return f"{whole.parent.parent.name}/{whole.name}" if whole.parent.name == "checkpoints" else whole.name
+    """The folder of a checkpoint as RUN/STEP."""
+    folder = folder.resolve()
+    return f"{folder.parent.parent.name}/{folder.name}" if folder.parent.name == "checkpoints" else folder.name
 
 
 def _reading(predictor: Predictor) -> str:
@@ -100,7 +100,7 @@ def _reading(predictor: Predictor) -> str:
     if fitted is None:
         return (
             "The probabilities are the model's own, and no temperature was fitted: they rank the pictures, and may all "
-            "be too low, as label smoothing leaves them, or too high. `samtune eval RUN --temperature` mends that."
+            "be too low, as label smoothing leaves them, or too high. `samtune eval RUN --temperature` corrects that."
         )
     return (
         f"The probabilities follow a temperature of {fitted.temperature:.3g}, fitted on {fitted.n} validation images: "

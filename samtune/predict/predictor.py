@@ -31,7 +31,8 @@ from samtune.data.transforms import eval_transform
 from samtune.distributed import collectives
 from samtune.distributed.device import autocast, retry_with_smaller_batch, select_device
 from samtune.errors import DataError, Diverged, UsageError
-from samtune.models import pretrained
+from samtune.models.head import features_and_logits
+from samtune.models.timm_format import load_checkpoint
 from samtune.predict.ranking import Floats, ranked
 from samtune.runs import checkpoint
 from samtune.train import temperature
@@ -39,12 +40,12 @@ from samtune.train.evaluation import to_device
 
 Tta = Literal["hflip"]
 Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
-_AHEAD = 2  # batches that are decoded while another one is computed
+_AHEAD = 2  # batches that are decoded while the model computes another
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one picture. probabilities: (classes,) float32, which sum to 1, as `class_names`."""
+    """The prediction for one picture. probabilities: (classes,) float32 with sum 1, in the order of `class_names`."""
 
     class_name: str
     probability: float
@@ -52,15 +53,15 @@ class Prediction:
     class_names: tuple[str, ...] = field(repr=False)
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The k most probable classes with their probabilities, the most probable first; fewer where there are."""
+        """The k most probable classes with their probabilities, the most probable first; at most all classes."""
         return [(self.class_names[i], float(self.probabilities[i])) for i in ranked(self.probabilities[None], k)[0]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some of the pictures, in order, with what is said of each. bad: those that cannot be decoded, and why.
+    """Predictions for some of the pictures, in order. bad: those that cannot be decoded, with the error.
 
-    probabilities: (n, classes) of the n that can. embeddings: (n, features), where they were asked for.
+    probabilities: (n, classes) of the other n. embeddings: (n, features), or None if not wanted.
     """
 
     inputs: Sequence[Input]
@@ -102,14 +103,14 @@ class Predictor:
         self.class_names: tuple[str, ...] = tuple(map(str, self.manifest["class_names"]))
         self.decode_rule = checkpoint.decode_rule(self.manifest)
         self.device = torch.device(device) if device is not None else select_device()
-        model, self.data_config = pretrained.load_checkpoint(weights)
+        model, self.data_config = load_checkpoint(weights)
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         self._model = model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
         self._transform = eval_transform(self.data_config)
         self._autocast = autocast(self.device, self.config.amp_dtype)
         self._tta = tta
         self.batch_size: int = 2 * self.config.batch_size
-        """Pictures at once: those of the run's own evaluation, or half as many, ... where memory runs out."""
+        """Pictures per forward pass: as in the run's own evaluation, and halved where memory runs out."""
 
     def __call__(self, images: Picture | Iterable[Picture]) -> list[Prediction]:
         """Classify pictures: one prediction each, in their order.
@@ -125,7 +126,7 @@ class Predictor:
         ]
 
     def embed(self, images: Picture | Iterable[Picture]) -> Floats:
-        """The pooled features of pictures, which the classifier is given: (n, features) float32. Raises as a call."""
+        """The pooled features of pictures, the classifier's input: (n, features) float32. Raises as __call__ does."""
         _, embeddings = self._compute(images, embeddings=True)
         assert embeddings is not None
         return embeddings
@@ -133,14 +134,14 @@ class Predictor:
     def _compute(self, images: Picture | Iterable[Picture], *, embeddings: bool) -> tuple[Floats, Floats | None]:
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
             images = [images]
-        found: list[tuple[Floats, Floats | None]] = []
+        batches: list[tuple[Floats, Floats | None]] = []
         pictures = iter(images)
         while some := [self._pixels(picture) for picture in itertools.islice(pictures, self.batch_size)]:
-            found.append(self.classify(some, embeddings=embeddings))
-        if not found:
+            batches.append(self.classify(some, embeddings=embeddings))
+        if not batches:
             return np.zeros((0, len(self.class_names)), np.float32), np.zeros((0, 0), np.float32)
-        pooled = [features for _, features in found if features is not None]
-        return np.concatenate([p for p, _ in found]), np.concatenate(pooled) if pooled else None
+        pooled = [features for _, features in batches if features is not None]
+        return np.concatenate([p for p, _ in batches]), np.concatenate(pooled) if pooled else None
 
     def _pixels(self, picture: Picture) -> torch.Tensor:
         if isinstance(picture, str | os.PathLike):
@@ -157,36 +158,36 @@ class Predictor:
         return self._transform(from_pillow(picture, self.decode_rule))
 
     def load(self, one: Input) -> torch.Tensor | DataError:
-        """A picture as the model is given it: (3, size, size) uint8; what is wrong with it, where it is none."""
+        """A picture as the model's input, (3, size, size) uint8, or the error for one that cannot be decoded."""
         try:
             return self._transform(decode(one.read(), lambda: one.path, self.decode_rule))
         except DataError as error:
             return error
 
     def classify(self, images: Sequence[torch.Tensor], *, embeddings: bool) -> tuple[Floats, Floats | None]:
-        """(3, size, size) uint8 each -> probabilities (n, classes), and (n, features) or None; on this rank alone.
+        """(3, size, size) uint8 each -> probabilities (n, classes), and (n, features) or None; on this rank only.
 
-        Where memory runs out, half as many go through the model at once, from then on.
+        Where memory runs out, the batch size is halved for this and all later calls.
 
         Raises:
             Diverged: NaN or inf.
             OutOfMemory: one image does not fit.
         """
 
-        def attempt(at_once: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-            found = [self._forward(images[i : i + at_once], embeddings) for i in range(0, len(images), at_once)]
-            self.batch_size = min(self.batch_size, at_once) if at_once < len(images) else self.batch_size
-            return found
+        def attempt(size: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+            outputs = [self._forward(images[i : i + size], embeddings) for i in range(0, len(images), size)]
+            self.batch_size = min(self.batch_size, size) if size < len(images) else self.batch_size
+            return outputs
 
-        found = retry_with_smaller_batch(attempt, self.batch_size, self.data_config["input_size"])
-        probabilities = torch.cat([p for p, _ in found]).numpy()
+        outputs = retry_with_smaller_batch(attempt, self.batch_size, self.data_config["input_size"])
+        probabilities = torch.cat([p for p, _ in outputs]).numpy()
         if not np.isfinite(probabilities).all():
             raise Diverged(
                 "the model's output is not finite",
                 f"{int((~np.isfinite(probabilities)).any(axis=1).sum())} of {len(probabilities)} pictures",
                 "take another checkpoint of the run (last, best)",
             )
-        pooled = [features for _, features in found if features is not None]
+        pooled = [features for _, features in outputs if features is not None]
         return probabilities, torch.cat(pooled).numpy() if pooled else None
 
     @torch.inference_mode()
@@ -194,19 +195,19 @@ class Predictor:
         batch = torch.stack(list(images))
         if self.device.type == "cuda":
             batch = batch.pin_memory()
-        once = self._once(batch, embeddings)
+        plain = self._forward_once(batch, embeddings)
         if self._tta is None:
-            return once
-        mirrored = self._once(batch.flip(-1), embeddings)
-        pooled = None if once[1] is None or mirrored[1] is None else (once[1] + mirrored[1]) / 2
-        return (once[0] + mirrored[0]) / 2, pooled
+            return plain
+        mirrored = self._forward_once(batch.flip(-1), embeddings)
+        pooled = None if plain[1] is None or mirrored[1] is None else (plain[1] + mirrored[1]) / 2
+        return (plain[0] + mirrored[0]) / 2, pooled
 
-    def _once(self, batch: torch.Tensor, embeddings: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _forward_once(self, batch: torch.Tensor, embeddings: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         pooled = None
         with self._autocast():
             moved = to_device(batch, self.device, self.data_config, self.config.channels_last)
             if embeddings:
-                pooled, logits = pretrained.features_and_logits(self._model, moved)
+                pooled, logits = features_and_logits(self._model, moved)
             else:
                 logits = self._model(moved)
         logits = logits.float()
@@ -225,7 +226,7 @@ def _of_array(array: npt.NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if channels == (1,) and array.ndim == 3 else array))
 
 
-# --------------------------------------------------------------------------------------------------------- many of them
+# -------------------------------------------------------------------------------------------------------- on all ranks
 
 
 def predict(
@@ -236,11 +237,10 @@ def predict(
     embeddings: bool = False,
     is_enough: Callable[[], bool] = bool,
 ) -> Iterator[Batch]:
-    """Classify any number of pictures, in their order, on all ranks: rank 0 gets what is said of them, others nothing.
+    """Classify any number of pictures, in order, on all ranks. Only rank 0 gets batches; all must exhaust the iterator.
 
-    inputs: those of rank 0 count. All ranks must exhaust the iterator. Batches are dealt to the ranks in turns; a few
-    are in memory, whatever the number of pictures. workers: threads that decode, on each rank; 0: none besides this.
-    is_enough: whether nobody wants more, asked on rank 0.
+    inputs: only those of rank 0 are used. Batches go to the ranks in turn, and only a few are in memory. workers:
+    threads that decode, on each rank; 0: this thread. is_enough: called on rank 0; True ends the iteration early.
 
     Raises what `Predictor.classify` and the iteration over inputs raise.
     """
@@ -254,22 +254,21 @@ def predict(
                 lambda: [] if is_enough() else list(itertools.islice(source, size * world))
             )
             if block:
-                own = block[rank * size : (rank + 1) * size]
-                ahead.append((own, [load(one) for one in own]))
+                part = block[rank * size : (rank + 1) * size]
+                ahead.append((part, [load(one) for one in part]))
             return bool(block)
 
         more = all(look_ahead() for _ in range(_AHEAD))
         while ahead:
-            own, waiting = ahead.popleft()
+            part, results = ahead.popleft()
             more = more and look_ahead()
-            for batch in collectives.all_gather_object(
-                _classified(predictor, own, [wait() for wait in waiting], embeddings)
-            ):
+            classified = _classify(predictor, part, [result() for result in results], embeddings)
+            for batch in collectives.all_gather_object(classified):
                 if batch is not None and rank == 0:
                     yield batch
 
 
-def _classified(
+def _classify(
     predictor: Predictor, inputs: Sequence[Input], loaded: Sequence[torch.Tensor | DataError], embeddings: bool
 ) -> Batch | None:
     if not inputs:
@@ -285,11 +284,11 @@ def _classified(
 
 @contextmanager
 def _loading(predictor: Predictor, workers: int) -> Iterator[Callable[[Input], Callable[[], torch.Tensor | DataError]]]:
-    """Begins to load a picture; what it returns waits for it."""
+    """A function that starts to load a picture and returns a function that waits for the result."""
     if workers == 0:
         yield lambda one: partial(predictor.load, one)
         return
-    torch.get_num_threads()  # else this thread would take the number of those that load
+    torch.get_num_threads()  # fixes this thread's number before the pool sets its own
     with ThreadPoolExecutor(workers, "loader", torch.set_num_threads, (1,)) as pool:
         try:
             yield lambda one: pool.submit(predictor.load, one).result

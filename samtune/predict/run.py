@@ -15,7 +15,7 @@ from samtune.predict import writers
 from samtune.predict.page import Gallery
 from samtune.predict.predictor import Predictor, Tta, predict
 
-_NAMED = 10  # bad pictures that the error names; a warning names each
+_NAMED = 10  # bad pictures in the error message; a warning names each
 
 
 def run(
@@ -41,9 +41,9 @@ def run(
     """Classify all inputs on all ranks, and write what is asked for on rank 0; returns the summary.
 
     output: None for stdout. workers: threads that decode, on each rank; None: as many as a run takes. The other
-    arguments are those of Predictor, `predictionfiles.writer` and the command.
+    arguments are those of Predictor, `writers.writer` and the command.
 
-    Raises DataError for pictures that cannot be decoded, unless on_bad_image is "skip": when all others are written.
+    Raises DataError for pictures that cannot be decoded, after all others are written, unless on_bad_image is "skip".
     """
     target = device.select_device(gpus, processes)
     collectives.init(target)
@@ -102,18 +102,18 @@ def run(
         if gallery is not None and html is not None:
             gallery.write(html)
     written = [str(path) for path in (output, embeddings, html) if path is not None]
-    said = f"{n} pictures, {summary['images_per_second']:.0f} images/s" + (f", {len(bad)} left out" if bad else "")
-    console.info(said + (f"; written: {', '.join(written)}" if written else ""))
-    collectives.broadcast_from_rank0(lambda: _judge(bad, on_bad_image))
+    message = f"{n} pictures, {summary['images_per_second']:.0f} images/s" + (f", {len(bad)} left out" if bad else "")
+    console.info(message + (f"; written: {', '.join(written)}" if written else ""))
+    collectives.broadcast_from_rank0(lambda: _raise_for_bad(bad, on_bad_image))
     return summary
 
 
-def _judge(bad: Sequence[dict[str, str]], on_bad_image: str) -> dict[str, Any]:
+def _raise_for_bad(bad: Sequence[dict[str, str]], on_bad_image: str) -> dict[str, Any]:
     if bad and on_bad_image == "error":
         named = "; ".join(f"{one['path']}: {one['reason']}" for one in bad[:_NAMED])
         raise DataError(
             f"{len(bad)} picture{'s' if len(bad) > 1 else ''} cannot be decoded",
             named + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""),
-            "all others are predicted; fix or remove these, or take it for no error by --on-bad-image skip",
+            "all others are predicted; fix or remove these, or give --on-bad-image skip",
         )
     return {}

@@ -1,5 +1,6 @@
-"""Predictions and embeddings -> files, row by row: none of it is held until the end."""
+"""Predictions and embeddings -> files, written as they are computed."""
 
+import codecs
 import csv
 import io
 import json
@@ -21,51 +22,48 @@ from samtune.predict.ranking import Floats, ranked
 
 FORMATS = ("csv", "jsonl", "json", "parquet")
 EMBEDDINGS = (".safetensors", ".npy")
-_OF_A_RUN = {"predictions.parquet", "report.json", "provenance.json", "status.json", "metrics.jsonl"}
-_ROWS = 8192  # of a parquet file that are written at once, as a group
+_RUN_FILES = {"predictions.parquet", "report.json", "provenance.json", "status.json", "metrics.jsonl"}
+_GROUP_ROWS = 8192  # rows of a row group of a parquet file
 
 
 class Writer(Protocol):
-    """Where predictions go."""
+    """Writes predictions in one format."""
 
     def write(self, paths: Sequence[str], probabilities: Floats) -> None:
-        """Rows of pictures: (n,) paths, (n, classes)."""
+        """Write rows of pictures: (n,) paths, (n, classes)."""
         ...
 
     def close(self, summary: dict[str, Any]) -> None:
-        """All rows are written. summary: what json says besides them."""
+        """Finish the file. summary: further keys of json."""
         ...
 
 
 def format_of(kind: str | None, output: Path | None) -> str:
-    """The format that is asked for, else by the file's ending, else csv. Raises UsageError for another."""
-    ending = output.suffix.lower().lstrip(".") if output is not None else ""
-    chosen = kind or {"ndjson": "jsonl"}.get(ending, ending) or "csv"
-    if chosen not in FORMATS:
-        raise UsageError(
-            f"--format {chosen}: must be one of {', '.join(FORMATS)}"
-            if kind
-            else f"--output {output}: ends in no format",
-            hint=f"--format is one of {', '.join(FORMATS)}",
-        )
-    return chosen
+    """The format: kind, else by the suffix of output, else csv. Raises UsageError for an unknown one."""
+    suffix = output.suffix.lower().lstrip(".") if output is not None else ""
+    name = kind or {"ndjson": "jsonl"}.get(suffix, suffix) or "csv"
+    if name not in FORMATS:
+        formats = ", ".join(FORMATS)
+        message = f"--format {name}: must be one of {formats}" if kind else f"--output {output}: ends in no format"
+        raise UsageError(message, hint=f"--format is one of {formats}")
+    return name
 
 
 def writer(kind: str, file: BinaryIO, class_names: Sequence[str], *, top: int, every: bool) -> Writer:
-    """top: so many classes of each picture, with their probabilities. every: the probabilities of all classes, too."""
+    """A writer of this format. top: number of most probable classes to write. every: also write all probabilities."""
     make: Callable[..., Writer] = {"csv": _Csv, "jsonl": _JsonLines, "json": _Json, "parquet": _Parquet}[kind]
     return make(file, class_names, top, every)
 
 
 class _Rows:
-    """What all formats share: the columns of a row."""
+    """Base of all formats: columns and rows."""
 
     def __init__(self, file: BinaryIO, class_names: Sequence[str], top: int, every: bool) -> None:
         self.file, self.names, self.top, self.every = file, class_names, min(top, len(class_names)), every
 
     @property
     def columns(self) -> list[str]:
-        """path, class, probability, class_2, probability_2, ..., p_<class>, ..."""
+        """Names: path, class, probability, class_2, probability_2, ..., p_<class>, ..."""
         ranks = ["" if i == 1 else f"_{i}" for i in range(1, self.top + 1)]
         return [
             "path",
@@ -81,51 +79,43 @@ class _Rows:
                 values += [self.names[i], row[i]]
             yield values + (list(row) if self.every else [])
 
+    def close(self, summary: dict[str, Any]) -> None:
+        pass
+
 
 class _Csv(_Rows):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._row(self.columns)
+        self._csv = csv.writer(codecs.getwriter("utf-8")(self.file), lineterminator="\n")
+        self._csv.writerow(self.columns)
 
     def write(self, paths: Sequence[str], probabilities: Floats) -> None:
-        for values in self.rows(paths, probabilities):
-            self._row([str(value) for value in values])  # of a number the shortest text that is this float32
+        rows = self.rows(paths, probabilities)
+        self._csv.writerows([str(value) for value in row] for row in rows)  # the shortest text of a float32
         self.file.flush()
-
-    def close(self, summary: dict[str, Any]) -> None:
-        pass
-
-    def _row(self, values: Sequence[str]) -> None:
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerow(values)
-        self.file.write(text.getvalue().encode())
 
 
 class _JsonLines(_Rows):
     def write(self, paths: Sequence[str], probabilities: Floats) -> None:
-        for one in self.objects(paths, probabilities):
-            self.file.write((json.dumps(one, ensure_ascii=False) + "\n").encode())
+        for row in self.objects(paths, probabilities):
+            self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         self.file.flush()
 
-    def close(self, summary: dict[str, Any]) -> None:
-        pass
-
     def objects(self, paths: Sequence[str], probabilities: Floats) -> Iterator[dict[str, Any]]:
-        """Each picture: path, class, probability; top, where more than one is asked for; probabilities, if all are."""
+        """One object per picture: path, class, probability; with top > 1 also top, with every also probabilities."""
         for path, *values in self.rows(paths, probabilities):
-            best = values[: 2 * self.top]
-            ranking = [{"class": name, "probability": _plain(p)} for name, p in zip(best[::2], best[1::2], strict=True)]
-            one: dict[str, Any] = {"path": path, **ranking[0]}
+            best, rest = values[: 2 * self.top], values[2 * self.top :]
+            top = [{"class": name, "probability": _shortest(p)} for name, p in zip(best[::2], best[1::2], strict=True)]
+            row: dict[str, Any] = {"path": path, **top[0]}
             if self.top > 1:
-                one["top"] = ranking
+                row["top"] = top
             if self.every:
-                rest = values[2 * self.top :]
-                one["probabilities"] = {name: _plain(p) for name, p in zip(self.names, rest, strict=True)}
-            yield one
+                row["probabilities"] = {name: _shortest(p) for name, p in zip(self.names, rest, strict=True)}
+            yield row
 
 
 class _Json(_JsonLines):
-    """One object: "predictions", a row each, then what `close` is given."""
+    """One object: "predictions", a row each, then the keys of the summary."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -133,8 +123,8 @@ class _Json(_JsonLines):
         self.file.write(b'{\n"predictions": [')
 
     def write(self, paths: Sequence[str], probabilities: Floats) -> None:
-        for one in self.objects(paths, probabilities):
-            self.file.write(f"{self._separator}\n  {json.dumps(one, ensure_ascii=False)}".encode())
+        for row in self.objects(paths, probabilities):
+            self.file.write(f"{self._separator}\n  {json.dumps(row, ensure_ascii=False)}".encode())
             self._separator = ","
 
     def close(self, summary: dict[str, Any]) -> None:
@@ -149,70 +139,43 @@ class _Parquet(_Rows):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        text = {"path", *(name for name in self.columns[1 : 1 + 2 * self.top : 2])}
-        types = [pa.string() if name in text else pa.float32() for name in self.columns[: 1 + 2 * self.top]]
-        types += [pa.float32()] * (len(self.columns) - len(types))
+        text = {0, *range(1, 1 + 2 * self.top, 2)}  # path, and the classes
+        types = [pa.string() if i in text else pa.float32() for i in range(len(self.columns))]
         self._schema = pa.schema(list(zip(self.columns, types, strict=True)))
-        self._table = pa.Table
-        self._writer = pq.ParquetWriter(_Counted(self.file), self._schema)
+        self._writer = pq.ParquetWriter(self.file, self._schema)
         self._waiting: list[list[str | np.float32]] = []
 
     def write(self, paths: Sequence[str], probabilities: Floats) -> None:
         self._waiting += self.rows(paths, probabilities)
-        if len(self._waiting) >= _ROWS:
-            self._flush()
+        if len(self._waiting) >= _GROUP_ROWS:
+            self._write_group()
 
     def close(self, summary: dict[str, Any]) -> None:
-        self._flush()
+        self._write_group()
         self._writer.close()
         self.file.flush()
 
-    def _flush(self) -> None:
-        values: list[Sequence[Any]] = list(zip(*self._waiting, strict=True)) or [()] * len(self.columns)
-        columns = [np.array(c, np.float32) if self._schema.types[i] == "float" else c for i, c in enumerate(values)]
-        self._writer.write_table(
-            self._table.from_arrays(list(map(_array, columns, self._schema.types)), schema=self._schema)
-        )
+    def _write_group(self) -> None:
+        import pyarrow as pa
+
+        columns: list[Sequence[Any]] = list(zip(*self._waiting, strict=True)) or [()] * len(self.columns)
+        arrays = [pa.array(values, kind) for values, kind in zip(columns, self._schema.types, strict=True)]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         self._waiting = []
 
 
-def _array(values: Any, kind: Any) -> Any:
-    import pyarrow as pa
-
-    return pa.array(values, kind)
-
-
-class _Counted(io.RawIOBase):
-    """A file that knows how much was written: a pipe does not."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
-        self._file, self._written = file, 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._file.write(data)
-        self._written += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self._written
-
-
-def _plain(value: Any) -> float:
-    """A float32 as the shortest number that is this float32."""
+def _shortest(value: Any) -> float:
+    """The float64 with the shortest text that is this float32."""
     return float(str(value))
 
 
-# --------------------------------------------------------------------------------------------------------------- places
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def check(files: Mapping[str, Path | None], *, force: bool, read: Sequence[Path] = ()) -> None:
-    """Whether files can be written there, by their flags. Raises UsageError where one is there, and no force.
+    """Raise UsageError for output files that cannot be written, or exist and are not forced. files: flag -> path.
 
-    read: arguments that name what is read. Neither these nor pictures nor a run's own files are ever written over.
+    read: paths that the command reads. These, pictures and a run's own files are never overwritten.
     """
     given = {flag: path for flag, path in files.items() if path is not None}
     for flag, path in given.items():
@@ -232,17 +195,17 @@ def check(files: Mapping[str, Path | None], *, force: bool, read: Sequence[Path]
 
 
 def _is_of_run(path: Path) -> bool:
-    return path.name in _OF_A_RUN and (path.parent / "status.json").is_file()
+    return path.name in _RUN_FILES and (path.parent / "status.json").is_file()
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether it is a device or a pipe, as /dev/null, /dev/stdout or a shell's >(command): no file to be replaced."""
+    """Whether it is a device or a pipe, as /dev/null, /dev/stdout or a shell's >(command)."""
     return path.exists() and (not path.is_file() or (path.is_symlink() and path.absolute().is_relative_to("/dev")))
 
 
 @contextmanager
 def opened(path: Path | None) -> Iterator[BinaryIO]:
-    """stdout, a device or a pipe; or a file that appears when it is whole, and is in PATH.part until then.
+    """Open stdout (None), a device, a pipe, or a file, which is PATH.part until it is complete.
 
     Raises MachineError where it cannot be written.
     """
@@ -271,9 +234,9 @@ def opened(path: Path | None) -> Iterator[BinaryIO]:
 
 
 class Embeddings:
-    """Rows of pooled features, kept on the disk, and in the end a file: how many there are stands at its beginning.
+    """Writes pooled features to a .npy or a .safetensors file (key "embeddings"): (n, features), float32.
 
-    A .npy file is the array (n, features); a .safetensors file holds it as "embeddings", float32 both.
+    Such a file starts with the number of its rows, so they go to a temporary file first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -282,7 +245,7 @@ class Embeddings:
         self._raw: BinaryIO | None = None
 
     def write(self, features: Floats) -> None:
-        """(n, features), after those before. Raises MachineError where there is no room."""
+        """Append (n, features). Raises MachineError where there is no room."""
         try:
             if self._raw is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -294,7 +257,7 @@ class Embeddings:
         self._features = features.shape[1]
 
     def close(self, about: dict[str, str]) -> None:
-        """Write the file. about: what a .safetensors file says of it."""
+        """Write the file. about: metadata of a .safetensors file."""
         try:
             if self._raw is not None:
                 self._raw.close()
@@ -308,10 +271,10 @@ class Embeddings:
             raise self._unwritten(error) from None
 
     def discard(self) -> None:
-        """Nothing came of it."""
+        """Remove the temporary file."""
         if self._raw is not None:
             self._raw.close()
-        with suppress(OSError):  # in a folder that nothing can be written to
+        with suppress(OSError):  # the folder may be read-only
             self._raw_path.unlink(missing_ok=True)
 
     def _header(self, about: dict[str, str]) -> bytes:

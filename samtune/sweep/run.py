@@ -13,7 +13,7 @@ from samtune.config.run_config import RunConfig
 from samtune.distributed import signals
 from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, UsageError, WorkerLost, first_line
 from samtune.files import write_atomic
-from samtune.models.pretrained import resolve
+from samtune.models.names import resolve
 from samtune.runs import lock
 from samtune.runs.listing import read_step
 from samtune.runs.resume import RUNTIME_ONLY

@@ -10,7 +10,7 @@ import torch
 from samtune import console
 from samtune.distributed import collectives
 from samtune.errors import MachineError, first_line
-from samtune.models import pretrained
+from samtune.models.timm_format import timm_config
 from samtune.runs import checkpoint, run_log
 from samtune.runs.run_log import RunLog
 from samtune.train.setup import Setup
@@ -117,7 +117,7 @@ def write(setup: Setup, checkpoints: Path, step: int, content: dict[str, Any]) -
     return checkpoint.save(
         checkpoints,
         step=step,
-        timm_config=pretrained.timm_config(setup.model, setup.info, setup.data.class_names),
+        timm_config=timm_config(setup.model, setup.info, setup.data.class_names),
         about={
             "config": setup.config.model_dump(mode="json"),
             "class_names": list(setup.data.class_names),

@@ -19,7 +19,7 @@ from samtune.data.splits import Indices, RunSplits, open_run_splits
 from samtune.data.text import shorten
 from samtune.distributed import collectives, device
 from samtune.errors import DataError, UsageError
-from samtune.models import pretrained
+from samtune.models.timm_format import load_checkpoint
 from samtune.runs import checkpoint
 from samtune.runs.run_log import read_provenance
 from samtune.train.evaluation import Evaluation, Progress, evaluate
@@ -62,7 +62,7 @@ def evaluate_checkpoint(
     target = device.select_device(gpus, processes)
     collectives.init(target)
     with collectives.local_main_process_first():
-        model, data_config = pretrained.load_checkpoint(weights)
+        model, data_config = load_checkpoint(weights)
         selected = _select(folder, config, manifest, split, dataset, selection)
         for note in selected.notes:
             console.info(note)

@@ -18,7 +18,7 @@ from samtune.data.splits import Indices
 from samtune.data.transforms import mix, train_transform
 from samtune.distributed import collectives, device, signals
 from samtune.errors import CheckpointError, SamtuneError
-from samtune.models import pretrained
+from samtune.models.training import train_mode
 from samtune.report import run_report
 from samtune.runs import checkpoint, predictions, run_log
 from samtune.runs.resume import Resumed
@@ -121,7 +121,7 @@ class Trainer:
             share=lambda rows: setup.batch.share(rows, collectives.rank()),
         )
         base_lrs = [group["lr"] for group in setup.optimizer.param_groups]
-        pretrained.train_mode(setup.model, freeze_bn=config.freeze_bn)
+        train_mode(setup.model, freeze_bn=config.freeze_bn)
         if config.on_nan == "rollback" and self.saver.newest is None:
             self.saver.save(state)  # to go back to
         while True:
@@ -203,7 +203,7 @@ class Trainer:
                 raise CheckpointError(f"run {self.log.folder} has lost its checkpoints", hint="start a new run")
             back = load_state_dict(setup, newest)
             collectives.barrier()  # before rank 0 saves again, and removes it
-            pretrained.train_mode(setup.model, freeze_bn=config.freeze_bn)
+            train_mode(setup.model, freeze_bn=config.freeze_bn)
             state.rollbacks += 1
             state.skipped_in_a_row = 0
             self.log.metrics(step=step, epoch=setup.epoch(step), split="rollback", to_step=back.step)
@@ -289,7 +289,7 @@ class Trainer:
             validation = self._score(setup.model, setup.val, setup.val_rows, "val")
             averaged = self._score(setup.ema.module, setup.val, setup.val_rows, "val_ema") if setup.ema else None
         finally:
-            pretrained.train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
+            train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
         return validation, averaged
 
     def _score(self, model: nn.Module, images: Images, rows: Indices, name: str) -> Evaluation:

@@ -23,7 +23,7 @@ from samtune.data.source import LabelledDataset, Split
 from samtune.data.splits import Indices, RunSplits, open_run_splits
 from samtune.data.transforms import min_side
 from samtune.distributed import collectives, device
-from samtune.models import pretrained
+from samtune.models.timm_format import look_up
 
 # (config, pairs of split and rows, rule) -> the images of each pair
 DecodeFunction = Callable[[RunConfig, Iterable[tuple[Split, Indices]], DecodeRule], list[Images]]
@@ -105,7 +105,7 @@ def load_run_data(config: RunConfig, resolved: Resolved | None = None, decode: D
 
 def decode_rule(config: RunConfig, data: LabelledDataset) -> DecodeRule:
     """How a run decodes its images: as large as its model needs them, deep ones by the range of the training images."""
-    data_config = pretrained.look_up(config.model, config.weights).data_config(config.img_size)
+    data_config = look_up(config.model, config.weights).data_config(config.img_size)
     train = data.splits["train"]
     ranges = depth.value_ranges(train, train.labelled)
     return DecodeRule(min_side(data_config, config), config.max_megapixels, ranges)

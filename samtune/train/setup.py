@@ -13,8 +13,18 @@ from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.distributed import collectives, device, fsdp
 from samtune.errors import UsageError
-from samtune.models import pretrained
-from samtune.models.pretrained import ModelInfo
+from samtune.models.build import build_model, check_size
+from samtune.models.head import head_names
+from samtune.models.names import resolve
+from samtune.models.timm_format import ModelInfo
+from samtune.models.training import (
+    Ema,
+    allow_single_values,
+    checkpoint_activations,
+    convert_sync_bn,
+    make_ema,
+    parameter_groups,
+)
 from samtune.sam.gradient import SAM
 from samtune.sam.losses import cross_entropy, l2_penalty
 from samtune.sam.step import Step
@@ -31,7 +41,7 @@ class Setup(RunData):
     config: RunConfig  # nothing left open
     device: torch.device
     model: nn.Module
-    ema: pretrained.Average | None
+    ema: Ema | None
     info: ModelInfo
     optimizer: torch.optim.Optimizer
     update: Step
@@ -93,15 +103,15 @@ def build_setup(
     """
     device.deterministic(config.deterministic)
     target = device.select_device(config.gpus, config.processes)
-    pretrained.resolve(config.model)  # a misspelt name need not wait for the data
+    resolve(config.model)  # a misspelt name need not wait for the data
     if resolved is None and config.img_size is not None:
-        pretrained.check_size(config.model, config.weights, config.img_size)
+        check_size(config.model, config.weights, config.img_size)
     collectives.init(target)
     torch.manual_seed(config.seed)
     with collectives.local_main_process_first():
         read = load_run_data(config, resolved, decode)
         console.info(f"loading model {config.model} ...")
-        model, info = pretrained.build(
+        model, info = build_model(
             config.model,
             classes=len(read.data.class_names),
             weights=config.weights if resolved is None else None,
@@ -116,13 +126,13 @@ def build_setup(
     with device.oom_as_user_error(f"the weights of {info.resolved}"):
         model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
     if config.sync_bn:
-        model = pretrained.synchronised(model, target)
+        model = convert_sync_bn(model, target)
     if not config.freeze_bn:
-        pretrained.allow_single_values(model)
+        allow_single_values(model)
     if config.grad_checkpointing:
-        pretrained.checkpoint_activations(model)
+        checkpoint_activations(model)
 
-    ema = pretrained.average(model, config.model_ema_decay) if config.model_ema else None
+    ema = make_ema(model, config.model_ema_decay) if config.model_ema else None
     if config.shard:
         group = group_size(config.m) if isinstance(config.m, str) and config.m != "global" else None
         for part in (model, *([ema.module] if ema else [])):
@@ -176,7 +186,7 @@ def _optimizer(
     """The base optimizer, and the L2 term that takes the place of its weight decay, if it is asked for."""
     assert config.weight_decay is not None
     in_optimizer = 0.0 if config.l2_in_loss else config.weight_decay
-    groups = pretrained.parameter_groups(model, lr=lr, head_lr=lr * config.head_lr_factor, weight_decay=in_optimizer)
+    groups = parameter_groups(model, lr=lr, head_lr=lr * config.head_lr_factor, weight_decay=in_optimizer)
     penalty = None
     if config.l2_in_loss:
         decayed = [w for w in model.parameters() if w.requires_grad and w.ndim > 1]
@@ -196,7 +206,7 @@ def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan) -> SAM:
         micro_batch = min(micro_batch or batch.part, batch.part)
     if isinstance(m, str) and m.startswith("group:"):
         m = collectives.new_subgroup(group_size(m)) if collectives.world_size() > 1 else "device"
-    head = "|".join(rf"^{re.escape(name)}\." for name in pretrained.head_names(model))
+    head = "|".join(rf"^{re.escape(name)}\." for name in head_names(model))
     if not config.shard:
         model = collectives.data_parallel(model, next(model.parameters()).device)
     try:

@@ -1,8 +1,7 @@
-"""Settings, rows of metrics and the result of a run, handed on to trackers: TensorBoard, and Weights & Biases.
+"""Trackers of a run: its settings, metrics and result for TensorBoard and Weights & Biases.
 
-No tracker is worth a run. Each is served by a thread of its own; one that raises, or does not answer in time, is left
-out from then on. What a tracker shows is made from metrics.jsonl: a run that goes on hands over all rows again, those
-of the steps before as well, so that none is missing that a killed run had not passed on, and none is there twice.
+Best effort: a tracker that raises is left out for the rest of the run, with one warning. Trackers show what
+metrics.jsonl holds. A resumed run passes all rows on again, so that no row is missing or doubled after a kill.
 """
 
 import importlib
@@ -13,9 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
@@ -25,17 +22,17 @@ from samtune.errors import UsageError, first_line
 from samtune.report import run_report
 from samtune.runs.run_log import RunLog, read_metrics
 
-_PATIENCE = 20.0  # seconds for a tracker to begin, and to end
-_TIMEOUT = 15.0  # seconds after which W&B gives up by itself, and says why
-_HASTE = 3.0  # seconds to end where the run was stopped or has failed: somebody waits for that
+_TIMEOUT = 15.0  # seconds after which W&B gives up by itself: login, start, end
+_END_TIMEOUT = 20.0  # seconds for all trackers to end
+_STOP_TIMEOUT = 3.0  # the same where the run was stopped or has failed, and a user or a scheduler waits
 _RESULT = ("test", "val", "ema", "steps", "train_seconds", "images_per_second", "cost", "warnings")
 
 Row = Mapping[str, Any]
 
 
 def check(track: str) -> None:
-    """Raise UsageError for a tracker whose package is not there, before a run begins. track: as in RunConfig."""
-    for name in _chosen(track):
+    """Raise UsageError for a tracker whose package cannot be imported. track: as in RunConfig."""
+    for name in _names(track):
         try:
             importlib.import_module(_TRACKERS[name].package)
         except Exception as error:  # a broken installation raises anything
@@ -44,112 +41,87 @@ def check(track: str) -> None:
             ) from None
 
 
-def _chosen(track: str) -> list[str]:
+def _names(track: str) -> list[str]:
     return [] if track == "none" else track.split(",")
 
 
 class Trackers:
-    """The trackers of a run, within a `with` block: each row that the log writes there is handed on to them.
+    """The trackers of a run, in a `with` block: they get each row that the log writes in it. Only rank 0 has any.
 
-    Rank 0 has them alone. result: the report, to be set before the block ends; None where the run has none.
+    result: the report. Set it before the block ends; None where the run has none.
     """
 
     def __init__(self, config: RunConfig, log: RunLog) -> None:
         self.result: Mapping[str, Any] | None = None
         self._config, self._log = config, log
-        self._feeds: list[_Feed] = []
+        self._trackers: dict[str, _Tracker] = {}
+        self._left_out: set[str] = set()
         self._indices = itertools.count()
 
     def __enter__(self) -> Self:
-        names = _chosen(self._config.track) if environment.is_rank0() else []
         started = time.time() - self._log.seconds()
-        self._feeds = [_Feed(name, self._config, self._log, started) for name in names]
-        deadline = time.monotonic() + _PATIENCE
-        for feed in self._feeds:
-            feed.wait(feed.begun, deadline)
-        if self._feeds:
+        for name in _names(self._config.track) if environment.is_rank0() else []:
+            self._call(name, self._start, name, started)
+        if self._trackers:
             for row in read_metrics(self._log.folder):
-                self._hand_on(row)
-            self._log.followers.append(self._hand_on)
+                self._log_row(row)
+            self._log.followers.append(self._log_row)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """End all trackers. One that hangs must not keep the run and its other ranks from ending: hence a thread."""
         self._log.followers.clear()
-        for feed in self._feeds:
-            feed.end(self.result)
-        deadline = time.monotonic() + (_PATIENCE if kind is None else _HASTE)
-        for feed in self._feeds:
-            feed.wait(feed.ended, deadline)
+        deadline = time.monotonic() + (_END_TIMEOUT if kind is None else _STOP_TIMEOUT)
+        threads = {
+            name: threading.Thread(target=self._call, args=(name, tracker.finish, self.result), daemon=True)
+            for name, tracker in self._trackers.items()
+        }
+        for thread in threads.values():
+            thread.start()
+        for name, thread in threads.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                self._leave_out(name, "it does not answer")
 
-    def _hand_on(self, row: Row) -> None:
+    def _start(self, name: str, started: float) -> None:
+        self._trackers[name] = _TRACKERS[name](self._log.folder, self._config, started)
+
+    def _log_row(self, row: Row) -> None:
         index = next(self._indices)
-        for feed in self._feeds:
-            feed.call(lambda tracker: tracker.row(index, row))
+        for name, tracker in self._trackers.items():
+            self._call(name, tracker.log_row, index, row)
 
-
-class _Feed:
-    """One tracker, and the thread that serves it: not of a pool, for whose threads Python waits at its end."""
-
-    def __init__(self, name: str, config: RunConfig, log: RunLog, started: float) -> None:
-        self._name, self._log = name, log
-        self._begin = partial(_TRACKERS[name], log.folder, config, started)
-        self._calls: SimpleQueue[Callable[[_Tracker], None] | None] = SimpleQueue()  # None: there are no more
-        self._lock = threading.Lock()
-        self._left_out = False
-        self.begun, self.ended = threading.Event(), threading.Event()
-        threading.Thread(target=self._serve, name=name, daemon=True).start()
-
-    def call(self, call: Callable[["_Tracker"], None]) -> None:
-        """Have the thread do this, when all before is done."""
-        if not self._left_out:
-            self._calls.put(call)
-
-    def end(self, result: Mapping[str, Any] | None) -> None:
-        """Have it end, then."""
-        self.call(lambda tracker: tracker.end(result))
-        self._calls.put(None)
-
-    def wait(self, event: threading.Event, deadline: float) -> None:
-        """Until then at most, on the clock time.monotonic(); a tracker that takes longer is left out."""
-        if not event.wait(max(0.0, deadline - time.monotonic())):
-            self._leave_out("it does not answer")
-
-    def _serve(self) -> None:
+    def _call(self, name: str, function: Callable[..., None], *arguments: Any) -> None:
+        if name in self._left_out:
+            return
         try:
-            tracker = self._begin()
-            self.begun.set()
-            while (call := self._calls.get()) is not None and not self._left_out:
-                call(tracker)
+            function(*arguments)
         except (Exception, SystemExit) as error:
-            self._leave_out(first_line(error))
-        finally:
-            self.begun.set()
-            self.ended.set()
+            self._leave_out(name, first_line(error))
 
-    def _leave_out(self, why: str) -> None:
-        with self._lock:
-            if self._left_out:
-                return
-            self._left_out = True
+    def _leave_out(self, name: str, reason: str) -> None:
+        if name in self._left_out:  # its end took too long, and then failed
+            return
+        self._left_out.add(name)
         self._log.degraded = True
-        self._log.warn(f"tracker {self._name} is left out: {why}; the run goes on")
+        self._log.warn(f"tracker {name} is left out: {reason}; the run goes on")
 
 
 class _Tracker(Protocol):
-    """What a tracker is told, in this order, by one thread. It may raise whatever it likes, or never return."""
+    """One tracker. Its methods are called in this order, and may raise anything."""
 
     package: ClassVar[str]
 
     def __init__(self, folder: Path, config: RunConfig, started: float) -> None:
-        """folder: the run's. started: when the run would have begun had it never paused, as time.time() says it."""
+        """folder: the run's. started: time.time() at which the run would have started without its pauses."""
 
-    def row(self, index: int, row: Row) -> None:
-        """A row of metrics.jsonl and its place there, from 0."""
+    def log_row(self, index: int, row: Row) -> None:
+        """Show a row of metrics.jsonl. index: its line there, from 0."""
 
-    def end(self, result: Mapping[str, Any] | None) -> None:
-        """There is no more to come. result: the report, None where the run was stopped or has failed."""
+    def finish(self, result: Mapping[str, Any] | None) -> None:
+        """Show the report, which is None where the run was stopped or has failed, and close."""
 
 
 def _scalars(row: Row) -> dict[str, float]:
@@ -167,15 +139,15 @@ class _TensorBoard(_Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         self._started = started
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=0)  # all that was there before
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=0)  # hides all earlier rows
         self._writer.add_text("config", "".join(f"    {line}\n" for line in config.to_toml().splitlines()))
 
-    def row(self, index: int, row: Row) -> None:
+    def log_row(self, index: int, row: Row) -> None:
         for name, value in _scalars(row).items():
             self._writer.add_scalar(name, value, row["step"], walltime=self._started + row["seconds"])
         self._writer.flush()
 
-    def end(self, result: Mapping[str, Any] | None) -> None:
+    def finish(self, result: Mapping[str, Any] | None) -> None:
         if result is not None:
             rows = "".join(f"| {name} | {value} |\n" for name, value in run_report.summary(result).items())
             self._writer.add_text("report", f"| | |\n|---|---|\n{rows}")
@@ -185,23 +157,23 @@ class _TensorBoard(_Tracker):
 class _WandB(_Tracker):
     """A run of Weights & Biases under RUN/wandb, offline unless WANDB_MODE says otherwise.
 
-    W&B's own step must not go back, as the run's does where a checkpoint before the last is tested: it counts the rows,
-    and the run's step is the axis.
+    W&B's step must not decrease, but the run's does when an earlier checkpoint is tested. So W&B's step is the index of
+    the row, and the run's step is the x axis.
     """
 
     package = "wandb"
 
     def __init__(self, folder: Path, config: RunConfig, started: float) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # nothing is sent that nobody asked for
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # send nothing unasked
         import wandb
 
-        place = folder / "wandb"
-        place.mkdir(exist_ok=True)
-        identity = place / "run-id.txt"
-        run_id = (identity.read_text(encoding="utf-8") if identity.exists() else "") or secrets.token_hex(4)
-        identity.write_text(run_id, encoding="utf-8")
-        for before in place.glob(f"offline-run-*-{run_id}"):  # all of its rows come again
-            shutil.rmtree(before)
+        files = folder / "wandb"
+        files.mkdir(exist_ok=True)
+        id_file = files / "run-id.txt"
+        run_id = (id_file.read_text(encoding="utf-8") if id_file.exists() else "") or secrets.token_hex(4)
+        id_file.write_text(run_id, encoding="utf-8")
+        for earlier in files.glob(f"offline-run-*-{run_id}"):  # all of its rows are logged again
+            shutil.rmtree(earlier)
         self._run: Any = wandb.init(
             dir=folder,
             id=run_id,
@@ -213,19 +185,20 @@ class _WandB(_Tracker):
             settings=wandb.Settings(
                 console="off",
                 silent=True,
+                login_timeout=_TIMEOUT,
                 init_timeout=_TIMEOUT,
-                finish_timeout=_TIMEOUT,  # W&B makes Python's end wait, too
+                finish_timeout=_TIMEOUT,  # also bounds the wait at Python's exit
                 finish_timeout_raises=True,
             ),
         )
         self._run.define_metric("*", step_metric="step")
-        self._there = self._run.step  # rows that the server has already
+        self._uploaded = self._run.step  # rows that the server has
 
-    def row(self, index: int, row: Row) -> None:
-        if index >= self._there:
+    def log_row(self, index: int, row: Row) -> None:
+        if index >= self._uploaded:
             self._run.log(_scalars(row) | {"step": row["step"]}, step=index)
 
-    def end(self, result: Mapping[str, Any] | None) -> None:
+    def finish(self, result: Mapping[str, Any] | None) -> None:
         if result is not None:
             self._run.summary.update({"report": {key: result[key] for key in _RESULT}})
         self._run.finish(exit_code=int(result is None))

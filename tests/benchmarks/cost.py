@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from samtune.models import pretrained
+from samtune.models.build import build_model
+from samtune.models.training import train_mode
 
 # Model, image size in pixels, images of each GPU.
 CASES = (("efficientnet_b7", 600, 16), ("efficientnet_l2", 475, 4), ("efficientnet_l2", 800, 4))
@@ -77,9 +78,9 @@ def counts(name: str, img_size: int, classes: int = CLASSES) -> tuple[int, int]:
     product of matrices, as torch's FlopCounterMode counts them; all else is left out. Nothing is computed for it.
     """
     with torch.device("meta"):
-        model, _ = pretrained.build(name, classes=classes, img_size=img_size, pretrained=False)
+        model, _ = build_model(name, classes=classes, img_size=img_size, pretrained=False)
         image = torch.empty(1, 3, img_size, img_size)
-    pretrained.train_mode(model, freeze_bn=True)  # as a run has it: statistics rest, all parameters train
+    train_mode(model, freeze_bn=True)  # as a run has it: statistics rest, all parameters train
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     return sum(w.numel() for w in model.parameters() if w.requires_grad), counter.get_total_flops()

@@ -23,7 +23,7 @@ from samtune.data.cache import Images
 from samtune.data.loader import eval_batches
 from samtune.data.splits import train_and_validation
 from samtune.data.transforms import eval_transform, normalize
-from samtune.models import pretrained
+from samtune.models.build import build_model
 from samtune.report.run_report import score_line
 from samtune.train import loop
 from samtune.train.eval_checkpoint import evaluate_checkpoint
@@ -43,7 +43,7 @@ def features(model, split, rows, data_config):
 
 def probe_errors(data, settings, img_size):
     """Test error in percent of a logistic regression with C = 1, and with C chosen on validation, and that C."""
-    model, info = pretrained.build(MODEL, classes=None, img_size=img_size)
+    model, info = build_model(MODEL, classes=None, img_size=img_size)
     model.eval()
     train_split, train_rows, val_split, val_rows = train_and_validation(
         data, settings.val_fraction, settings.split_seed

@@ -40,7 +40,8 @@ from torch import nn
 
 from samtune import SAM
 from samtune.distributed import collectives, device
-from samtune.models import pretrained
+from samtune.models.build import build_model
+from samtune.models.training import train_mode
 from samtune.sam.step import Step
 from tests.support.rank_processes import Ranks
 
@@ -89,9 +90,9 @@ def switched_off() -> Iterator[None]:
 def build(settings: Settings) -> nn.Module:
     """A model as a run has it; weights do not change what a step costs."""
     torch.manual_seed(0)
-    model, _ = pretrained.build(settings.model, classes=CLASSES, img_size=settings.img_size, drop=0.2, pretrained=False)
+    model, _ = build_model(settings.model, classes=CLASSES, img_size=settings.img_size, drop=0.2, pretrained=False)
     model = model.to(memory_format=torch.channels_last)
-    pretrained.train_mode(model, freeze_bn=True)
+    train_mode(model, freeze_bn=True)
     return collectives.data_parallel(model, CPU)
 
 

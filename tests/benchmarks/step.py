@@ -23,7 +23,8 @@ from torch import nn
 
 import samtune
 from samtune.distributed import device
-from samtune.models import pretrained
+from samtune.models.build import build_model
+from samtune.models.training import train_mode
 from samtune.sam.perturbation import Perturbation
 
 CLASSES = 102
@@ -52,9 +53,9 @@ class NoStep(torch.optim.Optimizer):
 def build(name: str, img_size: int, target: torch.device) -> nn.Module:
     """A model as a run has it; weights and labels do not change what a step costs."""
     torch.manual_seed(0)
-    model, _ = pretrained.build(name, classes=CLASSES, img_size=img_size, drop=0.2, pretrained=False)
+    model, _ = build_model(name, classes=CLASSES, img_size=img_size, drop=0.2, pretrained=False)
     model = model.to(device=target, memory_format=torch.channels_last)
-    pretrained.train_mode(model, freeze_bn=True)
+    train_mode(model, freeze_bn=True)
     return model
 
 

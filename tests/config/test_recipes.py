@@ -14,7 +14,7 @@ from samtune.config import loading
 from samtune.config.run_config import RunConfig
 from samtune.data import source
 from samtune.data.catalog import CATALOG
-from samtune.models import pretrained
+from samtune.models.names import resolve
 from samtune.report import stats
 from samtune.sweep import arms
 from samtune.sweep.plan import Plan
@@ -69,7 +69,7 @@ def passes(settings: RunConfig) -> int:
 @each
 def test_every_recipe_loads_and_names_things_that_exist(recipe):
     settings = loading.load(recipe)
-    resolved = pretrained.resolve(settings.model)
+    resolved = resolve(settings.model)
     source.locate(settings.dataset)
     said = re.search(r"-> (\S+), (\d+) px", recipe.read_text())
     assert said is not None or settings.img_size is not None

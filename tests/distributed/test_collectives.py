@@ -16,8 +16,8 @@ from samtune.data.splits import open_run_splits
 from samtune.distributed import collectives
 from samtune.distributed import environment as samtune_ranks
 from samtune.errors import DataError
-from samtune.models import pretrained
-from samtune.models.pretrained import train_mode
+from samtune.models.build import build_model
+from samtune.models.training import train_mode
 from samtune.train.evaluation import evaluate
 from samtune.train.run_data import decode_splits
 from tests.conftest import SmallNet, image_bytes, write_image_folder
@@ -439,7 +439,7 @@ def scored_here(folder):
     parts = open_run_splits(settings)
     (images,) = decode_splits(settings, [(parts.test, parts.test_rows)], DecodeRule())
     torch.manual_seed(0)
-    model, info = pretrained.build("test_resnet", classes=2, pretrained=False, img_size=32)
+    model, info = build_model("test_resnet", classes=2, pretrained=False, img_size=32)
     torch.nn.init.normal_(model.fc.weight)
     found = evaluate(model, images, parts.test_rows, "test", settings, info.data_config, lambda *_: None)
     return found.summary(), found.nats.tolist(), found.predictions.tolist()
@@ -458,7 +458,7 @@ def test_an_evaluation_is_the_same_to_the_last_bit_for_any_number_of_ranks(ranks
 
 def short_of_memory(folder, bad_rank):
     calls = []
-    plain = pretrained.nn.Module.__call__
+    plain = torch.nn.Module.__call__
 
     def counted(self, *arguments, **options):
         if type(self).__name__ == "ResNet":
@@ -467,11 +467,11 @@ def short_of_memory(folder, bad_rank):
                 raise MemoryError("simulated")
         return plain(self, *arguments, **options)
 
-    pretrained.nn.Module.__call__ = counted
+    torch.nn.Module.__call__ = counted
     try:
         return scored_here(folder), max(calls[-2:])
     finally:
-        pretrained.nn.Module.__call__ = plain
+        torch.nn.Module.__call__ = plain
 
 
 @row(11)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from samtune import SAM
 from samtune.distributed import fsdp
-from samtune.models.pretrained import train_mode
+from samtune.models.training import train_mode
 from samtune.sam.perturbation import Perturbation
 from tests.conftest import SmallNet
 from tests.support.rank_processes import Ranks

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from samtune import hub
-from samtune.doctor import checks
+from samtune.doctor import checks, devices
+from samtune.doctor.finding import Finding
 from samtune.sam.perturbation import Perturbation
 from tests.conftest import ROOT, samtune
 
@@ -40,7 +41,7 @@ def test_what_is_broken_is_named_and_ends_with_8(monkeypatch, capsys):
         raise OSError("no such library")
 
     def fine():
-        yield checks.Finding("disks", "ok", "room enough")
+        yield Finding("disks", "ok", "room enough")
 
     monkeypatch.setattr(checks, "CHECKS", {"GPU": broken, "disks": fine})
     with pytest.raises(MachineError, match="broken: GPU") as caught:
@@ -53,48 +54,48 @@ def test_what_is_broken_is_named_and_ends_with_8(monkeypatch, capsys):
 
 
 def test_a_wrong_perturbation_is_noticed(monkeypatch):
-    right = checks.sam_difference(torch.device("cpu"))
+    right = devices.sam_difference(torch.device("cpu"))
     add = Perturbation.add_
     monkeypatch.setattr(Perturbation, "add_", lambda self, grads, rho: add(self, grads, 1.001 * rho))
-    wrong = checks.sam_difference(torch.device("cpu"))
+    wrong = devices.sam_difference(torch.device("cpu"))
     assert right < 1e-14 < 1e-6 < wrong
-    assert next(finding.status for finding in checks._sam_step()) == "failed"
+    assert next(finding.status for finding in devices.sam_step()) == "failed"
 
 
 @pytest.mark.parametrize(("visible", "status"), [(None, "failed"), ("", "skipped")])
 def test_a_driver_whose_gpus_torch_does_not_see_is_broken(monkeypatch, visible, status):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(checks, "_driver", lambda: "570.1")
+    monkeypatch.setattr(devices, "_driver", lambda: "570.1")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    (finding,) = checks._gpus()
+    (finding,) = devices.gpus()
     assert finding.status == status
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_described_and_computes_sam_exactly():
-    finding = next(checks._gpus())
+    finding = next(devices.gpus())
     assert finding.status == "ok"
     assert finding.details["memory_bytes"] > 1 << 30
-    assert checks.sam_difference(torch.device("cuda")) < 1e-12
+    assert devices.sam_difference(torch.device("cuda")) < 1e-12
 
 
 def test_ranks_that_do_not_add_are_noticed(monkeypatch):
-    monkeypatch.setattr(checks, "_RANK", "raise SystemExit('no route to host')")
-    finding = checks._sum_over_ranks("gloo", "cpu")
+    monkeypatch.setattr(devices, "_RANK", "raise SystemExit('no route to host')")
+    finding = devices._sum_over_ranks("gloo", "cpu")
     assert finding.status == "failed"
     assert "no route to host" in finding.value
 
 
 def test_ranks_that_say_nothing_are_given_up_and_ended(monkeypatch):
     started = []
-    popen = checks.subprocess.Popen
-    monkeypatch.setattr(checks.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
-    monkeypatch.setattr(checks, "_RANK", "import signal; signal.pause()")
-    monkeypatch.setattr(checks, "_PATIENCE_RANKS", 0.2)
-    assert checks._sum_over_ranks("gloo", "cpu").status == "failed"
+    popen = devices.subprocess.Popen
+    monkeypatch.setattr(devices.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    monkeypatch.setattr(devices, "_RANK", "import signal; signal.pause()")
+    monkeypatch.setattr(devices, "_RANKS_TIMEOUT", 0.2)
+    assert devices._sum_over_ranks("gloo", "cpu").status == "failed"
     assert all(process.returncode is not None for process in started)
 
 
@@ -121,10 +122,10 @@ def test_little_shared_memory_has_a_way_out(monkeypatch):
 
 
 def test_a_hub_that_answers_refuses_or_keeps_silent(monkeypatch):
-    monkeypatch.setattr(checks, "_PATIENCE_HUB", 0.3)
+    monkeypatch.setattr(checks, "_HUB_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        assert checks._trouble_with(address)  # connected, and no answer
+        assert checks._connection_problem(address)  # connected, and no answer
 
         def answer():
             for status in ("200 OK", "404 Not Found", "503 Service Unavailable"):
@@ -133,15 +134,15 @@ def test_a_hub_that_answers_refuses_or_keeps_silent(monkeypatch):
                     connection.recv(4096)
                     connection.sendall(f"HTTP/1.0 {status}\r\nContent-Length: 0\r\n\r\n".encode())
 
-        monkeypatch.setattr(checks, "_PATIENCE_HUB", 5.0)
+        monkeypatch.setattr(checks, "_HUB_TIMEOUT", 5.0)
         server.accept()[0].close()  # the one that waited
         thread = threading.Thread(target=answer)
         thread.start()
-        assert checks._trouble_with(address) == ""
-        assert checks._trouble_with(address) == ""
-        assert "503" in checks._trouble_with(address)
+        assert checks._connection_problem(address) == ""
+        assert checks._connection_problem(address) == ""
+        assert "503" in checks._connection_problem(address)
         thread.join()
-    assert "cannot be reached" in checks._trouble_with(address)
+    assert "cannot be reached" in checks._connection_problem(address)
 
 
 def test_what_the_cache_holds_is_listed_with_sizes(tmp_path, monkeypatch):

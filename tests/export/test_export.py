@@ -17,10 +17,10 @@ from torch import nn
 from samtune.data.decode import decode
 from samtune.data.transforms import eval_transform, normalize
 from samtune.errors import CheckpointError, MachineError, ModelError, UsageError
+from samtune.export import compare, onnx_file
 from samtune.export import export as exporting
-from samtune.export import onnx_file
 from samtune.export.preprocessing import WithPreprocessing
-from samtune.models import pretrained
+from samtune.models.timm_format import load_checkpoint
 from samtune.train.temperature import Temperature
 from tests.conftest import SMALL_MODEL, SmallNet, image_bytes, samtune, write_image_folder
 
@@ -47,7 +47,7 @@ def plain_onnx(run, tmp_path_factory):
 def seen_through(run, tmp_path_factory):
     """An ONNX file of the run's model with preprocessing, before the outputs for the comparison are taken out."""
     file = tmp_path_factory.mktemp("onnx") / "m.onnx"
-    model, data_config = pretrained.load_checkpoint(weights_folder(run))
+    model, data_config = load_checkpoint(weights_folder(run))
     module = WithPreprocessing(model, data_config, temperature=2.0).eval()
     exporting._write(file, "onnx", weights_folder(run), module, data_config, {})
     return file, model, data_config
@@ -79,7 +79,7 @@ def test_timm_itself_loads_the_folder_and_gives_equal_logits(ema, run, tmp_path)
     result = exporting.export(run, "timm", output=tmp_path / "pets", ema=ema)
     assert sorted(path.name for path in (tmp_path / "pets").iterdir()) == ["config.json", "model.safetensors"]
     found = timm.create_model(f"local-dir:{tmp_path / 'pets'}", pretrained=True).eval()
-    expected, _ = pretrained.load_checkpoint(weights_folder(run, ema))
+    expected, _ = load_checkpoint(weights_folder(run, ema))
     with torch.no_grad():
         assert torch.equal(found(images_of(4)), expected(images_of(4)))
     assert found.pretrained_cfg["label_names"] == ["cat", "dog"]
@@ -97,7 +97,7 @@ def test_averaged_weights_are_others(run, tmp_path):
 
 def test_onnx_gives_the_logits_of_the_model_for_batches_of_any_size(run, plain_onnx):
     file, result = plain_onnx
-    model, _ = pretrained.load_checkpoint(weights_folder(run, ema=True))
+    model, _ = load_checkpoint(weights_folder(run, ema=True))
     runs = session(file)
     assert [(each.name, each.shape) for each in (*runs.get_inputs(), *runs.get_outputs())] == [
         ("images", ["batch", 3, 32, 32]),
@@ -114,7 +114,7 @@ def test_onnx_gives_the_logits_of_the_model_for_batches_of_any_size(run, plain_o
 
 def test_an_onnx_file_says_what_it_needs_to_be_used(run, plain_onnx):
     said = session(plain_onnx[0]).get_modelmeta().custom_metadata_map
-    _, data_config = pretrained.load_checkpoint(weights_folder(run))
+    _, data_config = load_checkpoint(weights_folder(run))
     assert json.loads(said["class_names"]) == ["cat", "dog"]
     for key in ("input_size", "mean", "std"):
         assert tuple(json.loads(said[key])) == data_config[key]
@@ -137,7 +137,7 @@ def test_a_file_does_not_tell_where_it_was_made(to, run, plain_onnx, tmp_path):
 
 def test_a_torch_program_gives_equal_logits_for_batches_of_any_size(run, tmp_path):
     exporting.export(run, "torch", output=tmp_path / "m.pt2")
-    model, _ = pretrained.load_checkpoint(weights_folder(run))
+    model, _ = load_checkpoint(weights_folder(run))
     said = {"samtune.json": ""}
     program = torch.export.load(tmp_path / "m.pt2", extra_files=said).module()
     for n in (1, 3, 32):
@@ -250,7 +250,7 @@ def test_a_decoded_picture_in_and_probabilities_out_with_the_temperature_of_the_
         ("probabilities", [2], "tensor(float)"),
     ]
     assert runs.get_modelmeta().custom_metadata_map["temperature"] == "0.25"
-    model, data_config = pretrained.load_checkpoint(weights_folder(run))
+    model, data_config = load_checkpoint(weights_folder(run))
     for seed, size in enumerate(((90, 50), (33, 200), (24, 20))):
         encoded = image_bytes(seed, size, "JPEG")
         (found,) = runs.run(None, {"image": np.array(Image.open(io.BytesIO(encoded)))})
@@ -308,7 +308,7 @@ def test_an_export_with_other_logits_is_refused_and_leaves_nothing(
     to, off_by, run, seen_through, tmp_path, monkeypatch
 ):
     """What is written is right, and the model that it is compared with a little off, which is the same."""
-    load, write = pretrained.load_checkpoint, exporting._write
+    load, write = load_checkpoint, exporting._write
 
     def load_another(folder):
         model, data_config = load(folder)
@@ -323,7 +323,7 @@ def test_an_export_with_other_logits_is_refused_and_leaves_nothing(
         else:
             write(unfinished, to, weights, load(weights)[0], data_config, about)
 
-    monkeypatch.setattr(pretrained, "load_checkpoint", load_another)
+    monkeypatch.setattr(exporting, "load_checkpoint", load_another)
     monkeypatch.setattr(exporting, "_write", write_right)
     with pytest.raises(CheckpointError, match=r"other logits than the checkpoint: by up to (2\.0e-04|nan)"):
         exporting.export(run, to, output=tmp_path / "new" / "m.pt2", with_preprocessing=to == "onnx")
@@ -334,7 +334,7 @@ def test_preprocessing_with_other_pixels_is_refused_and_leaves_nothing(run, seen
     """The crop of the evaluation moves by a pixel."""
     transform = eval_transform(seen_through[2])
     monkeypatch.setattr(exporting, "_write", lambda unfinished, *_: shutil.copyfile(seen_through[0], unfinished))
-    monkeypatch.setattr(exporting, "eval_transform", lambda _: lambda pixels: transform(pixels).roll(1, -1))
+    monkeypatch.setattr(compare, "eval_transform", lambda _: lambda pixels: transform(pixels).roll(1, -1))
     with pytest.raises(CheckpointError, match="other pixels than the evaluation"):
         exporting.export(run, "onnx", output=tmp_path / "new" / "m", with_preprocessing=True)
     assert list((tmp_path / "new").iterdir()) == []

@@ -8,7 +8,10 @@ import torch
 
 from samtune.cli.models import _list
 from samtune.errors import DataError, ModelError
-from samtune.models import listing, pretrained
+from samtune.models import listing
+from samtune.models.build import build_on_meta, multiply_accumulates
+from samtune.models.names import ALIASES
+from samtune.models.timm_format import look_up
 from samtune.sam import filters
 from tests.conftest import samtune
 
@@ -52,14 +55,16 @@ def test_multiply_accumulates_are_those_of_the_layers():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(count)
     about = listing.describe("test_resnet", {})
-    built(torch.zeros(1, *about["data_config"]["input_size"]))
+    size = about["data_config"]["input_size"]
+    built(torch.zeros(1, *size))
     assert about["macs"] == sum(counted)
+    assert about["macs"] == multiply_accumulates(built, size)
 
 
 def test_a_list_of_blocks_that_is_most_of_the_model_is_shown_in_parts():
     shown = [stage["name"] for stage in listing.describe("tf_efficientnet_lite0", {})["stages"]]
     assert shown == ["conv_stem", "bn1", *(f"blocks.{n}" for n in range(7)), "conv_head", "bn2", "classifier"]
-    assert "layer4" in listing.stages(pretrained.outline(pretrained.look_up("resnet18")))
+    assert "layer4" in listing.stages(build_on_meta(look_up("resnet18")))
 
 
 def test_the_example_of_a_filter_perturbs_what_it_says():
@@ -76,7 +81,7 @@ def test_models_of_other_kinds_are_described_whole(name):
     about = listing.describe(name, {})
     assert about["macs"] > 1e8
     assert sum(stage["output"] is not None for stage in about["stages"]) > 0.5 * len(about["stages"])
-    assert listing.words(about)["parameters"]
+    assert listing.description_rows(about)["parameters"]
     assert "^" in listing.example(about)
 
 
@@ -97,7 +102,7 @@ def test_the_list_names_aliases_and_where_weights_are(lite0_package):
     done = samtune("models", "--json")
     assert done.returncode == 0, done.stderr
     rows = {row["alias"] or row["name"]: row for row in json.loads(done.stdout)}
-    assert pretrained.ALIASES.items() <= {name: row["name"] for name, row in rows.items()}.items()
+    assert ALIASES.items() <= {name: row["name"] for name, row in rows.items()}.items()
     b7, lite0 = rows["efficientnet_b7"], rows["tf_efficientnet_lite0.in1k"]
     assert (b7["img_size"], b7["pretraining"], b7["weights"], b7["top1"]) == (600, "ImageNet-1k", "hub", None)
     assert b7["parameters"] == 66_347_960  # 66 million: Tan and Le 2019, Table 2
@@ -108,11 +113,11 @@ def test_weights_in_the_cache_of_the_hub_are_here(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert listing.place("hub:timm/resnet10t.c3_in1k") == "hub"
+    assert listing.weights_location("hub:timm/resnet10t.c3_in1k") == "hub"
     snapshot = tmp_path / "models--timm--resnet10t.c3_in1k" / "snapshots" / "0"
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").write_bytes(b"")
-    assert listing.place("hub:timm/resnet10t.c3_in1k") == "cache"
+    assert listing.weights_location("hub:timm/resnet10t.c3_in1k") == "cache"
 
 
 def test_top1_is_what_a_table_of_timms_says(tmp_path):

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from samtune.errors import CheckpointError, ModelError
-from samtune.models import pretrained, weights
+from samtune.models import build, weights
+from samtune.models.build import build_model
+from samtune.models.head import head_names
+from samtune.models.timm_format import timm_config
 from tests.conftest import samtune, write_image_folder
 
 NAME = "resnet10t"
@@ -79,7 +82,7 @@ FORMS = {
 def test_checkpoints_of_other_tools_load_and_what_was_taken_off_is_said(name, donor, tmp_path, capsys):
     form, said = FORMS[name]
     torch.save(form(donor.state_dict()), tmp_path / "w.pth")
-    model, info = pretrained.build(NAME, classes=2, weights=tmp_path / "w.pth")
+    model, info = build_model(NAME, classes=2, weights=tmp_path / "w.pth")
     if name == "without counters":
         model.load_state_dict({k: v for k, v in donor.state_dict().items() if "num_batches" in k}, strict=False)
     assert same(body(model), body(donor))
@@ -90,7 +93,7 @@ def test_checkpoints_of_other_tools_load_and_what_was_taken_off_is_said(name, do
 def test_a_prefix_that_fits_by_chance_does_not_hide_that_the_model_is_another(tmp_path):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match="do not fit the model") as error:
-        pretrained.build(NAME, classes=2, weights=tmp_path / "w.pth")
+        build_model(NAME, classes=2, weights=tmp_path / "w.pth")
     assert "conv1.0.weight is missing" in error.value.cause
 
 
@@ -103,15 +106,15 @@ def test_a_run_and_its_checkpoints_are_weights_with_their_own_normalisation(run)
     (copy / "config.json").write_text(json.dumps(config | {"pretrained_cfg": stated}))
     (copy / "manifest.json").unlink()
     for given in (run, last, copy):
-        model, info = pretrained.build(NAME, classes=5, weights=given)
+        model, info = build_model(NAME, classes=5, weights=given)
         assert same(body(model), {k: v for k, v in load_file(last / "model.safetensors").items() if "fc." not in k})
         assert model.fc.out_features == 5
         assert (info.data_config["mean"] == (0.1, 0.2, 0.3)) == (given == copy)
         assert (info.data_config["crop_pct"] == 0.5) == (given == copy)
     with pytest.raises(CheckpointError, match="are of resnet10t, and --model is resnet18"):
-        pretrained.build("resnet18", classes=2, weights=run)
+        build_model("resnet18", classes=2, weights=run)
     with pytest.raises(CheckpointError, match="holds no weights"):
-        pretrained.build(NAME, classes=2, weights=run.parent)
+        build_model(NAME, classes=2, weights=run.parent)
 
 
 def test_a_damaged_checkpoint_is_no_weights(run, tmp_path):
@@ -126,11 +129,11 @@ def test_a_damaged_checkpoint_is_no_weights(run, tmp_path):
 @pytest.mark.parametrize("place", ["checkpoints/last", ""])
 def test_a_local_folder_is_a_model_by_timms_spelling(place, run, tmp_path):
     name = f"local-dir:{run / place}"
-    model, info = pretrained.build(name, classes=3)
+    model, info = build_model(name, classes=3)
     stored = load_file(run / "checkpoints" / "last" / "model.safetensors")
     assert same(body(model), {key: value for key, value in stored.items() if "fc." not in key})
     assert info.weights.startswith("file:")
-    assert pretrained.timm_config(model, info, ("a", "b", "c"))["architecture"] == NAME
+    assert timm_config(model, info, ("a", "b", "c"))["architecture"] == NAME
     data = write_image_folder(tmp_path / "data", {"train": 4})
     done = samtune("run", "--model", name, *SMALL, "--dataset", data, "--output", tmp_path / "again")
     assert done.returncode == 0, done.stderr
@@ -151,7 +154,7 @@ def test_a_local_folder_is_a_model_by_timms_spelling(place, run, tmp_path):
 )
 def test_a_model_that_is_not_there_is_named(name, said):
     with pytest.raises(ModelError) as error:
-        pretrained.build(name, classes=2)
+        build_model(name, classes=2)
     assert said in str(error.value)
 
 
@@ -177,10 +180,10 @@ def write_folder(root, donor, config):
 def test_what_a_folder_says_holds_and_the_rest_is_as_the_architecture_has_it(config, donor, tmp_path):
     folder = write_folder(tmp_path, donor, config)
     for name, file in ((f"local-dir:{folder}", None), (NAME, folder)):
-        model, info = pretrained.build(name, classes=3, weights=file)
+        model, info = build_model(name, classes=3, weights=file)
         assert same(body(model), body(donor))
         assert info.data_config["mean"] == (0.1, 0.2, 0.3)
-        assert pretrained.head_names(model) == ("fc",)
+        assert head_names(model) == ("fc",)
         assert info.img_size == 64
 
 
@@ -198,21 +201,21 @@ def test_what_a_folder_says_holds_and_the_rest_is_as_the_architecture_has_it(con
 )
 def test_a_folder_of_something_else_is_refused_in_words(config, why, donor, tmp_path):
     with pytest.raises(CheckpointError, match=r"config.json is not what timm writes") as error:
-        pretrained.build(f"local-dir:{write_folder(tmp_path, donor, config)}", classes=3)
+        build_model(f"local-dir:{write_folder(tmp_path, donor, config)}", classes=3)
     assert why in error.value.cause
 
 
 def test_models_without_a_classifier_are_refused_by_name():
     without = next(name for name in timm.list_models() if not timm.get_pretrained_cfg(name).classifier)
     with pytest.raises(ModelError, match=f"model {without}.* has no classifier"):
-        pretrained.build(without, classes=2, pretrained=False)
+        build_model(without, classes=2, pretrained=False)
 
 
 def test_position_embeddings_of_another_size_are_resampled_as_timm_does_for_its_own(tmp_path, capsys):
     torch.manual_seed(0)
     large = timm.create_model("test_vit", img_size=160)
     save_file(large.state_dict(), tmp_path / "w.safetensors")
-    model, _ = pretrained.build("test_vit", classes=3, weights=tmp_path / "w.safetensors", img_size=96)
+    model, _ = build_model("test_vit", classes=3, weights=tmp_path / "w.safetensors", img_size=96)
     overlay = {"state_dict": large.state_dict(), "num_classes": 1000}
     expected = timm.create_model(
         "test_vit", pretrained=True, img_size=96, num_classes=3, pretrained_cfg_overlay=overlay
@@ -249,16 +252,16 @@ def test_names_of_the_first_pytorch_efficientnets_load(name, tmp_path, capsys):
     places = [f"blocks.{s}.{b}" for s, stage in enumerate(model.blocks) for b in range(len(stage))]
     with_expansion = {place for place in places if f"{place}.conv_pwl.weight" in model.state_dict()}
     torch.save(prefixed(published(model.state_dict(), places, with_expansion), "module."), tmp_path / "w.pth")
-    loaded, _ = pretrained.build(name, classes=2, weights=tmp_path / "w.pth")
+    loaded, _ = build_model(name, classes=2, weights=tmp_path / "w.pth")
     ours, theirs = loaded.state_dict(), model.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours if not key.startswith("classifier."))
     assert "names of the first PyTorch EfficientNets turned into timm's" in capsys.readouterr().err
     with pytest.raises(CheckpointError):
-        pretrained.build(NAME, classes=2, weights=tmp_path / "w.pth")
+        build_model(NAME, classes=2, weights=tmp_path / "w.pth")
 
 
 def test_the_file_of_a_lite_package_is_weights(lite0_package, capsys):
-    package = pretrained._package_file("tf_efficientnet_lite0.in1k")
-    by_file, _ = pretrained.build("tf_efficientnet_lite0", classes=2, weights=package)
-    by_name, _ = pretrained.build("tf_efficientnet_lite0", classes=2)
+    package = build._package_file("tf_efficientnet_lite0.in1k")
+    by_file, _ = build_model("tf_efficientnet_lite0", classes=2, weights=package)
+    by_name, _ = build_model("tf_efficientnet_lite0", classes=2)
     assert same(by_file.state_dict(), by_name.state_dict())

@@ -15,7 +15,7 @@ from torch import nn
 
 from samtune.config import loading
 from samtune.plan import measure
-from samtune.plan.sample import Sampler, known_rows
+from samtune.plan.sample import Sampler, rows_with_pixels
 from samtune.train import run_data, setup
 from tests.conftest import SMALL_MODEL, samtune, write_image_folder
 
@@ -187,23 +187,6 @@ def small_setup(photos):
     return setup.build_setup(loading.load(None, flags | {"batch_size": 8}))
 
 
-def test_multiply_accumulates_are_those_of_convolutions_and_linear_layers(small_setup):
-    counted = 0
-
-    def count(module, inputs, output):
-        nonlocal counted
-        per_output = module.weight.numel() // module.weight.shape[0]  # channels in x kernel
-        counted += output.numel() * per_output
-
-    layers = [m for m in small_setup.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    with torch.no_grad():
-        small_setup.model.eval()(torch.zeros(1, 3, 32, 32))
-    for hook in hooks:
-        hook.remove()
-    assert measure.multiply_accumulates(small_setup) == counted > 0
-
-
 def test_activations_are_four_bytes_for_each_value_that_is_kept(small_setup, monkeypatch):
     def kept(hidden, images):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, hidden), nn.ReLU(), nn.Linear(hidden, 2))
@@ -268,7 +251,7 @@ def test_a_sample_stands_for_all(tmp_path, photos, monkeypatch):
         read = run_data.load_run_data(loading.load(None, flags | more), decode=sampler.look)
         assert {part.state for part in sampler.found} == states
         assert [part.images for part in sampler.found] == [len(read.train_rows), len(read.val_rows), 16]
-        known = known_rows(read.train, read.train_rows)
+        known = rows_with_pixels(read.train, read.train_rows)
         assert len(known) == (sampled or len(read.train_rows))
         assert set(known) <= set(read.train_rows)
         whole = run_data.load_run_data(loading.load(None, flags | {"cache_limit": 0.0}))

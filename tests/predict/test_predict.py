@@ -22,7 +22,8 @@ from samtune.data import inputs
 from samtune.data.decode import DecodeRule, decode, from_pillow
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError
-from samtune.models import pretrained
+from samtune.models.head import features_and_logits
+from samtune.models.timm_format import load_checkpoint
 from samtune.predict.predictor import predict
 from tests.conftest import SMALL_MODEL, image_bytes, samtune, write_image_folder
 
@@ -393,7 +394,7 @@ def test_the_head_turns_embeddings_into_the_predictions(trained, predictor, phot
     assert np.array_equal(found, stored["embeddings"])
     assert found.dtype == np.float32
     assert np.array_equal(found, predictor.embed(files_of(photos)))
-    model, _ = pretrained.load_checkpoint(predictor.folder)
+    model, _ = load_checkpoint(predictor.folder)
     with torch.inference_mode():
         probabilities = model.get_classifier()(torch.from_numpy(found)).softmax(1).numpy()
     said = np.array([[float(row[f"p_{name}"]) for name in CLASSES] for row in rows])
@@ -406,7 +407,7 @@ def test_features_and_logits_are_those_of_the_forward_pass(name):
     model = timm.create_model(name, num_classes=5).eval()
     images = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
     with torch.inference_mode():
-        features, logits = pretrained.features_and_logits(model, images)
+        features, logits = features_and_logits(model, images)
         assert torch.equal(logits, model(images))
         assert features.shape == (2, model.head_hidden_size)
 
@@ -437,11 +438,15 @@ def test_several_ranks_write_the_same_rows_in_the_same_order(trained, mixed, tmp
 def test_a_pipe_or_a_device_is_written_to_and_never_replaced(trained, photos, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # has room for what comes
-    done = samtune("predict", trained, photos, "--output", pipe)
-    assert done.returncode == 0, done.stderr
-    assert os.read(reader, 2**16).decode() == samtune("predict", trained, photos).stdout
-    os.close(reader)
+    content = {}
+    for kind in ("csv", "parquet"):
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # the pipe has room for all
+        done = samtune("predict", trained, photos, "--output", pipe, "--format", kind)
+        assert done.returncode == 0, done.stderr
+        content[kind] = os.read(reader, 2**16)
+        os.close(reader)
+    assert content["csv"].decode() == samtune("predict", trained, photos).stdout
+    assert pq.read_table(io.BytesIO(content["parquet"])).num_rows == len(content["csv"].splitlines()) - 1
     assert pipe.is_fifo()
     null = tmp_path / "null"
     null.symlink_to(os.devnull)

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from samtune.config.run_config import RunConfig
 from samtune.errors import CheckpointError
-from samtune.models import pretrained
+from samtune.models.build import build_model
+from samtune.models.timm_format import load_checkpoint, timm_config
+from samtune.models.training import make_ema
 from samtune.models.weights import locate
 from samtune.runs import checkpoint
 from tests.conftest import Bomb
@@ -21,13 +23,13 @@ NAMES = ("cat", "dog", "owl")
 
 @pytest.fixture(scope="module")
 def model_and_info():
-    return pretrained.build("tf_efficientnet_lite0", classes=3, pretrained=False, img_size=64)
+    return build_model("tf_efficientnet_lite0", classes=3, pretrained=False, img_size=64)
 
 
 def save(root, model_and_info, step):
     model, info = model_and_info
     return checkpoint.save(
-        root, model.state_dict(), step, timm_config=pretrained.timm_config(model, info, NAMES), about={"note": "x"}
+        root, model.state_dict(), step, timm_config=timm_config(model, info, NAMES), about={"note": "x"}
     )
 
 
@@ -38,18 +40,16 @@ def test_timm_loads_a_checkpoint_with_the_same_logits_and_the_same_preprocessing
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded(images), model.eval()(images))
-    assert pretrained.load_checkpoint(folder)[1] == info.data_config
+    assert load_checkpoint(folder)[1] == info.data_config
     assert list(timm.data.resolve_model_data_config(loaded)["input_size"]) == [3, 64, 64]
     assert loaded.pretrained_cfg["label_names"] == list(NAMES)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
 def test_other_architectures_load_too(tmp_path, name):
-    model, info = pretrained.build(name, classes=3, pretrained=False, img_size=96)
-    folder = checkpoint.save(
-        tmp_path, model.state_dict(), 1, timm_config=pretrained.timm_config(model, info, NAMES), about={}
-    )
-    loaded, data_config = pretrained.load_checkpoint(folder)
+    model, info = build_model(name, classes=3, pretrained=False, img_size=96)
+    folder = checkpoint.save(tmp_path, model.state_dict(), 1, timm_config=timm_config(model, info, NAMES), about={})
+    loaded, data_config = load_checkpoint(folder)
     images = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
         assert torch.equal(loaded(images), model.eval()(images))
@@ -85,10 +85,10 @@ def test_without_links_last_is_the_latest_and_best_is_what_it_says(tmp_path, mod
     checkpoints = tmp_path / "checkpoints"
     config = RunConfig(model="tf_efficientnet_lite0", dataset="d", select=select).model_dump(mode="json")
     model, info = model_and_info
-    timm_config = pretrained.timm_config(model, info, NAMES)
+    config_json = timm_config(model, info, NAMES)
     for step in (2, 4, 10):
         state, about = {"position": {"best_step": 4}}, {"config": config}
-        checkpoint.save(checkpoints, model.state_dict(), step, timm_config=timm_config, about=about, state=state)
+        checkpoint.save(checkpoints, model.state_dict(), step, timm_config=config_json, about=about, state=state)
     for name, step in (("last", 10), ("best", 4)):
         if left == "links":
             checkpoint.update_link(checkpoints, name, checkpoints / f"step-{step:06d}")
@@ -191,10 +191,10 @@ def test_the_manifest_lists_every_other_file_with_its_size(tmp_path, model_and_i
 
 def test_the_averaged_model_lies_beside_it_and_loads_in_timm(tmp_path, model_and_info):
     model, info = model_and_info
-    averaged = pretrained.average(model, 0.9).module
+    averaged = make_ema(model, 0.9).module
     with torch.no_grad():
         averaged.classifier.bias.add_(torch.arange(3.0))
-    config = pretrained.timm_config(model, info, NAMES)
+    config = timm_config(model, info, NAMES)
     folder = checkpoint.save(tmp_path, model.state_dict(), 1, timm_config=config, about={}, ema=averaged.state_dict())
     loaded = timm.create_model(f"local-dir:{folder / 'ema'}", pretrained=True).eval()
     images = torch.randn(2, 3, 64, 64)
@@ -221,9 +221,9 @@ def test_a_checkpoint_is_hardly_larger_than_weights_optimizer_and_average(tmp_pa
     for w in model.parameters():
         w.grad = torch.zeros_like(w)
     optimizer.step()
-    config = pretrained.timm_config(model, info, NAMES)
+    config = timm_config(model, info, NAMES)
     state = {"optimizer": optimizer.state_dict()["state"]}
-    averaged = pretrained.average(model, 0.9).module
+    averaged = make_ema(model, 0.9).module
     folder = checkpoint.save(
         tmp_path, model.state_dict(), 1, timm_config=config, about={}, ema=averaged.state_dict(), state=state
     )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 
 from samtune import SAM
-from samtune.models.pretrained import train_mode
+from samtune.models.training import train_mode
 from tests.conftest import SmallNet
 from tests.support.small_models import assert_same, gradient, make_step, sgd, state
 

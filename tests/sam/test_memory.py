@@ -18,7 +18,7 @@ from samtune.data import source
 from samtune.data.cache import Images
 from samtune.distributed import device
 from samtune.errors import OutOfMemory
-from samtune.models.pretrained import train_mode
+from samtune.models.training import train_mode
 from samtune.train.evaluation import evaluate
 from tests.conftest import ROOT, SmallNet, write_image_folder
 from tests.support.fault_matrix import row

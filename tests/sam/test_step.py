@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from samtune.models.pretrained import train_mode
+from samtune.models.training import train_mode
 from tests.conftest import SmallNet
 from tests.support.reference_sam import naive_sam_gradient
 from tests.support.small_models import A, Quadratic, assert_same, make_step, quadratic_loss, sgd, state

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from samtune import SAM
-from samtune.models.pretrained import train_mode
+from samtune.models.training import train_mode
 from samtune.sam.losses import l2_penalty
 from tests.support.small_models import A, Quadratic, cross_entropy_of, gradient, make_step, quadratic_loss, sgd, state
 

@@ -37,7 +37,7 @@ POINTS = {
     "train step": "samtune.train.loop:Trainer._step",
     "preflight": "samtune.train.preflight:check_before_slow_work",
     "build setup": "samtune.train.setup:build_setup",
-    "build model": "samtune.models.pretrained:build",
+    "build model": "samtune.train.setup:build_model",
     "decode": "samtune.data.cache:decode",
     "read images": "samtune.data.cache:Images.take",
     "save checkpoint": "samtune.runs.checkpoint:save",
@@ -51,8 +51,8 @@ POINTS = {
     "exit with launcher": "samtune.distributed.environment:exit_with_launcher",
     "classify": "samtune.predict.predictor:Predictor.classify",
     "start TensorBoard": "samtune.train.trackers:_TensorBoard.__init__",
-    "TensorBoard row": "samtune.train.trackers:_TensorBoard.row",
-    "end TensorBoard": "samtune.train.trackers:_TensorBoard.end",
+    "TensorBoard row": "samtune.train.trackers:_TensorBoard.log_row",
+    "end TensorBoard": "samtune.train.trackers:_TensorBoard.finish",
 }
 """Where a fault can be injected: name -> module:function, in the module whose call breaks."""
 

@@ -7,7 +7,8 @@ import torch
 
 from samtune.config import loading
 from samtune.errors import UsageError
-from samtune.models import pretrained
+from samtune.models.build import build_model
+from samtune.models.training import allow_single_values
 from tests.conftest import samtune, write_image_folder
 from tests.support.fault_matrix import row
 
@@ -66,7 +67,7 @@ def test_a_network_learns_from_scratch_with_the_defaults(tmp_path):
 def test_the_head_starts_as_any_layer_and_the_body_as_timm_draws_it():
     """timm's EfficientNets draw heads as for 1,000 classes: with ten of them the first loss is near 8."""
     torch.manual_seed(0)
-    model, _ = pretrained.build("tf_efficientnet_lite0", classes=10, pretrained=False)
+    model, _ = build_model("tf_efficientnet_lite0", classes=10, pretrained=False)
     bound = model.classifier.in_features**-0.5
     assert 0.9 * bound < model.classifier.weight.abs().max() <= bound
     model.train()
@@ -81,7 +82,7 @@ def norm_and_values(n, size=1):
     norm = torch.nn.BatchNorm2d(2)
     norm.running_mean += torch.tensor([1.0, -1.0])
     norm.running_var *= 4
-    pretrained.allow_single_values(norm)
+    allow_single_values(norm)
     return norm.train(), torch.arange(2.0 * n * size * size).view(n, 2, size, size)
 
 

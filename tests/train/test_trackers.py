@@ -170,25 +170,23 @@ def test_a_run_that_goes_on_is_the_same_run_without_missing_or_double_rows(tmp_p
 
 
 class Fake(trackers._Tracker):
-    """Remembers what it was told, and breaks at a place of choice."""
+    """Remembers its calls, and breaks in one of them."""
 
     package = "json"
-    breaks_at, breaks = "", None
+    breaks_in, breaks = "", None
 
     def __init__(self, folder, config, started):
-        self.told.append("begin")
-        self.act("begin")
+        self.called("start", "start")
 
-    def row(self, index, row):
-        self.told.append((index, row["step"]))
-        self.act("row")
+    def log_row(self, index, row):
+        self.called("row", (index, row["step"]))
 
-    def end(self, result):
-        self.told.append(result)
-        self.act("end")
+    def finish(self, result):
+        self.called("finish", result)
 
-    def act(self, place):
-        if place == self.breaks_at:
+    def called(self, name, call):
+        self.calls.append(call)
+        if name == self.breaks_in:
             self.breaks()
 
 
@@ -196,40 +194,50 @@ def fail():
     raise RuntimeError("no route to host\nand much more")
 
 
-released = threading.Event()
+@pytest.fixture
+def run_with(tmp_path, monkeypatch):
+    """Two steps with a tracker that breaks, and one that does not; returns the log, and the calls of both."""
+
+    def track(breaks_in, breaks):
+        broken = type("Broken", (Fake,), {"calls": [], "breaks_in": breaks_in, "breaks": lambda self: breaks()})
+        whole = type("Whole", (Fake,), {"calls": []})
+        monkeypatch.setattr(trackers, "_TRACKERS", {"tensorboard": broken, "wandb": whole})
+        log = RunLog.create(tmp_path / "r", "", {}, total_steps=9)
+        with Trackers(settings(), log) as both:
+            log_rows(log, [1, 2])
+            both.result = "report"
+        log.close()
+        assert log.degraded
+        assert "tracker tensorboard" in log.notes.read_text()
+        return broken.calls, whole.calls
+
+    return track
 
 
-@pytest.mark.parametrize("breaks", [fail, sys.exit, released.wait], ids=["raises", "exits", "hangs"])
+@pytest.mark.parametrize("breaks", [fail, sys.exit], ids=["raises", "exits"])
 @pytest.mark.parametrize(
-    ("place", "told"),
-    [("begin", ["begin"]), ("row", ["begin", (0, 1)]), ("end", ["begin", (0, 1), (1, 2), "report"])],
+    ("breaks_in", "calls"),
+    [("start", ["start"]), ("row", ["start", (0, 1)]), ("finish", ["start", (0, 1), (1, 2), "report"])],
 )
-def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_other_goes_on(
-    place, told, breaks, tmp_path, monkeypatch, capsys
+def test_a_tracker_that_fails_is_left_out_with_one_warning_and_the_other_stays(
+    breaks_in, calls, breaks, run_with, capsys
 ):
-    broken = type("Broken", (Fake,), {"told": [], "breaks_at": place, "breaks": lambda self: breaks()})
-    whole = type("Whole", (Fake,), {"told": []})
-    monkeypatch.setattr(trackers, "_TRACKERS", {"tensorboard": broken, "wandb": whole})
-    monkeypatch.setattr(trackers, "_PATIENCE", 0.5 if breaks == released.wait else 60.0)
-    log = RunLog.create(tmp_path / "r", "", {}, total_steps=9)
-    with Trackers(settings(), log) as all_of_them:
-        log_rows(log, [1, 2])
-        all_of_them.result = "report"
-    log.close()
-    assert log.degraded
-    said = capsys.readouterr().err
-    assert said.count("warning") == 1
-    assert "tracker tensorboard is left out" in said
-    assert ("no route to host" in said) == (breaks is fail)
-    assert "much more" not in said
-    assert "tracker tensorboard" in log.notes.read_text()
+    assert run_with(breaks_in, breaks) == (calls, ["start", (0, 1), (1, 2), "report"])
+    stderr = capsys.readouterr().err
+    assert stderr.count("warning") == 1
+    assert "tracker tensorboard is left out" in stderr
+    assert ("no route to host" in stderr) == (breaks is fail)
+    assert "much more" not in stderr
+
+
+def test_a_tracker_that_hangs_at_its_end_is_left_out_and_the_other_ends(run_with, monkeypatch, capsys):
+    monkeypatch.setattr(trackers, "_END_TIMEOUT", 0.5)
+    released = threading.Event()
+    _, whole = run_with("finish", released.wait)
     released.set()
-    for thread in threading.enumerate():
-        if thread.name == "tensorboard":
-            thread.join()
-    released.clear()
-    assert broken.told == told
-    assert whole.told == ["begin", (0, 1), (1, 2), "report"]
+    assert whole == ["start", (0, 1), (1, 2), "report"]
+    stderr = capsys.readouterr().err
+    assert stderr.count("warning") == stderr.count("tracker tensorboard is left out: it does not answer") == 1
 
 
 def test_only_rank_0_has_trackers(tmp_path, monkeypatch):
@@ -256,7 +264,7 @@ def test_trackers_are_a_text_or_a_list_and_come_back_from_the_resolved_settings(
     assert given.track == settings(track=track.split(",")).track == track
     (tmp_path / "config.toml").write_text(given.to_toml())
     assert loading.load(tmp_path / "config.toml").track == track
-    assert trackers._chosen(track) == [name for name in track.split(",") if name in trackers._TRACKERS]
+    assert trackers._names(track) == [name for name in track.split(",") if name in trackers._TRACKERS]
 
 
 @pytest.mark.parametrize("track", ["", "mlflow", "none,wandb", "wandb,wandb", ["wandb", 1], [], 1, None])

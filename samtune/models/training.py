@@ -1,0 +1,88 @@
+"""What training changes about a model: batch norm, activation checkpoints, parameter groups, averaged weights."""
+
+from typing import Any
+
+import timm.layers
+import timm.utils
+import torch
+from torch import nn
+
+from samtune.errors import MachineError, ModelError, first_line
+from samtune.models.head import head_parameters
+
+Ema = timm.utils.ModelEmaV3
+
+
+def train_mode(model: nn.Module, *, freeze_bn: bool) -> None:
+    """Set training mode. With freeze_bn, the batch-norm modules stay in evaluation mode.
+
+    They then normalise with the pretrained statistics and do not update them, while gamma and beta train.
+    (timm's FrozenBatchNormAct2d would freeze gamma and beta too.)
+    """
+    model.train()
+    if freeze_bn:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def allow_single_values(model: nn.Module) -> None:
+    """Let batch norm train on a batch of one value per channel, as of one image on a 1 x 1 feature map.
+
+    Such a batch has no variance, and torch refuses it. It is normalised by the running statistics, which do not change.
+    (Synchronised batch norm has the values of all ranks.)
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            module.register_forward_pre_hook(_eval_for_single_values)
+            module.register_forward_hook(_back_to_training, always_call=True)
+
+
+def _eval_for_single_values(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    module.has_single_values = module.training and inputs[0].numel() == inputs[0].shape[1]  # type: ignore[assignment]
+    if module.has_single_values:
+        module.training = False
+
+
+def _back_to_training(module: nn.Module, *_: Any) -> None:
+    if module.has_single_values:
+        module.training = True
+
+
+def convert_sync_bn(model: nn.Module, device: torch.device) -> nn.Module:
+    """Make batch norm use the batches of all ranks. Raises MachineError on a CPU, where torch cannot."""
+    if device.type == "cpu":
+        raise MachineError("--sync-bn on a CPU", "torch synchronises batch norm only on GPUs", "leave it out")
+    converted: nn.Module = timm.layers.convert_sync_batchnorm(model)
+    return converted
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute activations of the model's blocks in the backward pass. Raises ModelError if the model cannot."""
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"--grad-checkpointing: model {type(model).__name__} cannot", first_line(error), "leave it out"
+        ) from None
+
+
+def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimizer: body and head, each with decay on its weights and none on its vectors."""
+    head = {id(p) for p in head_parameters(model)}
+    groups = []
+    for part, part_lr in (("body", lr), ("head", head_lr)):
+        params = [p for p in model.parameters() if p.requires_grad and (id(p) in head) == (part == "head")]
+        matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+        for members, decay in ((matrices, weight_decay), (vectors, 0.0)):
+            groups.append({"params": members, "lr": part_lr, "weight_decay": decay, "name": part})
+    return [group for group in groups if group["params"]]
+
+
+def make_ema(model: nn.Module, decay: float) -> Ema:
+    """The exponential moving average of the model's weights and buffers; its `module` is a model.
+
+    The decay at step t is the smaller of 1 - t^(-2/3) and `decay`, because a fine-tuning run may have too few steps to
+    forget its first weights otherwise.
+    """
+    return Ema(model, decay=decay, use_warmup=True)
