@@ -146,18 +146,28 @@ def _hub_error(repository: Repository) -> Exception | None:
     """
     url = f"{constants.ENDPOINT}/api/{repository.kind}s/{repository.id}"
     url += f"/revision/{quote(repository.revision, safe='')}" if repository.revision else ""
-    try:
+
+    def ask() -> None:
         response = http_backoff(
             "GET",
             url,
             max_retries=0 if repository.is_cached else 5,
-            retry_on_exceptions=(),  # without a network the user should not wait
+            retry_on_exceptions=(),  # without a network nobody should wait
             retry_on_status_codes=(408, 429, *_SERVER_ERRORS),
             headers=build_hf_headers(),
             timeout=float(constants.HF_HUB_ETAG_TIMEOUT),
         )
         hf_raise_for_status(response)
-    except Exception as error:  # versions of the library differ in the HTTP library whose errors they raise
+
+    try:
+        try:
+            ask()
+        except Exception as error:  # versions of the library differ in the HTTP library whose errors they raise
+            if repository.is_cached or not _is(error, "Timeout", "ReadError", "ProtocolError"):
+                raise
+            console.warn(f"{_answer(error)}; next try now")
+            ask()
+    except Exception as error:
         return error
     return None
 
