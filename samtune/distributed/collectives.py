@@ -3,7 +3,6 @@
 With samtune.distributed.launch and samtune.distributed.fsdp the only user of torch.distributed.
 """
 
-import inspect
 import itertools
 import math
 import os
@@ -21,7 +20,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 from samtune import console
 from samtune.distributed import environment
@@ -324,76 +322,3 @@ def all_gather(values: torch.Tensor, group: Group = None) -> torch.Tensor:
     parts = [torch.empty_like(values) for _ in range(world_size(group))]
     dist.all_gather(parts, values, group=group)
     return torch.stack(parts)
-
-
-# Buffers are not sent before every pass. (torch 2.15 has a new name for the option.)
-_DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
-_NO_BUFFERS: dict[str, Any] = {
-    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers": False
-}
-
-
-class _Buckets:
-    """The reductions of one gradient, in order. (Apart from the module, so that nothing keeps that alive.)"""
-
-    def __init__(self) -> None:
-        self.begun: list[torch.futures.Future[Any]] = []
-
-
-class DataParallel(DistributedDataParallel):
-    """DistributedDataParallel that counts its reductions, and in which a rank without a gradient can complete them.
-
-    Buffers are not broadcast: the statistics of batch norm are frozen, or the step averages them. is_settled: whether a
-    gradient was made, after which torch arranges the reductions anew, once.
-    """
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        super().__init__(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            **_NO_BUFFERS,
-        )
-        self.on = device
-        self.is_settled = False
-        self._buckets = _Buckets()
-        self.register_comm_hook(self._buckets, _mean_of_bucket)
-
-    def begin(self) -> None:
-        """Another gradient is made."""
-        self._buckets.begun.clear()
-
-    def complete(self) -> None:
-        """Take part, with NaN, in the reductions of a gradient that this rank could not finish.
-
-        The others wait for it there. Afterwards this wrapper is of no more use.
-        """
-        for future in self._buckets.begun:
-            future.wait()
-        for bucket in self.reducer._get_zeros_like_grad_buckets()[len(self._buckets.begun) :]:
-            all_reduce_sum(bucket.buffer().fill_(math.nan))
-
-
-def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, wrapped so that its gradients become their mean over the ranks; in a process that is alone, itself."""
-    return DataParallel(model, device) if is_initialized() else model
-
-
-def rewrap(model: nn.Module) -> nn.Module:
-    """A wrapper whose reductions were cut off is replaced, on all ranks; any other model stays."""
-    if not isinstance(model, DataParallel):
-        return model
-    inner, device = model.module, model.on
-    del model.logger, model.reducer  # and with it its hooks on the parameters
-    return DataParallel(inner, device)
-
-
-def _mean_of_bucket(
-    buckets: _Buckets,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> torch.futures.Future[torch.Tensor]:
-    mean = bucket.buffer().div_(world_size())
-    traffic.count(mean)
-    future = dist.all_reduce(mean, async_op=True).get_future()
-    buckets.begun.append(future)
-    return future.then(lambda done: done.value()[0])

@@ -7,9 +7,9 @@ run calls them, in the same order.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -87,55 +87,60 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Shards:
-    """How a model is spread over ranks.
+    """How a model is spread over ranks; the part of SAM that concerns other ranks, as ddp.Replicas for whole models.
 
     blocks: the root first. group: the ranks that hold one copy of the model together. replicas: of each group, the
     rank that holds the same parts as this one; None where there is one group.
     """
 
+    is_sharded: ClassVar[Literal[True]] = True
+
+    model: nn.Module
     blocks: tuple[FSDPModule, ...]
     group: dist.ProcessGroup
     replicas: dist.ProcessGroup | None
 
-    def refuse_other_than(self, m: Any) -> None:
+    @property
+    def norms(self) -> "ShardedNorms":
+        """Norms over the parts of all ranks that hold the model together."""
+        return ShardedNorms(self.group)
+
+    def check_m(self, m: Any) -> None:
         """Raise ValueError unless m names ranks that can share a perturbation: all, or a group with a whole model."""
-        if m == "global":
-            return
-        if isinstance(m, dist.ProcessGroup) and _members(m) == _members(self.group):
-            return
-        raise ValueError(
-            f'm {m!r}: a sharded model is perturbed by all ranks that hold it together; "global", or their group'
-        )
+        if m != "global" and not (isinstance(m, dist.ProcessGroup) and _members(m) == _members(self.group)):
+            raise ValueError(
+                f'm {m!r}: a sharded model is perturbed by all ranks that hold it together; "global", or their group'
+            )
 
     def parts(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What this rank holds of each tensor, in place."""
         return _parts(tensors)
 
     def total_norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The L2 norm over all tensors together, () , with the same bits on all ranks."""
-        here = nn.utils.get_total_norm(_parts(tensors))
-        norm: torch.Tensor = torch.linalg.vector_norm(collectives.all_gather(here, self.group))
-        return norm
+        """The L2 norm over all tensors together -> (), with the same bits on all ranks."""
+        norms = collectives.all_gather(nn.utils.get_total_norm(_parts(tensors)), self.group)
+        total: torch.Tensor = torch.linalg.vector_norm(norms)
+        return total
 
     def average_over_replicas(self, on: bool) -> None:
-        """Whether the next backward passes average gradients between the groups too, or within each one alone."""
+        """Whether the next backward passes average gradients between the groups too, or only within each one."""
         if self.replicas is not None:
             for block in self.blocks:
                 block.set_all_reduce_hook(_mean_over(self.replicas if on else None))
 
-    def pieces(self, n: int, size: int, device: torch.device) -> int:
-        """Into how many pieces of about so many samples each rank cuts its n: as many as the others.
+    def num_micro_batches(self, n: int, size: int) -> int:
+        """Into how many micro-batches of about `size` samples each rank splits its n samples: as many as the others.
 
         All ranks meet in every pass, so none may have one more. Where a rank has fewer samples than another has
-        pieces, pieces are larger.
+        micro-batches, micro-batches are larger.
         """
-        here = torch.tensor([math.ceil(n / size), -n], device=device)
-        needed, minus_least = collectives.all_gather(here).amax(0).tolist()
+        counts = torch.tensor([math.ceil(n / size), -n], device=next(self.model.parameters()).device)
+        needed, minus_least = collectives.all_gather(counts).amax(0).tolist()
         return int(min(needed, -minus_least))
 
     @contextmanager
-    def reset_by_an_error(self) -> Iterator[None]:
-        """Where the block fails, no parameter stays whole: the next pass begins with the weights of that time."""
+    def during_backward(self, ascent_passes: int) -> Iterator[None]:
+        """Around one gradient of SAM. If it fails, no parameter stays whole: the next pass gathers them again."""
         try:
             yield
         except BaseException:
@@ -144,6 +149,81 @@ class Shards:
             if hasattr(self.blocks[0], "reset_iter_state"):  # since torch 2.15
                 self.blocks[0].reset_iter_state()
             raise
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Does nothing: gradients that wait for a reduction would be whole."""
+        return nullcontext()
+
+    def ascent_gradient(
+        self,
+        loss: Callable[..., torch.Tensor],
+        micro_batches: Sequence[tuple[tuple[Any, ...], float]],
+        params: Sequence[nn.Parameter],
+        backward: Callable[[torch.Tensor, float], None],
+        over_replicas: bool,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Mean loss, detached, and this rank's parts of its gradient; `.grad` stays.
+
+        By a backward pass, the only one that gathers weights and scatters gradients. Each micro-batch is reduced by
+        itself: gradients that wait for the last one would be whole.
+
+        micro_batches: with the share of each. params: those of the gradient. backward: of a loss times a share.
+        over_replicas: whether the mean is that of all groups.
+        """
+        trainable = [w for w in self.model.parameters() if w.requires_grad]
+        before = [w.grad for w in trainable]
+        for w in trainable:
+            w.grad = None
+        self.average_over_replicas(over_replicas)
+        try:
+            mean = torch.zeros((), device=params[0].device)
+            for micro_batch, share in micro_batches:
+                value = loss(*micro_batch)
+                backward(value, share)
+                mean = mean + share * value.detach()
+            return mean, _parts([torch.zeros_like(w) if w.grad is None else w.grad for w in params])
+        finally:
+            self.average_over_replicas(True)
+            for w, grad in zip(trainable, before, strict=True):
+                w.grad = grad
+
+    def settle(self, rehearse: Callable[[], None]) -> None:
+        """Does nothing: torch does not rearrange these reductions."""
+
+
+@dataclass(frozen=True)
+class ShardedNorms:
+    """The norms of samtune.sam.perturbation over parameters of which each rank of a group holds a part, perhaps empty.
+
+    The ranks call each method together, and get the same bits.
+    """
+
+    group: dist.ProcessGroup
+
+    def join(self, norm: torch.Tensor, q: float) -> torch.Tensor:
+        """||.||_q of all parts, from that of this rank's part -> ()."""
+        joined: torch.Tensor = torch.linalg.vector_norm(collectives.all_gather(norm.double(), self.group), q)
+        return joined
+
+    def largest(self, h: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The largest |value| of all parts -> ()."""
+        parts = [x for x in h if x.numel() > 0]
+        largest = torch.stack(torch._foreach_norm(parts, math.inf)).max() if parts else h[0].new_zeros(())
+        return collectives.all_gather(largest, self.group).max()
+
+    def argmax(self, h: Sequence[torch.Tensor], sizes: torch.Tensor) -> torch.Tensor:
+        """Index of the largest of all ranks' sizes, the first of equals, among those of this rank: (1,), or (0,).
+
+        sizes: |h| of this rank, flat. Ranks hold consecutive parts of each tensor: of equals in one tensor the lowest
+        rank has the first.
+        """
+        first = sizes.argmax(keepdim=True) if len(sizes) else torch.zeros(0, dtype=torch.long, device=sizes.device)
+        ends = torch.tensor([x.numel() for x in h], device=sizes.device).cumsum(0)
+        candidate = torch.stack([sizes[first], torch.searchsorted(ends, first, right=True)], dim=1).double()
+        candidate = torch.cat([candidate, candidate.new_tensor([[-1.0, 0.0]])])[0]
+        size, tensor = collectives.all_gather(candidate, self.group).unbind(1)  # each (ranks,)
+        winner = int(torch.where(size == size.max(), tensor, math.inf).argmin())
+        return first if winner == collectives.rank(self.group) else first[:0]
 
 
 def shards_of(model: nn.Module) -> Shards | None:
@@ -160,7 +240,7 @@ def shards_of(model: nn.Module) -> Shards | None:
     if len(meshes) > 1 or mesh is None or mesh.ndim != 1 or not cut or not isinstance(model, FSDPModule):
         raise ValueError("the model is sharded in another way than samtune.distributed.fsdp.shard does")
     blocks = tuple(module for module in model.modules() if isinstance(module, FSDPModule))
-    return Shards(blocks, mesh.get_group(), _replicas.get(model))
+    return Shards(model, blocks, mesh.get_group(), _replicas.get(model))
 
 
 def _parts(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

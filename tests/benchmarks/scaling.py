@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from samtune import SAM
-from samtune.distributed import collectives, device
+from samtune.distributed import collectives, ddp, device
 from samtune.models import pretrained
 from samtune.sam.step import Step
 from tests.support.rank_processes import Ranks
@@ -92,7 +92,7 @@ def build(settings: Settings) -> nn.Module:
     model, _ = pretrained.build(settings.model, classes=CLASSES, img_size=settings.img_size, drop=0.2, pretrained=False)
     model = model.to(memory_format=torch.channels_last)
     pretrained.train_mode(model, freeze_bn=True)
-    return collectives.data_parallel(model, CPU)
+    return ddp.data_parallel(model, CPU)
 
 
 def build_step(settings: Settings, rho: float = RHO, m: str | None = None) -> Step:

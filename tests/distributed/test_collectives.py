@@ -13,7 +13,7 @@ from samtune import SAM
 from samtune.config import loading
 from samtune.data.decode import DecodeRule
 from samtune.data.splits import open_run_splits
-from samtune.distributed import collectives
+from samtune.distributed import collectives, ddp
 from samtune.distributed import environment as samtune_ranks
 from samtune.errors import DataError
 from samtune.models import pretrained
@@ -319,8 +319,8 @@ def without_memory(bad_rank, where, m, again):
     rank = dist.get_rank()
     torch.manual_seed(0)
     model = Wide().double()
-    ddp = collectives.data_parallel(model, torch.device("cpu"))
-    step = make_step(ddp, sgd(ddp), rho=RHO, m=m)
+    wrapped_model = ddp.data_parallel(model, torch.device("cpu"))
+    step = make_step(wrapped_model, sgd(wrapped_model), rho=RHO, m=m)
     generator = torch.Generator().manual_seed(rank)
     calls = []
 
@@ -365,8 +365,8 @@ def statistics_after(steps):
     torch.manual_seed(0)
     model = SmallNet(drop=0.0).double()
     model.train()
-    ddp = collectives.data_parallel(model, torch.device("cpu"))
-    step = make_step(ddp, sgd(ddp), rho=RHO)
+    wrapped_model = ddp.data_parallel(model, torch.device("cpu"))
+    step = make_step(wrapped_model, sgd(wrapped_model), rho=RHO)
     for i in range(steps):
         images, labels = shards(dist.get_world_size(), i)[rank]
         step(images, labels)
@@ -393,8 +393,8 @@ def without_images():
     """One image for all ranks: the others have it too, and it counts nothing there."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = make_model()
-    ddp = collectives.data_parallel(model, torch.device("cpu"))
-    step = make_step(ddp, sgd(ddp), rho=RHO)
+    wrapped_model = ddp.data_parallel(model, torch.device("cpu"))
+    step = make_step(wrapped_model, sgd(wrapped_model), rho=RHO)
     images, labels = joined_batch(world)
     said = step(images[:1], labels[:1], weight=world if rank == 0 else 0)
     return whole(model), said
@@ -413,8 +413,8 @@ def test_a_rank_without_images_counts_nothing(ranks):
 def sent_by(rho, m):
     """What distributed.traffic counts for one step, and what the wrapper's reductions are."""
     model = Wide().double()
-    ddp = collectives.data_parallel(model, torch.device("cpu"))
-    step = make_step(ddp, sgd(ddp), rho=rho, m=m)
+    wrapped_model = ddp.data_parallel(model, torch.device("cpu"))
+    step = make_step(wrapped_model, sgd(wrapped_model), rho=rho, m=m)
     images, labels = torch.randn(2, 400, dtype=torch.float64), torch.arange(2)
     step(images, labels)
     calls, sent = collectives.traffic.calls, collectives.traffic.bytes

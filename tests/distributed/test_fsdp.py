@@ -215,7 +215,7 @@ def moved(cuts, values, p):
         torch.tensor(v, dtype=torch.float64).tensor_split([cut])[rank] for v, cut in zip(values, cuts, strict=True)
     ]
     params = [torch.zeros_like(part) for part in parts]
-    with Perturbation(params, p=p, group=dist.group.WORLD).perturbed(parts, 1.0):
+    with Perturbation(params, p=p, norms=fsdp.ShardedNorms(dist.group.WORLD)).perturbed(parts, 1.0):
         return [w.tolist() for w in params]
 
 

@@ -74,7 +74,7 @@ def test_a_damaged_copy_under_last_is_named_and_the_one_before_is_taken(stopped,
 # ----------------------------------------------------------------------------------------------- disks without links
 
 
-NO_LINKS = {"at": "pathlib:Path.symlink_to", "call": 1, "do": "EPERM", "again": True}
+NO_LINKS = {"at": "make symlink", "call": 1, "do": "EPERM", "again": True}
 
 
 def test_on_a_disk_without_links_files_name_the_checkpoints(photos, uninterrupted, tmp_path):
