@@ -143,7 +143,7 @@ MUTATIONS = {
         "sam/test_memory.py::test_what_was_done_before_memory_ran_out_is_undone",
     ),
     "the error still holds the memory when the step begins again": (
-        {"distributed/device.py": [("why = first_line(error)\n", "why, kept = first_line(error), error\n")]},
+        {"distributed/device.py": [("reason = first_line(error)\n", "reason, kept = first_line(error), error\n")]},
         "sam/test_memory.py::test_when_a_step_begins_again_nothing_of_the_failed_attempt_is_alive",
     ),
     "further ascent measures the weights where it stands": (

@@ -24,13 +24,6 @@ _NO_BUFFERS: dict[str, Any] = {
 }
 
 
-class _Buckets:
-    """The reductions of one gradient, in order. Separate from the module, so that the hook does not keep that alive."""
-
-    def __init__(self) -> None:
-        self.started: list[torch.futures.Future[Any]] = []
-
-
 class DataParallel(DistributedDataParallel):
     """DistributedDataParallel that counts its reductions, and in which a rank without a gradient can complete them.
 
@@ -45,23 +38,22 @@ class DataParallel(DistributedDataParallel):
             gradient_as_bucket_view=True,
             **_NO_BUFFERS,
         )
-        self.on = device
         self.has_final_buckets = False
-        self._buckets = _Buckets()
-        self.register_comm_hook(self._buckets, _mean_of_bucket)
+        self._reductions: list[torch.futures.Future[Any]] = []  # of one gradient, in order
+        self.register_comm_hook(self._reductions, _mean_of_bucket)
 
     def start_gradient(self) -> None:
         """Count the reductions of the next gradient from zero."""
-        self._buckets.started.clear()
+        self._reductions.clear()
 
     def complete(self) -> None:
         """Take part, with NaN, in the reductions of a gradient that this rank could not finish.
 
         The other ranks wait for it there. Afterwards the wrapper must be replaced.
         """
-        for future in self._buckets.started:
+        for future in self._reductions:
             future.wait()
-        for bucket in self.reducer._get_zeros_like_grad_buckets()[len(self._buckets.started) :]:
+        for bucket in self.reducer._get_zeros_like_grad_buckets()[len(self._reductions) :]:
             collectives.all_reduce_sum(bucket.buffer().fill_(math.nan))
 
 
@@ -71,25 +63,20 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _mean_of_bucket(
-    buckets: _Buckets,
+    reductions: list[torch.futures.Future[Any]],
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[torch.Tensor]:
     mean = bucket.buffer().div_(collectives.world_size())
     collectives.traffic.count(mean)
     future = dist.all_reduce(mean, async_op=True).get_future()
-    buckets.started.append(future)
+    reductions.append(future)
     return future.then(lambda done: done.value()[0])
 
 
 class Replicas:
-    """A model that is whole on each rank, or on the only one: the part of SAM that concerns other ranks.
+    """The part of SAM that concerns other ranks, for a model that is whole on each; fsdp.Shards is for a sharded one.
 
-    fsdp.Shards has the same methods for a sharded model.
-
-    Args:
-        model: as the loss calls it, perhaps wrapped.
-        params: the perturbed parameters.
-        m: as of SAM; "global" or a process group names the ranks that share a perturbation.
+    model: with its wrapper. params: the perturbed parameters. m: as in SAM, the ranks that share a perturbation.
     """
 
     is_sharded: ClassVar[Literal[False]] = False
@@ -144,7 +131,7 @@ class Replicas:
     def rewrap(self) -> nn.Module:
         """The model in a new wrapper, on all ranks, after one of them has completed its reductions."""
         if isinstance(self.model, DataParallel):
-            inner, device = self.model.module, self.model.on
+            inner, device = self.model.module, self.model.device
             del self.model.logger, self.model.reducer  # and with it its hooks on the parameters
             self.model = DataParallel(inner, device)
         return self.model

@@ -1,8 +1,7 @@
 """Models whose weights, gradients and optimizer state are spread over ranks (FSDP2; Zhao et al. 2023).
 
-Each parameter is cut along its first dimension, and a rank keeps one part of it (a DTensor); a block of the model is
-whole only while it computes. The only user of torch's sharding. All functions here are collective: every rank of the
-run calls them, in the same order.
+Each parameter is cut along its first dimension, and a rank keeps one part of it (a DTensor). A block of the model is
+whole only while it computes. Every rank calls the functions of this module, in the same order.
 """
 
 import math
@@ -21,19 +20,21 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from samtune.distributed import collectives
 
-# Of the model's elements: a block that holds more is cut into the blocks inside it, if there are any; what holds less
-# is not worth a reduction of its own.
+# Shares of the model's elements: a larger block is cut into the blocks inside it, if there are any; a smaller one is
+# not worth its own reduction.
 _LARGE, _SMALL = 1 / 8, 1 / 1000
 
 _replicas: WeakKeyDictionary[nn.Module, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 def shard(model: nn.Module, device: torch.device, group: int | None = None) -> nn.Module:
-    """Move a model, the same on all ranks, to each rank's device, and keep there only the rank's part of it.
+    """Move a model, the same on all ranks, to each rank's device, where only the rank's part of it stays.
 
-    group: ranks that hold one copy of the model together, a divisor of all; gradients are averaged between the groups
-    too. None: all ranks. Build the optimizer and SAM after it. Parameters are in torch's default memory layout
-    afterwards; batch-norm statistics stay whole.
+    Build the optimizer and SAM afterwards. Parameters get torch's default memory layout; batch-norm statistics stay
+    whole.
+
+    group: number of ranks that hold one copy of the model together, a divisor of all; gradients are averaged between
+    the groups too. None: all ranks.
 
     Raises:
         ValueError: the group does not divide the ranks, or a parameter has no dimension to cut.
@@ -50,15 +51,14 @@ def shard(model: nn.Module, device: torch.device, group: int | None = None) -> n
     for w in model.parameters():
         w.data = w.data.contiguous()  # torch refuses to cut others
     for block in (*_blocks(model), model):
-        # Whole weights that outlast a pass would be old ones after an update.
+        # Whole weights that outlast a pass would be out of date after an update.
         fully_shard(block, mesh=mesh["parts"], reshard_after_forward=True)
     if group < world:
         _replicas[model] = mesh.get_group("replicas")
     shards = shards_of(model)
     assert shards is not None
     shards.average_over_replicas(True)
-    # Room for whole parameters is made by their first use. An evaluation in inference mode would make what cannot
-    # be trained with.
+    # The first use of whole parameters allocates them: in inference mode they would be unusable for training.
     for part in shards.blocks:
         part.unshard()
         part.reshard()
@@ -66,7 +66,7 @@ def shard(model: nn.Module, device: torch.device, group: int | None = None) -> n
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The parts that are whole at different times: modules out of a list or sequence that are called one by one."""
+    """The parts that are whole at different times: modules of a list or sequence that are called one by one."""
     total = sum(w.numel() for w in model.parameters())
 
     def inside(module: nn.Module) -> Iterator[nn.Module]:
@@ -74,7 +74,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         for child in module.children():
             share = sum(w.numel() for w in child.parameters()) / total
             within = list(inside(child)) if share > _SMALL else []
-            # A list is never called, a sequence not always; a single layer is no block.
+            # A list is never called, a sequence not always. A single layer is no block.
             is_list = isinstance(child, nn.Sequential | nn.ModuleList)
             has_layers = next(child.children(), None) is not None
             if listed and not is_list and has_layers and share > _SMALL and (share <= _LARGE or not within):
@@ -83,6 +83,12 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
                 yield from within
 
     return list(inside(model))
+
+
+def _parts(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What this rank holds of each tensor, in place."""
+    with torch.no_grad():  # outside of it to_local makes another tensor, for autograd
+        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ class Shards:
     """
 
     is_sharded: ClassVar[Literal[True]] = True
+    parts = staticmethod(_parts)
 
     model: nn.Module
     blocks: tuple[FSDPModule, ...]
@@ -101,20 +108,17 @@ class Shards:
     replicas: dist.ProcessGroup | None
 
     @property
-    def norms(self) -> "ShardedNorms":
-        """Norms over the parts of all ranks that hold the model together."""
+    def norms(self) -> Any:
+        """As perturbation.Norms, over the parts of all ranks that hold the model together."""
         return ShardedNorms(self.group)
 
     def check_m(self, m: Any) -> None:
         """Raise ValueError unless m names ranks that can share a perturbation: all, or a group with a whole model."""
-        if m != "global" and not (isinstance(m, dist.ProcessGroup) and _members(m) == _members(self.group)):
+        members = dist.get_process_group_ranks
+        if m != "global" and not (isinstance(m, dist.ProcessGroup) and members(m) == members(self.group)):
             raise ValueError(
                 f'm {m!r}: a sharded model is perturbed by all ranks that hold it together; "global", or their group'
             )
-
-    def parts(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What this rank holds of each tensor, in place."""
-        return _parts(tensors)
 
     def total_norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The L2 norm over all tensors together -> (), with the same bits on all ranks."""
@@ -164,11 +168,8 @@ class Shards:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Mean loss, detached, and this rank's parts of its gradient; `.grad` stays.
 
-        By a backward pass, the only one that gathers weights and scatters gradients. Each micro-batch is reduced by
-        itself: gradients that wait for the last one would be whole.
-
-        micro_batches: with the share of each. params: those of the gradient. backward: of a loss times a share.
-        over_replicas: whether the mean is that of all groups.
+        By `backward(loss, share)`, since only a backward pass gathers weights and scatters gradients. Each micro-batch
+        is reduced by itself: gradients that wait for the last one would be whole.
         """
         trainable = [w for w in self.model.parameters() if w.requires_grad]
         before = [w.grad for w in trainable]
@@ -227,7 +228,7 @@ class ShardedNorms:
 
 
 def shards_of(model: nn.Module) -> Shards | None:
-    """How the model is spread over ranks, None if it is not.
+    """How the model is spread over ranks; None if it is not.
 
     Raises ValueError for a model that was sharded in another way than `shard` does.
     """
@@ -243,17 +244,8 @@ def shards_of(model: nn.Module) -> Shards | None:
     return Shards(model, blocks, mesh.get_group(), _replicas.get(model))
 
 
-def _parts(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    with torch.no_grad():  # outside of it to_local makes another tensor, for autograd
-        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-
-
-def _members(group: dist.ProcessGroup) -> list[int]:
-    return dist.get_process_group_ranks(group)
-
-
 def _mean_over(replicas: dist.ProcessGroup | None) -> Callable[[torch.Tensor], None]:
-    """What becomes of a gradient that one group has reduced, in place: its mean over the groups, if any are named."""
+    """A hook that makes a gradient that one group has reduced its mean over the groups, in place; None: no change."""
 
     def mean(grad: torch.Tensor) -> None:
         if grad.is_cuda:  # before torch 2.15 nothing else holds it until this stream has added it to `.grad`
@@ -264,7 +256,7 @@ def _mean_over(replicas: dist.ProcessGroup | None) -> Callable[[torch.Tensor], N
     return mean
 
 
-# ----------------------------------------------------------------------------------------------------- whole, and back
+# ----------------------------------------------------------------------------------------------------- full state dicts
 
 
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -272,86 +264,78 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
     One tensor at a time is whole on the device.
     """
-    whole = ((name, _whole(value)) for name, value in model.state_dict().items())
-    return {name: value for name, value in whole if value is not None}
+    full = ((name, _full(value)) for name, value in model.state_dict().items())
+    return {name: value for name, value in full if value is not None}
 
 
 def load_full_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor] | None) -> None:
-    """Give a model, sharded or not, the weights and buffers that rank 0 passes; the others pass anything.
+    """Load weights and buffers into a model, sharded or not. state: that of rank 0 counts.
 
     Raises RuntimeError on all ranks if names or shapes differ from the model's; nothing is loaded then.
     """
-    own = model.state_dict()
-    first = collectives.rank() == 0
-    theirs = {name: tuple(value.shape) for name, value in (state or {}).items()} if first else None
-    theirs = _of_rank_0(theirs)
-    other = sorted(theirs.items() ^ {name: tuple(value.shape) for name, value in own.items()}.items())
-    if other:
-        raise RuntimeError(f"weights do not fit the model: {other[0][0]} and {len(other) - 1} more differ")
-    for name, value in own.items():
-        _fill(value, state[name] if first and state is not None else None)
+    state = (state or {}) if collectives.rank() == 0 else {}
+    current = model.state_dict()
+    shapes = collectives.broadcast_from_rank0(lambda: {name: tuple(value.shape) for name, value in state.items()})
+    differing = sorted(shapes.items() ^ {name: tuple(value.shape) for name, value in current.items()}.items())
+    if differing:
+        raise RuntimeError(f"weights do not fit the model: {differing[0][0]} and {len(differing) - 1} more differ")
+    for name, value in current.items():
+        _fill(value, state.get(name))
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     """`optimizer.state_dict()["state"]` of the unsharded run, on the CPU of rank 0; empty on the others."""
-    first = collectives.rank() == 0
     full: dict[int, dict[str, Any]] = {}
     for index, values in optimizer.state_dict()["state"].items():
-        whole = {key: _whole(value) if isinstance(value, torch.Tensor) else value for key, value in values.items()}
-        if first:
-            full[index] = whole
+        of_param = {key: _full(value) if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+        if collectives.rank() == 0:
+            full[index] = of_param
     return full
 
 
 def load_full_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]] | None) -> None:
-    """Give an optimizer of the same parameters the state that rank 0 passes; the others pass anything.
+    """Load the state of an optimizer of the same parameters. state: that of rank 0 counts.
 
-    Raises RuntimeError on all ranks if a parameter has no place for it.
+    Raises RuntimeError on all ranks if it has more parameters.
     """
+    state = (state or {}) if collectives.rank() == 0 else {}
     params = [w for group in optimizer.param_groups for w in group["params"]]
-    first = collectives.rank() == 0
-    outline = None
-    if first:  # what is shaped like its parameter is sharded like it; the rest are counters
-        outline = {
+    # A tensor of the parameter's shape is sharded as the parameter is; all else is a counter.
+    outline = collectives.broadcast_from_rank0(
+        lambda: {
             (index, key): (value.dtype,) if isinstance(value, torch.Tensor) and value.ndim > 0 else value
-            for index, values in (state or {}).items()
+            for index, values in state.items()
             for key, value in values.items()
         }
-    outline = _of_rank_0(outline)
+    )
     if any(index >= len(params) for index, _ in outline):
         raise RuntimeError(f"the state is not that of an optimizer of {len(params)} parameters")
     loaded: dict[int, dict[str, Any]] = {index: {} for index, _ in outline}
     for (index, key), value in outline.items():
         if isinstance(value, tuple):
-            place = torch.zeros_like(params[index], dtype=value[0], requires_grad=False)
-            _fill(place, state[index][key] if first and state is not None else None)
-            loaded[index][key] = place
-        else:  # the optimizer counts on in place, and the caller's state stays as it is
+            loaded[index][key] = torch.zeros_like(params[index], dtype=value[0], requires_grad=False)
+            _fill(loaded[index][key], state[index][key] if state else None)
+        else:  # a copy: the optimizer counts on in place
             loaded[index][key] = value.clone() if isinstance(value, torch.Tensor) else value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": loaded})
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor | None:
-    """A tensor's copy on the CPU of rank 0; None on the others."""
+def _full(value: torch.Tensor) -> torch.Tensor | None:
+    """A copy of the whole tensor on the CPU of rank 0; None on the others."""
     value = value.detach()
     full = value.full_tensor() if isinstance(value, DTensor) else value
     return full.to("cpu", copy=True) if collectives.rank() == 0 else None
 
 
-def _fill(place: torch.Tensor, full: torch.Tensor | None) -> None:
-    """Copy the whole tensor that rank 0 has into a tensor of its shape, sharded or not, on all ranks."""
-    part = _parts([place])[0]
-    whole = torch.empty(place.shape, dtype=place.dtype, device=part.device)
+def _fill(target: torch.Tensor, full: torch.Tensor | None) -> None:
+    """Copy the whole tensor of rank 0 into a tensor of its shape, sharded or not, on all ranks."""
+    part = _parts([target])[0]
+    received = torch.empty(target.shape, dtype=target.dtype, device=part.device)
     if full is not None:
-        whole.copy_(full)
-    dist.broadcast(whole, 0)
+        received.copy_(full)
+    dist.broadcast(received, 0)
     with torch.no_grad():
-        if isinstance(place, DTensor):
-            whole = distribute_tensor(whole, place.device_mesh, place.placements, src_data_rank=None).to_local()
-        part.copy_(whole)
-
-
-def _of_rank_0(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-    return box[0]
+        if isinstance(target, DTensor):
+            mesh, placements = target.device_mesh, target.placements
+            received = distribute_tensor(received, mesh, placements, src_data_rank=None).to_local()
+        part.copy_(received)

@@ -10,7 +10,7 @@ Batch = tuple[Any, ...]
 
 def num_samples(batch: Batch) -> int | None:
     """Number of samples in a batch; None for no batch. Raises ValueError if it is empty or its tensors disagree."""
-    sizes = {len(t) for content in batch for t in _tensors(content)}
+    sizes = {len(t) for t in _tensors(batch)}
     if batch and not sizes:
         raise ValueError("the batch holds no tensor: sam.backward(loss, images, labels)")
     if len(sizes) > 1:
@@ -29,7 +29,7 @@ def check_divisible(batch: Batch, n: int | None) -> None:
             "pass the tensors, sam.backward(loss, images, labels), in place of a closure over them"
         )
     for values in _lists(batch):
-        if len(values) == n and next(_tensors(values), None) is None:
+        if len(values) == n and not _tensors(values):
             raise ValueError(
                 f"m, micro_batch and ascent_fraction divide the batch, and it holds a list of {n} "
                 f"{type(values[0]).__name__}: give a tensor"
@@ -38,7 +38,8 @@ def check_divisible(batch: Batch, n: int | None) -> None:
 
 def head(batch: Batch, n: int) -> Batch:
     """The first n samples."""
-    return tuple(_map(lambda t: t[:n], content) for content in batch)
+    first: Batch = _map(lambda t: t[:n], batch)
+    return first
 
 
 def split(batch: Batch, size: int) -> list[Batch]:
@@ -53,21 +54,20 @@ def chunk(batch: Batch, count: int) -> list[Batch]:
 
 
 def _divide(batch: Batch, divide: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> list[Batch]:
-    chunks = [divide(t) for content in batch for t in _tensors(content)]
+    chunks = [divide(t) for t in _tensors(batch)]
     divided = []
     for parts in zip(*chunks, strict=True):
         remaining = iter(parts)
-        divided.append(tuple(_map(lambda _, r=remaining: next(r), content) for content in batch))  # type: ignore[misc]
+        divided.append(_map(lambda _, r=remaining: next(r), batch))  # type: ignore[misc]
     return divided
 
 
-def _tensors(content: Any) -> Iterator[torch.Tensor]:
+def _tensors(content: Any) -> list[torch.Tensor]:
     """The tensors of samples, in the order in which `_map` visits them."""
-    if isinstance(content, torch.Tensor) and content.ndim > 0:
-        yield content
-    elif isinstance(content, Mapping | list | tuple):
-        for value in content.values() if isinstance(content, Mapping) else content:
-            yield from _tensors(value)
+    if isinstance(content, Mapping | list | tuple):
+        values = content.values() if isinstance(content, Mapping) else content
+        return [tensor for value in values for tensor in _tensors(value)]
+    return [content] if isinstance(content, torch.Tensor) and content.ndim > 0 else []
 
 
 def _map(change: Callable[[torch.Tensor], torch.Tensor], content: Any) -> Any:

@@ -8,36 +8,25 @@ over the parameters and without waiting for an accelerator.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 
 Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 
-class Norms(Protocol):
-    """Norms over all tensors together, wherever they are; samtune.distributed.fsdp.ShardedNorms asks other ranks."""
+class Norms:
+    """Norms over all tensors together. fsdp.ShardedNorms has the same methods for parts of tensors on several ranks."""
 
     def join(self, norm: torch.Tensor, q: float) -> torch.Tensor:
         """||.||_q of all tensors, from that of the tensors in this process -> ()."""
-
-    def largest(self, h: Tensors) -> torch.Tensor:
-        """The largest |value| -> ()."""
-
-    def argmax(self, h: Tensors, sizes: torch.Tensor) -> torch.Tensor:
-        """Index of the first largest value in the flat sizes |h|: (1,), or (0,) if it is in another process."""
-
-
-class WholeNorms:
-    """Norms of tensors that are whole in this process."""
-
-    def join(self, norm: torch.Tensor, q: float) -> torch.Tensor:
         return norm
 
     def largest(self, h: Tensors) -> torch.Tensor:
+        """The largest |value| -> ()."""
         return torch.stack(torch._foreach_norm(h, math.inf)).max()
 
     def argmax(self, h: Tensors, sizes: torch.Tensor) -> torch.Tensor:
+        """Index of the first largest value in the flat sizes |h|: (1,), or (0,) if it is in another process."""
         return sizes.argmax(keepdim=True)
 
 
@@ -154,7 +143,7 @@ class Perturbation:
             raise ValueError(f"eta {eta:g}: must be finite and at least 0")
         self.params: list[torch.Tensor] = list(params)
         self.p, self.eta = p, eta
-        self._norms = norms or WholeNorms()
+        self._norms = norms or Norms()
         self.adaptive = list(adaptive) if adaptive is not None else [False] * len(params)
         self.factors = list(factors) if factors is not None else [1.0] * len(params)
         if not all(0 <= factor < math.inf for factor in self.factors):

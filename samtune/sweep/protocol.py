@@ -232,7 +232,7 @@ def work(plan: Plan, folder: Path, engine: Engine, stop: signals.StopRequest, to
     """
     this = _Work(plan, folder, engine, total)
     this.again = {run.id for run in this.known()[0] if this.outcome(run).state == "failed"}
-    stop.patient = True
+    stop.is_deferred = True
     with console.RunsProgress() as progress:
         try:
             while True:
@@ -329,14 +329,14 @@ def _left(this: _Work, runs: Sequence[Run]) -> str:
 
 def _stop(this: _Work, stop: signals.StopRequest) -> NoReturn:
     """Hand a signal on, and wait until all have saved."""
-    assert stop.by is not None
+    assert stop.signal is not None
     if this.taken:
-        console.info(f"{stop.by.name}: {len(this.taken)} runs end after their step; a second one ends them at once")
+        console.info(f"{stop.signal.name}: {len(this.taken)} runs end after their step; a second one ends them at once")
     this.engine.stop()
     while this.taken:
         for run_id, _ in this.engine.ended(_LOOK):
             this.taken.pop(run_id)[1].release()
-    raise Stopped(f"stopped by {stop.by.name}", Stopped.SAVED, "the same command goes on")
+    raise Stopped(f"stopped by {stop.signal.name}", Stopped.SAVED, "the same command goes on")
 
 
 def _failure(this: _Work, runs: Sequence[Run], chosen: Sequence[Mapping[str, Any]]) -> SamtuneError | None:
