@@ -53,7 +53,7 @@ MUTATIONS = {
         "sam/test_step.py::test_twenty_steps_equal_those_of_a_published_sam",
     ),
     "pass 2 updates batch-norm statistics too": (
-        {"sam/gradient.py": [("module.track_running_stats = False", "pass")]},
+        {"sam/snapshot.py": [("module.track_running_stats = False", "pass")]},
         "sam/test_step.py::test_statistics_and_generator_after_a_sam_step_are_those_after_one_plain_forward",
     ),
     "pass 2 draws its own masks": (
@@ -84,8 +84,8 @@ MUTATIONS = {
             "sam/gradient.py": [("torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)", "share")],
             "sam/step.py": [
                 (
-                    "return [loss_sum, wrong, n, asked, norm]",
-                    "return [loss_sum, wrong, n, asked, norm if bool(seen[0][0].isfinite()) else math.nan]",
+                    "return [loss_sum, wrong, n, stopping, norm]",
+                    "return [loss_sum, wrong, n, stopping, norm if bool(at_w[0][0].isfinite()) else math.nan]",
                 )
             ],
         },
@@ -94,7 +94,10 @@ MUTATIONS = {
     "pass 1 communicates": (
         {
             "sam/gradient.py": [
-                ("with self._no_sync():\n                value =", "with nullcontext():\n                value ="),
+                (
+                    "with self.ranks.no_sync():\n                value =",
+                    "with nullcontext():\n                value =",
+                ),
                 (
                     "list(torch.autograd.grad(value, self._params, materialize_grads=True))",
                     "(value.backward(), [w.grad.clone() for w in self._params])[1]",
@@ -104,7 +107,7 @@ MUTATIONS = {
         "distributed/test_collectives.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
     ),
     "a global perturbation is that of the rank": (
-        {"sam/gradient.py": [("grads = collectives.all_reduce_sum_lists(grads, self._group)", "pass")]},
+        {"distributed/ddp.py": [("grads = collectives.all_reduce_sum_lists(grads, self._group)", "pass")]},
         "distributed/test_collectives.py::test_global_mode_equals_one_process_on_the_joined_batch",
     ),
     "micro-batches of different sizes weigh the same": (
@@ -112,11 +115,23 @@ MUTATIONS = {
         "sam/test_memory.py::test_micro_batches_give_the_gradient_of_all_samples_at_once",
     ),
     "each micro-batch communicates": (
-        {"sam/gradient.py": [("nullcontext() if micro is micro_batches[-1][0] else self._no_sync()", "nullcontext()")]},
+        {
+            "sam/gradient.py": [
+                ("nullcontext() if micro is micro_batches[-1][0] else self.ranks.no_sync()", "nullcontext()")
+            ]
+        },
         "distributed/test_collectives.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
     ),
     "each rank keeps the statistics of its own images": (
-        {"sam/step.py": [("            self._share_statistics(kept, weight)\n", "")]},
+        {
+            "sam/step.py": [
+                (
+                    "            ddp.average_over_ranks("
+                    "[buffer for buffer, _ in kept if buffer.is_floating_point()], weight)\n",
+                    "",
+                )
+            ]
+        },
         "distributed/test_collectives.py::test_statistics_that_update_are_the_mean_over_the_ranks_and_the_same_everywhere",
     ),
     "every rank scores all images": (
@@ -128,7 +143,7 @@ MUTATIONS = {
         "sam/test_memory.py::test_what_was_done_before_memory_ran_out_is_undone",
     ),
     "the error still holds the memory when the step begins again": (
-        {"distributed/device.py": [("why = first_line(error)\n", "why, kept = first_line(error), error\n")]},
+        {"distributed/device.py": [("reason = first_line(error)\n", "reason, kept = first_line(error), error\n")]},
         "sam/test_memory.py::test_when_a_step_begins_again_nothing_of_the_failed_attempt_is_alive",
     ),
     "further ascent measures the weights where it stands": (

@@ -89,7 +89,7 @@ def main() -> None:
 
         console.configure(quiet=True)
     environment.exit_with_launcher()
-    signals.end_with_the_parent()
+    signals.exit_with_parent()
     note = cache_folders.prepare()
     if note is not None:
         from samtune import console

@@ -1,9 +1,5 @@
-"""What ranks do together; a process that is alone sends nothing.
+"""Collectives, process groups and joint decisions of ranks; without torch.distributed they return at once."""
 
-With samtune.distributed.launch and samtune.distributed.fsdp the only user of torch.distributed.
-"""
-
-import inspect
 import itertools
 import math
 import os
@@ -20,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from samtune import console
 from samtune.distributed import environment
@@ -30,133 +25,134 @@ from samtune.errors import LOST, ORPHANED, MachineError, SamtuneError, WorkerLos
 Group: TypeAlias = "dist.ProcessGroup | None"  # None: all ranks
 T = TypeVar("T")
 
-_FOREVER = timedelta(days=365)  # what takes too long is for the watchdog to tell, which knows what is usual
-_PATIENCE = timedelta(minutes=10)  # for ranks that have not come yet
-_POLL = 0.05  # seconds
-_AGENTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # whether torch's agent, which has started the ranks, has a store
-_WARNED_AFTER = 15.0  # seconds of waiting for ranks that nobody may have started
-_SAID_OF_A_LOSS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_NO_TIMEOUT = timedelta(days=365)  # the watchdog, which knows how long a step takes, ends what hangs
+_STORE_TIMEOUT = timedelta(minutes=10)  # for ranks that have not started yet
+_POLL_SECONDS = 0.05
+_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # set where torch's agent, which started the ranks, has a store
+_WARN_AFTER = 15.0  # seconds of waiting for ranks that perhaps nobody started
+_LOSS_TEXTS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 @dataclass
 class Traffic:
-    """What this rank has given into reductions: their number, and the bytes of its tensors."""
+    """The reductions in which this rank took part: their number, and the bytes that it sent."""
 
     calls: int = 0
     bytes: int = 0
 
     def count(self, tensor: torch.Tensor) -> None:
-        """One more."""
+        """Count a reduction of this tensor."""
         self.calls += 1
         self.bytes += tensor.numel() * tensor.element_size()
 
 
 traffic = Traffic()
-_turns = itertools.count()
+_block_numbers = itertools.count()
 
 
-# -------------------------------------------------------------------------------------------------------- who is there
+# ------------------------------------------------------------------------------------------------------- process groups
 
 
 def init(device: torch.device) -> None:
-    """Become one of the ranks that a launcher has started; in a process that is alone there is nothing to do.
+    """Join the process group of the ranks that a launcher started; does nothing in a single process.
 
-    Raises MachineError where the others do not come.
+    Raises MachineError if the others cannot be reached.
     """
-    here = environment.rank_info()
-    if here is None or dist.is_initialized():
+    info = environment.rank_info()
+    if info is None or dist.is_initialized():
         return
-    if os.environ.get(_AGENTS_STORE) != "True":
+    if os.environ.get(_AGENT_STORE) != "True":
         hint = f"; or, if there are no other ranks, run {environment.command_without_launcher()}"
         environment.check_host("MASTER_ADDR=", os.environ["MASTER_ADDR"], hint)
-    meeting = _Meeting(here, device)
-    meeting.start()
-    warned_at = time.monotonic() + _WARNED_AFTER
-    while not meeting.over.wait(_POLL):  # here, and not in torch's code, a signal is heard
-        if time.monotonic() >= warned_at:
-            warned_at = math.inf
+    rendezvous = _Rendezvous(info, device)
+    rendezvous.start()
+    warn_at = time.monotonic() + _WARN_AFTER
+    while not rendezvous.done.wait(_POLL_SECONDS):  # Python handles signals here, but not in torch's code
+        if time.monotonic() >= warn_at:
+            warn_at = math.inf
             console.warn(
-                f"rank {here.rank} of {here.world_size} waits for {_words(meeting.missing())}\n"
-                f"  cause: {environment.launcher_variables()} says that this process is one of {here.world_size}\n"
+                f"rank {info.rank} of {info.world_size} waits for {_rank_names(rendezvous.missing())}\n"
+                f"  cause: {environment.launcher_variables()} says that this process is one of {info.world_size}\n"
                 "  hint:  start the same command for all ranks at about the same time; or, if there are no others, "
                 f"stop this one and run {environment.command_without_launcher()}",
                 on_any_rank=True,
             )
-    if meeting.error is not None:
-        if not isinstance(meeting.error, dist.DistError | RuntimeError | ValueError):
-            raise meeting.error
+    if rendezvous.error is not None:
+        if not isinstance(rendezvous.error, dist.DistError | RuntimeError | ValueError):
+            raise rendezvous.error
         raise MachineError(
-            f"rank {here.rank} does not find the others at {meeting.place}",
-            first_line(meeting.error),
+            f"rank {info.rank} cannot reach the others at {rendezvous.address}",
+            first_line(rendezvous.error),
             "start the same command for all ranks at about the same time; the port must be free on the first machine",
         )
 
 
-class _Meeting(threading.Thread):
-    """The ranks meet: at a store of the first one, or of torch's agent, if that has started them."""
+class _Rendezvous(threading.Thread):
+    """Initializes the process group by a store of rank 0, or of torch's agent if that started the ranks."""
 
-    def __init__(self, here: environment.RankInfo, device: torch.device) -> None:
-        super().__init__(name="meeting", daemon=True)
-        self._here, self._device = here, device
+    def __init__(self, info: environment.RankInfo, device: torch.device) -> None:
+        super().__init__(name="rendezvous", daemon=True)
+        self._info, self._device = info, device
         self._store: Any = None  # torch.distributed.Store
-        self.place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self.address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self.error: Exception | None = None
-        self.over = threading.Event()
+        self.done = threading.Event()
 
     def run(self) -> None:
-        here, backend = self._here, "cpu:gloo"
+        info, backend = self._info, "cpu:gloo"
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             backend += ",cuda:nccl"
         try:
-            store = self._open()
-            store.set(f"samtune/here/{here.rank}", "")
-            self._store = store.clone()  # while torch waits in a store, that answers nobody else
-            dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=_FOREVER)
+            store = self._open_store()
+            store.set(f"samtune/joined/{info.rank}", "")
+            self._store = store.clone()  # a store in which torch waits serves no other thread
+            rank, size = info.rank, info.world_size
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_NO_TIMEOUT)
         except Exception as error:
             self.error = error
         finally:
-            self.over.set()
+            self.done.set()
 
-    def _open(self) -> Any:
-        if os.environ.get(_AGENTS_STORE) == "True":
-            return next(rendezvous("env://", timeout=_PATIENCE))[0]
+    def _open_store(self) -> Any:
+        if os.environ.get(_AGENT_STORE) == "True":
+            return next(torch_rendezvous("env://", timeout=_STORE_TIMEOUT))[0]
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        first = self._here.rank == 0
-        # Not to wait in it for all others: who is missing can be told when there is a store.
-        return TCPStore(host, port, self._here.world_size, first, _PATIENCE, wait_for_workers=False, multi_tenant=True)
+        size, first = self._info.world_size, self._info.rank == 0
+        # It does not wait for the others: a store can tell which ranks are missing.
+        return TCPStore(host, port, size, first, _STORE_TIMEOUT, wait_for_workers=False, multi_tenant=True)
 
     def missing(self) -> list[int]:
-        """The ranks that have not come to the store; the first one, if there is no store yet."""
+        """The ranks that have not opened the store; rank 0 if there is no store yet."""
         store = self._store
         if store is None:
             return [0]
-        return [rank for rank in range(self._here.world_size) if not store.check([f"samtune/here/{rank}"])]
+        return [rank for rank in range(self._info.world_size) if not store.check([f"samtune/joined/{rank}"])]
 
 
-def _words(missing: Sequence[int]) -> str:
-    some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-    return f"rank{'s' if len(missing) > 1 else ''} {some}" if missing else "the others"
+def _rank_names(ranks: Sequence[int]) -> str:
+    numbers = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {numbers}" if ranks else "the others"
 
 
 def shutdown() -> None:
-    """Not to be called where another rank may be lost: it would wait for it."""
+    """Leave the process group. Do not call it where another rank may be lost: it would wait for that."""
     if is_initialized():
         dist.destroy_process_group()
 
 
 def is_initialized() -> bool:
-    """Whether this process has joined others."""
+    """Whether this process is in a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size(group: Group = None) -> int:
-    """Ranks of a group, 1 where torch.distributed is not in use."""
+    """Number of ranks in a group, 1 without torch.distributed."""
     return dist.get_world_size(group) if is_initialized() else 1
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each rank has a part of the model alone (samtune.distributed.fsdp)."""
+    """Whether each rank holds only a part of the model (samtune.distributed.fsdp)."""
     if not is_initialized():
         return False
     from torch.distributed.tensor import DTensor
@@ -166,7 +162,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class World:
-    """How many ranks there are, and how many of them on this machine."""
+    """Number of ranks, and of those on this machine."""
 
     size: int
     local_size: int
@@ -178,115 +174,115 @@ def world() -> World:
 
 
 def local_world_size() -> int:
-    """Ranks that share this machine."""
-    here = environment.rank_info()
-    return here.local_world_size if here is not None and is_initialized() else 1
+    """Number of ranks on this machine."""
+    info = environment.rank_info()
+    return info.local_world_size if info is not None and is_initialized() else 1
 
 
 def rank(group: Group = None) -> int:
-    """The place of this process in the group, 0 where it is alone."""
+    """The rank of this process in the group, 0 without torch.distributed."""
     return dist.get_rank(group) if is_initialized() else 0
 
 
 def new_subgroup(size: int) -> dist.ProcessGroup:
-    """The group of this rank, of so many that follow each other. All ranks call it; size divides their number."""
+    """Divide the ranks into groups of `size` consecutive ones; the group of this rank. Every rank calls it."""
     group: dist.ProcessGroup = dist.new_subgroups(size)[0]
     return group
 
 
 @contextmanager
 def connection_errors() -> Iterator[None]:
-    """Turn the errors by which torch notices that another rank is gone into WorkerLost."""
+    """Turn torch's errors for a lost connection to another rank into WorkerLost."""
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        is_loss = isinstance(error, dist.DistError) or any(said in str(error) for said in _SAID_OF_A_LOSS)
+        is_loss = isinstance(error, dist.DistError) or any(text in str(error) for text in _LOSS_TEXTS)
         if not (is_initialized() and is_loss):
             raise
         raise WorkerLost(
             ORPHANED if environment.is_orphan() else LOST,
             first_line(error),
-            "its own words tell why it ended; go on with --resume",
+            "its own error says why it ended; go on with --resume",
         ) from None
 
 
-# ------------------------------------------------------------------------------------------------- words and decisions
+# -------------------------------------------------------------------------------------------------- objects, decisions
 
 
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
-    """What make() returns on rank 0, on all ranks; a SamtuneError of it is raised on all of them, too."""
+    """Call make() on rank 0 and return its result on all ranks. Its SamtuneError is raised on all of them."""
     if world_size() == 1:
         return make()
-    box: list[Any] = [None]
+    result: list[Any] = [None]
     if rank() == 0:
         try:
-            box = [make()]
+            result = [make()]
         except SamtuneError as error:
-            box = [error]
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
-    if isinstance(box[0], SamtuneError):
-        raise box[0]
-    made: T = box[0]
+            result = [error]
+    dist.broadcast_object_list(result, device=torch.device("cpu"))
+    if isinstance(result[0], SamtuneError):
+        raise result[0]
+    made: T = result[0]
     return made
 
 
-def all_gather_object(content: T) -> list[T]:
-    """What each rank has, in order of the ranks."""
+def all_gather_object(value: T) -> list[T]:
+    """The values of all ranks, in order of the ranks."""
     if world_size() == 1:
-        return [content]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, content)
-    return found
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:
-    """No rank passes before all have come here."""
+    """Wait until all ranks have called it."""
     any_rank_true(False)
 
 
 def seed_this_rank(seed: int, step: int) -> None:
-    """Ranks draw masks of their own, which follow from (seed, step, rank): a checkpoint need not have them."""
+    """Seed each of several ranks by (seed, step, rank): masks differ, and a checkpoint need not store generators."""
     if world_size() > 1:
         torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0]))
 
 
 def any_rank_true(*flags: bool) -> list[bool]:
-    """Of each flag, whether it is set on any rank. All ranks wait for each other here."""
+    """For each flag, whether it is set on any rank. All ranks call it."""
     if world_size() == 1:
         return list(flags)
-    decided = all_reduce_sum(torch.tensor(flags, dtype=torch.int32))
-    return [count > 0 for count in decided.tolist()]
+    counts = all_reduce_sum(torch.tensor(flags, dtype=torch.int32))
+    return [count > 0 for count in counts.tolist()]
 
 
 @contextmanager
 def local_main_process_first() -> Iterator[None]:
-    """One rank of each machine does the block before the others: what it downloads or decodes, they find there."""
-    here = environment.rank_info()
-    if here is None or world_size() == 1 or here.local_world_size == 1:
+    """Local rank 0 of each machine runs the block before the others, which then find what it downloaded or decoded."""
+    info = environment.rank_info()
+    if info is None or world_size() == 1 or info.local_world_size == 1:
         yield
         return
     store = dist.distributed_c10d._get_default_store()
-    key = f"samtune/machine-{here.machine}/{next(_turns)}"
-    while here.local_rank > 0 and not store.check([key]):
-        time.sleep(_POLL)  # and not in the store, where no signal could be heard
-    if here.local_rank > 0 and store.get(key) != b"done":
-        raise WorkerLost(LOST, "the first rank of this machine has failed", "its own words tell why")
+    key = f"samtune/machine-{info.machine}/{next(_block_numbers)}"
+    while info.local_rank > 0 and not store.check([key]):
+        time.sleep(_POLL_SECONDS)  # not store.wait, in which Python handles no signal
+    if info.local_rank > 0 and store.get(key) != b"done":
+        raise WorkerLost(LOST, "the first rank of this machine has failed", "its own error says why")
     outcome = "failed"
     try:
         yield
         outcome = "done"
     finally:
-        if here.local_rank == 0:
+        if info.local_rank == 0:
             store.set(key, outcome)
 
 
-def find_absent_ranks(patience: float) -> list[int]:
-    """For a rank that waits too long: those that do not wait as it does, or do not answer within so many seconds.
+def find_absent_ranks(timeout: float) -> list[int]:
+    """The ranks that do not answer in `timeout` seconds; else those that the others wait for in a reduction.
 
-    Each rank tells how many reductions it has begun. Who has begun the fewest is who the others wait for.
+    A rank that has waited too long calls it. Each rank tells how many reductions it has begun.
     """
-    store = dist.distributed_c10d._get_default_store().clone()  # the main thread may be using the other
-    store.set_timeout(timedelta(seconds=patience))
+    store = dist.distributed_c10d._get_default_store().clone()  # the main thread may be using the original
+    store.set_timeout(timedelta(seconds=timeout))
     begun: dict[int, int] = {}
     store.set(f"samtune/stuck/{rank()}", str(traffic.calls))
     for other in range(world_size()):
@@ -301,7 +297,7 @@ def find_absent_ranks(patience: float) -> list[int]:
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: Group = None) -> torch.Tensor:
-    """The sum over the group's ranks, the same on each of them, in place."""
+    """Sum over the group's ranks, in place, with the same bits on each of them."""
     if world_size(group) > 1:
         traffic.count(tensor)
         dist.all_reduce(tensor, group=group)
@@ -309,7 +305,7 @@ def all_reduce_sum(tensor: torch.Tensor, group: Group = None) -> torch.Tensor:
 
 
 def all_reduce_sum_lists(tensors: list[torch.Tensor], group: Group = None) -> list[torch.Tensor]:
-    """The sum of each tensor over the group's ranks, in a single reduction; all of one dtype."""
+    """Sum each tensor over the group's ranks, in a single reduction; all of one dtype."""
     if world_size(group) == 1:
         return tensors
     flat = all_reduce_sum(torch._utils._flatten_dense_tensors(tensors), group)
@@ -317,83 +313,10 @@ def all_reduce_sum_lists(tensors: list[torch.Tensor], group: Group = None) -> li
 
 
 def all_gather(values: torch.Tensor, group: Group = None) -> torch.Tensor:
-    """A few numbers of each rank of the group, the same on all of them: values (...) -> (ranks, ...)."""
+    """The values of all ranks of the group: values (...) -> (ranks, ...)."""
     if world_size(group) == 1:
         return values[None]
     traffic.count(values)
     parts = [torch.empty_like(values) for _ in range(world_size(group))]
     dist.all_gather(parts, values, group=group)
     return torch.stack(parts)
-
-
-# Buffers are not sent before every pass. (torch 2.15 has a new name for the option.)
-_DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
-_NO_BUFFERS: dict[str, Any] = {
-    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers": False
-}
-
-
-class _Buckets:
-    """The reductions of one gradient, in order. (Apart from the module, so that nothing keeps that alive.)"""
-
-    def __init__(self) -> None:
-        self.begun: list[torch.futures.Future[Any]] = []
-
-
-class DataParallel(DistributedDataParallel):
-    """DistributedDataParallel that counts its reductions, and in which a rank without a gradient can complete them.
-
-    Buffers are not broadcast: the statistics of batch norm are frozen, or the step averages them. is_settled: whether a
-    gradient was made, after which torch arranges the reductions anew, once.
-    """
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        super().__init__(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            **_NO_BUFFERS,
-        )
-        self.on = device
-        self.is_settled = False
-        self._buckets = _Buckets()
-        self.register_comm_hook(self._buckets, _mean_of_bucket)
-
-    def begin(self) -> None:
-        """Another gradient is made."""
-        self._buckets.begun.clear()
-
-    def complete(self) -> None:
-        """Take part, with NaN, in the reductions of a gradient that this rank could not finish.
-
-        The others wait for it there. Afterwards this wrapper is of no more use.
-        """
-        for future in self._buckets.begun:
-            future.wait()
-        for bucket in self.reducer._get_zeros_like_grad_buckets()[len(self._buckets.begun) :]:
-            all_reduce_sum(bucket.buffer().fill_(math.nan))
-
-
-def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, wrapped so that its gradients become their mean over the ranks; in a process that is alone, itself."""
-    return DataParallel(model, device) if is_initialized() else model
-
-
-def rewrap(model: nn.Module) -> nn.Module:
-    """A wrapper whose reductions were cut off is replaced, on all ranks; any other model stays."""
-    if not isinstance(model, DataParallel):
-        return model
-    inner, device = model.module, model.on
-    del model.logger, model.reducer  # and with it its hooks on the parameters
-    return DataParallel(inner, device)
-
-
-def _mean_of_bucket(
-    buckets: _Buckets,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> torch.futures.Future[torch.Tensor]:
-    mean = bucket.buffer().div_(world_size())
-    traffic.count(mean)
-    future = dist.all_reduce(mean, async_op=True).get_future()
-    buckets.begun.append(future)
-    return future.then(lambda done: done.value()[0])

@@ -1,4 +1,4 @@
-"""The device that is there, and what it does best."""
+"""The device of a rank: which one, its arithmetic, its memory, and how to go on when that runs out."""
 
 import gc
 import math
@@ -20,31 +20,31 @@ T = TypeVar("T")
 
 
 def gpu_numbers(gpus: str) -> list[int]:
-    """The GPUs that --gpus asks for, as torch numbers those that CUDA_VISIBLE_DEVICES lets it see.
+    """The GPUs that --gpus asks for, by torch's numbers of those that CUDA_VISIBLE_DEVICES shows.
 
-    auto: the first one, if there is one; all; a number of them; or a list. Raises MachineError for more than there are.
+    gpus: auto, the first one if there is one; all; how many; or a list. Raises MachineError if there are fewer.
     """
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == "auto":
-        return [0][:there]
+        return [0][:count]
     if gpus == "all":
-        found = list(range(there))
+        numbers = list(range(count))
     elif gpus.isdigit():
-        found = list(range(int(gpus)))
+        numbers = list(range(int(gpus)))
     else:
-        found = [int(number) for number in gpus.split(",") if number]
-    if (gpus == "all" and not found) or max(found, default=-1) >= there:
-        names = ", ".join(f"{i}: {torch.cuda.get_device_name(i)}" for i in range(there))
+        numbers = [int(number) for number in gpus.split(",") if number]
+    if (gpus == "all" and not numbers) or max(numbers, default=-1) >= count:
+        names = ", ".join(f"{i}: {torch.cuda.get_device_name(i)}" for i in range(count))
         raise MachineError(
-            f"--gpus {gpus}: there {'is' if there == 1 else 'are'} {there or 'no'} GPU{'s' if there != 1 else ''} here",
+            f"--gpus {gpus}: there {'is' if count == 1 else 'are'} {count or 'no'} GPU{'s' if count != 1 else ''} here",
             names or no_gpu(),
-            "ask for what is there; --gpus auto takes the CPU if there is none, --processes N several ranks on it",
+            "--gpus auto takes the CPU if there is no GPU; --processes N runs several ranks on it",
         )
-    return found
+    return numbers
 
 
 def no_gpu() -> str:
-    """Why there is no GPU, in words."""
+    """Why there is no GPU."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return "CUDA_VISIBLE_DEVICES is empty"
     built = torch.version.cuda
@@ -52,129 +52,128 @@ def no_gpu() -> str:
 
 
 def select_device(gpus: str = "auto", processes: int | None = None) -> torch.device:
-    """The device of this rank: its GPU of those that are asked for, else the CPU."""
-    here = environment.rank_info()
+    """The device of this rank: one of the GPUs that --gpus asks for, else the CPU."""
+    info = environment.rank_info()
     if processes is not None or gpus == "0":
         return torch.device("cpu")
-    if gpus == "auto" and here is not None and torch.cuda.is_available():  # whoever launched the ranks has chosen
-        return torch.device("cuda", here.local_rank % torch.cuda.device_count())
+    if gpus == "auto" and info is not None and torch.cuda.is_available():  # the launcher chose the GPUs
+        return torch.device("cuda", info.local_rank % torch.cuda.device_count())
     numbers = gpu_numbers(gpus)
-    if here is not None and here.local_rank >= len(numbers) > 0:
+    if info is not None and info.local_rank >= len(numbers) > 0:
         raise MachineError(
-            f"--gpus {gpus} with {here.local_world_size} ranks on this machine", "each needs a GPU", "start fewer"
+            f"--gpus {gpus} with {info.local_world_size} ranks on this machine", "each needs a GPU", "start fewer"
         )
-    return torch.device("cuda", numbers[here.local_rank if here else 0]) if numbers else torch.device("cpu")
+    return torch.device("cuda", numbers[info.local_rank if info else 0]) if numbers else torch.device("cpu")
 
 
 def describe(device: torch.device) -> str:
-    """Its name, as a report gives it."""
+    """The device's name for reports."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
 
 
-def _here() -> str:
-    """The device that this process computes on."""
+def _current_device() -> str:
+    """The name of the device that this process computes on."""
     return describe(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
 
 
 def best_dtype(device: torch.device) -> str:
-    """The arithmetic of --amp-dtype auto. On CPUs bfloat16 is slower: depthwise convolutions lack a fast form."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if fast else "float32"
+    """The dtype of --amp-dtype auto. On CPUs bfloat16 is slower: depthwise convolutions lack a fast kernel."""
+    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if is_fast else "float32"
 
 
 def autocast(device: torch.device, dtype: str) -> Autocast:
-    """Makes the context of a forward pass. A new one for each pass: its cache of cast weights must not outlive them."""
-    kind = torch.float16 if dtype == "float16" else torch.bfloat16
-    return partial(torch.autocast, device.type, dtype=kind, enabled=dtype in ("bfloat16", "float16"))
+    """A function that makes the context of a forward pass: a new one each time, for its cache of cast weights."""
+    low = torch.float16 if dtype == "float16" else torch.bfloat16
+    return partial(torch.autocast, device.type, dtype=low, enabled=dtype in ("bfloat16", "float16"))
 
 
 def loss_scaler(device: torch.device, dtype: str) -> torch.amp.GradScaler | None:
-    """Keeps small gradients in float16's range; other arithmetic needs none."""
+    """The GradScaler that float16 needs; None for other dtypes."""
     return torch.amp.GradScaler(device.type) if dtype == "float16" else None
 
 
 def deterministic(on: bool) -> None:
-    """Let torch use operations alone whose result is the same every time, and refuse the others; or not."""
+    """Whether torch uses only operations whose result is the same every time, and raises for others."""
     if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it before its first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it before its first use
     torch.use_deterministic_algorithms(on)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use since the start: allocated on the GPU, or resident in this process."""
+    """The largest memory in use since the start: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The memory that there is: of the GPU, or of the machine, as far as its container may use it."""
+    """The memory of the GPU, or of the machine, up to the limit of its container."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # no limit is "max"
-        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    return there
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return total
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: that of a GPU, Python's, or torch's on a CPU, whose error has no type of its own."""
+    """Whether memory ran out, on a GPU, in Python, or in torch on a CPU, whose error is a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in said and "memory" in said
+    text = str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text and "memory" in text
 
 
-def retry_with_smaller_batch(attempt: Callable[[int], T], at_once: int, shape: Sequence[int]) -> T:
-    """What `attempt(at_once)` returns; while memory runs out, it is called again with half as many images at once.
+def retry_with_smaller_batch(attempt: Callable[[int], T], batch_size: int, shape: Sequence[int]) -> T:
+    """Call `attempt(batch_size)` and return its result; while memory runs out, halve batch_size and call it again.
 
-    attempt: leaves nothing behind when it fails, and may be called again. shape: of an image, for the error.
-
-    Raises OutOfMemory where one image alone does not fit.
+    attempt: leaves nothing behind when it fails. shape: of an image, for the error. Raises OutOfMemory if even one
+    image does not fit.
     """
     while True:
         try:
-            return attempt(at_once)
+            return attempt(batch_size)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            why = first_line(error)
-        # Out here the error is gone, and with it the frames that held what did not fit: not before can memory be freed.
+            reason = first_line(error)
+        # Only here can memory be freed: the error is gone, and with it the frames that held what did not fit.
         free_memory()
-        if at_once == 1:
+        if batch_size == 1:
             raise OutOfMemory(
-                f"no memory on {_here()} for one image of {' x '.join(map(str, shape))}",
-                why,
+                f"no memory on {_current_device()} for one image of {' x '.join(map(str, shape))}",
+                reason,
                 "lower --img-size, compute with --amp-dtype bfloat16, or take a smaller model",
             )
-        at_once = math.ceil(at_once / 2)
+        batch_size = math.ceil(batch_size / 2)
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more."""
+    """Collect garbage, and return cached memory to the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 @contextmanager
-def oom_as_user_error(what: str) -> Iterator[None]:
-    """Turn the device's out-of-memory error into OutOfMemory that names what did not fit."""
+def oom_as_user_error(content: str) -> Iterator[None]:
+    """Turn the device's out-of-memory error into OutOfMemory. content: what did not fit, for the message."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"no memory on {_here()} for {what}", first_line(error), "lower --batch-size or --img-size"
+            f"no memory on {_current_device()} for {content}", first_line(error), "lower --batch-size or --img-size"
         ) from None
 
 
 def available_cpus() -> int:
-    """Processor cores that this process may use, as Slurm or taskset granted them."""
+    """Number of CPU cores that this process may use, as Slurm or taskset granted them."""
     return len(os.sched_getaffinity(0))
 
 
 def loading_workers(target: torch.device, cores_of_rank: int) -> int:
-    """Threads that load images for a rank: enough for a GPU; beside a CPU, which computes itself, one."""
+    """Number of threads that load images for a rank: one if the CPU computes, up to 8 for a GPU."""
     return min(8, max(1, cores_of_rank // 2)) if target.type == "cuda" else 1

@@ -1,7 +1,7 @@
-"""What a rank tells the process that launched it: that it is at work, and how it ended.
+"""The status of each rank for its launcher: that it is running, or how it ended.
 
-Each rank writes a file into a folder of the launcher: an exit code alone carries no message, and does not tell a cause
-from its consequences.
+Each rank writes a file into a folder of the launcher. An exit code has no message, and does not tell a cause from its
+consequences.
 """
 
 import json
@@ -19,9 +19,9 @@ from samtune.files import write_atomic
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What a rank tells its launcher. exit_code: None while it is at work. result: what rank 0 has to print.
+    """The status of a rank. exit_code: None while it is running. result: what rank 0 has to print.
 
-    attempt: what the ranks have in common that were started together, and no others.
+    attempt: the same for the ranks that were started together, different after a restart.
     """
 
     rank: int
@@ -36,16 +36,16 @@ class RankStatus:
 
     @property
     def is_cause(self) -> bool:
-        """Whether this rank ended for a reason of its own, which a restart would not fix.
+        """Whether this rank ended for a reason that a restart would not fix.
 
-        A signal before there was anything to save is none: torch's agent sends it to those that are left.
+        A signal before the first checkpoint is no such reason: torch's agent sends it to the remaining ranks.
         """
-        none = (None, 0, SamtuneError.exit_code, WorkerLost.exit_code)
-        return self.exit_code not in none and (self.exit_code or 0) < 128
+        others = (None, 0, SamtuneError.exit_code, WorkerLost.exit_code)
+        return self.exit_code not in others and (self.exit_code or 0) < 128
 
 
 def report_ready() -> None:
-    """Tell the launcher that this rank runs, and hears signals from now on. In other processes it does nothing."""
+    """Tell the launcher that this rank is running and handles signals. Does nothing in other processes."""
     if status_folder() is not None:
         write_status(None)
 
@@ -53,18 +53,18 @@ def report_ready() -> None:
 def write_status(
     exit_code: int | None, error: SamtuneError | Stopped | None = None, result: Mapping[str, Any] | None = None
 ) -> None:
-    """Tell the launcher that this rank is at work (None), or how it ended."""
-    folder, rank = status_folder(), rank_info()
+    """Tell the launcher that this rank is running (None), or how it ended."""
+    folder, info = status_folder(), rank_info()
     assert folder is not None
-    assert rank is not None
+    assert info is not None
     texts = (error.message, error.cause, error.hint) if isinstance(error, SamtuneError) else (str(error or ""), "", "")
-    attempt = os.environ["MASTER_PORT"]  # our launcher has another one for each
-    status = RankStatus(rank.rank, os.getpid(), attempt, exit_code, *texts, time.time(), result)
-    write_atomic(folder / f"{rank.rank}.json", json.dumps(asdict(status)))
+    attempt = os.environ["MASTER_PORT"]  # our launcher takes another one for each
+    status = RankStatus(info.rank, os.getpid(), attempt, exit_code, *texts, time.time(), result)
+    write_atomic(folder / f"{info.rank}.json", json.dumps(asdict(status)))
 
 
 def exit_code_of_launch() -> int | None:
-    """The exit code of a launch that is over, for a rank that is started all the same; None if there is work to do."""
+    """The exit code of a launch that has ended, for a rank that is started after that; None if the launch goes on."""
     folder = status_folder()
     if folder is None:
         return None

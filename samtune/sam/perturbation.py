@@ -1,8 +1,8 @@
-"""The perturbation of Sharpness-Aware Minimization (Foret et al. 2021, eq. 2), and the way back.
+"""The perturbation of Sharpness-Aware Minimization (Foret et al. 2021, eq. 2), and its undoing.
 
 Each formula stands here twice: tensor by tensor, to be read (`dual`, `Perturbation.plain`), and fused, to be run
-(`_dual_`, `Perturbation.add_`). The fused form works on whole lists of tensors (`torch._foreach_*`): no Python loop
-over the parameters, and nothing is read back from an accelerator.
+(`_dual_`, `Perturbation.add_`). The fused form works on lists of tensors (`torch._foreach_*`), without a Python loop
+over the parameters and without waiting for an accelerator.
 """
 
 import math
@@ -11,9 +11,23 @@ from contextlib import contextmanager
 
 import torch
 
-from samtune.distributed import collectives
-
 Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
+
+
+class Norms:
+    """Norms over all tensors together. fsdp.ShardedNorms has the same methods for parts of tensors on several ranks."""
+
+    def join(self, norm: torch.Tensor, q: float) -> torch.Tensor:
+        """||.||_q of all tensors, from that of the tensors in this process -> ()."""
+        return norm
+
+    def largest(self, h: Tensors) -> torch.Tensor:
+        """The largest |value| -> ()."""
+        return torch.stack(torch._foreach_norm(h, math.inf)).max()
+
+    def argmax(self, h: Tensors, sizes: torch.Tensor) -> torch.Tensor:
+        """Index of the first largest value in the flat sizes |h|: (1,), or (0,) if it is in another process."""
+        return sizes.argmax(keepdim=True)
 
 
 @torch.no_grad()
@@ -21,7 +35,7 @@ def dual(h: Tensors, p: float) -> list[torch.Tensor]:
     """The point u of the sphere ||u||_p = 1 with the largest <h, u>, over all tensors together: shaped like h.
 
     With 1/p + 1/q = 1 it is sign(h) (|h| / ||h||_q)^(q-1), and <h, u> = ||h||_q. p = 2 gives h / ||h||_2, p = inf
-    sign(h) with sign(0) = 0, and p = 1 the largest |h| alone, the first one of equals. It does not depend on the scale
+    sign(h) with sign(0) = 0, and p = 1 only the largest |h|, the first one of equals. It does not depend on the scale
     of h. Zero h gives zero; one value that is not finite makes all of u NaN, so that it cannot be overlooked.
     """
     largest = float(torch.stack([x.abs().max() for x in h]).max())
@@ -31,24 +45,24 @@ def dual(h: Tensors, p: float) -> list[torch.Tensor]:
     if p == 1:
         u = [torch.zeros_like(x) for x in h]
         first = next(i for i, x in enumerate(h) if x.abs().max() == 1)
-        place = tuple((h[first].abs() == 1).nonzero()[0])
-        u[first][place] = h[first][place]
+        index = tuple((h[first].abs() == 1).nonzero()[0])
+        u[first][index] = h[first][index]
         return u
     q = _conjugate(p)
     norm = sum(float(x.abs().pow(q).sum()) for x in h) ** (1 / q)
     return [x.sign() * (x.abs() / norm) ** (q - 1) for x in h]
 
 
-def _dual_(h: list[torch.Tensor], p: float, group: collectives.Group = None) -> None:
-    """`dual`, fused and in place; powers are taken of values in [0, 1]. group: see Perturbation."""
+def _dual_(h: list[torch.Tensor], p: float, norms: Norms) -> None:
+    """`dual`, fused and in place; powers are taken of values in [0, 1]."""
     if p == 2:
-        torch._foreach_mul_(h, _inverse(_joined(_norm(h), 2, group)).to(h[0].dtype))
+        torch._foreach_mul_(h, _inverse(norms.join(_norm(h), 2)).to(h[0].dtype))
         return
-    largest = _largest(h, group)
+    largest = norms.largest(h)
     visible = torch.where(largest.isfinite(), 1.0, math.nan)  # a sign forgets that it was NaN
     if p == 1:
         flat = torch._utils._flatten_dense_tensors(h)
-        first = flat.abs().argmax(keepdim=True) if group is None else _first_of_all(h, flat.abs(), group)
+        first = norms.argmax(h, flat.abs())
         u = torch.zeros_like(flat).scatter_(0, first, flat[first].sign()) * visible
         torch._foreach_copy_(h, torch._utils._unflatten_dense_tensors(u, h))
         return
@@ -58,7 +72,7 @@ def _dual_(h: list[torch.Tensor], p: float, group: collectives.Group = None) -> 
     torch._foreach_mul_(h, _inverse(largest))
     torch._foreach_abs_(h)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(h, q)), q)
-    torch._foreach_mul_(h, _inverse(_joined(norm, q, group)).to(h[0].dtype))
+    torch._foreach_mul_(h, _inverse(norms.join(norm, q)).to(h[0].dtype))
     torch._foreach_pow_(h, q - 1)
     torch._foreach_mul_(h, sign)
 
@@ -70,8 +84,8 @@ def _conjugate(p: float) -> float:
 def _norm(tensors: Tensors) -> torch.Tensor:
     """||.||_2 over all tensors together, whatever the scale of float32 values: their squares stay in double's range.
 
-    An accelerator squares in double at the speed of its memory. A CPU does not, but there a value can be looked at
-    without waiting: float32 is enough where the norm is neither huge nor tiny.
+    An accelerator squares in double at the speed of its memory. A CPU does not, but there a value can be read without
+    waiting: float32 is enough if the norm is neither huge nor tiny.
     """
     if tensors[0].is_cpu:
         norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2)))
@@ -81,47 +95,16 @@ def _norm(tensors: Tensors) -> torch.Tensor:
     return wide
 
 
-def _largest(h: Tensors, group: collectives.Group) -> torch.Tensor:
-    """The largest |value| of all tensors, on all ranks of a group that holds parts of them."""
-    if group is None:
-        return torch.stack(torch._foreach_norm(h, math.inf)).max()
-    parts = [x for x in h if x.numel() > 0]  # of a small tensor some ranks have nothing
-    here = torch.stack(torch._foreach_norm(parts, math.inf)).max() if parts else h[0].new_zeros(())
-    return collectives.all_gather(here, group).max()
-
-
-def _joined(norm: torch.Tensor, q: float, group: collectives.Group) -> torch.Tensor:
-    """||.||_q of what all ranks of a group hold, from that of each one's part: the same bits on all of them."""
-    if group is None:
-        return norm
-    of_all: torch.Tensor = torch.linalg.vector_norm(collectives.all_gather(norm.double(), group), q)
-    return of_all
-
-
-def _first_of_all(h: Tensors, sizes: torch.Tensor, group: collectives.Group) -> torch.Tensor:
-    """Where the largest of all ranks' values is among the flat sizes here, the first of equals: (1,), or (0,).
-
-    Ranks hold consecutive parts of each tensor: of equals in one tensor the lowest rank has the first.
-    """
-    first = sizes.argmax(keepdim=True) if len(sizes) else torch.zeros(0, dtype=torch.long, device=sizes.device)
-    ends = torch.tensor([x.numel() for x in h], device=sizes.device).cumsum(0)
-    here = torch.stack([sizes[first], torch.searchsorted(ends, first, right=True)], dim=1).double()
-    of_all = collectives.all_gather(torch.cat([here, here.new_tensor([[-1.0, 0.0]])])[0], group)  # (ranks, 2)
-    size, tensor = of_all.unbind(1)
-    winner = int(torch.where(size == size.max(), tensor, math.inf).argmin())
-    return first if winner == collectives.rank(group) else first[:0]
-
-
 def _inverse(norm: torch.Tensor) -> torch.Tensor:
     """1 / norm; 1 for zero, where there is nothing to scale; NaN where the norm is not finite."""
     return torch.where(norm.isfinite(), 1 / torch.where(norm == 0, 1.0, norm), math.nan)
 
 
 class Perturbation:
-    """Parameters w, the ball around them, and room for one copy of them, taken once and used in every step.
+    """Parameters w, the ball around them, and a buffer for one copy of them, allocated once and used in every step.
 
-    The ball is ||e / (rho_g T)||_p <= 1 over all tensors together; of all its points the perturbation
-    e = rho_g T dual_p(rho_g T g) gains most along a gradient g, to first order.
+    The ball is ||e / (rho_g T)||_p <= 1 over all tensors together. The perturbation e = rho_g T dual_p(rho_g T g) is
+    its point that gains most along a gradient g, to first order.
 
     Args:
         params: w: one or more floating-point tensors on one device.
@@ -129,11 +112,10 @@ class Perturbation:
         adaptive: for each parameter, whether T is |w| + eta, taken at the unperturbed w (ASAM, Kwon et al. 2021), or
             1. None is 1 for all.
         eta: keeps T away from 0, in weight units.
-        factors: rho_g in units of rho for each parameter; 0 leaves it where it is, and out of the norm. None is 1 for
+        factors: rho_g in units of rho for each parameter; 0 leaves it unperturbed and out of the norm. None is 1 for
             all.
-        group: where params are one rank's parts of sharded parameters, some perhaps empty: the ranks that hold the
-            other parts, each of which perturbs its own at the same time. The norm is then that of all parts together.
-            None: the parameters are whole.
+        norms: how norms are taken over all tensors. None: the parameters are whole. ShardedNorms: params are one rank's
+            parts of them, some perhaps empty, and all ranks perturb theirs at the same time.
 
     Raises:
         ValueError: no parameters, 16-bit parameters (rounding would swallow a perturbation of the usual size), p, eta
@@ -148,7 +130,7 @@ class Perturbation:
         adaptive: Sequence[bool] | None = None,
         eta: float = 0.01,
         factors: Sequence[float] | None = None,
-        group: collectives.Group = None,
+        norms: Norms | None = None,
     ) -> None:
         if not params:
             raise ValueError("there are no parameters to perturb")
@@ -160,7 +142,8 @@ class Perturbation:
         if not 0 <= eta < math.inf:
             raise ValueError(f"eta {eta:g}: must be finite and at least 0")
         self.params: list[torch.Tensor] = list(params)
-        self.p, self.eta, self.group = p, eta, group
+        self.p, self.eta = p, eta
+        self._norms = norms or Norms()
         self.adaptive = list(adaptive) if adaptive is not None else [False] * len(params)
         self.factors = list(factors) if factors is not None else [1.0] * len(params)
         if not all(0 <= factor < math.inf for factor in self.factors):
@@ -172,7 +155,7 @@ class Perturbation:
         self._backup: list[torch.Tensor] = []
 
     def allocate_backup(self) -> None:
-        """Take the room for the copy of w now; otherwise the first perturbation does."""
+        """Allocate the buffer for the copy of w now; otherwise the first perturbation does."""
         if not self._backup:
             self._backup = [torch.empty_like(w, requires_grad=False) for w in self.params]
 
@@ -193,9 +176,9 @@ class Perturbation:
 
     @torch.no_grad()
     def add_(self, grads: Tensors, rho: float) -> None:
-        """Add the perturbation to the parameters: `plain`, fused. Called inside `perturbed`, for T is that of w."""
+        """Add the perturbation to the parameters: `plain`, fused. Call it inside `perturbed`, since T is that of w."""
         if self._round:  # s = rho, so that e = rho g / ||g||_2: no temporary tensors are needed
-            scale = rho * _inverse(_joined(_norm(grads), 2, self.group))
+            scale = rho * _inverse(self._norms.join(_norm(grads), 2))
             if scale.is_cpu:
                 torch._foreach_add_(self.params, grads, alpha=scale.item())  # nothing to wait for on a CPU
             else:
@@ -208,7 +191,7 @@ class Perturbation:
         torch._foreach_mul_(s, [rho * factor for factor in self.factors])
         # e = s dual_p(s g)
         e = list(torch._foreach_mul(s, grads))
-        _dual_(e, self.p, self.group)
+        _dual_(e, self.p, self._norms)
         torch._foreach_mul_(e, s)
         torch._foreach_add_(self.params, e)
 
@@ -216,7 +199,7 @@ class Perturbation:
     def perturbed(self, grads: Tensors, rho: float) -> Iterator[None]:
         """Inside the block the parameters are w + e; afterwards they are w again, bit for bit, whatever happened.
 
-        They come back by copy, in their own storage: subtracting e would lose bits, and leave a NaN for ever.
+        They are copied back into their own storage: subtracting e would lose bits, and keep a NaN for ever.
         grads: one tensor per parameter, in order. No reference to them outlives the perturbation.
         """
         self.allocate_backup()

@@ -1,4 +1,4 @@
-"""What a pass changes besides gradients, to have it as it was: random generators and batch-norm statistics."""
+"""State that a pass changes besides gradients, kept and restored: random generators and batch-norm statistics."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Statistics = list[tuple[torch.Tensor, torch.Tensor]]
+Statistics = list[tuple[torch.Tensor, torch.Tensor]]  # each buffer, and a copy of it
 
 
 def generator_states(device: torch.device) -> list[torch.Tensor]:
-    """Where torch's generators stand that a model on this device draws from."""
+    """States of torch's generators that a model on this device draws from: the CPU's, and the GPU's if it is on one."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -19,7 +19,7 @@ def generator_states(device: torch.device) -> list[torch.Tensor]:
 
 
 def set_generator_states(states: list[torch.Tensor], device: torch.device) -> None:
-    """Draw the same random numbers again."""
+    """Set the generators back, so that they draw the same random numbers again."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
@@ -30,25 +30,46 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
-def bn_in_train_mode(norms: Sequence[_BatchNorm]) -> list[_BatchNorm]:
-    """Those of these batch-norm layers whose statistics the next training pass would change."""
+def _updating(norms: Sequence[_BatchNorm]) -> list[_BatchNorm]:
+    """The layers whose statistics the next training pass would change."""
     return [module for module in norms if module.training and module.track_running_stats]
 
 
 def bn_stats(norms: Sequence[_BatchNorm]) -> Statistics:
-    """What the next training pass would change in these batch-norm layers, with a copy of each buffer."""
-    return [(buffer, buffer.clone()) for module in bn_in_train_mode(norms) for buffer in module.buffers(recurse=False)]
+    """The buffers that the next training pass would change in these batch-norm layers, each with a copy."""
+    return [(buffer, buffer.clone()) for module in _updating(norms) for buffer in module.buffers(recurse=False)]
 
 
 def restore_bn_stats(kept: Statistics) -> None:
-    """Batch-norm statistics as they were when `statistics` copied them, in their own storage."""
+    """Copy batch-norm statistics back into their own storage."""
     for buffer, value in kept:
         buffer.copy_(value)
 
 
 @contextmanager
+def bn_stats_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Restore batch-norm statistics after the block."""
+    kept = bn_stats(norms)
+    yield
+    restore_bn_stats(kept)
+
+
+@contextmanager
+def bn_stats_frozen(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """In the block layers normalise as before, but keep running mean, variance and num_batches_tracked."""
+    updating = _updating(norms)
+    try:
+        for module in updating:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in updating:
+            module.track_running_stats = True
+
+
+@contextmanager
 def rollback_on_error(kept: Statistics, device: torch.device) -> Iterator[None]:
-    """Where the block fails, generators are as they were before it, and batch-norm statistics as they were kept."""
+    """If the block fails, restore the generators to their state before it, and batch-norm statistics from `kept`."""
     generators = generator_states(device)
     try:
         yield

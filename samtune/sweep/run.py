@@ -161,7 +161,7 @@ def work(plan: Plan, folder: Path, executor: Executor, stop: signals.StopRequest
     """
     worker = _Worker(plan, folder, executor, total)
     worker.again = {run.id for run in worker.planned_runs()[0] if worker.outcome(run).state == "failed"}
-    stop.patient = True
+    stop.is_deferred = True
     with console.RunsProgress() as progress:
         try:
             while True:
@@ -319,14 +319,16 @@ class _Worker:
 
     def stop(self, stop: signals.StopRequest) -> NoReturn:
         """Pass a signal on to the runs, and wait until all have saved."""
-        assert stop.by is not None
+        assert stop.signal is not None
         if self.taken:
-            console.info(f"{stop.by.name}: {len(self.taken)} runs end after their step; a second one ends them at once")
+            console.info(
+                f"{stop.signal.name}: {len(self.taken)} runs end after their step; a second one ends them at once"
+            )
         self.executor.stop()
         while self.taken:
             for run_id, _ in self.executor.wait(_POLL):
                 self.taken.pop(run_id)[1].release()
-        raise Stopped(f"stopped by {stop.by.name}", Stopped.SAVED, "the same command continues")
+        raise Stopped(f"stopped by {stop.signal.name}", Stopped.SAVED, "the same command continues")
 
     def failure(self, runs: Sequence[Run], chosen: Sequence[Mapping[str, Any]]) -> SamtuneError | None:
         """The error of the command for its failed and stopped runs, and arms without a point; None without any."""

@@ -42,7 +42,7 @@ def start_or_resume(
     else:
         settings = loading.load(recipe, flags)
     if resumed is not None:
-        stop.saved = has_checkpoints(resumed.folder)
+        stop.has_checkpoint = has_checkpoints(resumed.folder)
         result = finished_report(resumed.folder) if not resumed.changed else None
         if result is not None:
             console.info(f"run {resumed.folder} is done already; this is its result")

@@ -62,13 +62,13 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
             log.followers.append(progress.add)
             saver = CheckpointSaver(setup, log, newest)
             trainer = Trainer(setup, state, log, saver, stop, progress, watchdog)
-            stop.patient = True
+            stop.is_deferred = True
             saver.update_links(state)  # a kill may have come before the links
             trainer.train()
             try:
                 scored = trainer.score_selected()
             except signals.Interrupted:
-                stop.end()
+                stop.raise_stopped()
             if collectives.rank() > 0:
                 return None
             with log.best_effort("predictions.parquet"):
@@ -137,12 +137,12 @@ class Trainer:
                     raise
             last = state.step == setup.total_steps
             is_due = state.step > 0 and (state.best_step == state.step or self.saver.due(state.step))
-            if is_due or last or self.stop.agreed:
+            if is_due or last or self.stop.is_agreed:
                 self.saver.save(state)
-                self.stop.saved = True
-            if self.stop.agreed:
+                self.stop.has_checkpoint = True
+            if self.stop.is_agreed:
                 collectives.barrier()  # none ends before rank 0 has saved
-                self.stop.end()
+                self.stop.raise_stopped()
             if last:
                 return
             self._step(batches, base_lrs)
@@ -167,7 +167,7 @@ class Trainer:
         generators = generator_states(setup.device)
         micro_batch = setup.update.sam.micro_batch
         result = setup.update(inputs, targets, setup.batch.weight(collectives.rank()), self.stop.is_requested)
-        self.stop.agreed = result.stop_requested
+        self.stop.is_agreed = result.stop_requested
         if setup.update.sam.micro_batch != micro_batch:
             less = f"step {step}: no memory for {micro_batch or setup.batch.per_device} images at once"
             self.log.warn(f"{less}; from now on {setup.update.sam.micro_batch}, with the same update")
@@ -213,7 +213,7 @@ class Trainer:
         set_generator_states(generators, setup.device)
         if state.step > 0:
             self.saver.save(state)
-            self.stop.saved = True
+            self.stop.has_checkpoint = True
             collectives.barrier()
         raise diverged(setup, state, self.log, step, result, in_a_row)
 
@@ -313,7 +313,7 @@ class Trainer:
                 self.stop.is_requested,
             )
         except signals.Interrupted:
-            self.stop.agreed = True
+            self.stop.is_agreed = True
             raise
         setup.eval_batch = scored.batch_size  # less than at first, if memory ran out
         return scored

@@ -45,7 +45,7 @@ def _resume(
     folder = resumed.folder
     collectives.init(device.select_device(config.gpus, config.processes))
     newest, before = collectives.broadcast_from_rank0(lambda: (find_newest(folder), _provenance(folder)))
-    stop.saved = newest is not None
+    stop.has_checkpoint = newest is not None
     if newest is not None and "epochs" in resumed.changed:
         config = _keep_past_steps(config, int(checkpoint.verify(newest)["step"]), before, resumed)
     setup = build_setup(config, _resolved(newest, before) if newest else None)

@@ -11,7 +11,7 @@ from torch import nn
 
 from samtune import console
 from samtune.config.run_config import RunConfig
-from samtune.distributed import collectives, device, fsdp
+from samtune.distributed import collectives, ddp, device, fsdp
 from samtune.errors import UsageError
 from samtune.models.build import build_model, check_size
 from samtune.models.head import head_names
@@ -56,7 +56,7 @@ class Setup(RunData):
     @property
     def is_sharded(self) -> bool:
         """Whether each rank has only a part of the model. Methods that use it are then collective."""
-        return self.update.sam.shards is not None
+        return self.update.sam.ranks.is_sharded
 
     def weights(self, model: nn.Module) -> Mapping[str, torch.Tensor]:
         """The state_dict of the run's model or of its average, whole on rank 0."""
@@ -208,7 +208,7 @@ def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan) -> SAM:
         m = collectives.new_subgroup(group_size(m)) if collectives.world_size() > 1 else "device"
     head = "|".join(rf"^{re.escape(name)}\." for name in head_names(model))
     if not config.shard:
-        model = collectives.data_parallel(model, next(model.parameters()).device)
+        model = ddp.data_parallel(model, next(model.parameters()).device)
     try:
         return SAM(
             model,

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from samtune import SAM
-from samtune.distributed import collectives, device
+from samtune.distributed import collectives, ddp, device
 from samtune.models.build import build_model
 from samtune.models.training import train_mode
 from samtune.sam.step import Step
@@ -93,7 +93,7 @@ def build(settings: Settings) -> nn.Module:
     model, _ = build_model(settings.model, classes=CLASSES, img_size=settings.img_size, drop=0.2, pretrained=False)
     model = model.to(memory_format=torch.channels_last)
     train_mode(model, freeze_bn=True)
-    return collectives.data_parallel(model, CPU)
+    return ddp.data_parallel(model, CPU)
 
 
 def build_step(settings: Settings, rho: float = RHO, m: str | None = None) -> Step:

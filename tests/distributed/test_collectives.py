@@ -1,7 +1,6 @@
 """The step on several ranks: what is perturbed together, what is communicated, and that nothing drifts."""
 
 import contextlib
-import math
 
 import pytest
 import torch
@@ -13,8 +12,7 @@ from samtune import SAM
 from samtune.config import loading
 from samtune.data.decode import DecodeRule
 from samtune.data.splits import open_run_splits
-from samtune.distributed import collectives
-from samtune.distributed import environment as samtune_ranks
+from samtune.distributed import collectives, ddp, environment
 from samtune.errors import DataError
 from samtune.models.build import build_model
 from samtune.models.training import train_mode
@@ -24,16 +22,15 @@ from tests.conftest import SmallNet, image_bytes, write_image_folder
 from tests.support.fault_matrix import row
 from tests.support.rank_processes import Ranks
 from tests.support.small_models import cross_entropy_of, gradient, make_step, sgd, state
+from tests.support.uneven_batches import SIZES, bad_loss, bad_values, joined_batch, my_share, shards
 
 RHO = 0.5
-UNEVEN = {1: [7], 2: [4, 3], 3: [3, 3, 1]}  # images of each rank: a last batch
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
-    group = Ranks(request.param, tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.close()
+    with Ranks(request.param, tmp_path_factory.mktemp("ranks")) as group:
+        yield group
 
 
 def make_model():
@@ -43,46 +40,17 @@ def make_model():
     return model
 
 
-def joined_batch(world, step=0):
-    generator = torch.Generator().manual_seed(step)
-    n = sum(UNEVEN[world])
-    return torch.randn(n, 3, 6, 6, generator=generator, dtype=torch.float64), torch.arange(n) % 3
-
-
-def shards(world, step=0):
-    return list(zip(*(t.split(UNEVEN[world]) for t in joined_batch(world, step)), strict=True))
-
-
 def whole(model):
     return {name: value.tolist() for name, value in state(model).items()}
 
 
-def train(m, steps=1, loss=F.cross_entropy, bad_rank=None, scaled=False, optimizer=None):
-    """On one rank: so many updates on this rank's share of the batches; returns weights and what the steps said."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def train(m, steps=1, loss=F.cross_entropy, scaled=False):
+    """On one rank: updates on this rank's share of the batches; returns weights, results and the loss scale."""
     ddp = DistributedDataParallel(make_model())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
-    step = make_step(ddp, (optimizer or sgd)(ddp), rho=RHO, m=m, loss=loss, scaler=scaler)
-    if bad_rank is not None:
-        step.loss = bad_loss(step, rank == bad_rank[0], *bad_rank[1:])
-    results = []
-    for i in range(steps):
-        images, labels = shards(world, i)[rank]
-        results.append(step(images, labels, weight=len(images) * world / sum(UNEVEN[world])))
+    step = make_step(ddp, sgd(ddp), rho=RHO, m=m, loss=loss, scaler=scaler)
+    results = [step(*my_share(i)) for i in range(steps)]
     return whole(ddp.module), results, scaler and scaler.get_scale()
-
-
-def bad_loss(step, here, bad_pass, change):
-    """On one rank, the second update's loss is not finite, in pass 1, 2 or both."""
-    calls = []
-
-    def loss(logits, labels):
-        calls.append(1)
-        value = F.cross_entropy(logits, labels)
-        bad = here and len(calls) in (3, 4) and bad_pass in ("both", "second" if step.sam.perturbed else "first")
-        return (value + math.inf if change == "value" else value * math.inf) if bad else value
-
-    return loss
 
 
 def assert_close(a, b, tolerance):
@@ -101,23 +69,21 @@ def test_global_mode_equals_one_process_on_the_joined_batch(ranks):
     step = make_step(model, sgd(model), rho=RHO)
     for i in range(3):
         alone = step(*joined_batch(ranks.world, i))
-        for _, said, _ in results:
-            assert said[i].loss == pytest.approx(alone.loss, rel=1e-10)
-            assert (said[i].wrong, said[i].n) == (alone.wrong, alone.n)
+        for _, steps, _ in results:
+            assert steps[i].loss == pytest.approx(alone.loss, rel=1e-10)
+            assert (steps[i].wrong, steps[i].n) == (alone.wrong, alone.n)
     for weights, _, _ in results:
         assert_close(weights, whole(model), 1e-10)
 
 
 def mean_of_shards(model, world):
     loss = cross_entropy_of(model)
-    return sum(len(s[0]) * gradient(model, loss, *s, rho=RHO) for s in shards(world)) / sum(UNEVEN[world])
+    return sum(len(s[0]) * gradient(model, loss, *s, rho=RHO) for s in shards(world)) / sum(SIZES[world])
 
 
 def gradient_here(m, micro_batch=None):
-    rank, world = dist.get_rank(), dist.get_world_size()
     ddp = DistributedDataParallel(make_model())
-    images, labels = shards(world)[rank]
-    weight = len(images) * world / sum(UNEVEN[world])
+    images, labels, weight = my_share()
     return gradient(
         ddp, lambda x, y: weight * F.cross_entropy(ddp(x), y), images, labels, rho=RHO, m=m, micro_batch=micro_batch
     ).tolist()
@@ -143,7 +109,7 @@ def test_pieces_on_one_rank_equal_as_many_ranks(ranks):
     """With even shards, since pieces of m images are all of one size but the last."""
     model = make_model()
     world = ranks.world
-    m = UNEVEN[world][0]
+    m = SIZES[world][0]
     found = gradient(model, cross_entropy_of(model), *joined_batch(world), rho=RHO, m=m)
     many = torch.tensor(ranks(gradient_here, "device")[0], dtype=torch.float64)
     torch.testing.assert_close(found, many, rtol=1e-12, atol=1e-14)
@@ -154,8 +120,7 @@ def two_groups():
     rank, world = dist.get_rank(), dist.get_world_size()
     together = dist.new_group([0, 1])
     alone = dist.new_group([2]) if world == 3 else together
-    found = gradient_here(together if rank < 2 else alone)
-    return found
+    return gradient_here(together if rank < 2 else alone)
 
 
 def test_a_group_of_ranks_shares_a_perturbation(ranks):
@@ -163,10 +128,10 @@ def test_a_group_of_ranks_shares_a_perturbation(ranks):
     model = make_model()
     loss = cross_entropy_of(model)
     images, labels = joined_batch(world)
-    n = sum(UNEVEN[world][:2])
+    n = sum(SIZES[world][:2])
     expected = n * gradient(model, loss, images[:n], labels[:n], rho=RHO)
     if world == 3:
-        expected = expected + UNEVEN[3][2] * gradient(model, loss, images[n:], labels[n:], rho=RHO)
+        expected = expected + SIZES[3][2] * gradient(model, loss, images[n:], labels[n:], rho=RHO)
     for found in ranks(two_groups):
         torch.testing.assert_close(
             torch.tensor(found, dtype=torch.float64), expected / len(images), rtol=1e-10, atol=1e-13
@@ -187,7 +152,7 @@ def wrapped():
                 refused.append(True)
         return F.cross_entropy(ddp(images), labels)
 
-    sam.backward(loss, *shards(dist.get_world_size())[dist.get_rank()])
+    sam.backward(loss, *my_share()[:2])
     return refused
 
 
@@ -206,14 +171,16 @@ def test_replicas_are_bit_identical_after_500_steps(ranks):
     assert all(other == first for other in others)
 
 
+def train_with_a_bad_value(bad_pass, change, scaled):
+    return train("device", 3, bad_loss(dist.get_rank() == 1, bad_pass, change), scaled)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize(
-    ("bad_pass", "change"), [("first", "value"), ("first", "grad"), ("second", "grad"), ("both", "grad")]
-)
+@pytest.mark.parametrize(("bad_pass", "change"), bad_values)
 def test_a_bad_value_on_one_rank_skips_the_same_update_on_all(ranks, bad_pass, change, scaled):
-    results = ranks(train, "device", 3, F.cross_entropy, (1, bad_pass, change), scaled)
-    for weights, said, scale in results:
-        assert [step.applied for step in said] == [True, False, True]
+    results = ranks(train_with_a_bad_value, bad_pass, change, scaled)
+    for weights, steps, scale in results:
+        assert [step.applied for step in steps] == [True, False, True]
         assert weights == results[0][0]
         assert scale == (512.0 if scaled else None)
 
@@ -236,22 +203,21 @@ def counted_collectives():
 
 
 def count(m, micro_batch):
-    rank, world = dist.get_rank(), dist.get_world_size()
     model = make_model()
     ddp = DistributedDataParallel(model)
     buckets = []
 
     def hook(_, bucket):
         buckets.append(bucket.buffer().numel())
-        future = dist.all_reduce(bucket.buffer().div_(world), async_op=True).get_future()
+        future = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future()
         return future.then(lambda done: done.value()[0])
 
     ddp.register_comm_hook(None, hook)
     step = make_step(ddp, sgd(ddp), rho=RHO, m=m, micro_batch=micro_batch)
-    step(*shards(world)[rank])  # the first builds the buckets
+    step(*my_share()[:2])  # the first builds the buckets
     buckets.clear()
     with counted_collectives() as seen:
-        step(*shards(world)[rank])
+        step(*my_share()[:2])
     return sum(w.numel() for w in model.parameters()), seen, buckets
 
 
@@ -265,24 +231,22 @@ def test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbati
         assert sorted(seen) == [5] + [weights] * gradients  # 5: loss, wrong, n; out of memory, asked to end
 
 
-def said_together():
+def exchange():
     rank = dist.get_rank()
     flags = collectives.any_rank_true(rank == 1, False, True)
-    word = collectives.broadcast_from_rank0(lambda: {"rank": rank})
+    sent = collectives.broadcast_from_rank0(lambda: {"rank": rank})
     with pytest.raises(DataError, match="of rank 0"):
         collectives.broadcast_from_rank0(fail_on_first)
-    return flags, word, collectives.all_gather_object(rank)
+    return flags, sent, collectives.all_gather_object(rank)
 
 
 def fail_on_first():
     raise DataError("of rank 0") if dist.get_rank() == 0 else AssertionError
 
 
-def test_decisions_are_shared_and_rank_0_speaks_for_all(ranks):
-    for flags, word, everybody in ranks(said_together):
-        assert flags == [True, False, True]
-        assert word == {"rank": 0}
-        assert everybody == list(range(ranks.world))
+def test_flags_are_joined_objects_gathered_and_those_of_rank_0_broadcast(ranks):
+    for result in ranks(exchange):
+        assert result == ([True, False, True], {"rank": 0}, list(range(ranks.world)))
 
 
 class Broken(torch.autograd.Function):
@@ -315,12 +279,12 @@ class Wide(torch.nn.Module):
 
 
 def without_memory(bad_rank, where, m, again):
-    """Two updates; in the first, memory runs out on one rank in a pass; returns weights and what was said."""
+    """Two updates; in the first, memory runs out on one rank in a pass; returns weights, results and micro_batch."""
     rank = dist.get_rank()
     torch.manual_seed(0)
     model = Wide().double()
-    ddp = collectives.data_parallel(model, torch.device("cpu"))
-    step = make_step(ddp, sgd(ddp), rho=RHO, m=m)
+    wrapped_model = ddp.data_parallel(model, torch.device("cpu"))
+    step = make_step(wrapped_model, sgd(wrapped_model), rho=RHO, m=m)
     generator = torch.Generator().manual_seed(rank)
     calls = []
 
@@ -332,17 +296,14 @@ def without_memory(bad_rank, where, m, again):
         return F.cross_entropy(logits, labels)
 
     def forward(module, inputs):
-        here = len(inputs[0]) == 4 and rank == bad_rank and len(calls) < again
-        wanted = here and where == ("backward", step.sam.perturbed)
-        model.fails_in = 4 if wanted else None
+        is_bad = len(inputs[0]) == 4 and rank == bad_rank and len(calls) < again
+        model.fails_in = 4 if is_bad and where == ("backward", step.sam.perturbed) else None
 
     model.register_forward_pre_hook(forward)
     step.loss = loss
-    said = []
-    for _ in range(2):
-        images = torch.randn(4, 400, generator=generator, dtype=torch.float64)
-        said.append(step(images, torch.arange(4) % 3))
-    return [w.sum().item() for w in model.parameters()], said, step.sam.micro_batch
+    batches = [torch.randn(4, 400, generator=generator, dtype=torch.float64) for _ in range(2)]
+    results = [step(images, torch.arange(4) % 3) for images in batches]
+    return [w.sum().item() for w in model.parameters()], results, step.sam.micro_batch
 
 
 @pytest.mark.parametrize("m", ["device", "global"])
@@ -361,15 +322,12 @@ def test_where_memory_runs_out_on_one_rank_all_begin_the_step_again_with_half_as
 
 
 def statistics_after(steps):
-    rank = dist.get_rank()
     torch.manual_seed(0)
-    model = SmallNet(drop=0.0).double()
-    model.train()
-    ddp = collectives.data_parallel(model, torch.device("cpu"))
-    step = make_step(ddp, sgd(ddp), rho=RHO)
+    model = SmallNet(drop=0.0).double().train()
+    wrapped_model = ddp.data_parallel(model, torch.device("cpu"))
+    step = make_step(wrapped_model, sgd(wrapped_model), rho=RHO)
     for i in range(steps):
-        images, labels = shards(dist.get_world_size(), i)[rank]
-        step(images, labels)
+        step(*my_share(i)[:2])
     return model.bn.running_mean.tolist(), model.bn.running_var.tolist(), int(model.bn.num_batches_tracked)
 
 
@@ -378,7 +336,6 @@ def test_statistics_that_update_are_the_mean_over_the_ranks_and_the_same_everywh
     assert all(other == found[0] for other in found)
     means = []
     for images, _ in shards(ranks.world):
-        model = SmallNet(drop=0.0).double()
         torch.manual_seed(0)
         model = SmallNet(drop=0.0).double().train()
         model(images)
@@ -393,11 +350,11 @@ def without_images():
     """One image for all ranks: the others have it too, and it counts nothing there."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = make_model()
-    ddp = collectives.data_parallel(model, torch.device("cpu"))
-    step = make_step(ddp, sgd(ddp), rho=RHO)
+    wrapped_model = ddp.data_parallel(model, torch.device("cpu"))
+    step = make_step(wrapped_model, sgd(wrapped_model), rho=RHO)
     images, labels = joined_batch(world)
-    said = step(images[:1], labels[:1], weight=world if rank == 0 else 0)
-    return whole(model), said
+    result = step(images[:1], labels[:1], weight=world if rank == 0 else 0)
+    return whole(model), result
 
 
 def test_a_rank_without_images_counts_nothing(ranks):
@@ -405,16 +362,16 @@ def test_a_rank_without_images_counts_nothing(ranks):
     step = make_step(model, sgd(model), rho=RHO)
     images, labels = joined_batch(ranks.world)
     alone = step(images[:1], labels[:1])
-    for weights, said in ranks(without_images):
-        assert (said.loss, said.wrong, said.n) == (pytest.approx(alone.loss, rel=1e-12), alone.wrong, 1)
+    for weights, result in ranks(without_images):
+        assert (result.loss, result.wrong, result.n) == (pytest.approx(alone.loss, rel=1e-12), alone.wrong, 1)
         assert_close(weights, whole(model), 1e-12)
 
 
 def sent_by(rho, m):
-    """What distributed.traffic counts for one step, and what the wrapper's reductions are."""
+    """Calls and bytes that collectives.traffic counts for one step, and the bytes of the weights."""
     model = Wide().double()
-    ddp = collectives.data_parallel(model, torch.device("cpu"))
-    step = make_step(ddp, sgd(ddp), rho=rho, m=m)
+    wrapped_model = ddp.data_parallel(model, torch.device("cpu"))
+    step = make_step(wrapped_model, sgd(wrapped_model), rho=rho, m=m)
     images, labels = torch.randn(2, 400, dtype=torch.float64), torch.arange(2)
     step(images, labels)
     calls, sent = collectives.traffic.calls, collectives.traffic.bytes
@@ -478,23 +435,23 @@ def short_of_memory(folder, bad_rank):
 def test_an_evaluation_without_memory_on_one_rank_begins_again_on_all(ranks, tmp_path):
     folder = write_image_folder(tmp_path / "pets", {"train": 4, "test": 7})
     alone = scored_here(folder)
-    for found, at_once in ranks(short_of_memory, folder, 1):
-        assert at_once <= 2
+    for found, batch_size in ranks(short_of_memory, folder, 1):
+        assert batch_size <= 2
         assert found[2] == alone[2]
         assert found[0]["wrong"] == alone[0]["wrong"]
 
 
 def in_turn(path):
     rank, world = dist.get_rank(), dist.get_world_size()
-    plain = samtune_ranks.rank_info
-    samtune_ranks.rank_info = lambda: samtune_ranks.RankInfo(rank, world, rank, world, 0)
+    plain = environment.rank_info
+    environment.rank_info = lambda: environment.RankInfo(rank, world, rank, world, 0)
     try:
         for _ in range(3):
             with collectives.local_main_process_first(), path.open("a") as file:
                 file.write(f"{rank}\n")
             dist.barrier()
     finally:
-        samtune_ranks.rank_info = plain
+        environment.rank_info = plain
 
 
 def test_one_rank_of_a_machine_goes_first_and_the_others_find_what_it_has_fetched(ranks, tmp_path):

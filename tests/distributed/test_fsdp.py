@@ -15,24 +15,22 @@ from samtune.sam.perturbation import Perturbation
 from tests.conftest import SmallNet
 from tests.support.rank_processes import Ranks
 from tests.support.small_models import assert_same, make_step, sgd, state
+from tests.support.uneven_batches import SIZES, bad_loss, bad_values, joined_batch, my_share
 
 RHO = 0.5
 CPU = torch.device("cpu")
-UNEVEN = {1: [7], 2: [4, 3], 4: [3, 2, 1, 1]}  # images of each rank
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    group = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.close()
+    with Ranks(2, tmp_path_factory.mktemp("ranks")) as group:
+        yield group
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    group = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.close()
+    with Ranks(4, tmp_path_factory.mktemp("ranks")) as group:
+        yield group
 
 
 def small():
@@ -58,30 +56,17 @@ def make(build, group=None):
     return model
 
 
-def joined_batch(world, step=0, size=16):
-    generator = torch.Generator().manual_seed(step)
-    n = sum(UNEVEN[world])
-    return torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64), torch.arange(n) % 3
-
-
-def my_share(step=0, size=16):
-    """This rank's images, labels, and weight."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    images, labels = (t.split(UNEVEN[world])[rank] for t in joined_batch(world, step, size))
-    return images, labels, len(images) * world / sum(UNEVEN[world])
-
-
-def train(build, optimizer, options, steps=3, group=None, loss=F.cross_entropy, **own):
-    """So many updates; the whole weights and optimizer state (of rank 0), and what the steps said."""
+def train(build, optimizer, options, steps=3, group=None, loss=F.cross_entropy):
+    """Some updates; the whole weights and optimizer state (of rank 0), and the results of the steps."""
     model = make(build, group)
     alone = not dist.is_initialized()
     step = make_step(
         model, optimizer(model), loss=loss, **({"rho": RHO, "m": "device" if alone else "global"} | options)
     )
-    said = [step(*my_share(i)) for i in range(steps)]
+    results = [step(*my_share(i)) for i in range(steps)]
     if alone:
-        return model.state_dict(), step.optimizer.state_dict()["state"], said
-    return fsdp.full_state_dict(model), fsdp.full_optimizer_state(step.optimizer), said
+        return model.state_dict(), step.optimizer.state_dict()["state"], results
+    return fsdp.full_state_dict(model), fsdp.full_optimizer_state(step.optimizer), results
 
 
 def assert_close(found, expected, tolerance=1e-10):
@@ -106,7 +91,7 @@ VARIANTS |= {
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_a_sharded_model_takes_the_steps_of_one_process_on_the_joined_batch(pair, optimizer, options):
     expected, slots, alone = train(small, optimizer, options)
-    (weights, state, said), (nothing, no_state, said_elsewhere) = pair(train, small, optimizer, options)
+    (weights, state, results), (nothing, no_state, other_results) = pair(train, small, optimizer, options)
     assert_close(weights, expected)
     for index, values in slots.items():
         assert_close(
@@ -115,14 +100,14 @@ def test_a_sharded_model_takes_the_steps_of_one_process_on_the_joined_batch(pair
         )
     assert not nothing
     assert not no_state
-    for a, b, c in zip(alone, said, said_elsewhere, strict=True):
+    for a, b, c in zip(alone, results, other_results, strict=True):
         assert b == c
         assert (b.wrong, b.n, b.passes) == (a.wrong, a.n, a.passes)
         assert (b.loss, b.grad_norm) == (pytest.approx(a.loss, rel=1e-10), pytest.approx(a.grad_norm, rel=1e-10))
 
 
 @pytest.mark.parametrize(("optimizer", "options"), [(sgd, {}), (adamw, {"p": 4, "adaptive": True}), (sgd, {"p": 1})])
-def test_so_does_a_model_of_timm(pair, optimizer, options):
+def test_a_sharded_timm_model_takes_the_steps_of_one_process(pair, optimizer, options):
     expected, _, _ = train(resnet, optimizer, options)
     (weights, _, _), _ = pair(train, resnet, optimizer, options)
     assert_close(weights, expected)
@@ -152,7 +137,7 @@ def gradient_alone(images, labels, build=small, **options):
 def mean_over_groups(world, group):
     """Of the SAM gradients of the groups' batches, each with a perturbation of its own."""
     images, labels = joined_batch(world)
-    sizes = [sum(UNEVEN[world][i : i + group]) for i in range(0, world, group)]
+    sizes = [sum(SIZES[world][i : i + group]) for i in range(0, world, group)]
     parts = zip(images.split(sizes), labels.split(sizes), strict=True)
     grads = [gradient_alone(*part) for part in parts]
     return {name: sum(n * g[name] for n, g in zip(sizes, grads, strict=True)) / sum(sizes) for name in grads[0]}
@@ -215,7 +200,7 @@ def moved(cuts, values, p):
         torch.tensor(v, dtype=torch.float64).tensor_split([cut])[rank] for v, cut in zip(values, cuts, strict=True)
     ]
     params = [torch.zeros_like(part) for part in parts]
-    with Perturbation(params, p=p, group=dist.group.WORLD).perturbed(parts, 1.0):
+    with Perturbation(params, p=p, norms=fsdp.ShardedNorms(dist.group.WORLD)).perturbed(parts, 1.0):
         return [w.tolist() for w in params]
 
 
@@ -294,24 +279,11 @@ def test_weights_come_back_bit_for_bit_in_their_own_storage(pair, p, fails):
         assert_close(afterwards, expected)
 
 
-def bad_loss(here, bad_pass, change):
-    """On one rank, the second update's loss is not finite, in one pass or both."""
-    calls = []
-
-    def loss(logits, labels):
-        calls.append(1)
-        value = F.cross_entropy(logits, labels)
-        bad = here and len(calls) in {"first": (3,), "second": (4,), "both": (3, 4)}[bad_pass]
-        return (value + math.inf if change == "value" else value * math.inf) if bad else value
-
-    return loss
-
-
 def train_with_a_bad_value(bad_pass, change, scaled):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
     loss = bad_loss(dist.get_rank() == 1, bad_pass, change)
-    weights, _, said = train(small, sgd, {"scaler": scaler}, loss=loss)
-    return weights, [step.applied for step in said], scaler and scaler.get_scale()
+    weights, _, results = train(small, sgd, {"scaler": scaler}, loss=loss)
+    return weights, [result.applied for result in results], scaler and scaler.get_scale()
 
 
 def good_steps():
@@ -324,9 +296,7 @@ def good_steps():
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize(
-    ("bad_pass", "change"), [("first", "value"), ("first", "grad"), ("second", "grad"), ("both", "grad")]
-)
+@pytest.mark.parametrize(("bad_pass", "change"), bad_values)
 def test_a_bad_value_on_one_rank_skips_the_same_update_on_all(pair, bad_pass, change, scaled):
     results = pair(train_with_a_bad_value, bad_pass, change, scaled)
     for _, applied, scale in results:
@@ -379,7 +349,7 @@ def test_a_checkpoint_is_an_ordinary_one_and_the_run_goes_on_from_it(pair, build
     assert_goes_on_anywhere(pair(through_a_checkpoint, build, optimizer, None), build, optimizer)
 
 
-def test_so_it_does_in_groups(four):
+def test_a_checkpoint_of_groups_is_an_ordinary_one_too(four):
     assert_goes_on_anywhere(four(through_a_checkpoint, small, sgd, 2), small, sgd)
 
 

@@ -175,8 +175,8 @@ def start(arguments, **env):
 
 
 def ended(processes):
-    said = [process.communicate(timeout=120) for process in processes]
-    return [(process.returncode, out, err) for process, (out, err) in zip(processes, said, strict=True)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, out, err) for process, (out, err) in zip(processes, outputs, strict=True)]
 
 
 def free_port():
@@ -199,12 +199,12 @@ def test_under_slurm_the_tasks_of_a_step_join(two, photos, tmp_path):
 
 
 def test_two_machines_meet_and_the_first_one_has_the_result(two, photos, tmp_path):
-    there = f"127.0.0.1:{free_port()}"
+    endpoint = f"127.0.0.1:{free_port()}"
     command = ["run", *SETTINGS, "--dataset", photos, "--output", tmp_path / "r", "--batch-size", "4", "--json"]
-    command += ["--processes", "1", "--nnodes", "2", "--rdzv-endpoint", there]
-    found = ended([start([*command, "--node-rank", i]) for i in range(2)])
-    assert [code for code, _, _ in found] == [0, 0], found
-    (result,) = [out for _, out, _ in found if out]
+    command += ["--processes", "1", "--nnodes", "2", "--rdzv-endpoint", endpoint]
+    results = ended([start([*command, "--node-rank", i]) for i in range(2)])
+    assert [code for code, _, _ in results] == [0, 0], results
+    (result,) = [out for _, out, _ in results if out]
     assert json.loads(result)["world_size"] == 2
     assert farthest(tmp_path / "r", two[0]) == 0
 
@@ -212,8 +212,8 @@ def test_two_machines_meet_and_the_first_one_has_the_result(two, photos, tmp_pat
 @pytest.mark.slow
 def test_two_jobs_run_beside_each_other(photos, tmp_path):
     command = ["run", *SETTINGS, "--dataset", photos, "--processes", "2", "--batch-size", "4"]
-    found = ended([start([*command, "--output", tmp_path / name]) for name in ("a", "b")])
-    assert [code for code, _, _ in found] == [0, 0], found
+    results = ended([start([*command, "--output", tmp_path / name]) for name in ("a", "b")])
+    assert [code for code, _, _ in results] == [0, 0], results
     assert farthest(tmp_path / "a", tmp_path / "b") == 0
 
 
@@ -221,7 +221,7 @@ def test_two_jobs_run_beside_each_other(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--processes", "2", "--gpus", "1"], "contradict"),
         (["--gpus", "some"], "--gpus some: must be"),
@@ -236,15 +236,15 @@ def test_two_jobs_run_beside_each_other(photos, tmp_path):
         (["--shard", "--l2-in-loss"], "contradict"),
     ],
 )
-def test_devices_that_cannot_be_meant_are_refused_at_once(flags, said, photos, tmp_path):
+def test_contradicting_device_flags_are_refused_before_anything_starts(flags, message, photos, tmp_path):
     done = samtune("run", "--model", "test_resnet", "--dataset", photos, "--output", tmp_path / "r", *flags)
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "said"),
+    ("flags", "code", "message"),
     [
         (["--processes", "2", "--global-batch-size", "9"], 2, "evenly"),
         (["--processes", "3", "--m", "group:2"], 2, "3 devices"),
@@ -253,11 +253,11 @@ def test_devices_that_cannot_be_meant_are_refused_at_once(flags, said, photos, t
         (["--processes", "2", "--no-freeze-bn", "--sync-bn"], 8, "GPUs alone"),
     ],
 )
-def test_what_the_ranks_alone_can_tell_is_said_once(flags, code, said, photos, tmp_path):
+def test_an_error_that_all_ranks_find_is_reported_once(flags, code, message, photos, tmp_path):
     done = run(photos, tmp_path / "r", *flags)
     assert done.returncode == code, done.stderr
     assert done.stderr.count("error:") == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert not (tmp_path / "r").exists()
 
 
@@ -289,11 +289,11 @@ LOST = RankStatus(0, 10, "", 9, "the connection to another rank is lost", time=2
 
 
 class Agent(Exception):
-    """What torch's agent says: the processes and exit codes of ranks that failed."""
+    """As the error of torch's agent, which has the processes and exit codes of ranks that failed."""
 
 
 @pytest.mark.parametrize(
-    ("said", "exit_codes", "killed", "expected"),
+    ("statuses", "exit_codes", "killed", "expected"),
     [
         ([LOST, RankStatus(1, 11, "", 3, "no image", time=1.0)], {0: 9, 1: 3}, [], (3, "rank 1: no image")),
         (
@@ -335,7 +335,7 @@ class Agent(Exception):
             [],
             (143, "stopped"),
         ),
-        # A signal that comes when a rank has said how it ended, or that everything is saved, changes nothing.
+        # A signal to a rank that has reported its end, or that everything is saved, changes nothing.
         (
             [RankStatus(0, 10, "", 75, "stopped by SIGINT"), RankStatus(1, 11, "", 75, "stopped")],
             {1: -2},
@@ -348,11 +348,15 @@ class Agent(Exception):
         ([RankStatus(0, 10, "", 0), RankStatus(1, 11, "", 0)], {}, [], None),
     ],
 )
-def test_the_cause_of_an_end_is_told_from_what_followed(said, exit_codes, killed, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "_ended", lambda _: {rank: (10 + rank, code) for rank, code in exit_codes.items()})
-    watch = launch._Monitor(tmp_path, launch.LaunchSpec(2), None)
-    watch.killed = set(killed)
-    cause = launch._cause({word.rank: word for word in said}, Agent() if exit_codes else None, watch)
+def test_the_cause_of_an_end_is_told_from_its_consequences(
+    statuses, exit_codes, killed, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        launch, "_failed_processes", lambda _: {rank: (10 + rank, code) for rank, code in exit_codes.items()}
+    )
+    monitor = launch._Monitor(tmp_path, launch.LaunchSpec(2), None)
+    monitor.killed = set(killed)
+    cause = launch._cause({status.rank: status for status in statuses}, Agent() if exit_codes else None, monitor)
     if expected is None:
         assert cause is None
     else:
@@ -361,10 +365,10 @@ def test_the_cause_of_an_end_is_told_from_what_followed(said, exit_codes, killed
         assert str(cause).startswith(expected[1])
 
 
-def test_words_of_ranks_that_were_started_again_take_the_place_of_all_before(tmp_path):
+def test_statuses_of_restarted_ranks_replace_all_earlier_ones(tmp_path):
     again = RankStatus(0, 12, "port 2", time=3.0)
-    for word in (RankStatus(0, 10, "port 1", 9, "lost", time=2.0), RankStatus(1, 11, "port 1", time=1.0), again):
-        (tmp_path / f"{word.rank}.json").write_text(json.dumps(vars(word)))
+    for status in (RankStatus(0, 10, "port 1", 9, "lost", time=2.0), RankStatus(1, 11, "port 1", time=1.0), again):
+        (tmp_path / f"{status.rank}.json").write_text(json.dumps(vars(status)))
     assert rank_status.read_statuses(tmp_path) == {0: again}
 
 
@@ -404,7 +408,7 @@ def test_gpus_are_chosen_by_number_or_by_name(three_gpus, gpus, numbers, monkeyp
 
 
 @pytest.mark.parametrize("gpus", ["4", "0,3", "7,"])
-def test_more_gpus_than_there_are_are_refused_with_those_that_are_there(three_gpus, gpus):
+def test_more_gpus_than_the_machine_has_are_refused_and_those_it_has_are_listed(three_gpus, gpus):
     with pytest.raises(MachineError, match="there are 3 GPUs here") as refused:
         device.gpu_numbers(gpus)
     assert "2: H100" in refused.value.cause

@@ -27,7 +27,7 @@ SMALL = (*SMALL_MODEL, "--epochs", 1, "--batch-size", 8)
 
 
 @pytest.fixture(autouse=True)
-def _place_is_read_again():
+def _rank_info_is_read_again():
     yield
     environment.rank_info.cache_clear()
 
@@ -57,8 +57,8 @@ def test_where_last_alone_was_copied_the_run_goes_on_from_it(stopped, uninterrup
 def test_a_copy_of_a_checkpoint_is_all_that_eval_needs(uninterrupted, tmp_path):
     scores = json.loads((uninterrupted / "report.json").read_text())["test"]
     shutil.copytree(uninterrupted / "checkpoints" / "last", tmp_path / "copy")
-    found = json.loads(samtune("eval", tmp_path / "copy", "--json").stdout)
-    assert {key: found[key] for key in ("n", "wrong", "loss")} == {key: scores[key] for key in ("n", "wrong", "loss")}
+    result = json.loads(samtune("eval", tmp_path / "copy", "--json").stdout)
+    assert {key: result[key] for key in ("n", "wrong", "loss")} == {key: scores[key] for key in ("n", "wrong", "loss")}
 
 
 def test_a_damaged_copy_under_last_is_named_and_the_one_before_is_taken(stopped, tmp_path):
@@ -74,7 +74,7 @@ def test_a_damaged_copy_under_last_is_named_and_the_one_before_is_taken(stopped,
 # ----------------------------------------------------------------------------------------------- disks without links
 
 
-NO_LINKS = {"at": "pathlib:Path.symlink_to", "call": 1, "do": "EPERM", "again": True}
+NO_LINKS = {"at": "make symlink", "call": 1, "do": "EPERM", "again": True}
 
 
 def test_on_a_disk_without_links_files_name_the_checkpoints(photos, uninterrupted, tmp_path):
@@ -89,8 +89,8 @@ def test_on_a_disk_without_links_files_name_the_checkpoints(photos, uninterrupte
     assert checkpoints == {path.name for path in (uninterrupted / "checkpoints").iterdir()}
     scores = json.loads((tmp_path / "r" / "report.json").read_text())["test"]
     for target in (tmp_path / "r", last):
-        found = json.loads(samtune("eval", target, "--json").stdout)
-        assert (found["n"], found["loss"]) == (scores["n"], scores["loss"])
+        result = json.loads(samtune("eval", target, "--json").stdout)
+        assert (result["n"], result["loss"]) == (scores["n"], scores["loss"])
     for command in (("report", tmp_path / "r"), ("runs", tmp_path)):
         assert samtune(*command).returncode == 0
 
@@ -181,8 +181,8 @@ def test_a_shell_that_was_once_the_only_rank_launches_the_processes_that_are_ask
 
 
 def test_processes_in_a_rank_of_another_launcher_are_refused(monkeypatch):
-    here = environment.RankInfo(rank=0, world_size=4, local_rank=0, local_world_size=4, machine=0)
-    monkeypatch.setattr(environment, "rank_info", lambda: here)
+    info = environment.RankInfo(rank=0, world_size=4, local_rank=0, local_world_size=4, machine=0)
+    monkeypatch.setattr(environment, "rank_info", lambda: info)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     environment.check_processes(None)
@@ -198,11 +198,11 @@ def test_processes_in_a_rank_of_another_launcher_are_refused(monkeypatch):
     )
 
 
-PLACE = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "RANK": "0", "WORLD_SIZE": "2"}
+RANK_VARIABLES = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "RANK": "0", "WORLD_SIZE": "2"}
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"RANK": "abc"}, "RANK=abc in the environment"),
         ({"RANK": ""}, "RANK= in the environment"),
@@ -216,13 +216,13 @@ PLACE = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "RANK": "0", "WORLD
         ({"MASTER_PORT": "65536"}, "from 0 to 65535"),
     ],
 )
-def test_a_variable_that_cannot_be_meant_is_named(variables, said, monkeypatch):
-    for key, value in (PLACE | variables).items():
+def test_an_invalid_variable_is_named(variables, message, monkeypatch):
+    for key, value in (RANK_VARIABLES | variables).items():
         monkeypatch.setenv(key, value)
     environment.rank_info.cache_clear()
     with pytest.raises(UsageError) as error:
         environment.rank_info()
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "env -u RANK -u WORLD_SIZE samtune" in error.value.hint
     assert environment.is_rank0()  # it speaks for itself
 
@@ -230,7 +230,7 @@ def test_a_variable_that_cannot_be_meant_is_named(variables, said, monkeypatch):
 @pytest.mark.parametrize(
     "variables", [{"SLURM_STEP_NUM_TASKS": "x"}, {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "y"}]
 )
-def test_so_is_one_of_slurm(variables, monkeypatch):
+def test_an_invalid_variable_of_slurm_is_named(variables, monkeypatch):
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
     environment.rank_info.cache_clear()
@@ -239,12 +239,12 @@ def test_so_is_one_of_slurm(variables, monkeypatch):
     assert "env -u SLURM_STEP_NUM_TASKS samtune" in error.value.hint
 
 
-def test_every_command_says_it_in_words(tmp_path):
+def test_every_command_names_an_invalid_variable(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "samtune", "runs", tmp_path],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(ROOT)} | os.environ | PLACE | {"RANK": "abc"},
+        env={"PYTHONPATH": str(ROOT)} | os.environ | RANK_VARIABLES | {"RANK": "abc"},
         check=False,
     )
     assert done.returncode == 2
@@ -263,29 +263,29 @@ def test_without_a_working_folder_every_command_says_so(command, tmp_path):
 
 
 def test_the_host_where_ranks_meet_must_have_a_name_that_is_known(monkeypatch):
-    monkeypatch.setattr(environment, "_KNOWN_AFTER", 0.01)
-    for key, value in (PLACE | {"MASTER_ADDR": "no-such-host.invalid"}).items():
+    monkeypatch.setattr(environment, "_DNS_SECONDS", 0.01)
+    for key, value in (RANK_VARIABLES | {"MASTER_ADDR": "no-such-host.invalid"}).items():
         monkeypatch.setenv(key, value)
     environment.rank_info.cache_clear()
     with pytest.raises(MachineError, match=r"MASTER_ADDR=no-such-host.invalid: there is no host of that name") as error:
         collectives.init(torch.device("cpu"))
     assert "env -u RANK -u WORLD_SIZE samtune" in error.value.hint
     environment.rank_info.cache_clear()
-    fleet = launch.LaunchSpec(1, 2, 1, "no-such-host.invalid:29500")
+    spec = launch.LaunchSpec(1, 2, 1, "no-such-host.invalid:29500")
     with pytest.raises(MachineError, match=r"--rdzv-endpoint no-such-host.invalid: there is no host of that name"):
-        launch.launch([], fleet, None)
+        launch.launch([], spec, None)
 
 
 WAITING = """
 import sys
 from samtune.distributed import collectives
-collectives._WARNED_AFTER = 0.5
+collectives._WARN_AFTER = 0.5
 sys.argv = ["samtune", *sys.argv[1:]]
 from samtune.cli.main import main
 main()
 """
 
-# Left-over variables -> who is missing.
+# Left-over variables -> the message about missing ranks, and how to run without them.
 NOBODY = {
     "rank 0 of two": ({"RANK": "0", "WORLD_SIZE": "2"}, "rank 0 of 2 waits for rank 1", "env -u RANK -u WORLD_SIZE"),
     "rank 1 of two": ({"RANK": "1", "WORLD_SIZE": "2"}, "rank 1 of 2 waits for rank 0", "env -u RANK -u WORLD_SIZE"),
@@ -299,7 +299,7 @@ NOBODY = {
 
 @pytest.mark.parametrize("name", NOBODY)
 def test_waiting_for_ranks_that_nobody_started_says_for_whom_and_how_to_run_alone(name, photos, tmp_path):
-    variables, said, alone = NOBODY[name]
+    variables, message, alone = NOBODY[name]
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(29600 + len(name))} if "RANK" in variables else {}
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING, "run", *map(str, SMALL), "--dataset", photos, "--output", tmp_path / "r"],
@@ -311,7 +311,7 @@ def test_waiting_for_ranks_that_nobody_started_says_for_whom_and_how_to_run_alon
     lines = [process.stderr.readline() for _ in range(3)]
     process.terminate()
     lines.append(process.communicate(timeout=30)[1])
-    assert said in lines[0]
+    assert message in lines[0]
     assert alone in lines[2]
     assert process.returncode == 143  # it hears the signal while it waits
     assert "stopped by SIGTERM" in lines[3]
@@ -339,15 +339,15 @@ def test_with_a_home_that_can_be_written_nothing_changes(a_user):
 
 
 @pytest.mark.parametrize("home", ["~", "read-only"])
-def test_without_a_home_that_can_be_written_caches_are_temporary_and_that_is_said(home, a_user, monkeypatch):
+def test_without_a_home_that_can_be_written_caches_are_temporary_and_a_message_says_so(home, a_user, monkeypatch):
     if home == "~":
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, and a user without a name
     else:
         monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(a_user / "home")))
-    said = cache_folders.prepare()
+    message = cache_folders.prepare()
     temporary = a_user / "tmp" / f"samtune-{os.getuid()}"
-    assert said is not None
-    assert str(temporary) in said
+    assert message is not None
+    assert str(temporary) in message
     assert cache_folders.user_cache() == temporary
     assert os.environ["HF_DATASETS_CACHE"].startswith(str(temporary))
     assert os.environ["MPLCONFIGDIR"].startswith(str(temporary))

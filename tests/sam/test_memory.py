@@ -27,14 +27,6 @@ from tests.support.small_models import assert_same, cross_entropy_of, gradient, 
 # -------------------------------------------------------------------------------------------------------- micro-batches
 
 
-@pytest.fixture
-def plain_net(small_net):
-    """Without dropout, statistics frozen: what it says of a sample does not depend on the others."""
-    small_net.drop.p = 0.0
-    train_mode(small_net, freeze_bn=True)
-    return small_net
-
-
 VARIANTS = {
     "device": {},
     "pieces": {"m": 5},
@@ -255,7 +247,7 @@ class Memory:
 
 
 def steps(model, memory=None, *, freeze_bn, count=3, micro_batch=None, **options):
-    """So many steps on batches of their own; what they said and left."""
+    """So many steps on batches of their own; their results and what they left."""
     train_mode(model, freeze_bn=freeze_bn)
     optimizer = sgd(model)
     step = make_step(model, optimizer, micro_batch=micro_batch, **options)
@@ -263,12 +255,12 @@ def steps(model, memory=None, *, freeze_bn, count=3, micro_batch=None, **options
         memory.sam = step.sam
     torch.manual_seed(7)
     generator = torch.Generator().manual_seed(1)
-    said = []
+    results = []
     for _ in range(count):
         images = torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64)
-        said.append(step(images, torch.arange(8) % 3))
+        results.append(step(images, torch.arange(8) % 3))
     momentum = {str(key): value["momentum_buffer"] for key, value in optimizer.state_dict()["state"].items()}
-    return step.sam.micro_batch, said, state(model), momentum, {"generator": torch.get_rng_state()}
+    return step.sam.micro_batch, results, state(model), momentum, {"generator": torch.get_rng_state()}
 
 
 def assert_same_end(a, b):
@@ -291,7 +283,7 @@ def assert_same_end(a, b):
     ],
 )
 def test_out_of_memory_in_a_pass_leaves_the_run_of_the_smaller_micro_batch(small_net, place, only, error, freeze_bn):
-    """Bit for bit: weights, statistics, momentum, dropout, and what the steps said."""
+    """Bit for bit: weights, statistics, momentum, dropout, and the steps' results."""
     expected = steps(copy.deepcopy(small_net), freeze_bn=freeze_bn, micro_batch=2)
     memory = Memory(small_net, 3, place, only, ERRORS[error])
     assert_same_end(steps(small_net, memory, freeze_bn=freeze_bn), expected)

@@ -264,24 +264,16 @@ def test_the_copy_of_the_weights_is_made_once_and_kept():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("params", "options", "message"),
     [
-        ({"p": 0.5}, "p 0.5"),
-        ({"p": math.nan}, "p nan"),
-        ({"eta": -1.0}, "eta"),
-        ({"factors": [1.0, -1.0, 1.0, 1.0]}, "factors"),
+        (weights(), {"p": 0.5}, "p 0.5"),
+        (weights(), {"p": math.nan}, "p nan"),
+        (weights(), {"eta": -1.0}, "eta"),
+        (weights(), {"factors": [1.0, -1.0, 1.0, 1.0]}, "factors"),
+        (weights(torch.bfloat16), {}, "float32"),
+        ([], {}, "no parameters"),
     ],
 )
-def test_what_is_no_ball_is_refused(options, said):
-    with pytest.raises(ValueError, match=said):
-        Perturbation(weights(), **options)
-
-
-def test_sixteen_bit_weights_are_refused():
-    with pytest.raises(ValueError, match="float32"):
-        Perturbation([torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))])
-
-
-def test_no_parameters_are_refused():
-    with pytest.raises(ValueError, match="no parameters"):
-        Perturbation([])
+def test_invalid_arguments_raise_an_error_that_names_them(params, options, message):
+    with pytest.raises(ValueError, match=message):
+        Perturbation(params, **options)

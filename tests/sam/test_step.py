@@ -170,24 +170,20 @@ def test_frozen_statistics_stay_while_gamma_and_beta_train(small_net, batch):
     assert not torch.equal(small_net.bn.bias, before["bn.bias"])
 
 
-def test_loss_and_error_are_those_at_w(small_net, batch):
-    train_mode(small_net, freeze_bn=True)
-    small_net.drop.p = 0.0
+def test_loss_and_error_are_those_at_w(plain_net, batch):
     with torch.no_grad():
-        logits = small_net(batch[0])
-    result = make_step(small_net, sgd(small_net), rho=0.5)(*batch)
+        logits = plain_net(batch[0])
+    result = make_step(plain_net, sgd(plain_net), rho=0.5)(*batch)
     assert result.loss == pytest.approx(F.cross_entropy(logits, batch[1]).item(), rel=1e-12)
     assert result.wrong == (logits.argmax(1) != batch[1]).sum()
 
 
-def test_the_final_gradient_is_clipped_once_and_its_norm_is_reported_before(small_net, batch):
-    train_mode(small_net, freeze_bn=True)
-    small_net.drop.p = 0.0
-    before = [p.detach().clone() for p in small_net.parameters()]
-    g = naive_sam_gradient(small_net, *batch, rho=0.1)
+def test_the_final_gradient_is_clipped_once_and_its_norm_is_reported_before(plain_net, batch):
+    before = [p.detach().clone() for p in plain_net.parameters()]
+    g = naive_sam_gradient(plain_net, *batch, rho=0.1)
     norm = torch.cat([x.reshape(-1) for x in g]).norm()
-    result = make_step(small_net, sgd(small_net, lr=1.0, momentum=0, nesterov=False), clip_grad=1e-3)(*batch)
-    moved = torch.cat([(w - p.detach()).reshape(-1) for w, p in zip(before, small_net.parameters(), strict=True)])
+    result = make_step(plain_net, sgd(plain_net, lr=1.0, momentum=0, nesterov=False), clip_grad=1e-3)(*batch)
+    moved = torch.cat([(w - p.detach()).reshape(-1) for w, p in zip(before, plain_net.parameters(), strict=True)])
     assert result.grad_norm == pytest.approx(norm.item(), rel=1e-9)
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
 

@@ -1,4 +1,4 @@
-"""The variants of the step: pieces, filters, radii, ascent, L2 in the loss."""
+"""The variants of SAM: m, filters, radii, ascent, L2 in the loss."""
 
 import math
 
@@ -9,34 +9,37 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from samtune import SAM
-from samtune.models.training import train_mode
 from samtune.sam.losses import l2_penalty
-from tests.support.small_models import A, Quadratic, cross_entropy_of, gradient, make_step, quadratic_loss, sgd, state
+from tests.support.small_models import (
+    A,
+    Quadratic,
+    cross_entropy_of,
+    gradient,
+    make_step,
+    quadratic_loss,
+    record_weights,
+    sgd,
+    state,
+)
 
 
-def test_pieces_have_their_own_perturbations_and_their_mean_gradient(small_net, batch):
-    train_mode(small_net, freeze_bn=True)
-    loss = cross_entropy_of(small_net)
-    small_net.drop.p = 0.0
+def test_pieces_have_their_own_perturbations_and_their_mean_gradient(plain_net, batch):
+    loss = cross_entropy_of(plain_net)
     pieces = [tuple(t[i : i + 3] for t in batch) for i in (0, 3, 6)]  # 3, 3 and 2 of 8
-    expected = sum(len(piece[0]) / 8 * gradient(small_net, loss, *piece) for piece in pieces)
-    torch.testing.assert_close(gradient(small_net, loss, *batch, m=3), expected, rtol=1e-12, atol=1e-14)
-    assert not torch.allclose(gradient(small_net, loss, *batch), expected, rtol=1e-4)
+    expected = sum(len(piece[0]) / 8 * gradient(plain_net, loss, *piece) for piece in pieces)
+    torch.testing.assert_close(gradient(plain_net, loss, *batch, m=3), expected, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(gradient(plain_net, loss, *batch), expected, rtol=1e-4)
 
 
-def test_without_sam_pieces_are_gradient_accumulation(small_net, batch):
-    train_mode(small_net, freeze_bn=True)
-    small_net.drop.p = 0.0
-    loss = cross_entropy_of(small_net)
-    whole, accumulated = (gradient(small_net, loss, *batch, rho=0.0, m=m) for m in ("device", 3))
+def test_without_sam_pieces_are_gradient_accumulation(plain_net, batch):
+    loss = cross_entropy_of(plain_net)
+    whole, accumulated = (gradient(plain_net, loss, *batch, rho=0.0, m=m) for m in ("device", 3))
     torch.testing.assert_close(accumulated, whole, rtol=1e-12, atol=1e-14)
 
 
-def test_a_fraction_of_the_batch_chooses_the_perturbation_and_the_whole_batch_descends(small_net, batch):
-    train_mode(small_net, freeze_bn=True)
-    small_net.drop.p = 0.0
-    loss = cross_entropy_of(small_net)
-    params = list(small_net.parameters())
+def test_a_fraction_of_the_batch_chooses_the_perturbation_and_the_whole_batch_descends(plain_net, batch):
+    loss = cross_entropy_of(plain_net)
+    params = list(plain_net.parameters())
     g1 = torch.autograd.grad(loss(batch[0][:3], batch[1][:3]), params)
     norm = torch.cat([g.reshape(-1) for g in g1]).norm()
     with torch.no_grad():
@@ -47,8 +50,8 @@ def test_a_fraction_of_the_batch_chooses_the_perturbation_and_the_whole_batch_de
     with torch.no_grad():
         for w, b in zip(params, before, strict=True):
             w.copy_(b)
-    torch.testing.assert_close(gradient(small_net, loss, *batch, ascent_fraction=0.3), g2, rtol=1e-12, atol=1e-14)
-    result = make_step(small_net, sgd(small_net), ascent_fraction=0.3)(*batch)
+    torch.testing.assert_close(gradient(plain_net, loss, *batch, ascent_fraction=0.3), g2, rtol=1e-12, atol=1e-14)
+    result = make_step(plain_net, sgd(plain_net), ascent_fraction=0.3)(*batch)
     assert result.n == 3
     assert result.passes == pytest.approx(1.3)
 
@@ -82,10 +85,7 @@ def test_ascent_steps_follow_the_dual_gradient_and_stay_in_the_ball():
     ],
 )
 def test_a_filter_chooses_what_is_perturbed_and_all_of_it_trains(small_net, batch, perturb, moved):
-    before, seen = state(small_net), []
-    small_net.register_forward_hook(
-        lambda *_: seen.append({n: w.detach().clone() for n, w in small_net.named_parameters()})
-    )
+    before, seen = state(small_net), record_weights(small_net)
     make_step(small_net, sgd(small_net), perturb=perturb)(*batch)
     assert {name for name, w in seen[1].items() if not torch.equal(w, before[name])} == moved
     assert all(not torch.equal(w, before[name]) for name, w in small_net.named_parameters())
@@ -117,10 +117,7 @@ def test_perturbing_norm_parameters_computes_no_convolution_weight_gradients_in_
 
 
 def test_groups_of_parameters_have_radii_of_their_own(small_net, batch):
-    before, seen = state(small_net), []
-    small_net.register_forward_hook(
-        lambda *_: seen.append({n: w.detach().clone() for n, w in small_net.named_parameters()})
-    )
+    before, seen = state(small_net), record_weights(small_net)
     make_step(small_net, sgd(small_net), rho=0.2, rho_factors={"^fc": 0.5, "fc|bn": 0.0})(*batch)
     e = {name: (w - before[name]).norm() for name, w in seen[1].items()}
     assert e["bn.weight"] == e["bn.bias"] == 0
@@ -153,7 +150,7 @@ def test_the_l2_term_enters_both_passes_but_not_the_reported_loss():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"rho": -0.1}, "rho"),
         ({"rho": math.nan}, "rho"),
@@ -168,8 +165,8 @@ def test_the_l2_term_enters_both_passes_but_not_the_reported_loss():
         ({"rho_factors": {"fc": -1.0}}, "factors"),
     ],
 )
-def test_what_sam_cannot_mean_is_refused(small_net, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_arguments_raise_an_error_that_names_them(small_net, options, message):
+    with pytest.raises(ValueError, match=message):
         SAM(small_net, **options)
 
 

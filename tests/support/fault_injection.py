@@ -28,6 +28,8 @@ POINTS = {
     "perturb": "samtune.sam.perturbation:Perturbation.add_",
     "backward": "samtune.sam.gradient:_backward_nan_guarded",
     "train loss": "samtune.train.setup:cross_entropy",
+    "gradient norm": "torch.nn.utils:get_total_norm",
+    "make symlink": "pathlib:Path.symlink_to",
     "each loss": "samtune.sam.losses:cross_entropy",
     "step": "samtune.sam.step:Step.__call__",
     "step at a batch size": "samtune.sam.step:Step._attempt",

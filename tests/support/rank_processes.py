@@ -54,5 +54,11 @@ class Ranks:
         assert not waiting, "ranks wait for each other"
         return [result for _, result in sorted(results, key=lambda pair: pair[0])]
 
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
