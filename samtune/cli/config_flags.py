@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from functools import wraps
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -10,6 +11,7 @@ import typer
 from samtune.cli import completion
 from samtune.cli.help import Command, HelpAll
 from samtune.config.run_config import MOST_PROCESSES, RunConfig, flag_name
+from samtune.data.split_roles import DataSelection
 
 _LONG = 30  # flags beyond which --help shows a part of them
 _SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}
@@ -19,10 +21,7 @@ Gpus = Annotated[str, typer.Option(help="auto, all, a number of GPUs, or a list 
 Processes = Annotated[
     int | None, typer.Option(min=1, max=MOST_PROCESSES, help="So many ranks on the CPU, in place of GPUs.")
 ]
-DATA_KEYS = (
-    *("dataset_config", "image_key", "label_key", "split_key", "image_root", "image_suffix", "class_folders"),
-    *("train_split", "val_split", "test_split", "on_unlabelled", "on_bad_image"),
-)
+DATA_KEYS = tuple(field.name for field in fields(DataSelection))
 """The settings of a run that tell how a data set is read."""
 
 
@@ -90,7 +89,7 @@ def _annotation(key: str) -> Any:
         *names,
         help=f"{field.description}." + (f" Default: {default}." if default is not None else ""),
         show_default=False,
-        rich_help_panel=RunConfig.panel(key),
+        rich_help_panel=RunConfig.about(key)["panel"],
         autocompletion=_COMPLETE.get(key),
         metavar="|".join(choices) or None,
     )

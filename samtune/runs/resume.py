@@ -11,19 +11,9 @@ from samtune.config.run_config import RunConfig, flag_name
 from samtune.errors import CheckpointError, UsageError
 from samtune.runs.run_log import has_checkpoints, holds_run, read_report, read_settings, read_status
 
-RUNTIME_ONLY = {
-    *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "track", "html", "output"),
-    *("gpus", "processes", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts", "grad_checkpointing"),
-}
-"""Settings that change no number: they may differ without being asked about."""
-# Settings that the weights, or the meaning of "step 123" or "validation", hang on: another value is another run.
-_IMMUTABLE = {
-    *("model", "weights", "pretrained", "img_size", "model_ema", "opt", "seed", "batch_size", "global_batch_size"),
-    *("image_key", "label_key", "train_split", "val_split", "test_split", "val", "val_fraction", "split_seed"),
-    *("train_fraction", "max_train", "max_eval", "on_bad_image", "on_unlabelled", "max_megapixels"),
-    *("dataset_config", "split_key", "image_suffix", "class_folders"),
-    *("label_noise", "noise_kind", "noise_seed", "train_labels", "train_labels_key"),
-}
+RUNTIME_ONLY = RunConfig.settings(affects="nothing")
+"""Settings that may differ from before without --allow-change."""
+_IMMUTABLE = RunConfig.settings(fixed=True)
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,7 @@ from samtune.train.schedule import TrainingLength
 # Of each probe, where that makes 20 steps or more: those side by side share the machine to the end, as runs do.
 _PROBE_PASSES = 80
 _PROBE_PART = 10  # steps; the first part warms up
-# Settings that change what is computed but not how long a step takes: their points share a probe.
-_SAME_TIME = {
-    *("rho", "sam_start", "sam_end", "sam_every", "rho_schedule", "rho_final", "head_rho_factor", "eta"),
-    *("lr", "lr_base_batch", "head_lr_factor", "momentum", "weight_decay", "clip_grad", "smoothing", "epochs"),
-    *("warmup_epochs", "drop", "drop_path", "label_noise", "noise_kind", "noise_seed", "model_ema_decay"),
-}
+_SAME_TIME = RunConfig.settings(affects="update")  # points that differ only in these share a probe
 
 
 @dataclass(frozen=True)

@@ -28,19 +28,7 @@ OWN = {
     "val": "runs that choose validate, and the last fits train on those images, too, unless refit = false",
     "test": "runs that choose leave test alone, and the last fits score it",
     "html": "the page of a sweep shows all of its runs, and `samtune report` draws that of one",
-    "gpus": "a run is on one device",
-    "processes": "a run is on one device",
-    "nnodes": "a run is on one device",
-    "node_rank": "a run is on one device",
-    "rdzv_endpoint": "a run is on one device",
-    "max_restarts": "a run is on one device",
-    "shard": "a run is on one device",
-}
-# Another value validates on other images, or on other classes: the errors would not compare.
-_SPLITS = {
-    *("dataset", "image_key", "label_key", "train_split", "val_split", "test_split", "val_fraction", "split_seed"),
-    *("max_eval", "on_bad_image", "on_unlabelled", "dataset_config", "split_key", "image_root", "image_suffix"),
-    *("class_folders", "max_megapixels"),
+    **dict.fromkeys(sorted(RunConfig.settings(panel="Devices")), "a run is on one device"),
 }
 _MOST_SEEDS = 1000
 
@@ -82,7 +70,7 @@ def _grid(grid: Any) -> Any:
             raise ValueError(f"unknown setting {key}" + (f": did you mean {near[0]}?" if near else ""))
         if key in OWN:
             raise ValueError(f"{key} cannot vary: {OWN[key]}")
-        if key in _SPLITS:
+        if RunConfig.about(key)["affects"] == "rows":
             raise ValueError(f"{key} cannot vary: the errors would be of different images")
         if not isinstance(values, list) or not values or any(isinstance(v, list | dict) for v in values):
             raise ValueError(f"{key} must have a list of values: {key} = [0.01, 0.02]")
