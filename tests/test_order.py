@@ -26,6 +26,7 @@ ORDER = (
 )
 LIBRARIES = {
     "datasets": "samtune.data.tables",
+    "filelock": "samtune.runs.lock",
     "huggingface_hub": "samtune.hub",
     "imagehash": "samtune.data.check.scan",
     "jinja2": "samtune.report.html",

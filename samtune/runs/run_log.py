@@ -85,7 +85,7 @@ def check_free(folder: Path) -> None:
 
     UsageError: something is in it. MachineError: it cannot be made, or another process is using it.
     """
-    check_unused(folder)
+    lock.check_unused(folder)
     _check_empty(folder)
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -102,13 +102,6 @@ def result_folder(folder: Path) -> Iterator[Path]:
         yield folder
     except OSError as error:
         raise MachineError(f"{folder} cannot be written", error.strerror or "", "give another --output") from None
-
-
-def check_unused(folder: Path) -> None:
-    """Raise MachineError that names the process which is using a run folder, if there is one."""
-    holder = lock.holder(folder)
-    if holder is not None:
-        raise lock.in_use(folder, holder)
 
 
 def _check_empty(folder: Path) -> None:
