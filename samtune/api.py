@@ -13,8 +13,9 @@ from samtune.data.split_roles import DataSelection
 from samtune.distributed import environment, signals
 from samtune.errors import SamtuneError, Stopped, UsageError
 from samtune.report import run_report
+from samtune.runs.folder import has_checkpoints
 from samtune.runs.resume import finished_report, resolve_resume
-from samtune.runs.run_log import amend_status, has_checkpoints
+from samtune.runs.run_log import amend_status
 
 
 class Report(dict[str, Any]):
@@ -96,7 +97,7 @@ def evaluate(
 
 
 def _prepare() -> None:
-    """Let the first rank speak alone, and the libraries write where it is possible, before they are imported."""
+    """Silence ranks other than 0, and set writable caches before libraries are imported."""
     console.configure(quiet=not environment.is_rank0())
     note = cache_folders.prepare()
     if note is not None:
@@ -104,14 +105,14 @@ def _prepare() -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as a recipe could hold it."""
+    """A value in a form that a recipe can hold."""
     return str(value) if isinstance(value, Path) else value
 
 
 def _command_line(
     recipe: str | Path | None, resume: bool, allow_change: Sequence[str], settings: Mapping[str, Any]
 ) -> list[str]:
-    """The arguments of `samtune` that mean the same, for ranks in processes of their own."""
+    """The same call as arguments of `samtune`, for ranks in other processes."""
     arguments = ["run"]
     arguments += [str(recipe)] if recipe is not None else []
     arguments += ["--resume"] if resume else []
@@ -138,7 +139,7 @@ def start_or_resume(
     stop: signals.StopRequest,
     arguments: Sequence[str],
 ) -> Mapping[str, Any] | None:
-    """Start or resume a run, on as many ranks as it wants: its report, or None where another rank has it.
+    """Start or resume a run on its ranks. Returns its report, or None where another rank has it.
 
     recipe: a file, or the name of a recipe that comes with samtune. flags: settings that take precedence over it.
     arguments: the command line that each rank is started with.
@@ -147,7 +148,7 @@ def start_or_resume(
         recipe, quiet=environment.status_folder() is not None
     )  # the launcher says it
     resumed = None
-    # A rank goes on with what is there, if it is started again; on what the command may find its launcher has decided.
+    # A rank that is started again resumes; its launcher has checked what the command may resume.
     if resume or environment.status_folder() is not None or environment.restart_count() > 0:
         settings, resumed = resolve_resume(recipe, flags, allow_change)
         if resumed is None and resume:
@@ -176,10 +177,10 @@ def start_or_resume(
 
 
 def _launch(settings: RunConfig, stop: signals.StopRequest, arguments: Sequence[str]) -> Mapping[str, Any] | None:
-    """`samtune run` with these settings on several ranks: the report, None if rank 0 is on another machine.
+    """Start `samtune run` on several ranks. Returns the report, or None if rank 0 is on another machine.
 
-    arguments: the command line of `samtune` that gave the settings. Raises what `launch.launch` raises; status.json of
-    the run says so, too.
+    arguments: the command line of `samtune` that gave the settings. Raises as `launch.launch`, and writes the error to
+    status.json of the run.
     """
     from samtune.distributed import launch
 
@@ -221,7 +222,7 @@ def score_checkpoint(
     stop: signals.StopRequest,
     arguments: Sequence[str],
 ) -> Mapping[str, Any] | None:
-    """Score a checkpoint, on as many ranks as are wanted: its scores, or None where another rank has them.
+    """Score a checkpoint on its ranks. Returns the scores, or None where another rank has them.
 
     data_settings: how to read `dataset`, which they are about. arguments: the command line that each rank is started
     with.

@@ -22,7 +22,7 @@ ORDER = (
     {"config"},
     {"hub"},
     {"console", "guide"},
-    {"errors", "files"},
+    {"errors", "files", "text"},
 )
 LIBRARIES = {
     "datasets": "samtune.data.tables",

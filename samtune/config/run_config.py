@@ -1,4 +1,4 @@
-"""RunConfig: everything that decides a run, with the origin of each value.
+"""RunConfig: all settings of a run, with the origin of each value.
 
 A field here is a flag of `samtune run` and a key of a recipe, under one name (`batch_size`, `--batch-size`); its
 description is the flag's help.
@@ -62,7 +62,7 @@ _model, _data, _optimizer, _sam, _device, _run = (
 
 
 class RunConfig(BaseModel):
-    """One run, completely. Frozen; unknown keys, text for numbers, and numbers that are not finite are refused."""
+    """All settings of one run. Frozen; unknown keys, text for numbers, and numbers that are not finite are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
@@ -456,15 +456,15 @@ class RunConfig(BaseModel):
         return frozenset(key for key in cls.model_fields if about.items() <= cls.about(key).items())
 
     def derive(self, key: str, value: Any, reason: str) -> "RunConfig":
-        """A copy in which a value that was left open is filled in, with the reason as its origin."""
+        """A copy with a derived value for a setting, with the reason as its origin."""
         copy = self.model_copy(update={key: value})
         copy._origins = {**self._origins, key: f"derived: {reason}"}
         return copy
 
     def with_output(self) -> "RunConfig":
-        """With a run folder, if none is given: a new one, named after time, model, data set, rho and seed.
+        """With a new run folder, named after time, model, data set, rho and seed, if none is given.
 
-        It is made here, so that runs that start in the same second get one each. Raises MachineError where it cannot.
+        It is made here, so that runs that start in the same second get one each. Raises MachineError.
         """
         if self.output is not None:
             return self
@@ -474,7 +474,7 @@ class RunConfig(BaseModel):
         folder = Path("runs") / next(names)
         try:
             folder.parent.mkdir(exist_ok=True)
-            while not _made(folder):
+            while not _make(folder):
                 folder = Path("runs") / next(names)
         except OSError as error:
             raise MachineError(
@@ -483,7 +483,7 @@ class RunConfig(BaseModel):
         return self.derive("output", folder, "time, model, data set, rho, seed")
 
     def to_toml(self) -> str:
-        """The resolved config as a recipe that repeats the run elsewhere; origins stand in the comments."""
+        """The resolved config as a recipe that repeats the run elsewhere, with the origins as comments."""
         lines = []
         for key, value in self.model_dump(mode="json").items():
             origin = self.origins.get(key, "default")
@@ -495,8 +495,8 @@ class RunConfig(BaseModel):
         return "\n".join(lines) + "\n"
 
 
-def _made(folder: Path) -> bool:
-    """Whether this process has made the folder: another may have been faster."""
+def _make(folder: Path) -> bool:
+    """Make a folder; False if it exists already."""
     try:
         folder.mkdir()
     except FileExistsError:

@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import difflib
 import io
 import json
 import os
@@ -22,6 +21,7 @@ from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError
 from samtune.files import readable
+from samtune.text import similar_names
 
 LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
 _DELIMITERS = (",", ";", "\t", "|")
@@ -250,9 +250,7 @@ def _nearest(name: str, files: Mapping[str, list[str]]) -> str | None:
         return re.sub("0+(?=[0-9])", "", os.path.splitext(os.path.basename(text))[0].casefold())
 
     there = {plain(file): file for found in reversed(list(files.values())) for file in found}
-    near = (
-        difflib.get_close_matches(plain(name), list(there)[:_LIKE], n=1) if plain(name) not in there else [plain(name)]
-    )
+    near = [plain(name)] if plain(name) in there else similar_names(plain(name), list(there)[:_LIKE])
     return there[near[0]] if near else None
 
 

@@ -3,7 +3,6 @@
 Images stay encoded bytes here; `samtune.data.decode` turns them into pixels.
 """
 
-import difflib
 import hashlib
 import os
 import re
@@ -27,6 +26,7 @@ from samtune.data.split_roles import ROLES, DataSelection, role_of
 from samtune.data.tables import RawSplits
 from samtune.errors import DataError, UsageError
 from samtune.files import readable
+from samtune.text import similar_names
 
 _FILES = (*image_list.LISTS, ".parquet", ".arrow")
 _SAMPLED = 64  # images whose bytes tell one data set from another
@@ -149,7 +149,7 @@ def locate(dataset: str) -> Dataset | Path:
             f"data set {dataset} is a file, and no list",
             hint=f"give a folder that holds parquet files or train/<class>/, or a list: {', '.join(_FILES)}",
         )
-    near = difflib.get_close_matches(dataset, CATALOG, n=2)
+    near = similar_names(dataset, CATALOG, 2)
     if _is_hub_id(dataset):
         return Dataset(dataset, dataset)
     if path.name != dataset or dataset in (".", "..") or path.suffix.lower() in _FILES:

@@ -26,6 +26,8 @@ from typing import Any, Literal
 from samtune import __version__
 from samtune.config import cache_folders
 from samtune.errors import SamtuneError, first_line
+from samtune.files import first_existing_parent
+from samtune.text import plural
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
@@ -156,8 +158,8 @@ def _cpu() -> Iterator[Finding]:
     yield Finding(
         "CPU",
         "ok",
-        f"{cores} cores, {torch.get_num_threads()} threads; memory {_gib(free)} free of {_gib(total)}; "
-        f"best precision {device.best_dtype(torch.device('cpu'))}",
+        f"{plural(cores, 'core')}, {plural(torch.get_num_threads(), 'thread')}; "
+        f"memory {_gib(free)} free of {_gib(total)}; best precision {device.best_dtype(torch.device('cpu'))}",
         details={"cores": cores, "memory_bytes": total, "memory_free_bytes": free},
     )
 
@@ -408,7 +410,7 @@ def _disks() -> Iterator[Finding]:
 
 
 def _disk(name: str, folder: Path, hint: str) -> Finding:
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    there = first_existing_parent(folder)
     free = shutil.disk_usage(there).free
     details = {"folder": str(folder), "free_bytes": free, "writable": cache_folders.is_writable(folder)}
     if not details["writable"]:

@@ -33,6 +33,7 @@ from samtune.export.onnx_file import quiet
 from samtune.export.preprocessing import WithPreprocessing
 from samtune.models import pretrained
 from samtune.runs import checkpoint
+from samtune.text import plural
 from samtune.train.temperature import read as read_temperature
 
 Format = Literal["timm", "onnx", "torch"]
@@ -285,7 +286,7 @@ def find_pictures(original: Original) -> Pictures:
                 with contextlib.suppress(DataError):
                     found.append(images[int(rows[i])])
             if found:
-                return Pictures(found, f"{len(found)} {name} images of {parts.data.name}")
+                return Pictures(found, f"{plural(len(found), f'{name} image')} of {parts.data.name}")
     except SamtuneError as error:
         console.info(f"the run's data set is not here ({error.message})")
     found = _parts_of_a_photograph()

@@ -1,6 +1,5 @@
 """Pretrained models by timm name: resolution, weights, a new head, frozen statistics, parameter groups."""
 
-import difflib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import nn
 from samtune import console, hub
 from samtune.errors import CheckpointError, MachineError, ModelError, UsageError, first_line
 from samtune.models.weights import WeightsFile, load, locate, read, read_lite
+from samtune.text import similar_names
 
 # Names that timm has no pretrained weights for -> the weights that users mean by them; for B7 and L2 the paper's.
 ALIASES = {
@@ -218,7 +218,7 @@ def resolve(name: str) -> str:
 def nearest(architecture: str) -> str:
     """The pretrained names most like one, in words; where all are found, if none is like it."""
     names = list(ALIASES) + [full.partition(".")[0] for full in timm.list_pretrained()]
-    near = difflib.get_close_matches(architecture, dict.fromkeys(names), n=4, cutoff=0.5)
+    near = similar_names(architecture, names, 4, cutoff=0.5)
     if not near:
         return "`samtune models --all` lists all names, `samtune models PART` those with a part"
     return "nearest pretrained: " + ", ".join(f"{name} ({ALIASES[name]})" if name in ALIASES else name for name in near)

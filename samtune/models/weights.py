@@ -17,6 +17,7 @@ from torch import nn
 from samtune import console
 from samtune.errors import CheckpointError, first_line
 from samtune.runs import checkpoint
+from samtune.text import plural
 
 StateDict = dict[str, torch.Tensor]
 
@@ -78,7 +79,8 @@ def read(path: Path, model: nn.Module) -> StateDict:
         left_out = len(state_dict)
         state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
         left_out -= len(state_dict)
-        taken.append(f"prefix `{prefix}` taken off" + (f", {left_out} other tensors left out" if left_out else ""))
+        others = f", {plural(left_out, 'other tensor')} left out" if left_out else ""
+        taken.append(f"prefix `{prefix}` taken off{others}")
     if "_conv_stem.weight" in state_dict:
         state_dict = timm_names(state_dict, model)
         taken.append("names of the first PyTorch EfficientNets turned into timm's")

@@ -21,6 +21,7 @@ from samtune.plan import measure
 from samtune.plan.measure import Evaluating, Steps
 from samtune.plan.sample import Decoding, Sampler, known_rows
 from samtune.report import run_report
+from samtune.text import plural
 from samtune.train import checkpointing, provenance
 from samtune.train.setup import Setup, build_setup
 
@@ -50,7 +51,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
         sampler = Sampler(Path(folder), cores)
         setup = build_setup(config, look=sampler.look, world=world)
         start = max(0.0, _seconds_since_start() - sampler.spent)
-        images = f"{setup.update.sam.effective_micro_batch(setup.batch.per_device)} images of {setup.info.img_size} px"
+        images = plural(setup.update.sam.effective_micro_batch(setup.batch.per_device), "image")
+        images += f" of {setup.info.img_size} px"
         with device.oom_as_user_error(images):
             return _measured(setup, sampler.found, start)
 
@@ -98,7 +100,8 @@ def _measured(setup: Setup, decoding: list[Decoding], start: float) -> dict[str,
             f"{there} has {_size(free)} free, and the run's checkpoints need {_size(needed)}: it would refuse to begin"
         )
     if setup.update.sam.micro_batch != asked:
-        warnings.append(f"no memory for the batch at once: {setup.update.sam.micro_batch} images, with the same update")
+        less = plural(setup.update.sam.micro_batch or 0, "image")
+        warnings.append(f"no memory for the batch at once: {less}, with the same update")
     if setup.batch.devices > 1:
         left_out = "what they send each other, and that they share a machine"
         warnings.append(f"the time of {setup.batch.devices} devices leaves out {left_out}")
@@ -316,9 +319,9 @@ def _data_words(plan: Mapping[str, Any]) -> dict[str, str]:
 def _settings_words(plan: Mapping[str, Any]) -> dict[str, str]:
     length, batch = plan["length"], plan["batch"]
     rows = {
-        "steps": f"{length['steps']} of {batch['images']} images, {length['steps_per_epoch']} an epoch; "
+        "steps": f"{length['steps']} of {plural(batch['images'], 'image')}, {length['steps_per_epoch']} an epoch; "
         f"warm-up {length['warmup_steps']}",
-        "SAM": f"{run_report.sam_words(plan['sam'], length['steps'])}; in {length['sam_steps']} steps",
+        "SAM": f"{run_report.sam_words(plan['sam'], length['steps'])}; in {plural(length['sam_steps'], 'step')}",
         "passes": f"{length['passes']:,.0f} forward and backward, {length['passes'] / length['steps']:g} times SGD's",
     }
     for key, setting in plan["settings"].items():
@@ -336,14 +339,16 @@ def _memory_words(plan: Mapping[str, Any]) -> dict[str, str]:
         "weights_copy": "copy of the weights (SAM)",
         "optimizer": "optimizer",
         "ema": "averaged weights",
-        "activations": f"activations of {memory['at_once']} images",
+        "activations": f"activations of {plural(memory['at_once'], 'image')}",
     }
     rows = {words: _size(memory[key]) for key, words in named.items() if memory[key] > 0}
     peak = "allocated at most" if there["name"].split()[0] != "cpu" else "at most in this process, libraries included"
     rows["sum"] = f"{_size(memory['total'])} of {_size(there['memory_bytes'])} on {there['name']}"
     rows["measured"] = f"{_size(memory['measured_peak'])} {peak}"
     fits = batch["fits"]
-    rows["batch that fits"] = batch["fits_why"] if fits is None else f"{fits} images at once ({batch['fits_why']})"
+    rows["batch that fits"] = (
+        batch["fits_why"] if fits is None else f"{plural(fits, 'image')} at once ({batch['fits_why']})"
+    )
     return rows
 
 
@@ -369,9 +374,9 @@ def _time_words(plan: Mapping[str, Any]) -> dict[str, str]:
         "start": "start",
         "decode": "decoding",
         "warm_up": "what the first step takes longer",
-        "steps": f"{length['steps']} steps",
-        "validation": f"{length['validations']} validations",
-        "checkpoints": f"{length['checkpoints']} checkpoints at most",
+        "steps": plural(length["steps"], "step"),
+        "validation": plural(length["validations"], "validation"),
+        "checkpoints": f"{plural(length['checkpoints'], 'checkpoint')} at most",
         "test": "scoring, once",
     }
     rows = {words: _seconds(parts[key]) for key, words in named.items() if parts[key] > 0}

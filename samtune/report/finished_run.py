@@ -1,6 +1,5 @@
 """A run folder that is done, as comparisons need it: settings, scores, cost, and what was said of each image."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from samtune.config.run_config import RunConfig
 from samtune.errors import CheckpointError, UsageError, first_line
 from samtune.report import run_report
 from samtune.runs import resume
-from samtune.runs.run_log import check_done, read_report
+from samtune.runs.folder import check_done, read_report, read_settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,7 @@ def read(folder: Path, label: str) -> FinishedRun:
     check_done(folder)
     try:
         about = read_report(folder) if (folder / "report.json").is_file() else run_report.rebuild(folder)
-        stored = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        stored = read_settings(folder)[0]
         scores = about["test"] or about["val"]
         if scores is None:
             raise UsageError(f"run {folder} was scored on nothing", "it has neither test nor validation images")

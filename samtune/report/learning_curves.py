@@ -6,10 +6,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from samtune.report import run_report, svg_charts
+from samtune.report import svg_charts
 from samtune.report.html import Chart, Column, Table
 from samtune.report.svg_charts import Series, Words
-from samtune.runs import run_log
+from samtune.runs.folder import read_provenance
+from samtune.runs.metrics import epoch_means, read_metrics
 
 _Curve = dict[float, float | None]  # by epoch; None where a value was not finite
 _NAMES = {
@@ -50,11 +51,11 @@ def curve(
 
 def _read(folder: Path, split: str, key: Literal["loss", "top1_error"]) -> _Curve:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        per_epoch = run_log.read_provenance(folder)["steps_per_epoch"]
-        rows = [row for row in run_log.read_metrics(folder) if row["split"] == split]
+        per_epoch = read_provenance(folder)["steps_per_epoch"]
+        rows = [row for row in read_metrics(folder) if row["split"] == split]
         if split != "train":
             return {row["step"] / per_epoch: row[key] for row in rows}
-        means = run_report.epoch_means(rows, key)
+        means = epoch_means(rows, key)
         return {
             step / per_epoch: means.get(epoch) for epoch, step in {row["epoch"]: row["step"] for row in rows}.items()
         }

@@ -8,10 +8,11 @@ import numpy as np
 
 from samtune.config import loading
 from samtune.errors import SamtuneError
-from samtune.report import run_report, svg_charts
+from samtune.report import svg_charts
 from samtune.report.html import Chart, Column, Table, cell
 from samtune.report.stats import expected_calibration_error, wilson_interval
 from samtune.report.svg_charts import Series, Span, Words
+from samtune.runs.metrics import epoch_means
 from samtune.runs.predictions import Counts, Predictions, confused_pairs
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _curve(
 
     train = [row for row in rows if row["split"] == "train"]
     ends = {row["epoch"]: row["step"] / per_epoch for row in train}
-    means = run_report.epoch_means(train, key)
+    means = epoch_means(train, key)
     everything = (
         Series("train", list(ends.values()), [means.get(epoch) for epoch in ends]),
         measured("validation", "val"),

@@ -16,8 +16,11 @@ from samtune.report import html, run_charts, run_report
 from samtune.report.html import Column, Table, number
 from samtune.report.run_charts import SPLITS
 from samtune.report.svg_charts import Span
-from samtune.runs import listing, run_log
+from samtune.runs import listing
+from samtune.runs.folder import read_provenance, read_settings, read_status, resolve_checkpoint, result_folder
+from samtune.runs.metrics import read_metrics
 from samtune.runs.predictions import Predictions, read
+from samtune.text import plural
 
 _SCORES = {
     **{"test": "test", "val": "validation"},
@@ -34,7 +37,7 @@ def write_report_page(folder: Path, output: Path, refresh: float | None = None) 
     """
     result = run_report.rebuild(folder)
     drawn = output / "report.html"
-    with run_log.result_folder(output):
+    with result_folder(output):
         run_report.write(output, result)
         write(drawn, folder, result, refresh=refresh)
     return result, drawn
@@ -62,7 +65,7 @@ def follow(folder: Path, output: Path, seconds: float, say: Callable[[str], None
     """
     seen, said = None, False
     while listing.is_running(folder):
-        rows = len(run_log.read_metrics(folder))
+        rows = len(read_metrics(folder))
         if rows != seen:
             _, drawn = write_report_page(folder, output, refresh=seconds)
             if not said:
@@ -78,7 +81,7 @@ def content(folder: Path, result: Mapping[str, Any], opened: run_charts.Opened |
     sections = {"result": "Result", "curves": "Learning curves", "cost": "Cost"}
     if isinstance(found, Predictions):
         names = _class_names(folder, result)
-        settings, _ = run_log.read_settings(folder)
+        settings, _ = read_settings(folder)
         about = (
             run_charts.by_class(found, names)
             | run_charts.calibration(
@@ -144,7 +147,7 @@ def _reading(result: Mapping[str, Any], scored: str | None) -> list[str]:
 def state(folder: Path) -> list[str]:
     """What there is to say of a run that is not done, or lost files of its own; nothing of others."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        status = run_log.read_status(folder)
+        status = read_status(folder)
         said = []
         if status["state"] != "done":
             said.append(
@@ -163,13 +166,13 @@ def _incidents(result: Mapping[str, Any]) -> list[str]:
         for row in result["rollbacks"]
     ]
     if result["skipped_steps"]:
-        said.append(f"{result['skipped_steps']} steps were skipped: their loss or gradient was not finite.")
+        said.append(f"Steps skipped because loss or gradient was not finite: {result['skipped_steps']}.")
     return said
 
 
 def _length(result: Mapping[str, Any]) -> str:
-    epochs = f"{result['epochs']:.4g} epoch{'' if result['epochs'] == 1 else 's'}"
-    return f"{epochs}, {result['steps']} steps"
+    epochs = f"{result['epochs']:.4g}"
+    return f"{plural(epochs, 'epoch')}, {plural(result['steps'], 'step')}"
 
 
 def _cost(result: Mapping[str, Any]) -> list[tuple[str, Markup]]:
@@ -191,8 +194,8 @@ def _cost(result: Mapping[str, Any]) -> list[tuple[str, Markup]]:
 
 def _curves(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     """Charts of loss and error over epochs, at the weights w themselves."""
-    rows = run_log.read_metrics(folder)
-    per_epoch = run_log.read_provenance(folder)["steps_per_epoch"]
+    rows = read_metrics(folder)
+    per_epoch = read_provenance(folder)["steps_per_epoch"]
     sam, spans, note = result["sam"], [], ""
     if sam["enabled"] and (sam["start"] > 0 or sam["end"] < result["steps"]):
         spans = [Span("SAM", sam["start"] / per_epoch, min(sam["end"], result["steps"]) / per_epoch)]
@@ -230,7 +233,7 @@ def _class_names(folder: Path, result: Mapping[str, Any]) -> list[str]:
     steps = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
     for name in (result["selected"], "last", "best", *steps):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            checkpoint = run_log.resolve_checkpoint(folder / "checkpoints", name)
+            checkpoint = resolve_checkpoint(folder / "checkpoints", name)
             manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
             names = [str(one) for one in manifest["class_names"]]
             if len(names) == classes:
@@ -242,7 +245,7 @@ def _class_names(folder: Path, result: Mapping[str, Any]) -> list[str]:
 
 
 def _settings(folder: Path) -> dict[str, Table]:
-    stored, origins = run_log.read_settings(folder)
+    stored, origins = read_settings(folder)
     rows = [
         (key, "open" if key not in stored else _word(stored[key]), origin)
         for key, origin in origins.items()

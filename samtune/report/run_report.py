@@ -1,36 +1,17 @@
 """Run folder -> report.json and report.md: a pure function of what is on disk, so that it can be made again."""
 
 import json
-import math
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from samtune.errors import CheckpointError, UsageError
-from samtune.runs import run_log
+from samtune.runs.folder import holds_run, read_provenance, read_settings
+from samtune.runs.metrics import best_key, collapse_warning, epoch_means, read_metrics
+from samtune.text import plural
 
 SCHEMA_VERSION = 1
 _SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss")
-
-
-_NEAR_CHANCE = 0.9  # of the error of a guess
-
-
-def collapse_warning(epoch: int, loss: float, top1_error: float, classes: int) -> str | None:
-    """The warning for an epoch that is no better than a guess by mean train loss, ln(classes), and by top-1 error.
-
-    A model that is right far more often has only been too sure of what it got wrong, as a new head is at first.
-    """
-    chance = math.log(classes)
-    # Nor NaN, where no step was applied.
-    if not (loss >= chance and top1_error >= _NEAR_CHANCE * 100 * (1 - 1 / classes)):
-        return None
-    return (
-        f"epoch {epoch}: the train loss is {loss:.2f}, no better than guessing (ln {classes} = {chance:.2f}). "
-        "Likely causes: the learning rate is too high (--lr, --head-lr-factor), the gradient is not clipped "
-        "(--clip-grad), rho is too large, the labels do not belong to the images, or the weights expect other inputs."
-    )
 
 
 def seen_warning(count: int) -> str:
@@ -52,7 +33,7 @@ def rebuild(folder: Path) -> dict[str, Any]:
 
     Raises UsageError where there is no run, CheckpointError where its files are damaged.
     """
-    if not run_log.holds_run(folder):
+    if not holds_run(folder):
         raise UsageError(f"there is no run in {folder}", hint="give a folder that `samtune run` made")
     try:
         return build(folder)
@@ -72,9 +53,9 @@ def build(folder: Path) -> dict[str, Any]:
     alone. cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. What
     cannot be known, as rows of metrics are missing, is null.
     """
-    config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    provenance = run_log.read_provenance(folder)
-    rows = run_log.read_metrics(folder)
+    config, _ = read_settings(folder)
+    provenance = read_provenance(folder)
+    rows = read_metrics(folder)
     train = [row for row in rows if row["split"] == "train"]
     val, test, val_ema, test_ema = (
         [row for row in rows if row["split"] == split] for split in ("val", "test", "val_ema", "test_ema")
@@ -139,22 +120,6 @@ def build(folder: Path) -> dict[str, Any]:
         "started": provenance["started"],
         "command": provenance["command"],
     }
-
-
-def best_key(row: Mapping[str, Any]) -> tuple[float, float]:
-    """What makes a validation row the best: the lowest top-1 error, then the lowest loss."""
-    return row["top1_error"], row["loss"]
-
-
-def epoch_means(train: Sequence[Mapping[str, Any]], key: Literal["loss", "top1_error"] = "loss") -> dict[int, float]:
-    """Mean over the images of each epoch, from the rows of its parts; rows in which no step was applied have none."""
-    totals: dict[int, tuple[float, int]] = {}
-    for row in train:
-        if row[key] is None:
-            continue
-        total, n = totals.get(row["epoch"], (0.0, 0))
-        totals[row["epoch"]] = (total + row[key] * row["n"], n + row["n"])
-    return {epoch: total / n for epoch, (total, n) in totals.items()}
 
 
 def score_line(scores: Mapping[str, Any]) -> str:
@@ -232,7 +197,7 @@ def _markdown(report: Mapping[str, Any]) -> str:
     optimizer = ", ".join(f"{key} {value}" for key, value in report["optimizer"].items())
     lines += [
         f"| optimizer | {optimizer} |",
-        f"| length | {report['epochs']} epochs, {report['steps']} steps, seed {report['seed']} |",
+        f"| length | {plural(report['epochs'], 'epoch')}, {plural(report['steps'], 'step')}, seed {report['seed']} |",
         f"| machine | {report['machine']}, {', '.join(report['devices'])}, {report['precision']} |",
         f"| versions | {', '.join(f'{name} {version}' for name, version in report['versions'].items())} |",
         f"| started | {report['started']} |",
@@ -263,7 +228,7 @@ def evaluation_summary(scores: Mapping[str, Any]) -> dict[str, str]:
 
 def _temperature_summary(fitted: Mapping[str, Any]) -> dict[str, str]:
     return {
-        "temperature": f"{fitted['temperature']:.4g}, fitted on {fitted['n']} images of {fitted['split']}",
+        "temperature": f"{fitted['temperature']:.4g}, fitted on {plural(fitted['n'], 'image')} of {fitted['split']}",
         "NLL": f"{fitted['nll_before']:.4f} before, {fitted['nll_after']:.4f} after (nats)",
         "calibration error": f"{100 * fitted['ece_before']:.2f} % before, {100 * fitted['ece_after']:.2f} % after",
         "stored in": fitted["file"],

@@ -21,6 +21,7 @@ from samtune.sam.snapshot import (
     rollback_on_error,
     set_generator_states,
 )
+from samtune.text import plural
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Step:
             return
         kept, generators = bn_stats(self._batch_norms), generator_states(images.device)
         n = 2 if kept else 1  # batch norm that is not frozen wants more than one
-        with device.oom_as_user_error(f"{n} images"), self.autocast():
+        with device.oom_as_user_error(plural(n, "image")), self.autocast():
             loss = self.loss(model(images[:1].expand(n, *images.shape[1:])), labels[:1].expand(n, *labels.shape[1:]))
             loss.backward()
         self.optimizer.zero_grad(set_to_none=True)

@@ -72,7 +72,7 @@ def settings(sweep: Sweep, arm: str, point: Point) -> dict[str, Any]:
     found = dict(point) | {"rho": 0.0}
     if arm == "sgd-2x":
         once = Duration.parse(point.get("epochs", sweep.base.epochs))
-        found["epochs"] = str(Duration(2 * once.amount, once.unit))
+        found["epochs"] = Duration(2 * once.amount, once.unit).to_recipe()
     return found
 
 

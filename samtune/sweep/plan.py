@@ -12,7 +12,7 @@ from typing import Any
 
 from samtune.config.duration import Duration
 from samtune.config.run_config import RunConfig
-from samtune.runs import run_log
+from samtune.runs.metrics import read_metrics
 from samtune.sam.gradient import sam_passes
 from samtune.sweep import arms
 from samtune.sweep.arms import Point
@@ -154,5 +154,5 @@ def _probe_id(kind: str, point: Point) -> str:
 
 def seconds_per_step(folder: Path) -> float:
     """Of a probe's steps, without the first ones, in which caches and memory are made."""
-    rows = [row for row in run_log.read_metrics(folder) if row["split"] == "train" and row["step"] > _PROBE_PART]
+    rows = [row for row in read_metrics(folder) if row["split"] == "train" and row["step"] > _PROBE_PART]
     return float(sum(row["n"] / row["images_per_second"] for row in rows) / sum(row["steps"] for row in rows))

@@ -23,6 +23,7 @@ from samtune.sweep.executors import Engine, Local, places_here
 from samtune.sweep.ledger import Outcome, Run
 from samtune.sweep.plan import Plan
 from samtune.sweep.spec import Sweep, differences
+from samtune.text import plural
 from samtune.train.preflight import check_inputs
 
 _T = TypeVar("_T")
@@ -275,7 +276,7 @@ def _take_some(this: _Work, runs: Sequence[Run]) -> None:
         this.tried.add(run.id)
         this.taken[run.id] = run, held, time.monotonic()
         this.engine.start(this.folder, run)
-        console.info(f"begin  {run.id}: {run.steps} steps, {run.passes:.0f} passes")
+        console.info(f"begin  {run.id}: {plural(run.steps, 'step')}, {run.passes:.0f} passes")
 
 
 def _waits(this: _Work, runs: Sequence[Run]) -> bool:
@@ -331,7 +332,8 @@ def _stop(this: _Work, stop: signals.StopRequest) -> NoReturn:
     """Hand a signal on, and wait until all have saved."""
     assert stop.by is not None
     if this.taken:
-        console.info(f"{stop.by.name}: {len(this.taken)} runs end after their step; a second one ends them at once")
+        runs = plural(len(this.taken), "run")
+        console.info(f"{stop.by.name}: waiting for {runs} to end a step; a second one ends them at once")
     this.engine.stop()
     while this.taken:
         for run_id, _ in this.engine.ended(_LOOK):

@@ -143,4 +143,4 @@ def _decode_here(folder: Path, run: Run, place: Mapping[str, str]) -> None:
 
     own = {key: (value, "sweep") for key, value in run.settings.items()}
     with alone_here(folder):
-        prepared(loading.load(folder / "sweep.toml", over=own))
+        prepared(loading.load(folder / "sweep.toml", overrides=own))

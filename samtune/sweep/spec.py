@@ -1,6 +1,5 @@
 """A recipe's table [sweep]: seeds, arms, budgets and grids, with the rules that they keep."""
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from samtune.config import loading
 from samtune.config.run_config import RunConfig, flag_name
 from samtune.errors import UsageError
 from samtune.sweep.budget import Budget
+from samtune.text import did_you_mean
 
 Arm = Literal["sam", "sam-late", "sgd", "sgd-2x"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -66,8 +66,7 @@ def _grid(grid: Any) -> Any:
         raise ValueError("must be a table: settings, each with a list of values")
     for key, values in grid.items():
         if key not in RunConfig.model_fields:
-            near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
-            raise ValueError(f"unknown setting {key}" + (f": did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"unknown setting {key}: {did_you_mean(key, RunConfig.model_fields)}".removesuffix(": "))
         if key in OWN:
             raise ValueError(f"{key} cannot vary: {OWN[key]}")
         if RunConfig.about(key)["affects"] == "rows":
@@ -217,8 +216,7 @@ def _explain(
     key = place[0]
     keys = [field.alias or name for name, field in SweepSpec.model_fields.items()]
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, keys, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+        hint = did_you_mean(key, keys) or f"the keys are {', '.join(keys)}"
         return UsageError(f"unknown key {key} in {origins[key]}", hint=hint)
     rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
     return UsageError(f"{key} = {given[key]!r} in {origins[key]}: {rule}", hint="`samtune guide sweep` has an example")

@@ -30,7 +30,7 @@ from samtune.errors import DataError, Diverged, UsageError
 from samtune.models import pretrained
 from samtune.report.stats import wilson_interval
 from samtune.runs import checkpoint
-from samtune.runs.run_log import read_provenance
+from samtune.runs.folder import read_provenance
 from samtune.train.run_data import decode_splits, decode_train
 
 Progress = Callable[[str, int, int], None]  # split, images done, images in all

@@ -15,6 +15,7 @@ from samtune.distributed import collectives, device, environment, rank_status, s
 from samtune.errors import ORPHANED, CheckpointError, MachineError, SamtuneError, Stopped, WorkerLost, first_line
 from samtune.report import run_report
 from samtune.runs import checkpoint, lock, run_log
+from samtune.runs.folder import read_provenance
 from samtune.runs.resume import Resumed
 from samtune.runs.run_log import NullLog, RunLog
 from samtune.train import checkpointing, provenance
@@ -197,7 +198,7 @@ def _settled(newest: Path, before: Mapping[str, Any]) -> Resolved:
 
 def _provenance(folder: Path) -> dict[str, Any]:
     try:
-        return run_log.read_provenance(folder)
+        return read_provenance(folder)
     except (OSError, ValueError) as error:
         console.warn(f"{first_line(error)}: whether the data are what they were is not known")
         return {}

@@ -23,7 +23,8 @@ from samtune.config.run_config import RunConfig
 from samtune.distributed import environment
 from samtune.errors import UsageError, first_line
 from samtune.report import run_report
-from samtune.runs.run_log import RunLog, read_metrics
+from samtune.runs.metrics import read_metrics
+from samtune.runs.run_log import RunLog
 
 _PATIENCE = 20.0  # seconds for a tracker to begin, and to end
 _TIMEOUT = 15.0  # seconds after which W&B gives up by itself, and says why
@@ -70,13 +71,13 @@ class Trackers:
         if self._feeds:
             for row in read_metrics(self._log.folder):
                 self._hand_on(row)
-            self._log.followers.append(self._hand_on)
+            self._log.listeners.append(self._hand_on)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._log.followers.clear()
+        self._log.listeners.clear()
         for feed in self._feeds:
             feed.end(self.result)
         deadline = time.monotonic() + (_PATIENCE if kind is None else _HASTE)
