@@ -94,7 +94,7 @@ def evaluate(
 
 
 def _prepare() -> None:
-    """Let the first rank speak alone, and the libraries write where it is possible, before they are imported."""
+    """Silence ranks other than 0, and set writable caches before libraries are imported."""
     console.configure(quiet=not environment.is_rank0())
     note = cache_folders.prepare()
     if note is not None:
@@ -102,14 +102,14 @@ def _prepare() -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as a recipe could hold it."""
+    """A value in a form that a recipe can hold."""
     return str(value) if isinstance(value, Path) else value
 
 
 def _command_line(
     recipe: str | Path | None, resume: bool, allow_change: Sequence[str], settings: Mapping[str, Any]
 ) -> list[str]:
-    """The arguments of `samtune` that mean the same, for ranks in processes of their own."""
+    """The same call as arguments of `samtune`, for ranks in other processes."""
     arguments = ["run"]
     arguments += [str(recipe)] if recipe is not None else []
     arguments += ["--resume"] if resume else []

@@ -1,4 +1,4 @@
-"""What can go wrong for a user, and the exit code that says so to a script.
+"""The errors that a user can fix, and their exit codes.
 
     SamtuneError                 message, cause, hint: one line each
      |- UsageError          2    the command line or the recipe
@@ -8,9 +8,9 @@
      |- OutOfMemory         6    the device's memory
      |- Diverged            7    a loss or a gradient that is not finite
      |- MachineError        8    folders, disks, devices
-     `- WorkerLost          9    a data worker or a device that does not answer any more
+     `- WorkerLost          9    a data worker or a device that no longer answers
 
-    Stopped          75, 128 + n    signal n: nothing is wrong; 75 where a checkpoint has all that was done
+    Stopped          75, 128 + n    signal n: nothing is wrong; 75 if all work is in a checkpoint
 
 Exit code 0 is success and 1 is a defect of samtune itself, which keeps its traceback.
 """
@@ -19,8 +19,8 @@ Exit code 0 is success and 1 is a defect of samtune itself, which keeps its trac
 class SamtuneError(Exception):
     """An error that the user can fix.
 
-    message: the value and the rule it broke. cause: where it came from, if that helps. hint: what to do next.
-    The arguments are the exception's own, so that it survives the way back from a data-loading process.
+    message: the value and the rule it broke. cause: where it came from. hint: what to do next.
+    They are the arguments of the exception, so that it can be pickled in a data-loading process.
     """
 
     exit_code = 1
@@ -38,17 +38,17 @@ class SamtuneError(Exception):
 
 ORPHANED = "the launcher is gone"
 LOST = "the connection to another rank is lost"
-"""What a rank says that only sees what another one's end did to it."""
+"""The messages of a rank that ended only because another one, or the launcher, did."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line, with its type."""
+    """The type and the first line of another library's error."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 class UsageError(SamtuneError):
-    """A flag or a recipe that cannot be meant."""
+    """An invalid flag or recipe."""
 
     exit_code = 2
 
@@ -66,7 +66,7 @@ class ModelError(SamtuneError):
 
 
 class CheckpointError(SamtuneError):
-    """A weights file or a run folder that is damaged or does not fit."""
+    """A weights file or a run folder that is damaged or does not match."""
 
     exit_code = 5
 
@@ -84,13 +84,13 @@ class Diverged(SamtuneError):
 
 
 class MachineError(SamtuneError):
-    """A folder, disk or device that does not do what it should."""
+    """A folder, disk or device that fails."""
 
     exit_code = 8
 
 
 class WorkerLost(SamtuneError):
-    """A data worker that was killed, or a step that does not end."""
+    """A data worker that was killed, or a step that never ends."""
 
     exit_code = 9
 

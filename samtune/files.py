@@ -33,6 +33,11 @@ def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
     return [next(numbers) if i % 2 else part for i, part in enumerate(parts)], name
 
 
+def first_existing_parent(path: Path) -> Path:
+    """The path itself where it exists, else the nearest folder above it that does."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
 def write_atomic(path: Path, content: str, *, durable: bool = False) -> None:
     """Replace a file: a reader finds the old one or the new one, whole, also where several processes write it.
 

@@ -22,10 +22,11 @@ ORDER = (
     {"config"},
     {"hub"},
     {"console", "guide"},
-    {"errors", "files"},
+    {"errors", "files", "text"},
 )
 LIBRARIES = {
     "datasets": "samtune.data.tables",
+    "filelock": "samtune.runs.lock",
     "huggingface_hub": "samtune.hub",
     "imagehash": "samtune.data.check.scan",
     "jinja2": "samtune.report.html",

@@ -1,4 +1,4 @@
-"""What a shell completes: models, data sets, recipes, runs, topics. A key press waits for it: no heavy imports."""
+"""Shell completion of models, data sets, recipes, runs and topics. It must be fast: no heavy imports."""
 
 import os
 import re
@@ -14,7 +14,7 @@ _TAGGED = re.compile(r"""^    ['"](\w+\.\w+)['"]:""", re.M)
 
 
 def models(incomplete: str) -> list[str]:
-    """Names that timm knows, by its sources, as importing it takes seconds; after a dot the tags of weights."""
+    """Names in timm's sources, as importing it takes seconds; after a dot the tags of weights."""
     if incomplete.startswith("local-dir:"):
         return [f"local-dir:{path}" for path in _paths(incomplete.removeprefix("local-dir:"))]
     spec = find_spec("timm")
@@ -39,7 +39,7 @@ def weights(incomplete: str) -> list[str]:
 
 
 def recipes(incomplete: str) -> list[str]:
-    """Recipes that come with samtune, TOML files, and the folders on the way to them."""
+    """Recipes that come with samtune, TOML files, and folders that may hold others."""
     from samtune.config import shipped_recipes
 
     return [recipe.name for recipe in shipped_recipes.recipes() if recipe.name.startswith(incomplete)] + list(
@@ -55,7 +55,7 @@ def topics(incomplete: str) -> list[str]:
 
 
 def runs(incomplete: str) -> list[str]:
-    """Run folders in runs/ by the beginning of their path or name, and folders on the way to others."""
+    """Run folders in runs/ by the start of their path or name, and folders that may hold others."""
     named = [f"runs/{run}" for run in _names("runs") if run.startswith(incomplete) and _is_run(Path("runs", run))]
     return named if incomplete and named else list(dict.fromkeys([*_paths(incomplete), *named]))
 
@@ -65,7 +65,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _paths(incomplete: str, endings: Iterable[str] = ()) -> Iterator[str]:
-    """Folders, with a slash, and files with these endings that begin so. Hidden ones only where they are asked for."""
+    """Folders, with a slash, and files with these endings whose path starts so. Hidden ones only after a dot."""
     parent, name = os.path.split(incomplete)
     for entry in _names(parent or "."):
         path = os.path.join(parent, entry)

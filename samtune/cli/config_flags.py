@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from functools import wraps
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -10,8 +11,9 @@ import typer
 from samtune.cli import completion
 from samtune.cli.help import Command, HelpAll
 from samtune.config.run_config import MOST_PROCESSES, RunConfig, flag_name
+from samtune.data.split_roles import DataSelection
 
-_LONG = 30  # flags beyond which --help shows a part of them
+_LONG = 30  # with more flags, --help shows only the common ones
 _SHORT = {"batch_size": "-b", "workers": "-j", "output": "-o"}
 _COMPLETE = {"model": completion.models, "dataset": completion.datasets, "weights": completion.weights}
 
@@ -19,15 +21,12 @@ Gpus = Annotated[str, typer.Option(help="auto, all, a number of GPUs, or a list 
 Processes = Annotated[
     int | None, typer.Option(min=1, max=MOST_PROCESSES, help="So many ranks on the CPU, in place of GPUs.")
 ]
-DATA_KEYS = (
-    *("dataset_config", "image_key", "label_key", "split_key", "image_root", "image_suffix", "class_folders"),
-    *("train_split", "val_split", "test_split", "on_unlabelled", "on_bad_image"),
-)
-"""The settings of a run that tell how a data set is read."""
+DATA_KEYS = tuple(field.name for field in fields(DataSelection))
+"""The settings that say how a data set is read."""
 
 
 class RunCommand(Command):
-    """A command with all flags of a run: --help shows those that people set."""
+    """A command with all flags of a run; --help shows the common ones."""
 
     common = frozenset(
         (
@@ -51,8 +50,8 @@ def with_config_flags(
     @wraps(command)
     def wrapped(**arguments: Any) -> None:
         arguments.pop("help_all", None)
-        own = {key: arguments.pop(key) for key in list(arguments) if key not in keys}
-        command(**own, flags={key: value for key, value in arguments.items() if value is not None})
+        others = {key: arguments.pop(key) for key in list(arguments) if key not in keys}
+        command(**others, flags={key: value for key, value in arguments.items() if value is not None})
 
     signature = inspect.signature(command)
     parameters = [p for p in signature.parameters.values() if p.name != "flags"]
@@ -90,7 +89,7 @@ def _annotation(key: str) -> Any:
         *names,
         help=f"{field.description}." + (f" Default: {default}." if default is not None else ""),
         show_default=False,
-        rich_help_panel=RunConfig.panel(key),
+        rich_help_panel=RunConfig.about(key)["panel"],
         autocompletion=_COMPLETE.get(key),
         metavar="|".join(choices) or None,
     )

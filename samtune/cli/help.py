@@ -1,6 +1,5 @@
-"""Commands that are loaded when they are called, and help that is read: by topic, the common options first."""
+"""Commands that are imported when they are called, and their help: by topic, the common options first."""
 
-import difflib
 import inspect
 import re
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from samtune.text import did_you_mean
 
 _HYPHEN = "\ue000"  # stands for a hyphen while lines are broken
 _WIDTH = 100  # characters of a line of help, at most: longer ones are hard to read
@@ -25,7 +26,7 @@ class Command(TyperCommand):
     common: ClassVar[frozenset[str] | None] = None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Answer --help before values are looked at, which takes longer than the answer."""
+        """Answer --help before the values are parsed, which takes longer."""
         if not ctx.resilient_parsing and any(arg in ctx.help_option_names for arg in args):
             typer.echo(self.get_help(ctx))
             raise typer.Exit
@@ -71,9 +72,9 @@ def _unbroken(text: str) -> str:
 
 
 def _first_clause(text: str) -> str:
-    """The beginning of a description, up to its first semicolon, and its default."""
-    said, default = re.fullmatch(r"(.*?)( Default: .*)?", text, re.DOTALL).groups()  # type: ignore[union-attr]
-    return said.partition("; ")[0].rstrip(".") + "." + (default or "")
+    """A description up to its first semicolon, and its default."""
+    description, default = re.fullmatch(r"(.*?)( Default: .*)?", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    return description.partition("; ")[0].rstrip(".") + "." + (default or "")
 
 
 _ALL = "samtune.help-all"
@@ -92,7 +93,7 @@ HelpAll = typer.Option("--help-all", help="Show all options.", is_eager=True, ca
 
 @dataclass(frozen=True)
 class _Completion:
-    """What a shell is told of a name that fits. (Where click's own class for it lies differs between versions.)"""
+    """A completion for a shell. (The place of click's own class differs between versions.)"""
 
     value: str
     help: str
@@ -100,7 +101,7 @@ class _Completion:
 
 
 class Commands(TyperGroup):
-    """The commands of samtune. A command's module is imported when it is called; until then its line of help will do.
+    """The commands of samtune. The module of a command is imported when it is called.
 
     topics: topic -> command -> (module, name of a function or a Typer in it, line of help).
     """
@@ -113,7 +114,7 @@ class Commands(TyperGroup):
 
     @classmethod
     def find(cls, name: str) -> Any:
-        """Import a command. None for a name that is none."""
+        """Import a command; None for an unknown name."""
         for commands in cls.topics.values():
             if name in commands:
                 module, attribute, _ = commands[name]
@@ -125,11 +126,10 @@ class Commands(TyperGroup):
         return self.find(cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that was typed; of a name that is none the error names the nearest."""
+        """Find a command by name; the error for an unknown one names the nearest."""
         names = self.list_commands(ctx)
         if args[0] not in names and not args[0].startswith("-") and not ctx.resilient_parsing:
-            near = difflib.get_close_matches(args[0], names, n=1)
-            ctx.fail(f"No such command '{args[0]}'." + (f" Did you mean '{near[0]}'?" if near else ""))
+            ctx.fail(f"No such command '{args[0]}'. {did_you_mean(args[0], names).capitalize()}".rstrip())
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""All commands, and the way from what was typed to an exit code. Nothing heavy is imported before a command runs."""
+"""All commands, and the main function. Nothing heavy is imported before a command runs."""
 
 import os
 import sys
@@ -129,7 +129,7 @@ def _exit_code() -> int:
 
 
 def _call(arguments: list[str]) -> Any:
-    """Call the command that is named first by itself: to parse the options of samtune too would take as long again."""
+    """Call a command directly: parsing the options of samtune before it would double the time."""
     command = _Samtune.find(arguments[0]) if arguments and _COMPLETE not in os.environ else None
     if command is None:
         return app(prog_name="samtune", standalone_mode=False)
@@ -137,10 +137,10 @@ def _call(arguments: list[str]) -> Any:
 
 
 def _end(error: SamtuneError | Stopped) -> int:
-    """Say why the command ends, or have the launcher say it; returns the exit code."""
+    """Print why the command ends, or hand it to the launcher; returns the exit code."""
     if environment.status_folder() is not None:
         rank_status.write_status(error.exit_code, error)
-        # All ranks have agreed to stop: nothing for torch's agent to clear up, or to begin again.
+        # All ranks have agreed to stop: torch's agent must not restart them.
         return 0 if error.exit_code == Stopped.SAVED else error.exit_code
     who = "" if environment.is_rank0() else f"rank {os.environ['RANK']}: "
     _print_error(who + (str(error) if isinstance(error, SamtuneError) else f"{error}\n  hint:  {error.hint}"))

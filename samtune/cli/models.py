@@ -8,6 +8,7 @@ import typer
 
 from samtune.cli.help import Json
 from samtune.errors import UsageError
+from samtune.text import plural
 
 
 def list_models(
@@ -81,7 +82,7 @@ def _list(pattern: str | None, results: Path | None, every: bool, as_json: bool)
     shown = names if every else names[: listing.MOST]
     count = len(shown) <= listing.MOST
     if count:
-        console.info(f"counting the parameters of {len(shown)} models ...")
+        console.info(f"counting the parameters of {plural(len(shown), 'model')} ...")
     rows = listing.rows(shown, accuracy, count=count)
     if as_json:
         console.print_json(rows)
@@ -91,6 +92,6 @@ def _list(pattern: str | None, results: Path | None, every: bool, as_json: bool)
     if not count:
         console.info(f"parameters are counted in lists of up to {listing.MOST}")
     if len(shown) < len(names):
-        console.info(f"{len(names) - len(shown)} more match: narrow the pattern, or --all")
+        console.info(f"{len(names) - len(shown)} more: narrow the pattern, or --all")
     if pattern is None and not every:
         console.info('search with `samtune models PATTERN` ("convnext*", vit); `samtune models show NAME` tells more')

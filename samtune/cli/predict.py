@@ -15,7 +15,7 @@ from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
 from samtune.distributed import environment, rank_status, signals
 from samtune.errors import UsageError
-from samtune.runs.run_log import holds_run
+from samtune.runs.folder import holds_run
 
 
 @partial(with_config_flags, only=("image_key", "image_root", "image_suffix", "workers"))

@@ -1,4 +1,4 @@
-"""Commands that several ranks run together: one of them prints."""
+"""The result of a command that several ranks run together."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from samtune.distributed import environment, rank_status
 
 
 def result_to_print(result: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """What this process prints of a result: a rank of our launcher hands it on, and ranks beside rank 0 print none."""
+    """The result that this process prints: None on ranks above 0, and on ranks whose launcher prints it."""
     if environment.status_folder() is not None:
         rank_status.write_status(0, result=result)
     if environment.rank_info() is not None:

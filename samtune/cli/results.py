@@ -145,7 +145,7 @@ def _report_run(run: Path, output: Path, as_json: bool, watch: bool) -> None:
 def _compare_runs(runs: list[Path], output: Path | None, as_json: bool) -> None:
     from samtune import console
     from samtune.report import comparison, comparison_page
-    from samtune.runs.run_log import result_folder
+    from samtune.runs.folder import result_folder
 
     result = comparison.compare(runs)
     if output is not None:

@@ -54,12 +54,12 @@ def run(
     with signals.listening() as stop:
         rank_status.report_ready()
         result = dispatch.start_or_resume(recipe, flags, resume, allow_change or [], stop, sys.argv[1:])
-    mine = result_to_print(result)
-    if mine is not None:
+    result = result_to_print(result)
+    if result is not None:
         from samtune import console
         from samtune.report import run_report
 
         if as_json:
-            console.print_json(mine)
+            console.print_json(result)
         else:
-            console.print_table("Result", run_report.summary(mine))
+            console.print_table("Result", run_report.summary(result))

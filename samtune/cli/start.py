@@ -1,4 +1,4 @@
-"""What samtune says to somebody who types its name alone, or a run without settings: what to do here and now."""
+"""The text of `samtune` without a command, and the shortest runs that work in this folder."""
 
 import os
 import shutil
@@ -16,18 +16,18 @@ _FIRST = {
     "samtune report": "draw a run's page, or compare runs with paired tests",
     "samtune predict": "classify pictures with a model that was trained",
 }
-_SEEN = 2000  # entries of a folder that are looked at: this must not take long
+_MAX_ENTRIES = 2000  # of a folder, to stay fast
 
 
 def text() -> str:
-    """The commands to begin with, and where one is: what there is in this folder, and what comes next."""
+    """The first commands, the runs in this folder, and what comes next."""
     width = max(map(len, _FIRST))
     lines = [
         "samtune fine-tunes image models with Sharpness-Aware Minimization, and measures what it gained.",
         "",
         *(f"  {command:<{width}}  {line}" for command, line in _FIRST.items()),
         "",
-        *_where_one_is(),
+        *_runs_here(),
         "",
         "samtune --help lists all commands; samtune COMMAND --help explains one; samtune guide explains the rest.",
     ]
@@ -53,32 +53,32 @@ def _shortest_commands() -> list[str]:
     return commands
 
 
-def _where_one_is() -> list[str]:
+def _runs_here() -> list[str]:
     from samtune.runs import listing
 
     rows = listing.list_runs(Path("runs")) if Path("runs").is_dir() else []
     if not rows:
         return ["There are no runs here yet (folder runs/).", *(f"  {line}" for line in _shortest_commands())]
     states = Counter(row["state"] for row in rows)
-    said = [f"Runs here: {', '.join(f'{count} {state}' for state, count in states.items())}."]
+    lines = [f"Runs here: {', '.join(f'{count} {state}' for state, count in states.items())}."]
     newest = rows[0]
     if newest["state"] == "done":
-        said.append(f"The newest is done: samtune report {newest['path']}")
+        lines.append(f"The newest is done: samtune report {newest['path']}")
     elif newest["next"]:
-        said.append(f"The newest is {newest['state']}; next: {newest['next']}")
+        lines.append(f"The newest is {newest['state']}; next: {newest['next']}")
     else:
-        said.append(f"The newest is {newest['state']}: {newest['path']}")
-    return said
+        lines.append(f"The newest is {newest['state']}: {newest['path']}")
+    return lines
 
 
 def _picture_folders() -> Iterator[str]:
     """Folders here that hold folders of pictures."""
     for name in sorted(entry.name for entry in os.scandir(".") if entry.is_dir() and not entry.name.startswith(".")):
-        seen = 0
-        for place, _, files in os.walk(name):
-            seen += 1 + len(files)
-            if place.count(os.sep) in (1, 2, 3) and any(map(is_readable, files[:20])):
+        entries = 0
+        for folder, _, files in os.walk(name):
+            entries += 1 + len(files)
+            if folder.count(os.sep) in (1, 2, 3) and any(map(is_readable, files[:20])):
                 yield name
                 break
-            if seen > _SEEN:
+            if entries > _MAX_ENTRIES:
                 break

@@ -13,8 +13,9 @@ from samtune.config import shipped_recipes
 from samtune.config.types import endpoint
 from samtune.distributed import signals
 from samtune.errors import UsageError
-from samtune.runs.run_log import result_folder
+from samtune.runs.folder import result_folder
 from samtune.sweep import spec as sweeps
+from samtune.text import plural
 
 
 @partial(with_config_flags, without=sweeps.OWN.keys() - {"gpus"})
@@ -98,7 +99,7 @@ def sweep(
         if as_json:
             console.print_json(rows)
         else:
-            console.print_rows(f"{len(runs)} runs", rows, droppable=("points", "steps"))
+            console.print_rows(plural(len(runs), "run"), rows, droppable=("points", "steps"))
         return
     executor = open_executor(engine, address, asked.base, jobs)  # Ray's own handlers come before ours
     with signals.listening() as stop:

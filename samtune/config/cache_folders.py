@@ -1,23 +1,25 @@
-"""Folders for what can be made again: decoded images, tables of data sets, fonts of charts.
+"""Cache folders: for decoded images, tables of data sets and fonts of charts.
 
-Containers and batch systems run commands without a home, as a user without a name, or with a home that is read-only.
+Containers and batch systems run commands without a home, as a user without a name, or with a read-only home.
 """
 
 import os
 import tempfile
 from pathlib import Path
 
+from samtune.files import first_existing_parent
+
 
 def user_cache() -> Path:
-    """The user's folder for caches; a temporary one where there is none that can be written."""
+    """The user's cache folder, or a temporary one where that cannot be written."""
     folder = _given_or_home()
     return folder if is_writable(folder) else _temporary()
 
 
 def prepare() -> str | None:
-    """Let the libraries that a run uses write where it is possible; what there is to say of it, if there is something.
+    """Set the cache variables of the libraries so that they can write; returns a note for the user if that moves one.
 
-    To be called before they are imported. What can be read stays in use: a shared cache of the hub may be read-only.
+    Call it before the libraries are imported. A read-only cache of the hub stays in use.
     """
     home = Path(os.environ["HF_HOME"]) if "HF_HOME" in os.environ else _given_or_home() / "huggingface"
     tables = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
@@ -34,16 +36,16 @@ def prepare() -> str | None:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in a folder, or the folder itself."""
-    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
-    return folder.is_absolute() and there is not None and there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    """Whether the folder, or files in it, can be made."""
+    parent = first_existing_parent(folder)
+    return folder.is_absolute() and parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
 
 
 def _given_or_home() -> Path:
-    """Not absolute where there is no home."""
+    """The cache folder of the environment; a relative path where there is no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
 
 
 def _temporary() -> Path:
-    """A folder of this user's that lasts until the machine clears its temporary files."""
+    """The user's folder among the temporary files."""
     return Path(tempfile.gettempdir()) / f"samtune-{os.getuid()}"

@@ -31,10 +31,15 @@ class Duration:
         return cls(float(match[1]), units[(match[2] or "")[:1]])
 
     def steps(self, steps_per_epoch: int, total_steps: int = 0) -> int:
-        """The same length in optimizer steps, rounded; total_steps is needed for "%" alone. Minutes have none."""
+        """The same length in optimizer steps, rounded; total_steps is needed only for "%". Minutes have no steps."""
         per_unit = {"epochs": steps_per_epoch, "steps": 1, "%": total_steps / 100}[self.unit]
         return round(self.amount * per_unit)
 
     def __str__(self) -> str:
-        number = format(Decimal(repr(self.amount)).normalize(), "f")  # no digit less, and no exponent: it is read again
+        is_one = self.amount == 1 and self.unit != "%"
+        return f"1 {self.unit.removesuffix('s')}" if is_one else self.to_recipe()
+
+    def to_recipe(self) -> str:
+        """The text of recipes and config.toml: with plural units, so that equal durations are equal text."""
+        number = format(Decimal(repr(self.amount)).normalize(), "f")  # all digits and no exponent, as `parse` reads it
         return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"

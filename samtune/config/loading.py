@@ -1,8 +1,9 @@
-"""Flags, a recipe and defaults -> RunConfig: a value is taken from the flag, else the recipe, else the data set's own
-row in the catalog, else the default. What cannot be meant is refused, with key, origin and allowed range.
+"""Flags, a recipe and defaults -> RunConfig.
+
+A value is taken from the flag, else the recipe, else the data set's defaults, else the default. Invalid settings raise
+UsageError with key, origin and allowed range.
 """
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,9 @@ from samtune.config.run_config import RunConfig, flag_name
 from samtune.config.types import gpu_choice
 from samtune.errors import UsageError
 from samtune.files import readable
+from samtune.text import did_you_mean
 
-# What differs where the weights start at random: nothing pretrained is to be kept, and the head knows no less than the
-# body. A data set's own row, a recipe and flags take precedence.
+# Defaults where the weights start at random. A data set's defaults, a recipe and flags take precedence.
 _FROM_SCRATCH = {
     "freeze_bn": (False, "from scratch: there are no pretrained statistics to keep"),
     "head_lr_factor": (1.0, "from scratch: the head is as new as the body"),
@@ -30,43 +31,42 @@ _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less tha
 def load(
     recipe: Path | None = None,
     flags: Mapping[str, Any] | None = None,
-    over: Mapping[str, tuple[Any, str]] | None = None,
+    overrides: Mapping[str, tuple[Any, str]] | None = None,
 ) -> RunConfig:
-    """Flag > recipe > data set's row > default. Raises UsageError that names key, origin and allowed range.
+    """Flag > recipe > data set's defaults > default. Raises UsageError that names key, origin and allowed range.
 
-    over: values that go before all of them, each with its origin.
+    overrides: values that take precedence over all of them, each with its origin.
     """
-    found = _over(_with_origins(recipe, flags), over or {})
-    name = found.get("dataset", ("", ""))[0]
+    values = _merge(_with_origins(recipe, flags), overrides or {})
+    name = values.get("dataset", ("", ""))[0]
     if isinstance(name, str):
         defaults = DATASET_DEFAULTS.get(name, {})
-        found = {key: (value, f"data set {name}") for key, value in defaults.items()} | found
-    return _validated(found)
+        values = {key: (value, f"data set {name}") for key, value in defaults.items()} | values
+    return _validated(values)
 
 
 def load_over(
     stored: Mapping[str, Any], origins: Mapping[str, str], recipe: Path | None, flags: Mapping[str, Any]
 ) -> tuple[RunConfig, RunConfig, set[str]]:
-    """The settings of a run that goes on, flag > recipe > as stored: (now, before, keys that differ).
+    """The settings of a resumed run, flag > recipe > stored: (now, before, keys that differ).
 
-    origins: where the stored values came from. What the run settled for itself stays settled: amp_dtype "auto" asks for
-    nothing else. Raises UsageError as `load` does.
+    origins: of the stored values. amp_dtype "auto" keeps what the run chose. Raises UsageError as `load` does.
     """
-    own = {key: (value, origins.get(key, "the run's own settings")) for key, value in stored.items()}
-    asked = _with_origins(recipe, flags)
-    if asked.get("amp_dtype", ("",))[0] == "auto":
-        del asked["amp_dtype"]
-    before, now = _validated(own), _validated(_over(own, asked))
+    stored_values = {key: (value, origins.get(key, "the run's own settings")) for key, value in stored.items()}
+    given = _with_origins(recipe, flags)
+    if given.get("amp_dtype", ("",))[0] == "auto":
+        del given["amp_dtype"]
+    before, now = _validated(stored_values), _validated(_merge(stored_values, given))
     return now, before, {key for key in RunConfig.model_fields if getattr(now, key) != getattr(before, key)}
 
 
-def given(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the command gives, by flags or by its recipe."""
+def given_settings(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings that flags or the recipe give."""
     return {key: value for key, (value, _) in _with_origins(recipe, flags).items()}
 
 
 def check_devices(gpus: str, processes: int | None) -> None:
-    """Raise UsageError for a choice of devices that cannot be meant."""
+    """Raise UsageError for an invalid choice of devices."""
     if processes is not None and gpus != "auto":
         raise UsageError("--processes and --gpus contradict each other", hint="give one of them")
     try:
@@ -76,18 +76,18 @@ def check_devices(gpus: str, processes: int | None) -> None:
 
 
 def _with_origins(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, tuple[Any, str]]:
-    found: dict[str, tuple[Any, str]] = {}
+    values: dict[str, tuple[Any, str]] = {}
     if recipe is not None:
-        found |= {key: (value, f"recipe {recipe}") for key, value in _read_recipe(recipe).items()}
-    return _over(found, {key: (value, "flag") for key, value in (flags or {}).items()})
+        values |= {key: (value, f"recipe {recipe}") for key, value in _read_recipe(recipe).items()}
+    return _merge(values, {key: (value, "flag") for key, value in (flags or {}).items()})
 
 
-def _over(below: dict[str, tuple[Any, str]], above: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
-    """What goes before what; one choice of devices takes the place of the other."""
+def _merge(values: dict[str, tuple[Any, str]], overrides: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+    """Values with overrides; one choice of devices, gpus or processes, replaces the other."""
     for one, other in (("gpus", "processes"), ("processes", "gpus")):
-        if one in above and other not in above:
-            below = {key: value for key, value in below.items() if key != other}
-    return below | dict(above)
+        if one in overrides and other not in overrides:
+            values = {key: value for key, value in values.items() if key != other}
+    return values | dict(overrides)
 
 
 def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
@@ -153,13 +153,13 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     recipe = _read_toml(path)
-    recipe.pop("expected", None)  # the recipe's claim: data for readers and tests, not a setting
+    recipe.pop("expected", None)  # the measured result, for readers and tests
     recipe.pop("sweep", None)  # for `samtune sweep`
     return recipe
 
 
 def sweep_table(path: Path) -> dict[str, Any]:
-    """What a recipe says under [sweep]; {} if nothing."""
+    """The table [sweep] of a recipe; {} without one."""
     table = _read_toml(path).get("sweep", {})
     if not isinstance(table, dict):
         raise UsageError(f"sweep = {table!r} in recipe {path}", "it is a table", "write [sweep], and its keys below")
@@ -196,14 +196,13 @@ def _explain(key: str, kind: str, message: str, given: Mapping[str, tuple[Any, s
 
 
 def unknown_key(key: str, origin: str) -> UsageError:
-    """The error for a setting that there is not, with the nearest one."""
-    near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
-    hint = f"did you mean {near[0]}?" if near else "`samtune run --help-all` lists all keys (as flags)"
+    """The error for a setting that does not exist, with the nearest one."""
+    hint = did_you_mean(key, RunConfig.model_fields) or "`samtune run --help-all` lists all keys (as flags)"
     return UsageError(f"unknown key {key} in {origin}", hint=hint)
 
 
 def _allowed(key: str) -> str:
-    """The range of a number in words; "" where the rule that was broken tells all that is allowed."""
+    """The allowed range of a number as text; "" for other settings."""
     field = RunConfig.model_fields[key]
     types: tuple[Any, ...] = (field.annotation, *get_args(field.annotation))
     kind = next((words for type_, words in _KINDS.items() if type_ in types), "")

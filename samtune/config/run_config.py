@@ -1,4 +1,4 @@
-"""RunConfig: everything that decides a run, with the origin of each value.
+"""RunConfig: all settings of a run, with the origin of each value.
 
 A field here is a flag of `samtune run` and a key of a recipe, under one name (`batch_size`, `--batch-size`); its
 description is the flag's help.
@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,347 +35,407 @@ from samtune.errors import MachineError
 MOST_PROCESSES = 1024
 LARGEST = 10**9
 """The largest number of a setting that has no limit of its own: products of such numbers are still float32."""
+Affects = Literal["rows", "images", "update", "results", "nothing"]
+"""What another value of a setting changes:
+
+rows      how the data set is read, and which of its rows are validation and test
+images    which images are trained on, and how they are decoded
+update    what a step computes, but not how long it takes
+results   any other number of the run
+nothing   no number: only devices, speed, memory, disk or display
+"""
 
 
-def _option(panel: str, description: str, default: Any = ..., **limits: Any) -> Any:
+def _option(
+    panel: str, affects: Affects, description: str, default: Any = ..., *, fixed: bool = False, **limits: Any
+) -> Any:
+    """A setting. fixed: a resumed run keeps it, because weights, order or splits depend on it."""
     if limits and not {"le", "lt"} & limits.keys():
         limits["le"] = LARGEST
-    return Field(default, description=description, json_schema_extra={"panel": panel}, **limits)
+    about: dict[str, Any] = {"panel": panel, "affects": affects, "fixed": fixed}
+    return Field(default, description=description, json_schema_extra=about, **limits)
+
+
+_model, _data, _optimizer, _sam, _device, _run = (
+    partial(_option, panel) for panel in ("Model", "Data", "Optimizer", "SAM", "Devices", "Run")
+)
 
 
 class RunConfig(BaseModel):
-    """One run, completely. Frozen; unknown keys, text for numbers, and numbers that are not finite are refused."""
+    """All settings of one run. Frozen; unknown keys, text for numbers, and numbers that are not finite are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
-    model: str = _option(
-        "Model", "timm model name, an alias such as efficientnet_b7, hf-hub:USER/NAME, or local-dir:FOLDER"
+    model: str = _model(
+        "images", "timm model name, an alias such as efficientnet_b7, hf-hub:USER/NAME, or local-dir:FOLDER", fixed=True
     )
-    weights: PathField | None = _option(
-        "Model",
+    weights: PathField | None = _model(
+        "images",
         "pretrained weights from a file (.safetensors, or .pth without code), a run or a checkpoint, instead of a "
         "package or the hub",
         None,
+        fixed=True,
     )
-    pretrained: bool = _option("Model", "start from pretrained weights; --no-pretrained starts at random", True)
-    img_size: int | None = _option(
-        "Model",
+    pretrained: bool = _model(
+        "results", "start from pretrained weights; --no-pretrained starts at random", True, fixed=True
+    )
+    img_size: int | None = _model(
+        "images",
         "side of the square input in pixels; by default the size that the weights were trained for",
         None,
         ge=16,
         le=16384,
+        fixed=True,
     )
-    drop: float = _option("Model", "dropout before the classifier", 0.2, ge=0, lt=1)
-    drop_path: float = _option("Model", "stochastic depth (drop-connect)", 0.0, ge=0, lt=1)
-    freeze_bn: bool = _option(
-        "Model",
+    drop: float = _model("update", "dropout before the classifier", 0.2, ge=0, lt=1)
+    drop_path: float = _model("update", "stochastic depth (drop-connect)", 0.0, ge=0, lt=1)
+    freeze_bn: bool = _model(
+        "results",
         "normalise with the pretrained batch-norm statistics and keep them; gamma and beta train either way",
         True,
     )
-    sync_bn: bool = _option(
-        "Model", "with --no-freeze-bn: batch norm over the batches of all devices together (GPUs alone)", False
+    sync_bn: bool = _model(
+        "results", "with --no-freeze-bn: batch norm over the batches of all devices together (GPUs alone)", False
     )
-    grad_checkpointing: bool = _option(
-        "Model", "keep fewer activations and compute them again for the gradient: less memory, more time", False
+    grad_checkpointing: bool = _model(
+        "nothing", "keep fewer activations and compute them again for the gradient: less memory, more time", False
     )
-    channels_last: bool = _option("Model", "memory layout of images and weights; the faster one", True)
+    channels_last: bool = _model("results", "memory layout of images and weights; the faster one", True)
 
-    dataset: str = _option(
-        "Data",
+    dataset: str = _data(
+        "rows",
         "a name of `samtune datasets`, the path of a folder or of a list (.csv, .jsonl, .parquet), or user/name on the "
         "hub; a configuration follows a colon: user/name:config",
     )
-    dataset_config: str | None = _option("Data", "configuration of a data set that has several", None)
-    image_key: str | None = _option("Data", "column of the images; by default it is found", None)
-    label_key: str | None = _option(
-        "Data", "column of the labels, or several that are a class each (cat,dog); by default found", None
+    dataset_config: str | None = _data("rows", "configuration of a data set that has several", None, fixed=True)
+    image_key: str | None = _data("rows", "column of the images; by default it is found", None, fixed=True)
+    label_key: str | None = _data(
+        "rows", "column of the labels, or several that are a class each (cat,dog); by default found", None, fixed=True
     )
-    split_key: str | None = _option(
-        "Data", "column that tells the split of each row; by default one whose values are names of splits", None
+    split_key: str | None = _data(
+        "rows",
+        "column that tells the split of each row; by default one whose values are names of splits",
+        None,
+        fixed=True,
     )
-    image_root: str | None = _option(
-        "Data",
+    image_root: str | None = _data(
+        "rows",
         "folder from which the paths of a list are seen, or below which their ends lie; by default that of the list",
         None,
     )
-    image_suffix: str = _option("Data", 'what the names in a list lack, as ".jpg"', "")
-    class_folders: Literal["first", "deepest"] = _option(
-        "Data",
+    image_suffix: str = _data("rows", 'what the names in a list lack, as ".jpg"', "", fixed=True)
+    class_folders: Literal["first", "deepest"] = _data(
+        "rows",
         "of folders in folders of a split, which one is the class: the first below the split, or the deepest, named by "
         "its path",
         "first",
+        fixed=True,
     )
-    train_split: str | None = _option(
-        "Data", 'split to train on, or several, as "train+validation"; by default it is found by its name', None
+    train_split: str | None = _data(
+        "rows",
+        'split to train on, or several, as "train+validation"; by default it is found by its name',
+        None,
+        fixed=True,
     )
-    val_split: str | None = _option(
-        "Data", "split to choose on, never the test split; by default validation, else a part of train", None
+    val_split: str | None = _data(
+        "rows",
+        "split to choose on, never the test split; by default validation, else a part of train",
+        None,
+        fixed=True,
     )
-    test_split: str | None = _option("Data", "split to score once, at the end; by default test", None)
-    train_fraction: float = _option(
-        "Data", "share of the training images that is used, every class in proportion", 1.0, gt=0, le=1
+    test_split: str | None = _data("rows", "split to score once, at the end; by default test", None, fixed=True)
+    train_fraction: float = _data(
+        "images", "share of the training images that is used, every class in proportion", 1.0, gt=0, le=1, fixed=True
     )
-    max_train: int | None = _option(
-        "Data", "at most so many training images, every class in proportion: for smoke runs", None, ge=1
+    max_train: int | None = _data(
+        "images", "at most so many training images, every class in proportion: for smoke runs", None, ge=1, fixed=True
     )
-    max_eval: int | None = _option(
-        "Data",
+    max_eval: int | None = _data(
+        "rows",
         "at most so many images of validation, and of test, every class in proportion: for smoke runs",
         None,
         ge=1,
+        fixed=True,
     )
-    batch_size: int = _option("Data", "images per step on each device", 16, ge=1)
-    global_batch_size: int | None = _option(
-        "Data",
+    batch_size: int = _data("results", "images per step on each device", 16, ge=1, fixed=True)
+    global_batch_size: int | None = _data(
+        "results",
         "images per step on all devices together, whatever their number; each computes its share in parts of "
         "--batch-size with a perturbation for each part, or, if that is not given, at once",
         None,
         ge=1,
+        fixed=True,
     )
-    micro_batch: int | None = _option(
-        "Data",
+    micro_batch: int | None = _data(
+        "results",
         "images that pass through the model at once, which changes memory and time but not the algorithm; by default "
         "the batch, and less where memory runs out",
         None,
         ge=1,
     )
-    workers: int | None = _option(
-        "Data",
+    workers: int | None = _data(
+        "nothing",
         "data-loading threads (processes with --aa, --color-jitter or --reprob); 0 loads between steps; by default 1, "
         "with a GPU half of the cores up to 8",
         None,
         ge=0,
         le=MOST_PROCESSES,
     )
-    val_fraction: float = _option(
-        "Data",
+    val_fraction: float = _data(
+        "rows",
         "share of train that is held out for validation where the data set has no validation split",
         0.1,
         gt=0,
         lt=1,
+        fixed=True,
     )
-    val: bool = _option(
-        "Data",
+    val: bool = _data(
+        "images",
         "hold images out to validate on; --no-val trains on them too, for a last fit when everything is chosen",
         True,
+        fixed=True,
     )
-    split_seed: int = _option(
-        "Data",
+    split_seed: int = _data(
+        "rows",
         "seed of that split and of subsets; it does not follow --seed, so that runs compare",
         0,
         ge=0,
         lt=2**63,
+        fixed=True,
     )
-    scale: float = _option(
-        "Data", "random resized crop: least share of the image's area (1 takes nearly all of it)", 0.35, gt=0, le=1
+    scale: float = _data(
+        "images", "random resized crop: least share of the image's area (1 takes nearly all of it)", 0.35, gt=0, le=1
     )
-    hflip: float = _option("Data", "chance of a horizontal flip", 0.5, ge=0, le=1)
-    crop: Literal["resized", "pad"] = _option(
-        "Data", "resized: random resized crop; pad: pad by an eighth and crop at random, as usual for CIFAR", "resized"
+    hflip: float = _data("results", "chance of a horizontal flip", 0.5, ge=0, le=1)
+    crop: Literal["resized", "pad"] = _data(
+        "images",
+        "resized: random resized crop; pad: pad by an eighth and crop at random, as usual for CIFAR",
+        "resized",
     )
-    aa: Literal["none", "imagenet", "cifar10", "svhn", "rand", "trivial"] = _option(
-        "Data", "AutoAugment with the policy of a data set, RandAugment, or TrivialAugment", "none"
+    aa: Literal["none", "imagenet", "cifar10", "svhn", "rand", "trivial"] = _data(
+        "results", "AutoAugment with the policy of a data set, RandAugment, or TrivialAugment", "none"
     )
-    color_jitter: float = _option("Data", "strength of random brightness, contrast and saturation", 0.0, ge=0, le=1)
-    cutout: float = _option(
-        "Data", "side of an erased square as a share of the image (0.5 for CIFAR-10)", 0.0, ge=0, le=1
+    color_jitter: float = _data("results", "strength of random brightness, contrast and saturation", 0.0, ge=0, le=1)
+    cutout: float = _data(
+        "results", "side of an erased square as a share of the image (0.5 for CIFAR-10)", 0.0, ge=0, le=1
     )
-    reprob: float = _option("Data", "chance that a random rectangle is erased", 0.0, ge=0, le=1)
-    mixup: Alpha = _option("Data", "alpha of mixup, at least 0.01; 0 does not mix", 0.0, ge=0)
-    cutmix: Alpha = _option("Data", "alpha of CutMix, as of --mixup; with both, one of them by chance", 0.0, ge=0)
-    on_bad_image: Literal["error", "skip"] = _option(
-        "Data", "what to do with images that cannot be decoded: name them and end, or train without them", "error"
+    reprob: float = _data("results", "chance that a random rectangle is erased", 0.0, ge=0, le=1)
+    mixup: Alpha = _data("results", "alpha of mixup, at least 0.01; 0 does not mix", 0.0, ge=0)
+    cutmix: Alpha = _data("results", "alpha of CutMix, as of --mixup; with both, one of them by chance", 0.0, ge=0)
+    on_bad_image: Literal["error", "skip"] = _data(
+        "rows",
+        "what to do with images that cannot be decoded: name them and end, or train without them",
+        "error",
+        fixed=True,
     )
-    on_unlabelled: Literal["error", "skip"] = _option(
-        "Data",
+    on_unlabelled: Literal["error", "skip"] = _data(
+        "rows",
         "what to do with rows whose label is missing (none, blank, -1): name the first and end, or leave out",
         "error",
+        fixed=True,
     )
-    max_megapixels: float = _option(
-        "Data", "a larger picture is one that cannot be decoded: it would fill the memory", 500.0, gt=0, le=1e6
+    max_megapixels: float = _data(
+        "rows",
+        "a larger picture is one that cannot be decoded: it would fill the memory",
+        500.0,
+        gt=0,
+        le=1e6,
+        fixed=True,
     )
-    cache_limit: float = _option(
-        "Data",
+    cache_limit: float = _data(
+        "nothing",
         "GiB of disk for decoded images ($SAMTUNE_CACHE, else ~/.cache/samtune); 0 decodes in every epoch",
         8.0,
         ge=0,
     )
-    label_noise: float = _option(
-        "Data",
+    label_noise: float = _data(
+        "update",
         "share of the training labels to flip; validation, held out of train or not, and test keep clean labels",
         0.0,
         ge=0,
         le=1,
+        fixed=True,
     )
-    noise_kind: Literal["symmetric", "pair"] = _option(
-        "Data", "a flipped label becomes any of the other classes (symmetric), or the next one (pair)", "symmetric"
+    noise_kind: Literal["symmetric", "pair"] = _data(
+        "update",
+        "a flipped label becomes any of the other classes (symmetric), or the next one (pair)",
+        "symmetric",
+        fixed=True,
     )
-    noise_seed: int = _option(
-        "Data",
+    noise_seed: int = _data(
+        "update",
         "seed of the flips; it does not follow --seed, so that runs have the same wrong labels",
         0,
         ge=0,
         lt=2**63,
+        fixed=True,
     )
-    train_labels: PathField | None = _option(
-        "Data",
+    train_labels: PathField | None = _data(
+        "results",
         "labels to train on, from a file (.parquet, .csv, .jsonl): one for each row of train in its order, or in any "
         "order with a column `index`; validation and test keep the data set's own",
         None,
+        fixed=True,
     )
-    train_labels_key: str = _option("Data", "column of that file: class names, or numbers from 0", "label")
+    train_labels_key: str = _data("results", "column of that file: class names, or numbers from 0", "label", fixed=True)
 
-    opt: Literal["sgd", "adamw"] = _option("Optimizer", "sgd has Nesterov momentum", "sgd")
-    lr: float | None = _option(
-        "Optimizer",
+    opt: Literal["sgd", "adamw"] = _optimizer("results", "sgd has Nesterov momentum", "sgd", fixed=True)
+    lr: float | None = _optimizer(
+        "update",
         "peak learning rate of the body; by default a base for the optimizer times sqrt(images per step / 32)",
         None,
         gt=0,
     )
-    lr_base_batch: int | None = _option(
-        "Optimizer",
+    lr_base_batch: int | None = _optimizer(
+        "update",
         "images per step that --lr is meant for: it is multiplied by sqrt(images per step / this); by default --lr is "
         "taken as it is",
         None,
         ge=1,
     )
-    head_lr_factor: float = _option("Optimizer", "learning rate of the new head over that of the body", 35.0, gt=0)
-    momentum: float = _option("Optimizer", "momentum of sgd", 0.9, ge=0, lt=1)
-    weight_decay: float | None = _option(
-        "Optimizer",
+    head_lr_factor: float = _optimizer("update", "learning rate of the new head over that of the body", 35.0, gt=0)
+    momentum: float = _optimizer("update", "momentum of sgd", 0.9, ge=0, lt=1)
+    weight_decay: float | None = _optimizer(
+        "update",
         "decay of weights (not of biases and norm parameters); by default 1 / training images, at most 0.002",
         None,
         ge=0,
     )
-    l2_in_loss: bool = _option(
-        "Optimizer",
+    l2_in_loss: bool = _optimizer(
+        "results",
         "weight decay as an L2 term in the loss of both passes, as the paper's code has it, not in the optimizer",
         False,
     )
-    epochs: RunLength = _option("Optimizer", 'length of the run: 8, or "5000 steps"', Duration(10, "epochs"))
-    warmup_epochs: DurationField = _option(
-        "Optimizer",
+    epochs: RunLength = _optimizer("update", 'length of the run: 8, or "5000 steps"', Duration(10, "epochs"))
+    warmup_epochs: DurationField = _optimizer(
+        "update",
         'the body\'s learning rate and rho rise from 0 for so long, the head learns at once: 1, "100 steps" or "5%"',
         Duration(20, "%"),
     )
-    clip_grad: float = _option(
-        "Optimizer",
+    clip_grad: float = _optimizer(
+        "update",
         "largest global norm of the final gradient (the default rates belong to 1); 0 does not clip",
         1.0,
         ge=0,
     )
-    smoothing: float = _option("Optimizer", "label smoothing", 0.1, ge=0, lt=1)
+    smoothing: float = _optimizer("update", "label smoothing", 0.1, ge=0, lt=1)
 
-    rho: float = _option("SAM", "radius of the perturbation in weight units; 0 is the plain optimizer", 0.05, ge=0)
-    p: NormOrder = _option("SAM", "norm of that radius, from 1 to inf", 2.0)
-    adaptive: bool = _option(
-        "SAM", "ASAM: radius of each weight in units of |weight| + eta; it wants about ten times the rho", False
+    rho: float = _sam("update", "radius of the perturbation in weight units; 0 is the plain optimizer", 0.05, ge=0)
+    p: NormOrder = _sam("results", "norm of that radius, from 1 to inf", 2.0)
+    adaptive: bool = _sam(
+        "results", "ASAM: radius of each weight in units of |weight| + eta; it wants about ten times the rho", False
     )
-    eta: float = _option("SAM", "eta of --adaptive, in weight units", 0.01, ge=0)
-    m: Samples = _option(
-        "SAM",
+    eta: float = _sam("update", "eta of --adaptive, in weight units", 0.01, ge=0)
+    m: Samples = _sam(
+        "results",
         "images that share a perturbation: device (the batch of each), global (the batches of all devices), group:4 "
         "(those of 4 devices), or a number, which cuts the batch into pieces that are computed one after the other "
         "(gradient accumulation)",
         "device",
     )
-    perturb: Pattern = _option(
-        "SAM",
+    perturb: Pattern = _sam(
+        "results",
         "what is perturbed: all, norm (normalisation layers alone: a cheaper first pass), no-norm, or a regular "
         "expression for the names of parameters",
         "all",
     )
-    head_rho_factor: float = _option("SAM", "rho of the new head over that of the body", 1.0, ge=0)
-    sam_start: DurationField = _option(
-        "SAM", 'SAM begins after so much of the run: "50%", 5 (epochs) or "100 steps"', Duration(0, "%")
+    head_rho_factor: float = _sam("update", "rho of the new head over that of the body", 1.0, ge=0)
+    sam_start: DurationField = _sam(
+        "update", 'SAM begins after so much of the run: "50%", 5 (epochs) or "100 steps"', Duration(0, "%")
     )
-    sam_end: DurationField = _option("SAM", "SAM ends after so much of the run", Duration(100, "%"))
-    sam_every: int = _option("SAM", "SAM in every k-th step only, the plain optimizer between", 1, ge=1)
-    rho_schedule: Literal["constant", "linear", "cosine", "lr"] = _option(
-        "SAM",
+    sam_end: DurationField = _sam("update", "SAM ends after so much of the run", Duration(100, "%"))
+    sam_every: int = _sam("update", "SAM in every k-th step only, the plain optimizer between", 1, ge=1)
+    rho_schedule: Literal["constant", "linear", "cosine", "lr"] = _sam(
+        "update",
         "rho after the warm-up: constant, from rho to --rho-final along a line or a cosine, or in proportion to lr",
         "constant",
     )
-    rho_final: float = _option("SAM", "rho at the end of a linear or cosine schedule", 0.0, ge=0)
-    ascent_fraction: float = _option(
-        "SAM",
+    rho_final: float = _sam("update", "rho at the end of a linear or cosine schedule", 0.0, ge=0)
+    ascent_fraction: float = _sam(
+        "results",
         "share of the batch that the first pass uses; loss and error of training are those of this share",
         1.0,
         gt=0,
         le=1,
     )
-    ascent_steps: int = _option("SAM", "passes that look for the perturbation, of rho / n each", 1, ge=1)
+    ascent_steps: int = _sam("results", "passes that look for the perturbation, of rho / n each", 1, ge=1)
 
-    gpus: Gpus = _option(
-        "Devices",
+    gpus: Gpus = _device(
+        "nothing",
         'auto: one GPU if there is one, else the CPU; all; a number of GPUs; or a list of them, as "0,2"',
         "auto",
     )
-    processes: int | None = _option(
-        "Devices", "so many ranks on the CPU, in place of GPUs", None, ge=1, le=MOST_PROCESSES
+    processes: int | None = _device(
+        "nothing", "so many ranks on the CPU, in place of GPUs", None, ge=1, le=MOST_PROCESSES
     )
-    nnodes: int = _option("Devices", "machines that run this command together, each with as many devices", 1, ge=1)
-    node_rank: int = _option("Devices", "which of them this one is; 0 is where they meet", 0, ge=0)
-    rdzv_endpoint: Endpoint | None = _option(
-        "Devices", "where they meet: host:port of the first one, a port that is free there", None
+    nnodes: int = _device("nothing", "machines that run this command together, each with as many devices", 1, ge=1)
+    node_rank: int = _device("nothing", "which of them this one is; 0 is where they meet", 0, ge=0)
+    rdzv_endpoint: Endpoint | None = _device(
+        "nothing", "where they meet: host:port of the first one, a port that is free there", None
     )
-    shard: bool = _option(
-        "Devices",
+    shard: bool = _device(
+        "results",
         "keep a part of the model, its gradients and the optimizer's state on each device (FSDP), for models that do "
         "not fit one; a perturbation is then shared by all devices (--m global), or by groups that hold the model "
         "together (--m group:8)",
         False,
     )
-    max_restarts: int = _option(
-        "Devices", "how often all ranks begin again from the newest checkpoint when one is lost", 0, ge=0
+    max_restarts: int = _device(
+        "nothing", "how often all ranks begin again from the newest checkpoint when one is lost", 0, ge=0
     )
 
-    amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "Run",
+    amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _run(
+        "results",
         "arithmetic of the forward pass (weights stay float32; float16 scales the loss); auto: bfloat16 on a GPU that "
         "has it, else float32",
         "auto",
     )
-    seed: int = _option("Run", "seed of order, augmentation and dropout", 0, ge=0, lt=2**63)
-    eval_every: Interval = _option(
-        "Run", 'how often to validate: 1, "500 steps" or "5%" of the run', Duration(1, "epochs")
+    seed: int = _run("results", "seed of order, augmentation and dropout", 0, ge=0, lt=2**63, fixed=True)
+    eval_every: Interval = _run(
+        "results", 'how often to validate: 1, "500 steps" or "5%" of the run', Duration(1, "epochs")
     )
-    save_every: SaveInterval = _option(
-        "Run",
+    save_every: SaveInterval = _run(
+        "nothing",
         'how often to save, besides where validation is better than ever and at the end: "10 minutes", "200 steps", 1',
         Duration(10, "minutes"),
     )
-    keep_checkpoints: int = _option("Run", "how many of the newest checkpoints stay, besides the best", 2, ge=1)
-    model_ema: bool = _option(
-        "Run", "average the weights over the steps, too; the average is scored and saved beside the last weights", False
+    keep_checkpoints: int = _run("nothing", "how many of the newest checkpoints stay, besides the best", 2, ge=1)
+    model_ema: bool = _run(
+        "results",
+        "average the weights over the steps, too; the average is scored and saved beside the last weights",
+        False,
+        fixed=True,
     )
-    model_ema_decay: float = _option(
-        "Run", "decay of that average; in the first steps less, 1 - step^(-2/3)", 0.9998, gt=0, lt=1
+    model_ema_decay: float = _run(
+        "update", "decay of that average; in the first steps less, 1 - step^(-2/3)", 0.9998, gt=0, lt=1
     )
-    on_nan: Literal["stop", "skip", "rollback"] = _option(
-        "Run",
+    on_nan: Literal["stop", "skip", "rollback"] = _run(
+        "results",
         "where loss or gradient are not finite: stop with the weights from before; skip the step, 20 in a row at most; "
         "or go back to the newest checkpoint and leave out the batches since then, 3 times at most",
         "stop",
     )
-    deterministic: bool = _option(
-        "Run", "only operations whose result is the same every time; a CPU's are anyway, a GPU gets slower", False
+    deterministic: bool = _run(
+        "results", "only operations whose result is the same every time; a CPU's are anyway, a GPU gets slower", False
     )
-    step_timeout: float = _option(
-        "Run", "minutes without a step, or a batch of an evaluation, after which the run is ended; 0 waits", 30.0, ge=0
+    step_timeout: float = _run(
+        "nothing",
+        "minutes without a step, or a batch of an evaluation, after which the run is ended; 0 waits",
+        30.0,
+        ge=0,
     )
-    test: bool = _option("Run", "score the test split once, at the end", True)
-    select: Literal["last", "best"] = _option(
-        "Run", "the checkpoint to score: the last, or the best on validation", "last"
+    test: bool = _run("results", "score the test split once, at the end", True)
+    select: Literal["last", "best"] = _run(
+        "results", "the checkpoint to score: the last, or the best on validation", "last"
     )
-    track: TrackerNames = _option(
-        "Run",
+    track: TrackerNames = _run(
+        "nothing",
         "hand metrics on to tensorboard, to wandb (offline, unless WANDB_MODE says otherwise), or to both: "
         '"tensorboard,wandb"; their files are in the run folder',
         "none",
     )
-    html: bool = _option("Run", "draw the page of the run, report.html, when it is done", True)
-    output: PathField | None = _option("Run", "run folder; by default a new one under runs/", None)
+    html: bool = _run("nothing", "draw the page of the run, report.html, when it is done", True)
+    output: PathField | None = _run("nothing", "run folder; by default a new one under runs/", None)
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -384,21 +445,26 @@ class RunConfig(BaseModel):
         return self._origins
 
     @classmethod
-    def panel(cls, key: str) -> str:
-        """The group of settings that one belongs to, as the help shows them."""
-        extra: Any = cls.model_fields[key].json_schema_extra
-        return str(extra["panel"])
+    def about(cls, key: str) -> Mapping[str, Any]:
+        """What a field states of itself: panel (its group in the help), affects (see Affects), fixed."""
+        about: Any = cls.model_fields[key].json_schema_extra
+        return dict(about)
+
+    @classmethod
+    def settings(cls, **about: Any) -> frozenset[str]:
+        """The keys whose fields state all of this, such as affects="rows" or fixed=True."""
+        return frozenset(key for key in cls.model_fields if about.items() <= cls.about(key).items())
 
     def derive(self, key: str, value: Any, reason: str) -> "RunConfig":
-        """A copy in which a value that was left open is filled in, with the reason as its origin."""
+        """A copy with a derived value for a setting, with the reason as its origin."""
         copy = self.model_copy(update={key: value})
         copy._origins = {**self._origins, key: f"derived: {reason}"}
         return copy
 
     def with_output(self) -> "RunConfig":
-        """With a run folder, if none is given: a new one, named after time, model, data set, rho and seed.
+        """With a new run folder, named after time, model, data set, rho and seed, if none is given.
 
-        It is made here, so that runs that start in the same second get one each. Raises MachineError where it cannot.
+        It is made here, so that runs that start in the same second get one each. Raises MachineError.
         """
         if self.output is not None:
             return self
@@ -408,7 +474,7 @@ class RunConfig(BaseModel):
         folder = Path("runs") / next(names)
         try:
             folder.parent.mkdir(exist_ok=True)
-            while not _made(folder):
+            while not _make(folder):
                 folder = Path("runs") / next(names)
         except OSError as error:
             raise MachineError(
@@ -417,7 +483,7 @@ class RunConfig(BaseModel):
         return self.derive("output", folder, "time, model, data set, rho, seed")
 
     def to_toml(self) -> str:
-        """The resolved config as a recipe that repeats the run elsewhere; origins stand in the comments."""
+        """The resolved config as a recipe that repeats the run elsewhere, with the origins as comments."""
         lines = []
         for key, value in self.model_dump(mode="json").items():
             origin = self.origins.get(key, "default")
@@ -429,8 +495,8 @@ class RunConfig(BaseModel):
         return "\n".join(lines) + "\n"
 
 
-def _made(folder: Path) -> bool:
-    """Whether this process has made the folder: another may have been faster."""
+def _make(folder: Path) -> bool:
+    """Make a folder; False if it exists already."""
     try:
         folder.mkdir()
     except FileExistsError:

@@ -1,6 +1,5 @@
-"""The recipes that come with samtune: where they lie, and how a name means one of them."""
+"""The recipes that come with samtune, found by name."""
 
-import difflib
 import re
 import tomllib
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from samtune.errors import UsageError
+from samtune.text import similar_names
 
 _HERE = Path(__file__).parents[1]
 # An installed package has them inside, a checkout beside it.
@@ -24,7 +24,7 @@ class Recipe:
 
     @property
     def text(self) -> str:
-        """The file, as it is."""
+        """The content of the file."""
         return self.path.read_text(encoding="utf-8")
 
     def about(self) -> dict[str, Any]:
@@ -63,19 +63,18 @@ def recipes() -> list[Recipe]:
 
 
 def named(name: str) -> Recipe | None:
-    """The recipe that a name means: quick/pets, pets where one alone is called so, or recipes/quick/pets.toml."""
+    """The recipe of a name: quick/pets, pets if only one has this name, or recipes/quick/pets.toml."""
     wanted = name
     if name.startswith("recipes/") and name.endswith(".toml"):  # as they are called in a checkout
         wanted = name.removeprefix("recipes/").removesuffix(".toml")
-    there = recipes()
-    found = [recipe for recipe in there if recipe.name == wanted]
-    if not found and wanted == name:
-        found = [recipe for recipe in there if recipe.path.stem == name]
-    return found[0] if len(found) == 1 else None
+    matches = [recipe for recipe in recipes() if recipe.name == wanted]
+    if not matches and wanted == name:
+        matches = [recipe for recipe in recipes() if recipe.path.stem == name]
+    return matches[0] if len(matches) == 1 else None
 
 
 def get(name: str) -> Recipe:
-    """The recipe that a name means. Raises UsageError with the nearest names."""
+    """The recipe of a name. Raises UsageError with the nearest names."""
     recipe = named(name)
     if recipe is None:
         raise UsageError(
@@ -85,8 +84,9 @@ def get(name: str) -> Recipe:
 
 
 def find(path: Path, *, quiet: bool = False) -> Path:
-    """The file that a command's recipe means: the one of that path, else the recipe of that name that comes with
-    samtune, which a note tells if not quiet. Raises UsageError with the nearest names where there is neither.
+    """The file of a recipe that a command names: a path, else the name of one that comes with samtune.
+
+    quiet: without the note that names the latter. Raises UsageError with the nearest names if there is neither.
     """
     if path.exists() and not path.is_dir():
         return path
@@ -98,7 +98,7 @@ def find(path: Path, *, quiet: bool = False) -> Path:
             console.info(f"recipe {recipe.name} that comes with samtune: {recipe.path}")
         return recipe.path
     if path.exists():
-        return path  # a folder: whoever reads it says so
+        return path  # a folder: reading it raises the error
     raise UsageError(
         f"recipe {path} cannot be read",
         f"there is no such file, and no recipe of that name comes with samtune; {_nearest(path.as_posix())}",
@@ -107,13 +107,12 @@ def find(path: Path, *, quiet: bool = False) -> Path:
 
 
 def _nearest(name: str) -> str:
-    """The recipes whose names are most like it, in words."""
-    wanted = name.removeprefix("recipes/").removesuffix(".toml")
-    there = {recipe.name: recipe for recipe in recipes()}
+    """The recipes with the most similar names, as text."""
+    stem = Path(name.removesuffix(".toml")).name
     by_stem: dict[str, list[str]] = {}
-    for full, recipe in there.items():
-        by_stem.setdefault(recipe.path.stem, []).append(full)
-    if Path(wanted).name in by_stem:
-        return f"it may be one of {', '.join(by_stem[Path(wanted).name])}"
-    near = [full for stem in difflib.get_close_matches(Path(wanted).name, by_stem, n=3) for full in by_stem[stem]]
+    for recipe in recipes():
+        by_stem.setdefault(recipe.path.stem, []).append(recipe.name)
+    if stem in by_stem:
+        return f"it may be one of {', '.join(by_stem[stem])}"
+    near = [full for similar in similar_names(stem, by_stem, 3) for full in by_stem[similar]]
     return f"nearest: {', '.join(near)}" if near else "none has a name like it"

@@ -1,4 +1,4 @@
-"""The kinds of values that a setting can have, from a flag (text) or a recipe (TOML), with the rules they keep."""
+"""The types of settings, read from a flag (text) or a recipe (TOML), and their rules."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator, PlainSerializ
 from samtune.config.duration import Duration
 
 _LARGEST_NORM = 1e6  # a larger p is as good as inf
-_LEAST_ALPHA = 0.01  # of less, shares are drawn in float32 that lie near a half, and not near 0 and 1
+_LEAST_ALPHA = 0.01  # below it, float32 draws shares near a half instead of near 0 and 1
 
 
 def _no_minutes(duration: Duration) -> Duration:
@@ -57,7 +57,7 @@ def _samples(m: int | str) -> int | str:
 
 
 def gpu_choice(gpus: int | str) -> str:
-    """What --gpus may be. Raises ValueError with what it must be."""
+    """Check a value of --gpus. Raises ValueError with the accepted forms."""
     if isinstance(gpus, bool) or not re.fullmatch("auto|all|[0-9]+(,[0-9]*)*", str(gpus)):
         raise ValueError('must be "auto", "all", a number of GPUs, or a list of them ("0,2"; "2," is one)')
     return str(gpus)
@@ -71,7 +71,7 @@ def _trackers(track: str | list[str]) -> str:
 
 
 def endpoint(endpoint: str) -> str:
-    """What an address of a machine may be. Raises ValueError with what it must be."""
+    """Check the address of a machine. Raises ValueError with the accepted form."""
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError('must be "host:port", where the first machine listens')
@@ -86,7 +86,7 @@ def _pattern(perturb: str) -> str:
     return perturb
 
 
-_AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(str)]
+_AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(Duration.to_recipe)]
 DurationField = Annotated[_AnyDuration, AfterValidator(_no_minutes)]
 RunLength = Annotated[DurationField, AfterValidator(_whole_run)]
 Interval = Annotated[DurationField, AfterValidator(_interval)]

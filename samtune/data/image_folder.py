@@ -22,9 +22,9 @@ from samtune.data.folder_tree import Folder, read_tree
 from samtune.data.formats import ARCHIVES, unpacking
 from samtune.data.raw_splits import PathSplits
 from samtune.data.split_roles import ROLES, UNLABELLED, DataSelection, parse, role_of, roles_of_folders
-from samtune.data.text import plural, shorten
 from samtune.errors import DataError
 from samtune.files import readable
+from samtune.text import plural, shorten
 
 # Folders that hold the pictures of a split, and are no class; and those in which pictures wait for a label.
 _CONTAINERS = {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "data"}

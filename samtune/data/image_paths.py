@@ -1,6 +1,5 @@
 """The files of pictures that a list or a table names. Opens no picture."""
 
-import difflib
 import os
 import re
 import unicodedata
@@ -12,6 +11,7 @@ from samtune.data.formats import is_readable
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError
 from samtune.files import readable
+from samtune.text import similar_names
 
 _COMPARED = 10_000  # names of files that are compared with one that is missing
 
@@ -149,5 +149,5 @@ def _nearest(name: str, files: Mapping[str, list[str]]) -> str | None:
     by_name = {plain(file): file for paths in reversed(list(files.values())) for file in paths}
     if plain(name) in by_name:
         return by_name[plain(name)]
-    near = difflib.get_close_matches(plain(name), list(by_name)[:_COMPARED], n=1)
+    near = similar_names(plain(name), list(by_name)[:_COMPARED])
     return by_name[near[0]] if near else None

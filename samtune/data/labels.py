@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data.text import plural, shorten
 from samtune.errors import DataError
 from samtune.files import natural_key, readable
+from samtune.text import plural, shorten
 
 
 @dataclass(frozen=True)

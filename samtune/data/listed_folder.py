@@ -11,9 +11,9 @@ from samtune.data import columns, image_list, list_file
 from samtune.data.columns import Columns
 from samtune.data.raw_splits import PathSplits
 from samtune.data.split_roles import ROLES, DataSelection, parse, role_of
-from samtune.data.text import shorten
 from samtune.errors import DataError, UsageError
 from samtune.files import readable
+from samtune.text import shorten
 
 # Words in the name of a list whose labels are examples or guesses; and those that a list of true ones may have.
 _ANSWER_WORDS = {

@@ -9,9 +9,9 @@ from samtune.data.encoded import FileImages
 from samtune.data.labels import Labels, is_missing
 from samtune.data.raw_splits import RawSplits
 from samtune.data.split_roles import ROLES
-from samtune.data.text import plural, shorten
 from samtune.errors import DataError
 from samtune.files import readable
+from samtune.text import plural, shorten
 
 
 def without_repeats(dataset: str, raw: RawSplits) -> tuple[RawSplits, list[str]]:

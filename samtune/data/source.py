@@ -3,7 +3,6 @@
 Images stay encoded bytes here; `samtune.data.decode` turns them into pixels.
 """
 
-import difflib
 import hashlib
 import os
 import re
@@ -24,9 +23,9 @@ from samtune.data.labels import Classified
 from samtune.data.path_source import read_path
 from samtune.data.raw_splits import RawSplits
 from samtune.data.split_roles import ROLES, DataSelection
-from samtune.data.text import shorten
 from samtune.errors import DataError
 from samtune.files import readable
+from samtune.text import shorten, similar_names
 
 _FILES = (*list_file.ENDINGS, ".parquet", ".arrow")
 _SAMPLED = 64  # images whose bytes tell one data set from another
@@ -148,7 +147,7 @@ def locate(dataset: str) -> Dataset | Path:
             f"data set {dataset} is a file, and no list",
             hint=f"give a folder that holds parquet files or train/<class>/, or a list: {', '.join(_FILES)}",
         )
-    near = difflib.get_close_matches(dataset, CATALOG, n=2)
+    near = similar_names(dataset, CATALOG, 2)
     if _is_hub_id(dataset):
         return Dataset(dataset, dataset)
     if path.name != dataset or dataset in (".", "..") or path.suffix.lower() in _FILES:

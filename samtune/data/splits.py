@@ -11,8 +11,8 @@ from samtune.config.run_config import RunConfig
 from samtune.data import source
 from samtune.data.source import LabelledDataset, Split
 from samtune.data.split_roles import DataSelection
-from samtune.data.text import shorten
 from samtune.errors import DataError, UsageError
+from samtune.text import shorten
 
 Indices = npt.NDArray[np.int64]
 

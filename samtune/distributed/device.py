@@ -14,6 +14,7 @@ import torch
 
 from samtune.distributed import environment
 from samtune.errors import MachineError, OutOfMemory, first_line
+from samtune.text import plural
 
 Autocast = Callable[[], AbstractContextManager[None]]
 T = TypeVar("T")
@@ -68,7 +69,8 @@ def select_device(gpus: str = "auto", processes: int | None = None) -> torch.dev
 
 def describe(device: torch.device) -> str:
     """The device's name for reports."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+    threads = plural(torch.get_num_threads(), "thread")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({threads})"
 
 
 def _current_device() -> str:

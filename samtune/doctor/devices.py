@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from samtune.doctor.finding import Finding, gib
+from samtune.text import plural
 
 _RANKS_TIMEOUT = 60.0  # seconds
 _TOLERANCE = 1e-12  # in float64, whose rounding leaves 1e-16
@@ -30,7 +31,8 @@ def cpu() -> Iterator[Finding]:
     yield Finding(
         "CPU",
         "ok",
-        f"{cores} cores, {torch.get_num_threads()} threads; memory {gib(free)} free of {gib(total)}; "
+        f"{plural(cores, 'core')}, {plural(torch.get_num_threads(), 'thread')}; "
+        f"memory {gib(free)} free of {gib(total)}; "
         f"best precision {device.best_dtype(torch.device('cpu'))}",
         details={"cores": cores, "memory_bytes": total, "memory_free_bytes": free},
     )

@@ -1,9 +1,9 @@
 """The guide: one page per topic, in Markdown, for `samtune guide` and for readers of the repository."""
 
-import difflib
 from pathlib import Path
 
 from samtune.errors import UsageError
+from samtune.text import did_you_mean
 
 FOLDER = Path(__file__).parent
 _ORDER = ("data", "training", "sam", "resume", "devices", "sweep", "reports", "python", "contributing")
@@ -20,11 +20,10 @@ def read(topic: str) -> str:
     path = FOLDER / f"{topic}.md"
     if path.parent != FOLDER or not path.is_file():
         known = list(topics())
-        near = difflib.get_close_matches(topic, known, n=1)
         raise UsageError(
             f"no page about {topic}",
             f"the topics are {', '.join(known)}",
-            f"did you mean `samtune guide {near[0]}`?" if near else "`samtune guide` lists them",
+            did_you_mean(topic, known) or "`samtune guide` lists them",
         )
     return path.read_text(encoding="utf-8")
 

@@ -1,12 +1,12 @@
 """Names of pretrained models: aliases, tags of weights, the nearest names to an unknown one."""
 
-import difflib
 from pathlib import Path
 
 import timm
 
 from samtune.errors import CheckpointError, ModelError
 from samtune.models.weights import locate
+from samtune.text import similar_names
 
 # Names that timm has no pretrained weights for -> the weights that users mean by them; for B7 and L2 the paper's.
 ALIASES = {
@@ -74,7 +74,7 @@ def resolve(name: str) -> str:
 def nearest(architecture: str) -> str:
     """A hint: the pretrained names most like this one, or how to list all of them."""
     names = list(ALIASES) + [full.partition(".")[0] for full in timm.list_pretrained()]
-    near = difflib.get_close_matches(architecture, dict.fromkeys(names), n=4, cutoff=0.5)
+    near = similar_names(architecture, names, 4, cutoff=0.5)
     if not near:
         return "`samtune models --all` lists all names, `samtune models PART` those with a part"
     return "nearest pretrained: " + ", ".join(f"{name} ({ALIASES[name]})" if name in ALIASES else name for name in near)

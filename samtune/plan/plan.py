@@ -22,6 +22,7 @@ from samtune.plan import measure
 from samtune.plan.measure import Evaluating, Steps
 from samtune.plan.sample import Decoding, Sampler, rows_with_pixels
 from samtune.plan.tables import format_bytes
+from samtune.text import plural
 from samtune.train import checkpointing, provenance
 from samtune.train.setup import Setup, build_setup
 
@@ -51,7 +52,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
         sampler = Sampler(Path(folder), cores)
         setup = build_setup(config, decode=sampler.look, world=world)
         start = max(0.0, _seconds_since_start() - sampler.spent)
-        images = f"{setup.update.sam.effective_micro_batch(setup.batch.per_device)} images of {setup.info.img_size} px"
+        images = plural(setup.update.sam.effective_micro_batch(setup.batch.per_device), "image")
+        images += f" of {setup.info.img_size} px"
         with device.oom_as_user_error(images):
             return _measure(setup, sampler.found, start)
 
@@ -98,7 +100,8 @@ def _measure(setup: Setup, decoding: list[Decoding], start: float) -> dict[str, 
         sizes = f"{format_bytes(free)} free, and the run's checkpoints need {format_bytes(needed)}"
         warnings.append(f"{folder} has {sizes}: it would refuse to begin")
     if setup.update.sam.micro_batch != asked:
-        warnings.append(f"no memory for the batch at once: {setup.update.sam.micro_batch} images, with the same update")
+        less = plural(setup.update.sam.micro_batch or 0, "image")
+        warnings.append(f"no memory for the batch at once: {less}, with the same update")
     if setup.batch.devices > 1:
         left_out = "what they send each other, and that they share a machine"
         warnings.append(f"the time of {setup.batch.devices} devices leaves out {left_out}")

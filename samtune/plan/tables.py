@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from samtune.report import run_report
+from samtune.text import plural
 
 
 def tables(plan: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -53,9 +54,9 @@ def _data_rows(plan: Mapping[str, Any]) -> dict[str, str]:
 def _settings_rows(plan: Mapping[str, Any]) -> dict[str, str]:
     length, batch = plan["length"], plan["batch"]
     rows = {
-        "steps": f"{length['steps']} of {batch['images']} images, {length['steps_per_epoch']} an epoch; "
+        "steps": f"{length['steps']} of {plural(batch['images'], 'image')}, {length['steps_per_epoch']} an epoch; "
         f"warm-up {length['warmup_steps']}",
-        "SAM": f"{run_report.sam_words(plan['sam'], length['steps'])}; in {length['sam_steps']} steps",
+        "SAM": f"{run_report.sam_words(plan['sam'], length['steps'])}; in {plural(length['sam_steps'], 'step')}",
         "passes": f"{length['passes']:,.0f} forward and backward, {length['passes'] / length['steps']:g} times SGD's",
     }
     for key, setting in plan["settings"].items():
@@ -73,14 +74,16 @@ def _memory_rows(plan: Mapping[str, Any]) -> dict[str, str]:
         "weights_copy": "copy of the weights (SAM)",
         "optimizer": "optimizer",
         "ema": "averaged weights",
-        "activations": f"activations of {memory['at_once']} images",
+        "activations": f"activations of {plural(memory['at_once'], 'image')}",
     }
     rows = {words: format_bytes(memory[key]) for key, words in named.items() if memory[key] > 0}
     peak = "allocated at most" if device["name"].split()[0] != "cpu" else "at most in this process, libraries included"
     rows["sum"] = f"{format_bytes(memory['total'])} of {format_bytes(device['memory_bytes'])} on {device['name']}"
     rows["measured"] = f"{format_bytes(memory['measured_peak'])} {peak}"
     fits = batch["fits"]
-    rows["batch that fits"] = batch["fits_why"] if fits is None else f"{fits} images at once ({batch['fits_why']})"
+    rows["batch that fits"] = (
+        batch["fits_why"] if fits is None else f"{plural(fits, 'image')} at once ({batch['fits_why']})"
+    )
     return rows
 
 
@@ -106,8 +109,8 @@ def _time_rows(plan: Mapping[str, Any]) -> dict[str, str]:
         "start": "start",
         "decode": "decoding",
         "warm_up": "what the first step takes longer",
-        "steps": f"{length['steps']} steps",
-        "validation": f"{length['validations']} validations",
+        "steps": plural(length["steps"], "step"),
+        "validation": plural(length["validations"], "validation"),
         "checkpoints": f"{length['checkpoints']} checkpoints at most",
         "test": "scoring, once",
     }

@@ -14,6 +14,7 @@ from samtune.predict.predictor import Batch, Predictor
 from samtune.predict.ranking import ranked
 from samtune.report import html
 from samtune.report.html import Column, Table
+from samtune.text import plural
 
 MOST = 500
 """Most pictures that a page shows."""
@@ -57,11 +58,11 @@ class Gallery:
     def _content(self) -> dict[str, Any]:
         predictor, n = self._predictor, sum(self._classes.values())
         shown = sorted(self._heap, reverse=True)
-        which = f"the {len(shown)} least certain of {n} pictures" if len(shown) < n else f"{n} pictures"
+        which = f"the {len(shown)} least certain of {n} pictures" if len(shown) < n else plural(n, "picture")
         counts = [(name, count, 100 * count / n) for name, count in self._classes.most_common()]
         sections = {"classes": "Classes", "pictures": "Pictures"} | ({"bad": "Left out"} if self._bad else {})
         return {
-            "title": f"{n} picture{'' if n == 1 else 's'}, {len(predictor.class_names)} classes",
+            "title": f"{plural(n, 'picture')}, {len(predictor.class_names)} classes",
             "subtitle": f"Predicted by checkpoint {_short(predictor.folder)}, step {predictor.manifest['step']}.",
             "sections": sections,
             "reading": _reading(predictor),

@@ -14,6 +14,7 @@ from samtune.errors import DataError
 from samtune.predict import writers
 from samtune.predict.page import Gallery
 from samtune.predict.predictor import Predictor, Tta, predict
+from samtune.text import plural
 
 _NAMED = 10  # bad pictures in the error message; a warning names each
 
@@ -102,7 +103,8 @@ def run(
         if gallery is not None and html is not None:
             gallery.write(html)
     written = [str(path) for path in (output, embeddings, html) if path is not None]
-    message = f"{n} pictures, {summary['images_per_second']:.0f} images/s" + (f", {len(bad)} left out" if bad else "")
+    message = f"{plural(n, 'picture')}, {summary['images_per_second']:.0f} images/s"
+    message += f", {len(bad)} left out" if bad else ""
     console.info(message + (f"; written: {', '.join(written)}" if written else ""))
     collectives.broadcast_from_rank0(lambda: _raise_for_bad(bad, on_bad_image))
     return summary
@@ -112,7 +114,7 @@ def _raise_for_bad(bad: Sequence[dict[str, str]], on_bad_image: str) -> dict[str
     if bad and on_bad_image == "error":
         named = "; ".join(f"{one['path']}: {one['reason']}" for one in bad[:_NAMED])
         raise DataError(
-            f"{len(bad)} picture{'s' if len(bad) > 1 else ''} cannot be decoded",
+            f"{plural(len(bad), 'picture')} cannot be decoded",
             named + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""),
             "all others are predicted; fix or remove these, or give --on-bad-image skip",
         )

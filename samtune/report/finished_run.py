@@ -15,7 +15,7 @@ from samtune.config.run_config import RunConfig
 from samtune.errors import CheckpointError, UsageError, first_line
 from samtune.report import run_report
 from samtune.runs import resume
-from samtune.runs.run_log import check_done, read_report
+from samtune.runs.folder import check_done, read_report
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,10 +6,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from samtune.report import run_report, svg_charts
+from samtune.report import svg_charts
 from samtune.report.html import Chart, Column, Table, cell
 from samtune.report.svg_charts import Heading, Series, Span
-from samtune.runs import run_log
+from samtune.runs.folder import read_provenance
+from samtune.runs.metrics import epoch_means, read_metrics
 
 Key = Literal["loss", "top1_error"]
 Curve = dict[float, float | None]  # by epoch; None where a value was not finite
@@ -91,15 +92,15 @@ def _points(rows: Sequence[Mapping[str, Any]], split: str, key: str, per_epoch: 
     rows = [row for row in rows if row["split"] == split]
     if split != "train":
         return {row["step"] / per_epoch: row[key] for row in rows}
-    means = run_report.epoch_means(rows, key)
+    means = epoch_means(rows, key)
     ends = {row["epoch"]: row["step"] / per_epoch for row in rows}
     return {end: means.get(epoch) for epoch, end in ends.items()}
 
 
 def _read(folder: Path, split: str, key: Key) -> Curve:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        per_epoch = run_log.read_provenance(folder)["steps_per_epoch"]
-        return _points(run_log.read_metrics(folder), split, key, per_epoch)
+        per_epoch = read_provenance(folder)["steps_per_epoch"]
+        return _points(read_metrics(folder), split, key, per_epoch)
     return {}  # a run without a readable record has no curve
 
 

@@ -16,8 +16,11 @@ from samtune.report import html, learning_curves, run_charts, run_report
 from samtune.report.html import Column, Table, number
 from samtune.report.run_charts import SPLIT_NAMES
 from samtune.report.svg_charts import Span
-from samtune.runs import listing, run_log
+from samtune.runs import listing
+from samtune.runs.folder import read_provenance, read_settings, read_status, resolve_checkpoint, result_folder
+from samtune.runs.metrics import read_metrics
 from samtune.runs.predictions import Predictions, read
+from samtune.text import plural
 
 _SCORES = {
     **{"test": "test", "val": "validation"},
@@ -34,7 +37,7 @@ def write_report_page(folder: Path, output: Path, refresh: float | None = None) 
     """
     report = run_report.rebuild(folder)
     page = output / "report.html"
-    with run_log.result_folder(output):
+    with result_folder(output):
         run_report.write(output, report)
         write(page, folder, report, refresh=refresh)
     return report, page
@@ -62,7 +65,7 @@ def follow(folder: Path, output: Path, seconds: float, say: Callable[[str], None
     """
     drawn_rows = None
     while listing.is_running(folder):
-        rows = len(run_log.read_metrics(folder))
+        rows = len(read_metrics(folder))
         if rows != drawn_rows:
             _, page = write_report_page(folder, output, refresh=seconds)
             if drawn_rows is None:
@@ -78,7 +81,7 @@ def content(folder: Path, report: Mapping[str, Any], splits: run_charts.Splits |
     sections = {"result": "Result", "curves": "Learning curves", "cost": "Cost"}
     if isinstance(predictions, Predictions):
         names = _class_names(folder, report)
-        settings, _ = run_log.read_settings(folder)
+        settings, _ = read_settings(folder)
         smoothing, has_val = settings["smoothing"], settings["val"]
         details = (
             run_charts.by_class(predictions, names)
@@ -139,7 +142,7 @@ def _reading(report: Mapping[str, Any], scored: str | None) -> list[str]:
 def state(folder: Path) -> list[str]:
     """Warnings about a run that is not done, or could not write some of its files."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        status = run_log.read_status(folder)
+        status = read_status(folder)
         warnings = []
         if status["state"] != "done":
             warnings.append(
@@ -164,7 +167,7 @@ def _incidents(report: Mapping[str, Any]) -> list[str]:
 
 def _length(report: Mapping[str, Any]) -> str:
     epochs = f"{report['epochs']:.4g} epoch{'' if report['epochs'] == 1 else 's'}"
-    return f"{epochs}, {report['steps']} steps"
+    return f"{epochs}, {plural(report['steps'], 'step')}"
 
 
 def _cost(report: Mapping[str, Any]) -> list[tuple[str, Markup]]:
@@ -186,8 +189,8 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, Markup]]:
 
 def _curves(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """Charts of loss and error over epochs, at the weights w."""
-    rows = run_log.read_metrics(folder)
-    per_epoch = run_log.read_provenance(folder)["steps_per_epoch"]
+    rows = read_metrics(folder)
+    per_epoch = read_provenance(folder)["steps_per_epoch"]
     sam, spans, note = report["sam"], [], ""
     if sam["enabled"] and (sam["start"] > 0 or sam["end"] < report["steps"]):
         spans = [Span("SAM", sam["start"] / per_epoch, min(sam["end"], report["steps"]) / per_epoch)]
@@ -226,7 +229,7 @@ def _class_names(folder: Path, report: Mapping[str, Any]) -> list[str]:
     steps = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
     for name in (report["selected"], "last", "best", *steps):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            checkpoint = run_log.resolve_checkpoint(folder / "checkpoints", name)
+            checkpoint = resolve_checkpoint(folder / "checkpoints", name)
             manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
             names = [str(one) for one in manifest["class_names"]]
             if len(names) == classes:
@@ -238,7 +241,7 @@ def _class_names(folder: Path, report: Mapping[str, Any]) -> list[str]:
 
 
 def _settings(folder: Path) -> dict[str, Table]:
-    stored, origins = run_log.read_settings(folder)
+    stored, origins = read_settings(folder)
     rows = [
         (key, "open" if key not in stored else _format_value(stored[key]), origin)
         for key, origin in origins.items()

@@ -1,14 +1,15 @@
 """The report of a run, report.json and report.md, from the files of its folder."""
 
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from samtune.errors import CheckpointError, UsageError
 from samtune.report import html
-from samtune.runs import run_log
+from samtune.runs.folder import holds_run, read_provenance, read_settings
+from samtune.runs.metrics import read_metrics
+from samtune.text import plural
 
 SCHEMA_VERSION = 1
 _SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss")
@@ -65,7 +66,7 @@ def rebuild(folder: Path) -> dict[str, Any]:
 
     Raises UsageError where there is no run, CheckpointError where its files are damaged.
     """
-    if not run_log.holds_run(folder):
+    if not holds_run(folder):
         raise UsageError(f"there is no run in {folder}", hint="give a folder that `samtune run` made")
     try:
         return build(folder)
@@ -85,9 +86,9 @@ def build(folder: Path) -> dict[str, Any]:
     cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. Values that
     missing rows of metrics leave open are null.
     """
-    config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    provenance = run_log.read_provenance(folder)
-    rows = run_log.read_metrics(folder)
+    config, _ = read_settings(folder)
+    provenance = read_provenance(folder)
+    rows = read_metrics(folder)
     train = [row for row in rows if row["split"] == "train"]
     val, test, val_ema, test_ema = (
         [row for row in rows if row["split"] == split] for split in ("val", "test", "val_ema", "test_ema")
@@ -250,7 +251,7 @@ def evaluation_summary(scores: Mapping[str, Any]) -> dict[str, str]:
 
 def _temperature_summary(fitted: Mapping[str, Any]) -> dict[str, str]:
     return {
-        "temperature": f"{fitted['temperature']:.4g}, fitted on {fitted['n']} images of {fitted['split']}",
+        "temperature": f"{fitted['temperature']:.4g}, fitted on {plural(fitted['n'], 'image')} of {fitted['split']}",
         "NLL": f"{fitted['nll_before']:.4f} before, {fitted['nll_after']:.4f} after (nats)",
         "calibration error": f"{100 * fitted['ece_before']:.2f} % before, {100 * fitted['ece_after']:.2f} % after",
         "stored in": fitted["file"],

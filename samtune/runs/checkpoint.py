@@ -1,17 +1,17 @@
-"""Checkpoints: immutable folders that appear whole or not at all, load in timm, and let a run go on.
+"""Checkpoints: immutable folders that appear whole or not at all, load in timm, and let a run resume.
 
     checkpoints/step-000123/model.safetensors   weights
                             config.json         what timm needs to build the model around them
                             ema/                the same two files for the averaged weights, if there are any
-                            state.pt            optimizer, random numbers, place in the run: what is needed to go on
+                            state.pt            optimizer, random numbers and step: what a resumed run needs
                             manifest.json       sha256 and size of each file, step, run config, versions; written last
     checkpoints/{last,best}                     relative links to one of these folders; on a disk without links, files
                                                 that name it
 
-A folder is written beside its place, every file synced, then renamed; then a link moves. So a link never points to half
-a checkpoint, and the one before it is deleted only after the new one was read back and found to be as written. Only the
-sums tell whether bytes have changed since: a flipped bit loads silently from either format. A copy of a run whose links
-have become folders is understood.
+A folder is written under a temporary name, every file synced, then renamed; then a link moves. So a link never points
+to half a checkpoint, and an older one is deleted only after the new one was read back and found to be as written. Only
+the sums show whether bytes have changed since: a flipped bit loads silently from either format. A copy of a run whose
+links have become folders can be read.
 """
 
 import errno
@@ -29,9 +29,9 @@ import torch
 
 from samtune.config.run_config import RunConfig
 from samtune.data.decode import DecodeRule
-from samtune.data.text import shorten
 from samtune.errors import CheckpointError, UsageError, first_line
-from samtune.runs.run_log import resolve_checkpoint
+from samtune.runs.folder import resolve_checkpoint
+from samtune.text import shorten
 
 Name = Literal["last", "best"]
 _NAMES: tuple[Name, ...] = ("last", "best")
@@ -51,11 +51,10 @@ def save(
 ) -> Path:
     """Write the checkpoint of a step, read it back, and return its folder.
 
-    weights, ema: state_dicts of the model and of its average. about: what the manifest says besides sums and step: the
-    run's config, class_names, versions. state: tensors, numbers and texts in dicts and lists, which load without
-    executing anything.
+    weights, ema: state_dicts of the model and of its average. about: further entries of the manifest: the run's config,
+    class_names, versions. state: tensors, numbers and texts in dicts and lists, which load without executing anything.
 
-    Raises OSError, for example for want of room; then nothing of it stays behind.
+    Raises OSError, as on a full disk; then nothing of it stays behind.
     """
     folder = checkpoints / f"step-{step:06d}"
     unfinished = checkpoints / f".{folder.name}.part"
@@ -88,7 +87,7 @@ def _contents(
     timm_config: Mapping[str, Any],
     state: Mapping[str, Any] | None,
 ) -> Iterator[tuple[str, bytes]]:
-    """The files, one after the other, so that only one of them is in memory."""
+    """Name and content of each file, one at a time, so that only one is in memory."""
     for folder, values in (("", weights), ("ema/", ema)):
         if values is not None:
             yield f"{folder}model.safetensors", safetensors.torch.save(_without_shared_memory(values))
@@ -111,7 +110,7 @@ def _without_shared_memory(weights: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 def update_link(checkpoints: Path, name: Name, folder: Path) -> None:
-    """Let last or best mean this folder from now on."""
+    """Point last or best to this folder."""
     link = checkpoints / f".{name}.part"
     link.unlink(missing_ok=True)
     try:
@@ -123,10 +122,10 @@ def update_link(checkpoints: Path, name: Name, folder: Path) -> None:
 
 
 def find(run: Path, name: str | None = None) -> Path:
-    """The checkpoint of a run folder: last, best, or None for the one that the run's report scored.
+    """The checkpoint of a run folder by name: last, best, or None for the one that the run's report scored.
 
-    By their links; without them, as where a copy has left them out, last is that of the latest step, and best what this
-    one says. Raises CheckpointError for a run without one.
+    Where a copy has lost the links, last is the checkpoint of the latest step, and best the one that its state names.
+    Raises CheckpointError for a run without one.
     """
     checkpoints = run / "checkpoints"
     by_step = steps(checkpoints)
@@ -155,9 +154,9 @@ def _is_whole(folder: Path) -> bool:
 
 
 def locate(path: Path, name: str | None = None) -> Path:
-    """The checkpoint folder that a path means: a run, of which `name` is taken as `find` does, or a checkpoint.
+    """The checkpoint folder of a path, which is a run, where `find` looks for `name`, or a checkpoint.
 
-    Raises CheckpointError where there is neither.
+    Raises CheckpointError if it is neither.
     """
     if path.is_file():  # last or best on a disk without links
         path = resolve_checkpoint(path.parent, path.name)
@@ -179,9 +178,9 @@ def locate(path: Path, name: str | None = None) -> Path:
 
 
 def adopt_copies(checkpoints: Path) -> None:
-    """Turn last and best that are folders, as where a run was copied with its links followed, into what they mean.
+    """Turn last and best into links again where a copy of the run has made them folders.
 
-    A copy of a checkpoint that is there goes; one that is there under this name only becomes that of its step.
+    Such a folder is deleted if the checkpoint of its step exists, and becomes it otherwise.
     """
     for name in _NAMES:
         copy = checkpoints / name
@@ -191,7 +190,7 @@ def adopt_copies(checkpoints: Path) -> None:
             manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
             folder = checkpoints / f"step-{int(manifest['step']):06d}"
         except (OSError, ValueError, KeyError, TypeError):
-            shutil.rmtree(copy)  # nobody could tell of which step it is
+            shutil.rmtree(copy)  # of an unknown step
             continue
         if folder.is_dir():
             shutil.rmtree(copy)
@@ -201,17 +200,17 @@ def adopt_copies(checkpoints: Path) -> None:
 
 
 def prune(checkpoints: Path, newest: Path, keep: int) -> list[Path]:
-    """Delete all but the keep newest checkpoints up to `newest` and what last and best mean; returns what went.
+    """Delete checkpoints, except the `keep` newest up to `newest`, last and best; returns the deleted folders.
 
-    What is newer than `newest` goes too: it was damaged, or the run went back behind it.
+    Those newer than `newest` are deleted too: they were damaged, or the run went back to before them.
     """
     by_step = steps(checkpoints)
     kept = {by_step[step] for step in sorted(step for step in by_step if step <= _step(newest))[-keep:]}
     kept |= {resolve_checkpoint(checkpoints, name).resolve() for name in _NAMES}
-    gone = [path for path in by_step.values() if path not in kept and path.resolve() not in kept]
-    for path in gone:
+    deleted = [path for path in by_step.values() if path not in kept and path.resolve() not in kept]
+    for path in deleted:
         shutil.rmtree(path)
-    return gone
+    return deleted
 
 
 def steps(checkpoints: Path) -> dict[int, Path]:
@@ -220,7 +219,7 @@ def steps(checkpoints: Path) -> dict[int, Path]:
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[CheckpointError]]:
-    """The valid checkpoint of the latest step, whatever links and clocks say, and what is wrong with newer ones."""
+    """The valid checkpoint of the latest step, whatever the links say, and the errors of newer ones."""
     damage: list[CheckpointError] = []
     for _, folder in sorted(steps(checkpoints).items(), reverse=True):
         try:
@@ -232,21 +231,18 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[CheckpointError]]
 
 
 def remove_leftovers(checkpoints: Path) -> list[Path]:
-    """Delete what a save left unfinished; returns what it was."""
-    left = list(checkpoints.glob(".*.part"))
-    for path in left:
+    """Delete what an interrupted save left; returns the deleted paths."""
+    leftovers = list(checkpoints.glob(".*.part"))
+    for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-    return left
+    return leftovers
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are as they were written.
-
-    Raises CheckpointError that names the damage.
-    """
+    """The manifest of a checkpoint. Raises CheckpointError, which names the damage, if a file differs from its sum."""
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name, expected in manifest["files"].items():
@@ -264,12 +260,12 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The state that `save` was given, on the CPU. Raises CheckpointError for what is no data but code."""
+    """The state that `save` was given, on the CPU. Raises CheckpointError for a file that holds code."""
     try:
         state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint {folder} has no state to go on from", f"state.pt: {error.strerror}", "start a new run"
+            f"checkpoint {folder} has no state to resume from", f"state.pt: {error.strerror}", "start a new run"
         ) from None
     except Exception as error:  # pickle, zip and torch have a family of errors each
         raise CheckpointError(
@@ -281,7 +277,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(load: Callable[[Mapping[str, torch.Tensor]], object], file: Path) -> None:
-    """Weights of a model.safetensors, by a model's load_state_dict. Raises CheckpointError if it has others."""
+    """Load a model.safetensors by a model's load_state_dict. Raises CheckpointError if the names or shapes differ."""
     try:
         load(safetensors.torch.load_file(file))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
@@ -289,7 +285,7 @@ def load_weights(load: Callable[[Mapping[str, torch.Tensor]], object], file: Pat
 
 
 def run_config(manifest: Mapping[str, Any]) -> RunConfig:
-    """The config of the run that wrote a checkpoint. Raises CheckpointError if it is not one of ours."""
+    """The config of the run that wrote a checkpoint. Raises CheckpointError if the manifest has none."""
     try:
         return RunConfig.model_validate(manifest["config"])
     except (KeyError, ValueError) as error:
@@ -297,14 +293,14 @@ def run_config(manifest: Mapping[str, Any]) -> RunConfig:
 
 
 def weights(folder: Path, config: RunConfig, *, ema: bool) -> Path:
-    """Where a checkpoint's weights lie. ema: the averaged ones. Raises UsageError if it has none of these."""
+    """The folder of a checkpoint's weights. ema: of the averaged ones. Raises UsageError if it has none of these."""
     if ema and not config.model_ema:
         raise UsageError(f"--ema: {folder} has no averaged weights", hint="train with --model-ema")
     return folder / "ema" if ema else folder
 
 
 def decode_rule(manifest: Mapping[str, Any]) -> DecodeRule:
-    """How the run that wrote a checkpoint decodes images; in full size, where it is older than this rule."""
+    """How the run that wrote a checkpoint decodes images; in full size if the manifest does not say."""
     return DecodeRule.of(manifest["decode"]) if "decode" in manifest else DecodeRule()
 
 
@@ -330,7 +326,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """A folder's entries are on the disk, where the file system can say so."""
+    """Sync a folder's entries to disk, where the file system can."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""A folder of runs -> one row for each: what became of it, and what to do next. For `samtune runs`."""
+"""One row per run of a folder: its state, its errors, and what to do next. For `samtune runs`."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,19 +8,20 @@ from typing import Any
 
 from samtune.errors import UsageError, first_line
 from samtune.runs import lock
-from samtune.runs.run_log import read_metrics, read_report, read_status
+from samtune.runs.folder import read_report, read_status
+from samtune.runs.metrics import read_metrics
 
 DROPPABLE = ("updated (UTC)", "progress", "val %")
-"""Columns of `table` that a narrow room does without, the first of them first."""
+"""Columns of `table` that a narrow terminal drops, in this order."""
 _STATES = ("running", "done", "stopped", "failed")
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
-    """The runs in a folder, which may be one itself, and in its subfolders: the one written to last comes first.
+    """The runs in a folder, which may be a run itself, and in its subfolders; the last one written comes first.
 
     state: what status.json says, but "killed" where it says running and nobody writes the folder, and "damaged" where
     status.json cannot be read. val_error, test_error: top-1, in percent. next: what to do, None if nothing.
-    Whatever is not known is None. Raises UsageError without a folder.
+    Unknown values are None. Raises UsageError without a folder.
     """
     if not folder.is_dir():
         raise UsageError(
@@ -31,7 +32,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, str | float | None]]:
-    """What people see of them first; val and test are top-1 errors. Runs are named as seen from the folder."""
+    """The columns for the terminal; val and test are top-1 errors. Runs are named relative to the folder."""
     return [
         {
             "run": row["path"] if Path(row["path"]) == folder else str(Path(row["path"]).relative_to(folder)),
@@ -46,7 +47,7 @@ def table(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, str
 
 
 def todo(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Lines that say what went wrong and what to do next, for the runs that need something."""
+    """Lines with the error and the next step, for the runs that need something."""
     for row in rows:
         if row["error"] or row["next"]:
             yield f"{row['path']}: {row['error'] or row['state']}"
@@ -64,7 +65,7 @@ def is_running(folder: Path) -> bool:
 
 
 def read_step(folder: Path) -> tuple[int, int] | None:
-    """(step, total steps) as a run has last said it; None if it has not yet."""
+    """(step, total steps) of status.json; None where it cannot be read."""
     try:
         status = read_status(folder)
         return int(status["step"]), int(status["total_steps"])
@@ -81,7 +82,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "error": None,
         "next": f"look at {folder}",
     }
-    # Asked before status.json is read: a run that ends in between has written there how it ended.
+    # Before status.json is read: a run that ends in between has written its end there.
     writer = lock.holder(folder)
     try:
         row["updated"] = _when_written(folder / "status.json")
@@ -94,7 +95,7 @@ def _row(folder: Path) -> dict[str, Any]:
         row[key] = status[key] if isinstance(status.get(key), kind) else row[key]
     for key in ("host", "updated"):
         row[key] = status[key] if isinstance(status.get(key), str) else row[key]
-    # And once more, for a run that began in between.
+    # Again, for a run that began in between.
     row["state"] = _state(status["state"], writer or lock.holder(folder))
     failure = status["error"] if isinstance(status.get("error"), dict) else {}
     row["error"] = str(failure.get("what") or "").partition("\n")[0] or None
@@ -107,7 +108,7 @@ def _when_written(path: Path) -> str:
 
 
 def _state(written: str, writer: str | None) -> str:
-    """A process that was killed wrote no last status; one that resumes a run may not yet have written its first."""
+    """The state of a run. A killed process wrote no last status, and a resumed one perhaps not yet its first."""
     if written == "done":
         return written
     if writer is not None:
@@ -125,7 +126,7 @@ def _next(folder: Path, state: str, hint: object) -> str | None:
 
 
 def _errors(folder: Path, state: str) -> dict[str, float | None]:
-    """The report of a run that is done, which has the scores of the selected checkpoint; else the last it measured."""
+    """Top-1 errors: of the report if the run is done, else the last in its metrics."""
     scores: dict[str, Any] = {}
     if state == "done":
         try:
@@ -134,9 +135,9 @@ def _errors(folder: Path, state: str) -> dict[str, float | None]:
             state = "without report"
     if state != "done":
         scores = {str(row["split"]): row for row in read_metrics(folder)}
-    found = {}
+    errors = {}
     for split in ("val", "test"):
-        scored = scores.get(split) if isinstance(scores, dict) else None
+        scored = scores.get(split)
         error = scored.get("top1_error") if isinstance(scored, dict) else None
-        found[f"{split}_error"] = float(error) if isinstance(error, int | float) else None
-    return found
+        errors[f"{split}_error"] = float(error) if isinstance(error, int | float) else None
+    return errors

@@ -1,4 +1,4 @@
-"""What a run's model said about each image of the split it was scored on, and what follows from it."""
+"""A run's prediction for each image of the split that it was scored on, and the confusions among them."""
 
 from dataclasses import dataclass
 from pathlib import Path

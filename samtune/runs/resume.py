@@ -1,6 +1,5 @@
-"""Going on with an interrupted run: with which settings, and from which checkpoint."""
+"""Resuming an interrupted run: its settings, and which of them may differ."""
 
-import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,28 +8,19 @@ from typing import Any
 from samtune.config import loading
 from samtune.config.run_config import RunConfig, flag_name
 from samtune.errors import CheckpointError, UsageError
-from samtune.runs.run_log import has_checkpoints, holds_run, read_report, read_settings, read_status
+from samtune.runs.folder import has_checkpoints, holds_run, read_report, read_settings, read_status
+from samtune.text import did_you_mean
 
-RUNTIME_ONLY = {
-    *("workers", "cache_limit", "save_every", "keep_checkpoints", "step_timeout", "track", "html", "output"),
-    *("gpus", "processes", "nnodes", "node_rank", "rdzv_endpoint", "max_restarts", "grad_checkpointing"),
-}
-"""Settings that change no number: they may differ without being asked about."""
-# Settings that the weights, or the meaning of "step 123" or "validation", hang on: another value is another run.
-_IMMUTABLE = {
-    *("model", "weights", "pretrained", "img_size", "model_ema", "opt", "seed", "batch_size", "global_batch_size"),
-    *("image_key", "label_key", "train_split", "val_split", "test_split", "val", "val_fraction", "split_seed"),
-    *("train_fraction", "max_train", "max_eval", "on_bad_image", "on_unlabelled", "max_megapixels"),
-    *("dataset_config", "split_key", "image_suffix", "class_folders"),
-    *("label_noise", "noise_kind", "noise_seed", "train_labels", "train_labels_key"),
-}
+RUNTIME_ONLY = RunConfig.settings(affects="nothing")
+"""Settings that may differ from before without --allow-change."""
+_IMMUTABLE = RunConfig.settings(fixed=True)
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run folder to go on with. changed: settings that matter and differ from before, as (before, now).
+    """A run to resume. changed: settings that affect numbers and differ, as (before, now).
 
-    other_devices: whether their number may differ from before.
+    other_devices: whether the number of devices may differ.
     """
 
     folder: Path
@@ -41,21 +31,21 @@ class Resumed:
 def resolve_resume(
     recipe: Path | None, flags: Mapping[str, Any], allow_change: Collection[str]
 ) -> tuple[RunConfig, Resumed | None]:
-    """The settings of a run that goes on: those it was started with. Without a run there, a new one: (settings, None).
+    """The settings of a run to resume, which are those it was started with; (settings, None) for a new run.
 
-    Given settings must be those of the run; what is not given is as it was.
+    Settings that are given must equal those of the run, unless they affect no number or are in allow_change.
 
     Raises:
-        UsageError: no --output, no run there and no settings for one, or a name in allow_change that is no setting or
+        UsageError: no --output, no run in it and no settings for one, or a name in allow_change that is no setting or
             cannot change.
-        CheckpointError: other settings than before, with a table of them; a damaged config.toml.
+        CheckpointError: settings that differ, with a table of them; a damaged config.toml.
     """
     for key in allow_change:
         if key not in RunConfig.model_fields or key in _IMMUTABLE:
             _refuse_to_allow(key)
-    output = loading.given(recipe, flags).get("output")
+    output = loading.given_settings(recipe, flags).get("output")
     if output is None:
-        raise UsageError("--resume without --output", hint="give the run folder to go on with by --output")
+        raise UsageError("--resume without --output", hint="give the folder of the run by --output")
     folder = Path(output)
     if not holds_run(folder) and has_checkpoints(folder):
         raise CheckpointError(
@@ -67,8 +57,8 @@ def resolve_resume(
         if recipe is None and not {"model", "dataset"} <= flags.keys():
             raise UsageError(
                 f"there is no run in {folder}",
-                "without a model and a data set, no new one can begin there either",
-                "`samtune runs` lists those that there are",
+                "a new run needs a model and a data set",
+                "`samtune runs` lists runs",
             )
         return loading.load(recipe, flags), None
     try:
@@ -85,7 +75,7 @@ def resolve_resume(
         raise CheckpointError(
             f"run {folder} was started with other settings",
             _table(changed, allow_change),
-            "leave them out to go on as before, or start a new run with another --output",
+            "leave them out, or start a new run with another --output",
         )
     differ = {key: values for key, values in changed.items() if key not in RUNTIME_ONLY}
     return settings, Resumed(folder, differ, not {"gpus", "processes"}.isdisjoint(allow_change))
@@ -95,13 +85,13 @@ def _refuse_to_allow(key: str) -> None:
     if key in RunConfig.model_fields:
         raise UsageError(
             f"--allow-change {key}: {flag_name(key)} cannot change within a run",
-            "weights, order or splits hang on it",
+            "weights, order or splits depend on it",
             "start a new run with another --output",
         )
-    near = difflib.get_close_matches(key.removeprefix("--").replace("-", "_"), RunConfig.model_fields, n=1)
     raise UsageError(
         f"--allow-change {key}: there is no such setting",
-        hint=f"did you mean {near[0]}?" if near else "give a setting's name, as in config.toml",
+        hint=did_you_mean(key.removeprefix("--").replace("-", "_"), RunConfig.model_fields)
+        or "give a setting's name, as in config.toml",
     )
 
 
@@ -121,11 +111,11 @@ def _table(changed: Mapping[str, tuple[Any, Any]], allow_change: Collection[str]
 
 
 def finished_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a run that is done; None if there is something left to do."""
+    """The report of a run that is done; None for any other run."""
     try:
         status = read_status(folder)
         if status["state"] == "done":
             return read_report(folder)
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # whatever cannot be read is made again
+        pass  # the run makes again what cannot be read
     return None

@@ -14,12 +14,7 @@ from samtune.runs import lock
 from samtune.train.run_data import load_run_data
 
 _POLL = 1.0  # seconds
-_ROWS = (
-    *("dataset", "image_key", "label_key", "train_split", "val_split", "test_split", "val", "val_fraction"),
-    *("split_seed", "train_fraction", "max_train", "max_eval", "on_bad_image", "on_unlabelled"),
-    *("dataset_config", "split_key", "image_root", "image_suffix", "class_folders", "max_megapixels"),
-    *("model", "weights", "img_size", "crop", "scale"),  # they decide how images are decoded
-)
+_ROWS = tuple(RunConfig.settings(affects="rows") | RunConfig.settings(affects="images"))
 
 
 def count_once(count: Callable[[RunConfig], int]) -> Callable[[RunConfig], int]:

@@ -15,6 +15,7 @@ from samtune.errors import UsageError
 from samtune.runs import run_log
 from samtune.sweep.ledger import Run, log_folder, run_folder
 from samtune.sweep.spec import flag
+from samtune.text import plural
 
 COMMAND = (sys.executable, "-m", "samtune")
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": ""}
@@ -120,7 +121,9 @@ def local_slots(config: RunConfig, jobs: int) -> list[dict[str, str]]:
         return [{"CUDA_VISIBLE_DEVICES": name} for _ in range(jobs) for name in names]
     cores = device.available_cpus()
     if jobs > cores:
-        raise UsageError(f"--jobs {jobs}: there are {cores} cores", "each run needs one", f"give {cores} at most")
+        raise UsageError(
+            f"--jobs {jobs}: this machine has {plural(cores, 'core')}", "each run needs one", f"give {cores} at most"
+        )
     threads = {"OMP_NUM_THREADS": str(cores // jobs)} if jobs > 1 and "OMP_NUM_THREADS" not in os.environ else {}
     return [CPU_ONLY | threads] * jobs
 

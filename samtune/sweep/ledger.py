@@ -19,7 +19,8 @@ from typing import Any, Literal
 from samtune.config import loading
 from samtune.errors import DataError, Diverged, Stopped, UsageError
 from samtune.files import write_atomic
-from samtune.runs import lock, run_log
+from samtune.runs import lock
+from samtune.runs.folder import check_free, read_status
 from samtune.runs.resume import finished_report
 
 SCHEMA_VERSION = 1
@@ -100,7 +101,7 @@ def _cause(output: Path, log: Path, code: int) -> str:
         memory = ": the system does so when memory runs out" if code == -signal.SIGKILL else ""
         return f"it was ended by {signal.Signals(-code).name}{memory}"
     try:
-        status = run_log.read_status(output)
+        status = read_status(output)
         if status["state"] == "failed" and status["exit_code"] == code:
             return str(status["error"]["what"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -278,4 +279,4 @@ def _run_entry(folder: Path, run: Run, outcome: Outcome) -> dict[str, Any]:
 def check_usable(folder: Path) -> None:
     """Raise UsageError or MachineError for a folder that cannot have a sweep and has none."""
     if not (folder / "sweep.toml").is_file():
-        run_log.check_free(folder)
+        check_free(folder)

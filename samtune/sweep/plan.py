@@ -12,7 +12,7 @@ from typing import Any
 
 from samtune.config.duration import Duration
 from samtune.config.run_config import RunConfig
-from samtune.runs import run_log
+from samtune.runs.metrics import read_metrics
 from samtune.sam.gradient import sam_passes
 from samtune.sweep import arms
 from samtune.sweep.arms import Point
@@ -25,12 +25,7 @@ from samtune.train.schedule import TrainingLength
 # Probes cost the same (but have 20 steps at least): those side by side share the machine to the end, as runs do.
 _PROBE_PASSES = 80
 _PROBE_PART = 10  # steps; the first part warms up
-# Settings that change what is computed but not how long a step takes: their points share a probe.
-_SAME_TIME = {
-    *("rho", "sam_start", "sam_end", "sam_every", "rho_schedule", "rho_final", "head_rho_factor", "eta"),
-    *("lr", "lr_base_batch", "head_lr_factor", "momentum", "weight_decay", "clip_grad", "smoothing", "epochs"),
-    *("warmup_epochs", "drop", "drop_path", "label_noise", "noise_kind", "noise_seed", "model_ema_decay"),
-}
+_SAME_TIME = RunConfig.settings(affects="update")  # points that differ only in these share a probe
 
 
 @dataclass(frozen=True)
@@ -159,5 +154,5 @@ def _probe_id(kind: str, point: Point) -> str:
 
 def seconds_per_step(folder: Path) -> float:
     """Seconds per step of a probe, without the first steps, which fill caches and allocate memory."""
-    rows = [row for row in run_log.read_metrics(folder) if row["split"] == "train" and row["step"] > _PROBE_PART]
+    rows = [row for row in read_metrics(folder) if row["split"] == "train" and row["step"] > _PROBE_PART]
     return float(sum(row["n"] / row["images_per_second"] for row in rows) / sum(row["steps"] for row in rows))

@@ -142,4 +142,4 @@ def _decode(folder: Path, run: Run, env: Mapping[str, str]) -> None:
 
     settings = {key: (value, "sweep") for key, value in run.settings.items()}
     with one_per_machine(folder):
-        count_decoded(loading.load(folder / "sweep.toml", over=settings))
+        count_decoded(loading.load(folder / "sweep.toml", overrides=settings))

@@ -23,6 +23,7 @@ from samtune.sweep.executors import Executor, LocalExecutor, local_slots
 from samtune.sweep.ledger import Outcome, Run
 from samtune.sweep.plan import Plan
 from samtune.sweep.spec import Sweep, differences
+from samtune.text import plural
 from samtune.train.preflight import check_inputs
 
 _T = TypeVar("_T")
@@ -273,7 +274,7 @@ class _Worker:
             self.tried.add(run.id)
             self.taken[run.id] = run, held, time.monotonic()
             self.executor.start(self.folder, run)
-            console.info(f"begin  {run.id}: {run.steps} steps, {run.passes:.0f} passes")
+            console.info(f"begin  {run.id}: {plural(run.steps, 'step')}, {run.passes:.0f} passes")
 
     def has_to_wait(self, runs: Sequence[Run]) -> bool:
         """Whether other processes are at work, or runs are left that have no slot yet."""
@@ -321,9 +322,8 @@ class _Worker:
         """Pass a signal on to the runs, and wait until all have saved."""
         assert stop.signal is not None
         if self.taken:
-            console.info(
-                f"{stop.signal.name}: {len(self.taken)} runs end after their step; a second one ends them at once"
-            )
+            runs = plural(len(self.taken), "run")
+            console.info(f"{stop.signal.name}: waiting for {runs} to end a step; a second one ends them at once")
         self.executor.stop()
         while self.taken:
             for run_id, _ in self.executor.wait(_POLL):

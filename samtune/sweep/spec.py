@@ -1,6 +1,5 @@
 """The table [sweep] of a recipe: seeds, arms, budgets and grids, and their rules."""
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from samtune.config import loading
 from samtune.config.run_config import RunConfig, flag_name
 from samtune.errors import UsageError
 from samtune.sweep.budget import Budget
+from samtune.text import did_you_mean
 
 Arm = Literal["sam", "sam-late", "sgd", "sgd-2x"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -28,19 +28,7 @@ OWN = {
     "val": "runs that choose validate, and the last fits train on those images, too, unless refit = false",
     "test": "runs that choose leave test alone, and the last fits score it",
     "html": "the page of a sweep shows all of its runs, and `samtune report` draws that of one",
-    "gpus": "a run is on one device",
-    "processes": "a run is on one device",
-    "nnodes": "a run is on one device",
-    "node_rank": "a run is on one device",
-    "rdzv_endpoint": "a run is on one device",
-    "max_restarts": "a run is on one device",
-    "shard": "a run is on one device",
-}
-# Another value validates on other images, or on other classes: the errors would not compare.
-_SPLITS = {
-    *("dataset", "image_key", "label_key", "train_split", "val_split", "test_split", "val_fraction", "split_seed"),
-    *("max_eval", "on_bad_image", "on_unlabelled", "dataset_config", "split_key", "image_root", "image_suffix"),
-    *("class_folders", "max_megapixels"),
+    **dict.fromkeys(sorted(RunConfig.settings(panel="Devices")), "a run is on one device"),
 }
 _MOST_SEEDS = 1000
 
@@ -78,11 +66,10 @@ def _grid(grid: Any) -> Any:
         raise ValueError("must be a table: settings, each with a list of values")
     for key, values in grid.items():
         if key not in RunConfig.model_fields:
-            near = difflib.get_close_matches(key, RunConfig.model_fields, n=1)
-            raise ValueError(f"unknown setting {key}" + (f": did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"unknown setting {key}: {did_you_mean(key, RunConfig.model_fields)}".removesuffix(": "))
         if key in OWN:
             raise ValueError(f"{key} cannot vary: {OWN[key]}")
-        if key in _SPLITS:
+        if RunConfig.about(key)["affects"] == "rows":
             raise ValueError(f"{key} cannot vary: the errors would be of different images")
         if not isinstance(values, list) or not values or any(isinstance(v, list | dict) for v in values):
             raise ValueError(f"{key} must have a list of values: {key} = [0.01, 0.02]")
@@ -223,8 +210,7 @@ def _with_flags(table: SweepSpec, flags: Mapping[str, Any]) -> SweepSpec:
 def _explain(key: str, kind: str, message: str, given: Mapping[str, Any], origins: Mapping[str, str]) -> UsageError:
     keys = [field.alias or name for name, field in SweepSpec.model_fields.items()]
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, keys, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+        hint = did_you_mean(key, keys) or f"the keys are {', '.join(keys)}"
         return UsageError(f"unknown key {key} in {origins[key]}", hint=hint)
     rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
     return UsageError(f"{key} = {given[key]!r} in {origins[key]}: {rule}", hint="`samtune guide sweep` has an example")

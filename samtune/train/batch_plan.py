@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from samtune.config.run_config import RunConfig
 from samtune.data.splits import Indices
 from samtune.errors import UsageError
+from samtune.text import plural
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class BatchPlan:
         if part == 0 or total % (part * devices):
             raise UsageError(
                 f"--global-batch-size {total} cannot be divided evenly",
-                f"by {_count(devices, 'device')}" + (f" and --batch-size {part}" if part else ""),
+                f"by {plural(devices, 'device')}" + (f" and --batch-size {part}" if part else ""),
                 f"give a multiple of {max(1, part) * devices}, or leave --batch-size out",
             )
         return cls(part, devices, total // (part * devices), min(total, train_images))
@@ -47,10 +48,10 @@ class BatchPlan:
     def words(self) -> str:
         """As in "256 images (32 per device x 4 devices x 2 micro-batches = 256)"."""
         if self.devices == 1 and self.parts == 1:
-            return f"{self.total} images"
-        factors = [f"{self.part} per device", _count(self.devices, "device")]
-        factors += [_count(self.parts, "micro-batch", "micro-batches")] if self.parts > 1 else []
-        return f"{self.total} images ({' x '.join(factors)} = {self.nominal})"
+            return plural(self.total, "image")
+        factors = [f"{self.part} per device", plural(self.devices, "device")]
+        factors += [plural(self.parts, "micro-batch")] if self.parts > 1 else []
+        return f"{plural(self.total, 'image')} ({' x '.join(factors)} = {self.nominal})"
 
     def share(self, rows: Indices, rank: int) -> Indices:
         """The rows of one rank in a step: consecutive, as one device would divide them.
@@ -71,13 +72,15 @@ class BatchPlan:
         """How many images share a perturbation, where --m is this. Raises UsageError for more than there are."""
         if isinstance(m, int):
             if m > self.per_device:
-                raise UsageError(f"--m {m} is more than the {self.per_device} images of a device", hint="give less")
+                raise UsageError(
+                    f"--m {m} is more than the {plural(self.per_device, 'image')} of a device", hint="give less"
+                )
             return m
         if m.startswith("group:"):
             size = group_size(m)
             if self.devices % size:
                 raise UsageError(
-                    f"--m {m} with {_count(self.devices, 'device')}",
+                    f"--m {m} with {plural(self.devices, 'device')}",
                     "groups of devices are of one size",
                     f"give a divisor of {self.devices}",
                 )
@@ -88,7 +91,3 @@ class BatchPlan:
 def group_size(m: str) -> int:
     """group:4 -> 4."""
     return int(m.removeprefix("group:"))
-
-
-def _count(n: int, one: str, many: str = "") -> str:
-    return f"{n} {one if n == 1 else many or one + 's'}"

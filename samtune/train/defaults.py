@@ -5,6 +5,7 @@ import torch
 from samtune.config.run_config import RunConfig
 from samtune.distributed import device
 from samtune.models.timm_format import ModelInfo
+from samtune.text import plural
 from samtune.train.batch_plan import BatchPlan
 
 # Peak learning rates of the body for a batch of 32; they trained every data set we tried (recipes/README.md). They grow
@@ -36,7 +37,7 @@ def resolve_auto(
     if config.lr is None:
         base = (_BASE_LR if config.pretrained else _BASE_LR_FROM_SCRATCH)[config.opt]
         lr = base * (batch.nominal / _BASE_BATCH) ** 0.5
-        reason = f"{base:g} x sqrt({batch.nominal} images a step / {_BASE_BATCH})"
+        reason = f"{base:g} x sqrt({plural(batch.nominal, 'image')} a step / {_BASE_BATCH})"
         reason += "" if config.pretrained else ", from scratch"
         config = config.derive("lr", float(f"{lr:.3g}"), reason)
     if config.weight_decay is None:
@@ -46,7 +47,7 @@ def resolve_auto(
         )
     if config.workers is None:
         workers = device.loading_workers(target, cores)
-        config = config.derive("workers", workers, f"for {cores} cores and device {target.type}")
+        config = config.derive("workers", workers, f"for {plural(cores, 'core')} and device {target.type}")
     if config.amp_dtype == "auto":
         config = config.derive("amp_dtype", device.best_dtype(target), f"best on device {target.type}")
     if config.img_size is None:

@@ -11,8 +11,9 @@ from samtune.config.run_config import RunConfig, flag_name
 from samtune.data.split_roles import DataSelection
 from samtune.distributed import environment, signals
 from samtune.errors import SamtuneError, Stopped, UsageError
+from samtune.runs.folder import has_checkpoints
 from samtune.runs.resume import finished_report, resolve_resume
-from samtune.runs.run_log import amend_status, has_checkpoints
+from samtune.runs.run_log import amend_status
 
 # torch takes a second to import, so it is imported when it is needed.
 

@@ -11,6 +11,7 @@ from samtune.distributed import collectives
 from samtune.errors import Diverged
 from samtune.runs.run_log import RunLog
 from samtune.sam.step import StepResult
+from samtune.text import plural
 from samtune.train.setup import Setup
 from samtune.train.state import TrainState
 
@@ -38,7 +39,7 @@ def diverged(setup: Setup, state: TrainState, log: RunLog, step: int, result: St
             text = json.dumps(content, indent=2) + "\n"
             (log.folder / "diagnostics.json").write_text(text, encoding="utf-8")
     times = f"; {in_a_row} steps in a row" if in_a_row > 1 else ""
-    times += f"; went back {state.rollbacks} times" if state.rollbacks else ""
+    times += f"; went back {plural(state.rollbacks, 'time')}" if state.rollbacks else ""
     return Diverged(
         f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}",
         f"{where}{times}; the weights were not updated with it, and diagnostics.json names the images",

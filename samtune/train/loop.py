@@ -20,11 +20,14 @@ from samtune.distributed import collectives, device, signals
 from samtune.errors import CheckpointError, SamtuneError
 from samtune.models.training import train_mode
 from samtune.report import run_report
-from samtune.runs import checkpoint, predictions, run_log
+from samtune.runs import checkpoint, predictions
+from samtune.runs.folder import resolve_checkpoint
+from samtune.runs.metrics import best_key, collapse_warning, read_metrics
 from samtune.runs.resume import Resumed
 from samtune.runs.run_log import RunLog
 from samtune.sam.snapshot import generator_states, set_generator_states
 from samtune.sam.step import StepResult
+from samtune.text import plural
 from samtune.train import summary
 from samtune.train.checkpointing import CheckpointSaver
 from samtune.train.divergence import diverged, is_finite
@@ -56,10 +59,10 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
         with (
             recording_outcome(setup, log),
             Trackers(setup.config, log) as trackers,
-            console.RunProgress(setup.total_steps, state.step, run_log.read_metrics(log.folder)) as progress,
+            console.RunProgress(setup.total_steps, state.step, read_metrics(log.folder)) as progress,
             watch_run(log, 60 * config.step_timeout) as watchdog,
         ):
-            log.followers.append(progress.add)
+            log.listeners.append(progress.add)
             saver = CheckpointSaver(setup, log, newest)
             trainer = Trainer(setup, state, log, saver, stop, progress, watchdog)
             stop.is_deferred = True
@@ -169,7 +172,7 @@ class Trainer:
         result = setup.update(inputs, targets, setup.batch.weight(collectives.rank()), self.stop.is_requested)
         self.stop.is_agreed = result.stop_requested
         if setup.update.sam.micro_batch != micro_batch:
-            less = f"step {step}: no memory for {micro_batch or setup.batch.per_device} images at once"
+            less = f"step {step}: no memory for {plural(micro_batch or setup.batch.per_device, 'image')} at once"
             self.log.warn(f"{less}; from now on {setup.update.sam.micro_batch}, with the same update")
         if result.applied:
             state.skipped_in_a_row = 0
@@ -236,14 +239,14 @@ class Trainer:
             means = state.epoch.means()
             line = f"epoch {setup.epoch(step):>3}  step {step}/{setup.total_steps}"
             line += f"  train loss {means['loss']:.3f}, error {means['top1_error']:.1f} %"
-            line += f", {state.epoch.skipped} steps skipped (not finite)" if state.epoch.skipped else ""
+            line += f", {plural(state.epoch.skipped, 'step')} skipped (not finite)" if state.epoch.skipped else ""
             if validating:
                 validation, averaged = self._validate()
                 scores = validation.summary()
                 for scored in (validation, averaged):
                     if scored is not None:
                         self.log.metrics(step=step, epoch=setup.epoch(step), **scored.summary())
-                key = run_report.best_key(scores)
+                key = best_key(scores)
                 if state.best is None or key < state.best:
                     state.best, state.best_step = key, step
                 line += f"  val error {validation.top1_error:.2f} % ({validation.wrong}/{len(setup.val_rows)})"
@@ -254,7 +257,7 @@ class Trainer:
             self.log.info(line)
         if step % setup.steps_per_epoch == 0:
             means = state.epoch.means()
-            warning = run_report.collapse_warning(
+            warning = collapse_warning(
                 setup.epoch(step), means["loss"], means["top1_error"], len(setup.data.class_names)
             )
             if warning:
@@ -323,7 +326,7 @@ class Trainer:
     def score_selected(self) -> Evaluation:
         """Score the selected checkpoint on test, once; without a test split, or with --no-test, on validation again."""
         setup = self.setup
-        folder = run_log.resolve_checkpoint(self.log.checkpoints, setup.config.select)
+        folder = resolve_checkpoint(self.log.checkpoints, setup.config.select)
         step = int(collectives.broadcast_from_rank0(lambda: checkpoint.verify(folder)["step"]))
         checkpoint.load_weights(partial(setup.load, setup.model), folder / "model.safetensors")
         if setup.test is None or not setup.config.test:

@@ -5,8 +5,9 @@ from pathlib import Path
 from samtune.config.run_config import RunConfig
 from samtune.data.source import locate, split_config
 from samtune.errors import CheckpointError, DataError, UsageError
+from samtune.runs.folder import check_free, has_checkpoints
+from samtune.runs.lock import check_unused
 from samtune.runs.resume import Resumed
-from samtune.runs.run_log import check_free, check_unused, has_checkpoints
 
 
 def check_before_slow_work(settings: RunConfig, resumed: Resumed | None) -> None:

@@ -11,6 +11,7 @@ from samtune.data.splits import split_hash
 from samtune.distributed import collectives, device
 from samtune.report import run_report
 from samtune.runs import run_log
+from samtune.text import plural
 from samtune.train.setup import Setup
 
 
@@ -35,7 +36,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "command": run_log.command(),
         "started": run_log.now(),
         "versions": run_log.versions(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {plural(os.cpu_count() or 0, 'core')}",
         "devices": collectives.all_gather_object(device.describe(setup.device)),
         "world_size": collectives.world_size(),
         "model": {
@@ -120,7 +121,7 @@ def startup_lines(setup: Setup, provenance: Mapping[str, Any]) -> list[str]:
         f"warm-up {setup.warmup_steps}, cosine",
         f"update  {run_report.sam_words(provenance['sam'], setup.total_steps)}",
         f"        {config.opt}, lr {setup.lr:g}{_scaled(setup)} (head {head_lr:g}), clip {config.clip_grad:g}",
-        f"device  {_devices(provenance['devices'])}, {config.amp_dtype}; {config.workers} data workers"
+        f"device  {_devices(provenance['devices'])}, {config.amp_dtype}; {plural(config.workers or 0, 'data worker')}"
         + (" each" if setup.batch.devices > 1 else ""),
         f"output  {config.output}",
     ]

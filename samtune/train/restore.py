@@ -10,8 +10,10 @@ from samtune.config.run_config import RunConfig
 from samtune.distributed import collectives, device, environment, signals
 from samtune.errors import CheckpointError, MachineError, first_line
 from samtune.runs import checkpoint, lock, run_log
+from samtune.runs.folder import read_provenance
 from samtune.runs.resume import Resumed
 from samtune.runs.run_log import NullLog, RunLog
+from samtune.text import plural
 from samtune.train import provenance
 from samtune.train.run_data import Resolved
 from samtune.train.schedule import cosine, warmup
@@ -60,8 +62,8 @@ def _resume(
     state = load_state_dict(setup, newest) if newest else TrainState()
     if setup.total_steps < state.step:
         raise CheckpointError(
-            f"run {folder} has done {state.step} steps already",
-            f"--epochs {setup.config.epochs} is {setup.total_steps} steps",
+            f"run {folder} has done {plural(state.step, 'step')} already",
+            f"--epochs {setup.config.epochs} is {plural(setup.total_steps, 'step')}",
             "give it more",
         )
     if "micro_batch" in resumed.changed:
@@ -108,13 +110,13 @@ def _check_same(setup: Setup, before: Mapping[str, Any], about: Mapping[str, Any
         return
     if before["steps_per_epoch"] != setup.steps_per_epoch:
         raise CheckpointError(
-            f"run {resumed.folder} was started with {then} devices, and there are {now}",
-            f"a step would have {setup.batch.total} images, and not {before['optimizer']['batch_size']}",
+            f"run {resumed.folder} was started with {plural(then, 'device')}, and now has {now}",
+            f"a step would have {plural(setup.batch.total, 'image')}, and not {before['optimizer']['batch_size']}",
             f"go on with {then}; only a run with --global-batch-size can go on with another number",
         )
     if not resumed.other_devices:
         raise CheckpointError(
-            f"run {resumed.folder} was started with {then} devices, and there are {now}",
+            f"run {resumed.folder} was started with {plural(then, 'device')}, and now has {now}",
             "masks are drawn by device: the run would no longer be the same to the last bit",
             f"go on with {then}, or let the number differ by --allow-change gpus",
         )
@@ -155,7 +157,7 @@ def _resolved(newest: Path, before: Mapping[str, Any]) -> Resolved:
 
 def _provenance(folder: Path) -> dict[str, Any]:
     try:
-        return run_log.read_provenance(folder)
+        return read_provenance(folder)
     except (OSError, ValueError) as error:
         console.warn(f"{first_line(error)}: whether the data are what they were is not known")
         return {}

@@ -10,6 +10,7 @@ from samtune.distributed import collectives, device
 from samtune.errors import MachineError, SamtuneError, Stopped, first_line
 from samtune.report import run_report
 from samtune.runs.run_log import NullLog, RunLog
+from samtune.text import plural
 from samtune.train import checkpointing, provenance
 from samtune.train.setup import Setup, build_setup
 from samtune.train.state import TrainState
@@ -53,7 +54,7 @@ def log_startup(setup: Setup, log: RunLog, about: dict[str, Any]) -> None:
     for warning in about["warnings"]:
         log.warn(warning)
     if setup.bad_images:
-        log.warn(f"{len(setup.bad_images)} images cannot be decoded and are left out; the report lists them")
+        log.warn(f"cannot be decoded and left out: {plural(len(setup.bad_images), 'image')}; the report lists them")
     if setup.noise is not None:
         if collectives.rank() == 0:
             setup.noise.write(log.folder / "label_noise.parquet")
@@ -68,7 +69,8 @@ def log_startup(setup: Setup, log: RunLog, about: dict[str, Any]) -> None:
 def recording_outcome(setup: Setup, log: RunLog) -> Iterator[None]:
     """Record in status.json how the block ended; errors of disk, memory and connections become SamtuneErrors."""
     try:
-        images = f"{setup.update.sam.effective_micro_batch(setup.batch.per_device)} images of {setup.info.img_size} px"
+        images = plural(setup.update.sam.effective_micro_batch(setup.batch.per_device), "image")
+        images += f" of {setup.info.img_size} px"
         with disk_errors(log.folder), device.oom_as_user_error(images), collectives.connection_errors():
             yield
         log.status("done", 0)

@@ -20,7 +20,8 @@ from samtune.config.run_config import RunConfig
 from samtune.distributed import environment
 from samtune.errors import UsageError, first_line
 from samtune.report import run_report
-from samtune.runs.run_log import RunLog, read_metrics
+from samtune.runs.metrics import read_metrics
+from samtune.runs.run_log import RunLog
 
 _TIMEOUT = 15.0  # seconds after which W&B gives up by itself: login, start, end
 _END_TIMEOUT = 20.0  # seconds for all trackers to end
@@ -65,14 +66,14 @@ class Trackers:
         if self._trackers:
             for row in read_metrics(self._log.folder):
                 self._log_row(row)
-            self._log.followers.append(self._log_row)
+            self._log.listeners.append(self._log_row)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End all trackers. One that hangs must not keep the run and its other ranks from ending: hence a thread."""
-        self._log.followers.clear()
+        self._log.listeners.clear()
         deadline = time.monotonic() + (_END_TIMEOUT if kind is None else _STOP_TIMEOUT)
         threads = {
             name: threading.Thread(target=self._call, args=(name, tracker.finish, self.result), daemon=True)

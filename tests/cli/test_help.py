@@ -49,7 +49,7 @@ def test_lines_of_help_break_at_spaces_and_fit_the_terminal(columns):
 def test_a_misspelt_command_names_the_nearest(typed, meant):
     done = samtune(typed)
     assert done.returncode == 2
-    assert f"Did you mean '{meant}'?" in done.stderr
+    assert f"Did you mean {meant}?" in done.stderr
 
 
 def test_samtune_alone_says_what_to_begin_with_and_where_one_is(tmp_path):

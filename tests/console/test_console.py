@@ -388,7 +388,7 @@ def test_report_follows_a_run_until_it_ends(finished, tmp_path, monkeypatch):
     rows = iter([1, 1, 2])
     monkeypatch.setattr("samtune.runs.listing.is_running", lambda _: next(looks))
     drawn = []
-    monkeypatch.setattr(run_page.run_log, "read_metrics", lambda _: [None] * next(rows))
+    monkeypatch.setattr(run_page, "read_metrics", lambda _: [None] * next(rows))
     monkeypatch.setattr(run_page.time, "sleep", lambda _: None)
     monkeypatch.setattr(
         run_page, "write_report_page", lambda *_, refresh: (drawn.append(refresh), tmp_path / "report.html")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from samtune.data.text import plural, shorten
+from samtune.text import plural, shorten
 
 
 @pytest.mark.parametrize(

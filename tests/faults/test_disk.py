@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from samtune.runs.run_log import RunLog, read_metrics
+from samtune.runs.metrics import read_metrics
+from samtune.runs.run_log import RunLog
 from tests.conftest import Bomb, samtune
 from tests.runs.test_checkpoint import flip
 from tests.support.fault_matrix import row

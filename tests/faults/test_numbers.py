@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from samtune.runs.run_log import read_metrics
+from samtune.runs.metrics import read_metrics
 from tests.support.fault_matrix import row
 from tests.support.fingerprint import fingerprint
 from tests.support.small_run import resume, run, status, step_of

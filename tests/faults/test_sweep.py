@@ -109,7 +109,7 @@ def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(sent, short, w
     options = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 300, "check": False}
     stopped = subprocess.run(command(short, tmp_path / "s", faults=faults), **options, **undisturbed())
     assert stopped.returncode == 75, stopped.stderr
-    assert f"{sent}: 1 runs end after their step" in stopped.stderr
+    assert f"{sent}: waiting for 1 run to end a step" in stopped.stderr
     assert "the same command continues" in stopped.stderr
     assert ledger.read(tmp_path / "s")["missing"] == ["final-sgd-seed0"]
     done = sweep(short, tmp_path / "s")

@@ -57,7 +57,7 @@ def test_a_page_is_printed_or_given_as_json():
 
 
 @pytest.mark.parametrize(
-    ("typed", "hint"), [("swep", "`samtune guide sweep`?"), ("../guide/sam", "lists them"), ("", "lists them")]
+    ("typed", "hint"), [("swep", "did you mean sweep?"), ("../guide/sam", "lists them"), ("", "lists them")]
 )
 def test_an_unknown_topic_ends_with_the_nearest(typed, hint):
     done = samtune("guide", typed)

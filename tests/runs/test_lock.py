@@ -1,11 +1,12 @@
 """A run folder has one writer: real processes that hold the lock, look at it, and die."""
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -22,10 +23,13 @@ from samtune.runs import lock
 held = lock.acquire(Path(sys.argv[1]))
 child = 0
 if "fork" in sys.argv:
+    begun, begins = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(begins, b"x")
         sys.stdin.read()
         os._exit(0)
+    os.read(begun, 1)
 print(os.getpid(), child, flush=True)
 sys.stdin.readline()
 held.release()
@@ -105,7 +109,7 @@ def test_a_folder_can_be_taken_only_if_it_is_free(tmp_path):
     with another_process(tmp_path):
         assert lock.try_acquire(tmp_path) is None
     held = lock.try_acquire(tmp_path)
-    assert held.held
+    assert held.is_locked
     assert lock.try_acquire(tmp_path) is None
     held.release()
     with pytest.raises(MachineError, match="cannot be written"):
@@ -131,7 +135,7 @@ def test_a_forked_child_can_neither_release_the_lock_nor_take_it_for_its_own(tmp
     child = os.fork()
     if child == 0:
         held.release()
-        os._exit(0 if lock.holder(tmp_path) == who and not held.held else 1)
+        os._exit(0 if lock.holder(tmp_path) == who and not held.is_locked else 1)
     _, status = os.waitpid(child, 0)
     try:
         assert status == 0
@@ -141,27 +145,14 @@ def test_a_forked_child_can_neither_release_the_lock_nor_take_it_for_its_own(tmp
 
 
 def test_a_writer_that_begins_while_somebody_asks_is_not_refused(tmp_path):
-    """The asker is stopped between its lock and its unlock, for as long as the writer needs to come."""
-    asks = (
-        "import fcntl, sys; file = open(sys.argv[1]); "
-        f"fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, {lock._ASKED}); "
-        "print('asking', flush=True); sys.stdin.read(1)"
-    )
-    (tmp_path / ".lock").touch()
-    asker = subprocess.Popen([sys.executable, "-c", asks, tmp_path / ".lock"], stdin=-1, stdout=-1, text=True)
-    assert asker.stdout.readline() == "asking\n"
-    child = os.fork()
-    if child == 0:
-        try:
-            lock.acquire(tmp_path)  # waits
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    while not (tmp_path / ".lock").read_text():  # the child is about to wait
-        time.sleep(0.01)
-    assert asked_elsewhere(tmp_path) == "None"
-    asker.communicate("x")
-    assert os.waitpid(child, 0)[1] == 0
+    """The asker is stopped for a moment between its lock and its unlock."""
+    with (tmp_path / ".lock").open("w") as asker:
+        fcntl.flock(asker, fcntl.LOCK_SH)
+        assert asked_elsewhere(tmp_path) == "None"
+        threading.Timer(0.3, asker.close).start()
+        held = lock.acquire(tmp_path)
+        assert asker.closed
+    held.release()
 
 
 def test_a_folder_that_may_only_be_read_can_be_asked_and_not_taken(tmp_path, monkeypatch):
@@ -176,8 +167,8 @@ def test_a_folder_that_may_only_be_read_can_be_asked_and_not_taken(tmp_path, mon
     with another_process(tmp_path) as (_, pid, _):
         monkeypatch.setattr("os.open", only_to_read)
         assert lock.holder(tmp_path) == f"process {pid} on host {socket.gethostname()}"
-        with pytest.raises(MachineError, match="cannot be written") as error:
-            lock.acquire(tmp_path)
+    with pytest.raises(MachineError, match="cannot be written") as error:
+        lock.acquire(tmp_path)
     assert error.value.cause == "Permission denied"
 
 
@@ -191,7 +182,7 @@ def test_on_a_file_system_without_locks_a_run_goes_on_with_a_warning(tmp_path, m
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("fcntl.lockf", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     held = lock.acquire(tmp_path)
     assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
     held.release()

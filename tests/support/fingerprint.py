@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from samtune.runs import checkpoint
-from samtune.runs.run_log import resolve_checkpoint
+from samtune.runs.folder import resolve_checkpoint
 
 _TIMES = ("seconds", "images_per_second", "data_wait", "peak_memory_bytes")
 

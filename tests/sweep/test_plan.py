@@ -400,7 +400,7 @@ def test_runs_at_a_time_on_a_cpu_share_its_cores(monkeypatch):
     settings = loading.load(None, {"model": "a", "dataset": "cifar10", "gpus": "0"})
     assert executors.local_slots(settings, 4) == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}] * 4
     assert executors.local_slots(settings, 1) == [{"CUDA_VISIBLE_DEVICES": ""}]  # as a run by itself
-    with pytest.raises(UsageError, match="there are 9 cores"):
+    with pytest.raises(UsageError, match="this machine has 9 cores"):
         executors.local_slots(settings, 10)
 
 

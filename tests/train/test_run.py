@@ -16,6 +16,7 @@ import torch
 
 from samtune.config import loading
 from samtune.report import run_report
+from samtune.runs.metrics import best_key, collapse_warning, epoch_means
 from samtune.train import loop
 from tests.conftest import SMALL_MODEL, image_bytes, samtune, write_image_folder
 from tests.data.test_decode import odd_folder
@@ -68,7 +69,7 @@ def test_lite0_learns_three_breeds_in_three_epochs(pets):
 def test_the_train_loss_of_the_first_epoch_begins_at_ln_classes_and_falls(pets):
     folder, result = pets
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = run_report.epoch_means([row for row in rows if row["split"] == "train"])
+    losses = epoch_means([row for row in rows if row["split"] == "train"])
     assert losses[1] < math.log(3)
     assert losses[2] < 0.8 * math.log(3)
     assert result["warnings"] == []
@@ -199,7 +200,7 @@ def test_best_on_validation_is_what_select_best_scores(folder_data, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    best = min((row for row in rows if row["split"] == "val"), key=run_report.best_key)
+    best = min((row for row in rows if row["split"] == "val"), key=best_key)
     manifest = json.loads((tmp_path / "r" / "checkpoints" / "best" / "manifest.json").read_text())
     assert manifest["step"] == best["step"] == rows[-1]["step"]
     again = json.loads(samtune("eval", tmp_path / "r", "--json").stdout)
@@ -236,7 +237,7 @@ def test_no_test_leaves_the_test_split_alone(folder_data, tmp_path):
 )
 def test_an_epoch_is_no_better_than_guessing_by_loss_and_by_error(loss, error, said):
     """Of three classes: a guess has a loss of 1.10 and an error of 66.7 %."""
-    assert (run_report.collapse_warning(1, loss, error, 3) is not None) is said
+    assert (collapse_warning(1, loss, error, 3) is not None) is said
 
 
 def test_a_loss_that_stays_at_chance_is_said_while_it_runs_and_in_the_report(folder_data, tmp_path):
@@ -306,7 +307,7 @@ def test_damaged_images_are_left_out_and_listed_where_that_is_asked_for(tmp_path
     result = json.loads(done.stdout)
     assert len(result["bad_images"]) == 3
     assert result["dataset"]["train"] + result["dataset"]["val"] == 4 + 12 - 3
-    assert "3 images cannot be decoded and are left out" in done.stderr
+    assert "cannot be decoded and left out: 3 images" in done.stderr
     again = samtune("eval", tmp_path / "r", "--split", "val", "--json")
     assert json.loads(again.stdout)["n"] == result["val"]["n"]
 

@@ -16,7 +16,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 from samtune.cli.main import app
 from samtune.config import loading
 from samtune.errors import UsageError
-from samtune.runs.run_log import RunLog, read_metrics
+from samtune.runs.metrics import read_metrics
+from samtune.runs.run_log import RunLog
 from samtune.train import trackers
 from samtune.train.trackers import Trackers
 from tests.conftest import samtune

@@ -14,9 +14,9 @@ from samtune.data.check.scan import Picture, Progress
 from samtune.data.decode import DecodeRule
 from samtune.data.source import LabelledDataset, open_source
 from samtune.data.split_roles import DataSelection
-from samtune.data.text import plural, shorten
 from samtune.distributed import device
 from samtune.errors import DataError
+from samtune.text import plural, shorten
 
 _IMBALANCE = 10.0  # largest class over smallest, from which on it is reported
 _MIN_SIDE = 256  # pixels of a picture's shorter side that are enough to see what it is
