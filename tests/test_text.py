@@ -3,7 +3,7 @@
 import pytest
 
 from samtune.config.duration import Duration
-from samtune.text import did_you_mean, plural, similar_names
+from samtune.text import did_you_mean, plural, shorten, similar_names
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,13 @@ from samtune.text import did_you_mean, plural, similar_names
 )
 def test_a_count_stands_with_its_noun_in_the_right_number(count, noun, text):
     assert plural(count, noun) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(2, "a, b"), (3, "a, b, c"), (4, "a, b, c, and 1 more"), (6, "a, b, c, and 3 more")]
+)
+def test_of_many_names_the_first_are_shown_and_the_others_counted(count, text):
+    assert shorten("abcdef"[:count], 3) == text
 
 
 @pytest.mark.parametrize(
