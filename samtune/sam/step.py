@@ -10,16 +10,9 @@ import torch
 from torch import nn
 
 from samtune.distributed import collectives, ddp, device
+from samtune.sam import snapshot
 from samtune.sam.gradient import SAM
 from samtune.sam.losses import Loss
-from samtune.sam.snapshot import (
-    batch_norms,
-    bn_stats,
-    generator_states,
-    restore_bn_stats,
-    rollback_on_error,
-    set_generator_states,
-)
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ class Step:
         self.sam, self.optimizer, self.loss = sam, optimizer, loss
         self.clip_grad, self.autocast, self.scaler, self.penalty = clip_grad, autocast, scaler, penalty
         self._params = [w for w in sam.model.parameters() if w.requires_grad]
-        self._batch_norms = batch_norms(sam.model)
+        self._batch_norms = snapshot.batch_norms(sam.model)
         if penalty is not None and sam.ranks.is_sharded:
             raise ValueError("a penalty on weights cannot be part of the loss of a sharded model")
 
@@ -90,7 +83,7 @@ class Step:
         half as many images at once: `sam.micro_batch`, which then stays. The update is that of a step that had this
         micro-batch from the start. Raises OutOfMemory if one image does not fit; nothing is updated then.
         """
-        kept = bn_stats(self._batch_norms)
+        kept = snapshot.bn_stats(self._batch_norms)
         self.sam.ranks.settle(lambda: self._rehearse(images, labels))
         # The same number on every rank, so that halving stays in step, though some may have an image less.
         most = math.ceil(len(images) / weight - 1e-9) if weight > 0 else 1
@@ -100,7 +93,7 @@ class Step:
             if micro_batch < tried_first:
                 self.sam.micro_batch = micro_batch
             try:
-                with rollback_on_error(kept, images.device):
+                with snapshot.rollback_on_error(kept, images.device):
                     return self._attempt(images, labels, weight, stop_requested)
             except BaseException:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -118,7 +111,7 @@ class Step:
             self.optimizer.step()
             ddp.average_over_ranks([buffer for buffer, _ in kept if buffer.is_floating_point()], weight)
         else:
-            restore_bn_stats(kept)  # nothing of this step stays
+            snapshot.restore_bn_stats(kept)  # nothing of this step stays
         if self.scaler is not None:
             self.scaler.update()
         return StepResult(loss_sum / n, int(wrong), int(n), grad_norm, applied, self.sam.passes, stopping > 0)
@@ -171,11 +164,11 @@ class Step:
 
     def _rehearse(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """A backward pass on a few images that leaves no gradient, statistics or random numbers behind."""
-        kept, generators = bn_stats(self._batch_norms), generator_states(images.device)
+        kept, generators = snapshot.bn_stats(self._batch_norms), snapshot.generator_states(images.device)
         n = 2 if kept else 1  # batch norm that is not frozen needs more than one
         with device.oom_as_user_error(f"{n} images"), self.autocast():
             logits = self.sam.model(images[:1].expand(n, *images.shape[1:]))
             self.loss(logits, labels[:1].expand(n, *labels.shape[1:])).backward()
         self.optimizer.zero_grad()
-        restore_bn_stats(kept)
-        set_generator_states(generators, images.device)
+        snapshot.restore_bn_stats(kept)
+        snapshot.set_generator_states(generators, images.device)

@@ -6,17 +6,8 @@ from typing import Any
 
 from samtune import console
 from samtune.config.run_config import RunConfig
-from samtune.data import depth, noise
-from samtune.data.cache import (
-    Images,
-    concat_images,
-    count_shared_images,
-    decode_into_cache,
-    drop_undecodable,
-    one_colour,
-    raise_if_undecodable,
-    undecodable_rows,
-)
+from samtune.data import cache, depth, noise
+from samtune.data.cache import Images
 from samtune.data.decode import DecodeRule
 from samtune.data.noise import LabelNoise
 from samtune.data.source import LabelledDataset, Split
@@ -77,13 +68,15 @@ def load_run_data(config: RunConfig, resolved: Resolved | None = None, decode: D
     test_part = [(parts.test, parts.test_rows)] if parts.test else []
     used = [(parts.train, parts.train_rows), (parts.val, parts.val_rows), *test_part]
     decoded = [decode_train(config, parts, rule, decode), *decode(config, used[1:], rule)]
-    bad = [item for images, (_, rows) in zip(decoded, used, strict=True) for item in undecodable_rows(images, rows)]
+    bad = [
+        item for images, (_, rows) in zip(decoded, used, strict=True) for item in cache.undecodable_rows(images, rows)
+    ]
     if config.on_bad_image == "error":
-        raise_if_undecodable(bad)
+        cache.raise_if_undecodable(bad)
     train, val, *tested = decoded
     test = tested[0] if tested else None
-    train_rows, val_rows = drop_undecodable(train, parts.train_rows), drop_undecodable(val, parts.val_rows)
-    test_rows = drop_undecodable(test, parts.test_rows) if test else parts.test_rows
+    train_rows, val_rows = cache.drop_undecodable(train, parts.train_rows), cache.drop_undecodable(val, parts.val_rows)
+    test_rows = cache.drop_undecodable(test, parts.test_rows) if test else parts.test_rows
     noisy, wrong = _add_label_noise(config, parts, train_rows)
     return RunData(
         data=data,
@@ -96,9 +89,9 @@ def load_run_data(config: RunConfig, resolved: Resolved | None = None, decode: D
         test=test,
         test_rows=test_rows,
         bad_images=bad,
-        seen_test_images=count_shared_images(train, train_rows, test, test_rows) if test else 0,
+        seen_test_images=cache.count_shared_images(train, train_rows, test, test_rows) if test else 0,
         one_colour=[
-            image for images, (_, rows) in zip(decoded, used, strict=True) for image in one_colour(images, rows)
+            image for images, (_, rows) in zip(decoded, used, strict=True) for image in cache.one_colour(images, rows)
         ],
     )
 
@@ -114,14 +107,14 @@ def decode_rule(config: RunConfig, data: LabelledDataset) -> DecodeRule:
 def decode_train(config: RunConfig, parts: RunSplits, rule: DecodeRule, decode: DecodeFunction | None = None) -> Images:
     """The images to train on; with --no-val those of both parts, through the cache files that other runs use too."""
     decoded = (decode or decode_splits)(config, parts.sources or [(parts.train, parts.train_rows)], rule)
-    return concat_images(parts.train, *decoded) if parts.sources else decoded[0]
+    return cache.concat_images(parts.train, *decoded) if parts.sources else decoded[0]
 
 
 def decode_splits(config: RunConfig, parts: Iterable[tuple[Split, Indices]], rule: DecodeRule) -> list[Images]:
     """The images of (split, rows) each, decoded into the cache as far as the config allows."""
     with console.RunProgress() as progress:
         return [
-            decode_into_cache(
+            cache.decode_into_cache(
                 split,
                 rows,
                 rule=rule,

@@ -13,18 +13,11 @@ from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.distributed import collectives, ddp, device, fsdp
 from samtune.errors import UsageError
+from samtune.models import training
 from samtune.models.build import build_model, check_size
 from samtune.models.head import head_names
 from samtune.models.names import resolve
 from samtune.models.timm_format import ModelInfo
-from samtune.models.training import (
-    Ema,
-    allow_single_values,
-    checkpoint_activations,
-    convert_sync_bn,
-    make_ema,
-    parameter_groups,
-)
 from samtune.sam.gradient import SAM
 from samtune.sam.losses import cross_entropy, l2_penalty
 from samtune.sam.step import Step
@@ -41,7 +34,7 @@ class Setup(RunData):
     config: RunConfig  # nothing left open
     device: torch.device
     model: nn.Module
-    ema: Ema | None
+    ema: training.Ema | None
     info: ModelInfo
     optimizer: torch.optim.Optimizer
     update: Step
@@ -126,13 +119,13 @@ def build_setup(
     with device.oom_as_user_error(f"the weights of {info.resolved}"):
         model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
     if config.sync_bn:
-        model = convert_sync_bn(model, target)
+        model = training.convert_sync_bn(model, target)
     if not config.freeze_bn:
-        allow_single_values(model)
+        training.allow_single_values(model)
     if config.grad_checkpointing:
-        checkpoint_activations(model)
+        training.checkpoint_activations(model)
 
-    ema = make_ema(model, config.model_ema_decay) if config.model_ema else None
+    ema = training.make_ema(model, config.model_ema_decay) if config.model_ema else None
     if config.shard:
         group = group_size(config.m) if isinstance(config.m, str) and config.m != "global" else None
         for part in (model, *([ema.module] if ema else [])):
@@ -186,7 +179,7 @@ def _optimizer(
     """The base optimizer, and the L2 term that takes the place of its weight decay, if it is asked for."""
     assert config.weight_decay is not None
     in_optimizer = 0.0 if config.l2_in_loss else config.weight_decay
-    groups = parameter_groups(model, lr=lr, head_lr=lr * config.head_lr_factor, weight_decay=in_optimizer)
+    groups = training.parameter_groups(model, lr=lr, head_lr=lr * config.head_lr_factor, weight_decay=in_optimizer)
     penalty = None
     if config.l2_in_loss:
         decayed = [w for w in model.parameters() if w.requires_grad and w.ndim > 1]
