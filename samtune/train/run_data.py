@@ -90,9 +90,7 @@ def load_run_data(config: RunConfig, resolved: Resolved | None = None, decode: D
         test_rows=test_rows,
         bad_images=bad,
         seen_test_images=cache.count_shared_images(train, train_rows, test, test_rows) if test else 0,
-        one_colour=[
-            image for images, (_, rows) in zip(decoded, used, strict=True) for image in cache.one_colour(images, rows)
-        ],
+        one_colour=[image for images, rows in scanned for image in cache.one_colour(images, rows)],
     )
 
 
