@@ -68,9 +68,8 @@ def load_run_data(config: RunConfig, resolved: Resolved | None = None, decode: D
     test_part = [(parts.test, parts.test_rows)] if parts.test else []
     used = [(parts.train, parts.train_rows), (parts.val, parts.val_rows), *test_part]
     decoded = [decode_train(config, parts, rule, decode), *decode(config, used[1:], rule)]
-    bad = [
-        item for images, (_, rows) in zip(decoded, used, strict=True) for item in cache.undecodable_rows(images, rows)
-    ]
+    scanned = [(images, rows) for images, (_, rows) in zip(decoded, used, strict=True)]
+    bad = [item for images, rows in scanned for item in cache.undecodable_rows(images, rows)]
     if config.on_bad_image == "error":
         cache.raise_if_undecodable(bad)
     train, val, *tested = decoded
