@@ -95,7 +95,7 @@ class RunConfig(BaseModel):
         True,
     )
     sync_bn: bool = _model(
-        "results", "with --no-freeze-bn: batch norm over the batches of all devices together (GPUs alone)", False
+        "results", "with --no-freeze-bn: batch norm over the batches of all devices together (GPUs only)", False
     )
     grad_checkpointing: bool = _model(
         "nothing", "keep fewer activations and compute them again for the gradient: less memory, more time", False

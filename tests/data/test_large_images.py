@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from samtune.config import loading
-from samtune.data import cache, source
+from samtune.data import pixels, source
 from samtune.data.cache import Images, decode_into_cache
 from samtune.data.decode import DecodeRule, decode
 from samtune.data.transforms import eval_transform, min_side, resized_crop_boxes
@@ -178,7 +178,7 @@ def test_a_file_of_pixels_that_is_too_large_to_be_mapped_is_read_and_gives_the_s
         rows = np.array([1, 0])
         options = {"limit": 2**20, "threads": 1, "progress": lambda *_: None}
         mapped = decode_into_cache(split, rows, **options).take(rows)
-        monkeypatch.setattr(cache, "_MAPPED", 0)
+        monkeypatch.setattr(pixels, "_MAPPED", 0)
         read = decode_into_cache(split, rows, **options)
         assert all((a == b).all() for a, b in zip(mapped, read.take(rows), strict=True))
         assert all((a == read[row]).all() for a, row in zip(mapped, rows.tolist(), strict=True))

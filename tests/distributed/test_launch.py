@@ -250,7 +250,7 @@ def test_contradicting_device_flags_are_refused_before_anything_starts(flags, me
         (["--processes", "3", "--m", "group:2"], 2, "3 devices"),
         (["--processes", "2", "--perturb", "nothing_of_that_name"], 2, "matches none"),
         (["--shard"], 2, "one device"),
-        (["--processes", "2", "--no-freeze-bn", "--sync-bn"], 8, "GPUs alone"),
+        (["--processes", "2", "--no-freeze-bn", "--sync-bn"], 8, "only on GPUs"),
     ],
 )
 def test_an_error_that_all_ranks_find_is_reported_once(flags, code, message, photos, tmp_path):

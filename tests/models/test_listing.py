@@ -140,7 +140,7 @@ def test_a_long_list_says_how_many_more_there_are(monkeypatch, capsys):
     _list("test_", None, False, True)
     said = capsys.readouterr()
     assert [row["name"] for row in json.loads(said.out)] == matching[:2]
-    assert f"{len(matching) - 2} more match" in said.err
+    assert f"{len(matching) - 2} more: narrow the pattern" in said.err
     _list("test_", None, True, True)
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == matching

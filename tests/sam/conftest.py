@@ -1,8 +1,8 @@
 """Fixtures of the tests of the SAM engine."""
 
 import pytest
-from samtune.models.pretrained import train_mode
 
+from samtune.models.training import train_mode
 from tests.conftest import SmallNet
 
 
