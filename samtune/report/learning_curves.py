@@ -35,12 +35,10 @@ def run_charts(rows: Sequence[Mapping[str, Any]], per_epoch: int, spans: Sequenc
     return [chart for chart in charts if chart]
 
 
-def group_chart(
-    name: str, groups: Mapping[str, Sequence[Path]], split: Literal["train", "val"], about: str = ""
-) -> Chart | None:
+def group_chart(name: str, groups: Mapping[str, Sequence[Path]], split: str, about: str = "") -> Chart | None:
     """Train loss or validation error of groups of runs, at the weights w; None where no run has rows of it.
 
-    name: unique in its page. groups: run folders, by label of the group. about: which runs these are.
+    name: unique in its page. groups: run folders, by label of the group. split: train or val. about: which runs.
     """
     key: Key = "loss" if split == "train" else "top1_error"
     title = "Train loss" if split == "train" else "Validation error"
