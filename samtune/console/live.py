@@ -152,21 +152,17 @@ def _traced(
     places = [(x, bottom - round(bottom * (total / n - low) / span)) for x, (total, n) in sorted(sums.items())]
     dots = places[:1]
     for (x, y), (next_x, next_y) in itertools.pairwise(places):
-        pieces = max(next_x - x, abs(next_y - y))
-        dots += [
-            (x + round((next_x - x) * i / pieces), y + round((next_y - y) * i / pieces)) for i in range(1, pieces + 1)
-        ]
+        right, down = next_x - x, next_y - y
+        pieces = max(right, abs(down))
+        dots += [(x + round(right * i / pieces), y + round(down * i / pieces)) for i in range(1, pieces + 1)]
     return dots
 
 
 def _plotted(train: Sequence[int], val: Sequence[int]) -> Line:
     """A row of a plot. A character of both lines has the colour of validation."""
-    line: Line = []
-    for under, over in zip(train, val, strict=True):
-        style = _STYLES["val"] if over else _STYLES["train"] if under else ""
-        text = chr(0x2800 + (under | over)) if under | over else " "
-        if line and line[-1][1] == style:
-            line[-1] = (line[-1][0] + text, style)
-        else:
-            line.append((text, style))
-    return line
+    cells = [
+        (chr(0x2800 + (under | over)) if under | over else " ", "val" if over else "train" if under else "")
+        for under, over in zip(train, val, strict=True)
+    ]
+    parts = itertools.groupby(cells, lambda cell: cell[1])
+    return [("".join(text for text, _ in part), _STYLES.get(split, "")) for split, part in parts]

@@ -8,14 +8,8 @@ from rich.markdown import Heading, Markdown, MarkdownElement
 from rich.theme import Theme
 
 _WIDTH = 100  # characters of a line, at most: longer ones are hard to read
-_THEME = Theme(
-    {
-        "markdown.h1": "bold underline",
-        "markdown.h2": "bold",
-        "markdown.code": "cyan",
-        "markdown.code_block": "none",
-    }
-)
+_STYLES = {"h1": "bold underline", "h2": "bold", "code": "cyan", "code_block": "none"}
+_THEME = Theme({f"markdown.{element}": style for element, style in _STYLES.items()})
 
 
 class _LeftHeading(Heading):

@@ -1,6 +1,7 @@
 """Messages on stderr: notes, warnings, errors."""
 
 import re
+from functools import partial
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -8,7 +9,8 @@ from rich.markup import escape
 
 _HANG = 12  # characters: a longer label does not indent the wrapped lines below it
 
-stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+_console = partial(Console, stderr=True, highlight=False, soft_wrap=True, emoji=False)
+stderr = _console()
 
 
 def configure(*, quiet: bool) -> None:
@@ -18,29 +20,26 @@ def configure(*, quiet: bool) -> None:
 
 def info(text: str) -> None:
     """Print a note."""
-    _print(stderr, text)
+    _print(text)
 
 
 def warn(text: str, *, on_any_rank: bool = False) -> None:
     """Print a warning: the user should look at it, though the command continues."""
-    _print(_never_quiet() if on_any_rank else stderr, text, "warning:", "yellow")
+    _print(text, "warning:", "yellow", always=on_any_rank)
 
 
 def error(text: str) -> None:
     """Print the error that ends the command."""
-    _print(_never_quiet(), text, "error:", "red")
+    _print(text, "error:", "red", always=True)
 
 
-def _print(console: Console, text: str, label: str = "", style: str = "") -> None:
+def _print(text: str, label: str = "", style: str = "", *, always: bool = False) -> None:
     """Wrap lines at words on a terminal; elsewhere, where programs search them, lines stay whole."""
+    console = _console() if always else stderr
     message = f"{label} {text}" if label else text
     if console.is_terminal:
         message = "\n".join(wrapped(line, console.width) for line in message.split("\n"))
     console.print(f"[{style}]{label}[/]{escape(message[len(label) :])}" if label else escape(message))
-
-
-def _never_quiet() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def wrapped(line: str, width: int) -> str:

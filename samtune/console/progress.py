@@ -18,6 +18,7 @@ _RUNS_INTERVAL = 60.0  # the same, of a sweep
 _REFRESH = 4  # times a second that live lines are drawn
 _NOTEBOOK_INTERVAL = 0.5  # seconds between two messages to a notebook
 _NOTEBOOK_WIDTH = 110  # characters of its line
+_WHOLE: dict[str, Any] = {"no_wrap": True, "overflow": "ignore"}
 _CHART_HEIGHT = 18  # lines of a terminal that has room for a chart
 
 
@@ -52,9 +53,7 @@ class _NotebookLine:
 
 
 class _Live(ABC):
-    """Lines below the notes that are updated in place: all of them on a terminal, the last one in a notebook, none
-    elsewhere. A context.
-    """
+    """A context with lines below the notes that are updated in place: all on a terminal, the last in a notebook."""
 
     def __init__(self) -> None:
         self._live: Live | _NotebookLine | None = None
@@ -62,7 +61,7 @@ class _Live(ABC):
             self._live = _NotebookLine(self._last_line_text)
         elif stderr.is_interactive and not stderr.quiet:
             self._live = Live(
-                get_renderable=lambda: Group(*(_as_text(line) for line in self._lines(stderr.width))),
+                get_renderable=lambda: Group(*(Text.assemble(*line, **_WHOLE) for line in self._lines(stderr.width))),
                 console=stderr,
                 transient=True,
                 refresh_per_second=_REFRESH,
@@ -95,15 +94,8 @@ class _Live(ABC):
         """The lines to draw now, in `width` columns."""
 
 
-def _as_text(line: Line) -> Text:
-    return Text.assemble(*line, no_wrap=True, overflow="ignore")
-
-
 class RunsProgress(_Live):
-    """Progress of several runs: a live bar for each on a terminal, otherwise a line now and then.
-
-    Use it as a context; notes printed meanwhile appear above the bars.
-    """
+    """Progress of several runs: a live bar for each on a terminal, otherwise a line now and then."""
 
     def __init__(self) -> None:
         self._last_line = time.monotonic()
@@ -131,20 +123,15 @@ class RunsProgress(_Live):
     def _bar(self, run: str, steps: tuple[int, int] | None, width: int) -> Line:
         if steps is None:
             return draw_bar(run, 0, None, width)
-        first, since = self._began[run]
-        numbers = {}
+        (first, since), numbers = self._began[run], {}
         if steps[0] > first:
             left = (time.monotonic() - since) / (steps[0] - first) * (steps[1] - steps[0])
             numbers["left"] = f"{duration(left)} left"
-        importance = [*numbers, "bar"]
-        return draw_bar(run, *steps, width, numbers=numbers, importance=importance, ascii_only=self._ascii)
+        return draw_bar(run, *steps, width, numbers=numbers, importance=[*numbers, "bar"], ascii_only=self._ascii)
 
 
 class RunProgress(_Live):
-    """Progress of a run: a live chart and bar on a terminal, otherwise a line now and then.
-
-    Use it as a context; notes printed meanwhile appear above the bar.
-    """
+    """Progress of a run: a live chart and bar on a terminal, otherwise a line now and then."""
 
     def __init__(self, total_steps: int = 0, done: int = 0, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         """done, rows: steps and rows of metrics of an earlier process."""
@@ -214,7 +201,9 @@ class RunProgress(_Live):
     def _lines(self, width: int) -> list[Line]:
         bar = partial(draw_bar, width=width, ascii_only=self._ascii)
         has_chart = self._curves.points and stderr.height >= _CHART_HEIGHT and not self._ascii
-        lines = self._chart(width) if has_chart else []
+        if has_chart and self._drawn[0] != (key := (self._curves.points, width)):
+            self._drawn = (key, draw_chart(self._curves, self._total, width))
+        lines = [*self._drawn[1]] if has_chart else []
         if self._total:
             best = self._curves.best
             state = ({"best": f"val {best[0]:.2f} % (epoch {best[1]})"} if best else {}) | self._state
@@ -226,12 +215,6 @@ class RunProgress(_Live):
             numbers = {"images": f"{f'{done} ' if total is None else ''}images{speed}"}
             lines.append(bar(what, done, total, numbers=numbers, importance=["images", "bar"]))
         return lines
-
-    def _chart(self, width: int) -> list[Line]:
-        key = (self._curves.points, width)
-        if self._drawn[0] != key:
-            self._drawn = (key, draw_chart(self._curves, self._total, width))
-        return [*self._drawn[1]]
 
     def _line(self, text: str) -> None:
         if time.monotonic() - self._last_line >= _PLAIN_INTERVAL:

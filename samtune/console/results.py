@@ -33,8 +33,7 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     """Print a result as a table with one row per name."""
     cells = [{"name": name, "value": value} for name, value in rows.items()]
     console = Console(highlight=False, emoji=False)
-    widths = _widths(cells, ["name", "value"], set(), console.width)
-    if widths is None:
+    if (widths := _widths(cells, ["name", "value"], set(), console.width)) is None:
         print_prose([title, *(f"{name}: {value}" for name, value in rows.items())])
         return
     table = Table(title=escape(title), show_header=False, title_justify="left")
@@ -63,15 +62,12 @@ def _table(title: str, rows: Sequence[Row], droppable: Sequence[str], console: C
     droppable = [name for name in droppable if name in cells[0]]
     for n_dropped in range(len(droppable) + 1):
         names = [name for name in cells[0] if name not in droppable[:n_dropped]]
-        widths = _widths(cells, names, numbers, width, with_names=True)
-        if widths is not None:
+        if widths := _widths(cells, names, numbers, width, with_names=True):
             break
     else:
         lines = (f"{'  ' if i else ''}{name}: {value}" for row in cells for i, (name, value) in enumerate(row.items()))
-        return [
-            Text(wrapped(line, width) if console.is_terminal else line, no_wrap=True, overflow="ignore")
-            for line in lines
-        ]
+        lines = (wrapped(line, width) if console.is_terminal else line for line in lines)
+        return [Text(line, no_wrap=True, overflow="ignore") for line in lines]
     table = Table(title=escape(title), title_justify="left")
     for name in names:
         table.add_column(name, justify="right" if name in numbers else "left", width=widths[name])

@@ -4,14 +4,16 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from samtune.data.inputs import Input
 from samtune.data.thumbnails import picture
-from samtune.errors import DataError, MachineError
+from samtune.errors import DataError
 from samtune.predict.predictor import Batch, Predictor
 from samtune.predict.ranking import ranked
+from samtune.predict.writers import writing
 from samtune.report import html
 from samtune.report.html import Column, Table
 from samtune.text import plural
@@ -40,54 +42,40 @@ class Gallery:
             top = [(names[i], float(row[i])) for i in best]
             self._classes[top[0][0]] += 1
             entry = (-top[0][1], -next(self._number), one, top)
-            if len(self._heap) < MOST:
-                heapq.heappush(self._heap, entry)
-            else:
-                heapq.heappushpop(self._heap, entry)
+            (heapq.heappush if len(self._heap) < MOST else heapq.heappushpop)(self._heap, entry)
         self._bad += [(one.path, error.cause or error.message) for one, error in batch.bad]
 
     def write(self, path: Path) -> None:
         """Draw the page. Raises MachineError where it cannot be written."""
         content = self._content()
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             html.write(path, "predictions.html", content)
-        except OSError as error:
-            raise MachineError(f"{path} cannot be written", error.strerror or "", "write elsewhere") from None
 
     def _content(self) -> dict[str, Any]:
         predictor, n = self._predictor, sum(self._classes.values())
         shown = sorted(self._heap, reverse=True)
         which = f"the {len(shown)} least certain of {n} pictures" if len(shown) < n else plural(n, "picture")
         counts = [(name, count, 100 * count / n) for name, count in self._classes.most_common()]
+        columns = [Column("class"), Column("pictures", "d"), Column("share (%)", ".1f")]
         sections = {"classes": "Classes", "pictures": "Pictures"} | ({"bad": "Left out"} if self._bad else {})
         return {
             "title": f"{plural(n, 'picture')}, {len(predictor.class_names)} classes",
             "subtitle": f"Predicted by checkpoint {_short(predictor.folder)}, step {predictor.manifest['step']}.",
             "sections": sections,
             "reading": _reading(predictor),
-            "counts": Table(
-                "pictures by predicted class",
-                [Column("class"), Column("pictures", "d"), Column("share (%)", ".1f")],
-                counts,
-            ),
+            "counts": Table("pictures by predicted class", columns, counts),
             "which": f"Shown are {which}: the least certain first, by the probability of the predicted class.",
             "pictures": [self._shown(one, top) for _, _, one, top in shown],
             "bad": Table("pictures that cannot be decoded", [Column("picture"), Column("reason")], self._bad),
         }
 
     def _shown(self, one: Input, top: Sequence[tuple[str, float]]) -> dict[str, Any]:
-        try:
+        drawn = ""
+        with suppress(DataError):  # the file may have changed since
             drawn = picture(one.read(), one.path, self._predictor.decode_rule)
-        except DataError:  # the file has changed since
-            drawn = ""
-        return {
-            "picture": drawn,
-            "alt": f"{one.path}: {top[0][0]}",
-            "name": Path(one.path).name,
-            "path": one.path,
-            "top": [(name, f"{p:.3f}") for name, p in top],
-        }
+        about = {"alt": f"{one.path}: {top[0][0]}", "name": Path(one.path).name, "path": one.path}
+        return about | {"picture": drawn, "top": [(name, f"{p:.3f}") for name, p in top]}
 
 
 def _short(folder: Path) -> str:

@@ -134,9 +134,9 @@ class Predictor:
     def _compute(self, images: Picture | Iterable[Picture], *, embeddings: bool) -> tuple[Floats, Floats | None]:
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
             images = [images]
+        pixels = map(self._pixels, images)
         batches: list[tuple[Floats, Floats | None]] = []
-        pictures = iter(images)
-        while some := [self._pixels(picture) for picture in itertools.islice(pictures, self.batch_size)]:
+        while some := list(itertools.islice(pixels, self.batch_size)):
             batches.append(self.classify(some, embeddings=embeddings))
         if not batches:
             return np.zeros((0, len(self.class_names)), np.float32), np.zeros((0, 0), np.float32)
@@ -152,9 +152,8 @@ class Predictor:
         if isinstance(picture, np.ndarray):
             picture = _of_array(picture)
         if not isinstance(picture, Image.Image):
-            raise UsageError(
-                f"a {type(picture).__name__} is no picture", hint="give a path, a PIL image or a uint8 array"
-            )
+            hint = "give a path, a PIL image or a uint8 array"
+            raise UsageError(f"a {type(picture).__name__} is no picture", hint=hint)
         return self._transform(from_pillow(picture, self.decode_rule))
 
     def load(self, one: Input) -> torch.Tensor | DataError:
@@ -219,10 +218,8 @@ class Predictor:
 def _of_array(array: npt.NDArray[Any]) -> Image.Image:
     channels = array.shape[2:] or (1,)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in ((1,), (3,), (4,)) or 0 in array.shape:
-        raise UsageError(
-            f"an array of {array.dtype} {array.shape} is no picture",
-            hint="give uint8 (height, width), (height, width, 3) RGB, or 4 with alpha",
-        )
+        hint = "give uint8 (height, width), (height, width, 3) RGB, or 4 with alpha"
+        raise UsageError(f"an array of {array.dtype} {array.shape} is no picture", hint=hint)
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if channels == (1,) and array.ndim == 3 else array))
 
 
@@ -263,9 +260,8 @@ def predict(
             part, results = ahead.popleft()
             more = more and look_ahead()
             classified = _classify(predictor, part, [result() for result in results], embeddings)
-            for batch in collectives.all_gather_object(classified):
-                if batch is not None and rank == 0:
-                    yield batch
+            batches = collectives.all_gather_object(classified)
+            yield from (batch for batch in batches if batch is not None and rank == 0)
 
 
 def _classify(

@@ -14,7 +14,7 @@ from samtune.errors import DataError
 from samtune.predict import writers
 from samtune.predict.page import Gallery
 from samtune.predict.predictor import Predictor, Tta, predict
-from samtune.text import plural
+from samtune.text import plural, shorten
 
 _NAMED = 10  # bad pictures in the error message; a warning names each
 
@@ -82,11 +82,10 @@ def run(
             if gallery is not None:
                 gallery.add(batch)
             for one, error in batch.bad:
-                console.warn(f"left out: {one.path}: {error.cause or error.message}")
                 bad.append({"path": one.path, "reason": error.cause or error.message})
+                console.warn("left out: {path}: {reason}".format(**bad[-1]))
             n += len(batch.inputs)
-            seconds = time.monotonic() - started
-            progress.count("predicting", n + len(bad), total, n / seconds)
+            progress.count("predicting", n + len(bad), total, n / (time.monotonic() - started))
         summary = {
             "images": n,
             "bad_images": bad,
@@ -102,20 +101,19 @@ def run(
             pooled.close({"checkpoint": str(predictor.folder), "step": str(predictor.manifest["step"])})
         if gallery is not None and html is not None:
             gallery.write(html)
-    written = [str(path) for path in (output, embeddings, html) if path is not None]
-    message = f"{plural(n, 'picture')}, {summary['images_per_second']:.0f} images/s"
-    message += f", {len(bad)} left out" if bad else ""
-    console.info(message + (f"; written: {', '.join(written)}" if written else ""))
+    written = ", ".join(str(path) for path in (output, embeddings, html) if path is not None)
+    left_out = f", {len(bad)} left out" if bad else ""
+    speed = f"{plural(n, 'picture')}, {summary['images_per_second']:.0f} images/s"
+    console.info(f"{speed}{left_out}{f'; written: {written}' if written else ''}")
     collectives.broadcast_from_rank0(lambda: _raise_for_bad(bad, on_bad_image))
     return summary
 
 
 def _raise_for_bad(bad: Sequence[dict[str, str]], on_bad_image: str) -> dict[str, Any]:
     if bad and on_bad_image == "error":
-        named = "; ".join(f"{one['path']}: {one['reason']}" for one in bad[:_NAMED])
         raise DataError(
             f"{plural(len(bad), 'picture')} cannot be decoded",
-            named + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""),
+            shorten([f"{one['path']}: {one['reason']}" for one in bad], _NAMED, "; "),
             "all others are predicted; fix or remove these, or give --on-bad-image skip",
         )
     return {}

@@ -31,11 +31,9 @@ class Writer(Protocol):
 
     def write(self, paths: Sequence[str], probabilities: Floats) -> None:
         """Write rows of pictures: (n,) paths, (n, classes)."""
-        ...
 
     def close(self, summary: dict[str, Any]) -> None:
         """Finish the file. summary: further keys of json."""
-        ...
 
 
 def format_of(kind: str | None, output: Path | None) -> str:
@@ -103,14 +101,14 @@ class _JsonLines(_Rows):
 
     def objects(self, paths: Sequence[str], probabilities: Floats) -> Iterator[dict[str, Any]]:
         """One object per picture: path, class, probability; with top > 1 also top, with every also probabilities."""
-        for path, *values in self.rows(paths, probabilities):
-            best, rest = values[: 2 * self.top], values[2 * self.top :]
-            top = [{"class": name, "probability": _shortest(p)} for name, p in zip(best[::2], best[1::2], strict=True)]
+        for path, *texts in (map(str, row) for row in self.rows(paths, probabilities)):  # the shortest of a float32
+            best, rest = texts[: 2 * self.top], texts[2 * self.top :]
+            top = [{"class": name, "probability": float(p)} for name, p in zip(best[::2], best[1::2], strict=True)]
             row: dict[str, Any] = {"path": path, **top[0]}
             if self.top > 1:
                 row["top"] = top
             if self.every:
-                row["probabilities"] = {name: _shortest(p) for name, p in zip(self.names, rest, strict=True)}
+                row["probabilities"] = {name: float(p) for name, p in zip(self.names, rest, strict=True)}
             yield row
 
 
@@ -164,11 +162,6 @@ class _Parquet(_Rows):
         self._waiting = []
 
 
-def _shortest(value: Any) -> float:
-    """The float64 with the shortest text that is this float32."""
-    return float(str(value))
-
-
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -204,16 +197,22 @@ def _is_stream(path: Path) -> bool:
 
 
 @contextmanager
-def opened(path: Path | None) -> Iterator[BinaryIO]:
-    """Open stdout (None), a device, a pipe, or a file, which is PATH.part until it is complete.
+def writing(path: Path) -> Iterator[None]:
+    """Raise MachineError where a file cannot be written in this block."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"{path} cannot be written", error.strerror or str(error), "write elsewhere") from None
 
-    Raises MachineError where it cannot be written.
-    """
+
+@contextmanager
+def opened(path: Path | None) -> Iterator[BinaryIO]:
+    """Open stdout (None), a device, a pipe, or a file, which is PATH.part until it is complete. Raises as `writing`."""
     if path is None:
         yield sys.stdout.buffer
         return
     part = path.with_name(f"{path.name}.part")
-    try:
+    with writing(path):
         if _is_stream(path):
             with path.open("wb") as file:
                 yield file
@@ -226,8 +225,6 @@ def opened(path: Path | None) -> Iterator[BinaryIO]:
                 console.info(f"what was written of {path} until now is in {part}")
                 raise
         os.replace(part, path)
-    except OSError as error:
-        raise MachineError(f"{path} cannot be written", error.strerror or str(error), "write elsewhere") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- embeddings
@@ -246,19 +243,17 @@ class Embeddings:
 
     def write(self, features: Floats) -> None:
         """Append (n, features). Raises MachineError where there is no room."""
-        try:
+        with writing(self._path):
             if self._raw is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._raw = self._raw_path.open("wb")
             self._raw.write(np.ascontiguousarray(features, "<f4").data)
-        except OSError as error:
-            raise self._unwritten(error) from None
         self._rows += len(features)
         self._features = features.shape[1]
 
     def close(self, about: dict[str, str]) -> None:
         """Write the file. about: metadata of a .safetensors file."""
-        try:
+        with writing(self._path):
             if self._raw is not None:
                 self._raw.close()
             with opened(self._path) as file:
@@ -267,8 +262,6 @@ class Embeddings:
                     with self._raw_path.open("rb") as rows:
                         shutil.copyfileobj(rows, file, 1 << 20)
             self._raw_path.unlink(missing_ok=True)
-        except OSError as error:
-            raise self._unwritten(error) from None
 
     def discard(self) -> None:
         """Remove the temporary file."""
@@ -287,6 +280,3 @@ class Embeddings:
         text = json.dumps({"__metadata__": about, "embeddings": entry}).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
-
-    def _unwritten(self, error: OSError) -> MachineError:
-        return MachineError(f"{self._path} cannot be written", error.strerror or str(error), "write elsewhere")

@@ -17,6 +17,7 @@ from samtune.report import finished_run, html, stats
 from samtune.report.finished_run import FinishedRun
 
 SCHEMA_VERSION = 1
+_COMPARED_COSTS = ("epochs", "steps", "passes", "seconds")
 _NEARLY = 1.05  # costs with a smaller ratio are nearly equal
 _ONE_TEST = "; the test says whether these two models differ on these images"
 
@@ -48,6 +49,12 @@ class Group:
     def cost(self) -> dict[str, float | None]:
         """Mean costs of the runs; None where the cost of a run is not known."""
         return finished_run.mean_costs([run.cost for run in self.runs])
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The group as comparisons have it."""
+        about = {"label": self.label, "runs": [run.label for run in self.runs], "seeds": list(self.errors)}
+        return about | {"n": len(self.runs), "split": self.runs[0].scores["split"], **self.summary}
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -84,9 +91,11 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "comparison",
-        "runs": [_run_entry(run) for run in runs],
+        "runs": [
+            {"label": run.label, "path": str(run.path), "seed": run.seed, **run.scores, **run.cost} for run in runs
+        ],
         "differs": _differs(runs),
-        "groups": [_group_entry(group) for group in groups],
+        "groups": [group.entry for group in groups],
         "pairs": [pair(group, groups[0]) for group in groups[1:]],
     }
 
@@ -104,31 +113,15 @@ def _groups(runs: Sequence[FinishedRun]) -> list[Group]:
     """Group runs in the order of their first ones. A seed that a group already has starts another group."""
     groups: list[Group] = []
     for run in runs:
-        for group in groups:
-            if group.runs[0].settings == run.settings and run.seed not in group.errors:
-                group.runs.append(run)
-                break
+        fitting = (group for group in groups if group.runs[0].settings == run.settings and run.seed not in group.errors)
+        if group := next(fitting, None):
+            group.runs.append(run)
         else:
             groups.append(Group([run]))
     return groups
 
 
 # ----------------------------------------------------------------------------------------------------------- entries
-
-
-def _run_entry(run: FinishedRun) -> dict[str, Any]:
-    return {"label": run.label, "path": str(run.path), "seed": run.seed, **run.scores, **run.cost}
-
-
-def _group_entry(group: Group) -> dict[str, Any]:
-    return {
-        "label": group.label,
-        "runs": [run.label for run in group.runs],
-        "seeds": list(group.errors),
-        "n": len(group.runs),
-        "split": group.runs[0].scores["split"],
-        **group.summary,
-    }
 
 
 def _differs(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
@@ -158,16 +151,11 @@ def pair(group: Group, baseline: Group) -> dict[str, Any]:
             "of_means": [fmean(a), fmean(b)],
             "ci95": [seeds.low, seeds.high] if seeds else None,
             "p": seeds.p if seeds else None,
-            "paired": paired,
-            "n": len(a),
-            "baseline_n": len(b),
-            "no_interval": no_interval,
+            **{"paired": paired, "n": len(a), "baseline_n": len(b), "no_interval": no_interval},
         },
         "error_reduction": None if incomparable else stats.error_reduction(a, b, paired=paired)._asdict(),
         "mcnemar": mcnemar(group.runs[0], baseline.runs[0]) if one_each else None,
-        "cost": {
-            key: _compare_cost(group.cost[key], baseline.cost[key]) for key in ("epochs", "steps", "passes", "seconds")
-        },
+        "cost": {key: _compare_cost(group.cost[key], baseline.cost[key]) for key in _COMPARED_COSTS},
         "limits": list(_caveats(group, baseline, common, incomparable, no_interval)),
     }
 
@@ -243,20 +231,14 @@ def markdown(comparison: Report) -> str:
 
 def content(comparison: Report) -> dict[str, Any]:
     """Title, tables and paragraphs, for comparison.md and comparison.html."""
-    return {
-        "title": f"Comparison of {len(comparison['runs'])} runs",
-        "tables": tables(comparison),
-        "paragraphs": paragraphs(comparison),
-    }
+    title = f"Comparison of {len(comparison['runs'])} runs"
+    return {"title": title, "tables": tables(comparison), "paragraphs": paragraphs(comparison)}
 
 
 def tables(comparison: Report) -> dict[str, Rows]:
     """The tables that are not empty, by title; errors are top-1."""
-    rows = {
-        "Runs": _run_rows(comparison),
-        "Means over seeds": _group_rows(comparison),
-        "What differs": _setting_rows(comparison),
-    }
+    rows = {"Runs": _run_rows(comparison), "Means over seeds": _group_rows(comparison)}
+    rows |= {"What differs": _setting_rows(comparison)}
     return {title: found for title, found in rows.items() if found}
 
 
@@ -271,9 +253,8 @@ def paragraphs(comparison: Report) -> dict[str, list[str]]:
     tests = sum(pair["mcnemar"] is not None or pair["difference"]["p"] is not None for pair in pairs)
     if tests > 1:
         notes.append(f"each p is of one test alone; for {tests} together, look for p < {0.05 / tests:.2g} (Bonferroni)")
-    return {f"{pair['label']} against {pair['baseline']}": pair_lines(pair) for pair in pairs} | {
-        "How to read this": notes
-    }
+    about = {f"{pair['label']} against {pair['baseline']}": pair_lines(pair) for pair in pairs}
+    return about | {"How to read this": notes}
 
 
 def _run_rows(comparison: Report) -> Rows:

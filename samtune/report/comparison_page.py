@@ -25,6 +25,8 @@ def content(comparison: Mapping[str, Any]) -> dict[str, Any]:
     sections = {"result": "Result", "pairs": "Paired tests"}
     sections |= {"curves": "Learning curves"} if curves else {}
     sections |= {"differs": "What differs"} if comparison["differs"] else {}
+    differs = shown["tables"].get("What differs", [])
+    columns = [Column(name) for name in differs[0]] if differs else []
     return shown | {
         "comparison": comparison,
         "sections": sections,
@@ -35,7 +37,7 @@ def content(comparison: Mapping[str, Any]) -> dict[str, Any]:
         "notes_title": notes_title,
         "notes": notes,
         "curves": curves,
-        "differs": _differs(shown["tables"].get("What differs", [])),
+        "differs": Table("settings and circumstances that differ", columns, [[*row.values()] for row in differs]),
     }
 
 
@@ -98,13 +100,5 @@ def _forest(comparison: Mapping[str, Any]) -> Chart | None:
 def _curves(comparison: Mapping[str, Any]) -> list[Chart]:
     paths = {run["label"]: Path(run["path"]) for run in comparison["runs"]}
     groups = {group["label"]: [paths[label] for label in group["runs"]] for group in comparison["groups"]}
-    charts = (
-        learning_curves.group_chart("curve-val", groups, "val"),
-        learning_curves.group_chart("curve-train", groups, "train"),
-    )
+    charts = (learning_curves.group_chart(f"curve-{split}", groups, split) for split in ("val", "train"))
     return [chart for chart in charts if chart]
-
-
-def _differs(rows: texts.Rows) -> Table:
-    columns = [Column(name) for name in rows[0]] if rows else []
-    return Table("settings and circumstances that differ", columns, [[*row.values()] for row in rows])

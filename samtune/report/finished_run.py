@@ -59,11 +59,9 @@ def costs(report: Mapping[str, Any]) -> dict[str, float | None]:
 
 def mean_costs(of_runs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """Means over runs; None where the cost of a run is not known, or without runs."""
-    means: dict[str, float | None] = {}
-    for key in ("epochs", "steps", "passes", "seconds", "images_per_second"):
-        values = [run[key] for run in of_runs]
-        means[key] = None if None in values or not values else fmean(value for value in values if value is not None)
-    return means
+    keys = ("epochs", "steps", "passes", "seconds", "images_per_second")
+    known = {key: [value for run in of_runs if (value := run[key]) is not None] for key in keys}
+    return {key: fmean(values) if values and len(values) == len(of_runs) else None for key, values in known.items()}
 
 
 def read(folder: Path, label: str) -> FinishedRun:

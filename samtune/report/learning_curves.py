@@ -24,7 +24,8 @@ def run_charts(rows: Sequence[Mapping[str, Any]], per_epoch: int, spans: Sequenc
     names = {"train": "train", "val": "validation", "val_ema": "validation, averaged weights"}
     keys: tuple[tuple[Key, str], ...] = (("loss", "Loss"), ("top1_error", "Top-1 error"))
     for key, title in keys:
-        series = [_series(name, _points(rows, split, key, per_epoch)) for split, name in names.items()]
+        curves = {name: _points(rows, split, key, per_epoch) for split, name in names.items()}
+        series = [Series(name, list(curve), list(curve.values())) for name, curve in curves.items()]
         note = ""
         if key == "top1_error" and bounds:
             low, high = zip(*bounds.values(), strict=True)
@@ -34,23 +35,17 @@ def run_charts(rows: Sequence[Mapping[str, Any]], per_epoch: int, spans: Sequenc
     return [chart for chart in charts if chart]
 
 
-def group_chart(
-    name: str, groups: Mapping[str, Sequence[Path]], split: Literal["train", "val"], about: str = ""
-) -> Chart | None:
+def group_chart(name: str, groups: Mapping[str, Sequence[Path]], split: str, about: str = "") -> Chart | None:
     """Train loss or validation error of groups of runs, at the weights w; None where no run has rows of it.
 
-    name: unique in its page. groups: run folders, by label of the group. about: which runs these are.
+    name: unique in its page. groups: run folders, by label of the group. split: train or val. about: which runs.
     """
     key: Key = "loss" if split == "train" else "top1_error"
     title = "Train loss" if split == "train" else "Validation error"
     means = {label: _mean([_read(folder, split, key) for folder in folders]) for label, folders in groups.items()}
     note = "; the mean over seeds" if any(len(folders) > 1 for folders in groups.values()) else ""
-    series = [_series(label, curve) for label, curve in means.items()]
+    series = [Series(label, list(curve), list(curve.values())) for label, curve in means.items()]
     return _chart(name, key, title, series, about=about and f", {about}", note=note)
-
-
-def _series(name: str, curve: Curve) -> Series:
-    return Series(name, list(curve), list(curve.values()))
 
 
 def _chart(
@@ -70,14 +65,8 @@ def _chart(
     unit, form = _UNITS[key]
     heading = f"{title} over epochs{about}"
     last = (f"{one.name} {cell(one.y[-1], form)} at epoch {one.x[-1]:.6g}" for one in series)
-    svg = svg_charts.lines(
-        Heading(name, heading, f"Last values: {'; '.join(last)}."),
-        series,
-        x_label="epoch",
-        y_label=unit,
-        spans=spans,
-        whole=True,
-    )
+    about_svg = Heading(name, heading, f"Last values: {'; '.join(last)}.")
+    svg = svg_charts.lines(about_svg, series, x_label="epoch", y_label=unit, spans=spans, whole=True)
     points = [dict(zip(one.x, one.y, strict=True)) for one in series]
     table = Table(
         f"{title.lower()} by epoch{about}",
@@ -99,8 +88,7 @@ def _points(rows: Sequence[Mapping[str, Any]], split: str, key: str, per_epoch: 
 
 def _read(folder: Path, split: str, key: Key) -> Curve:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        per_epoch = read_provenance(folder)["steps_per_epoch"]
-        return _points(read_metrics(folder), split, key, per_epoch)
+        return _points(read_metrics(folder), split, key, read_provenance(folder)["steps_per_epoch"])
     return {}  # a run without a readable record has no curve
 
 

@@ -98,7 +98,7 @@ def calibration(predictions: Predictions, *, classes: int, smoothing: float, has
     """
     error, bins = expected_calibration_error(predictions.probability, predictions.correct)
     confidence, accuracy = 100 * predictions.probability.mean(), 100 * predictions.correct.mean()
-    surer = "surer than it is right" if confidence > accuracy else "less sure than it is right"
+    surer = "surer" if confidence > accuracy else "less sure"
     table = Table(
         "reliability by bin of confidence",
         [Column("confidence"), Column("images", "d"), Column("mean confidence", ".4f"), Column("accuracy", ".4f")],
@@ -108,7 +108,7 @@ def calibration(predictions: Predictions, *, classes: int, smoothing: float, has
     return {
         "calibration_note": f"Expected calibration error: {100 * error:.2f} % ({len(bins)} bins of equal width, Guo et "
         f"al. 2017). The model gives its predictions a probability of {confidence:.2f} % in the mean, and "
-        f"{accuracy:.2f} % of them are right: it is {surer}."
+        f"{accuracy:.2f} % of them are right: it is {surer} than it is right."
         + _calibration_hint(error, confidence < accuracy, smoothing, has_val, classes),
         "calibration": Chart(
             svg_charts.reliability(heading, bins),
@@ -122,12 +122,9 @@ def calibration(predictions: Predictions, *, classes: int, smoothing: float, has
 def _calibration_hint(error: float, is_unsure: bool, smoothing: float, has_val: bool, classes: int) -> str:
     if error < _CALIBRATED:
         return ""
-    cause = ""
+    cause, most = "", f"{100 * (1 - smoothing * (1 - 1 / classes)):.4g} %"
     if is_unsure and smoothing > 0:
-        most = 100 * (1 - smoothing * (1 - 1 / classes))
-        cause = (
-            f" Label smoothing ({smoothing:g}) does that: in training the right class is to get {most:.4g} %, not 100."
-        )
+        cause = f" Label smoothing ({smoothing:g}) does that: in training the right class is to get {most}, not 100."
     if not has_val:
         return f"{cause} One temperature would fix most of it, fitted on validation images; this run held none out."
     return (

@@ -22,10 +22,8 @@ from samtune.runs.metrics import read_metrics
 from samtune.runs.predictions import Predictions, read
 from samtune.text import plural
 
-_SCORES = {
-    **{"test": "test", "val": "validation"},
-    **{"ema.test": "test, averaged weights", "ema.val": "validation, averaged weights"},
-}
+Report = Mapping[str, Any]
+_SCORES = {**SPLIT_NAMES, **{f"ema.{split}": f"{name}, averaged weights" for split, name in SPLIT_NAMES.items()}}
 
 
 def write_report_page(folder: Path, output: Path, refresh: float | None = None) -> tuple[dict[str, Any], Path]:
@@ -44,11 +42,7 @@ def write_report_page(folder: Path, output: Path, refresh: float | None = None) 
 
 
 def write(
-    path: Path,
-    folder: Path,
-    report: Mapping[str, Any],
-    splits: run_charts.Splits | None = None,
-    refresh: float | None = None,
+    path: Path, folder: Path, report: Report, splits: run_charts.Splits | None = None, refresh: float | None = None
 ) -> None:
     """Write the page of a run folder and its report. Raises OSError.
 
@@ -74,7 +68,7 @@ def follow(folder: Path, output: Path, seconds: float, say: Callable[[str], None
         time.sleep(seconds)
 
 
-def content(folder: Path, report: Mapping[str, Any], splits: run_charts.Splits | None = None) -> dict[str, Any]:
+def content(folder: Path, report: Report, splits: run_charts.Splits | None = None) -> dict[str, Any]:
     """The content of templates/run.html. splits: the splits by name; by default they are opened."""
     scored = next((split for split in SPLIT_NAMES if report[split]), None)
     predictions = _predictions(folder, report, scored)
@@ -83,23 +77,23 @@ def content(folder: Path, report: Mapping[str, Any], splits: run_charts.Splits |
         names = _class_names(folder, report)
         settings, _ = read_settings(folder)
         smoothing, has_val = settings["smoothing"], settings["val"]
-        details = (
-            run_charts.by_class(predictions, names)
-            | run_charts.calibration(predictions, classes=len(names), smoothing=smoothing, has_val=has_val)
-            | run_charts.mistakes(folder, predictions, names, splits)
-        )
+        details = run_charts.by_class(predictions, names) | run_charts.mistakes(folder, predictions, names, splits)
+        details |= run_charts.calibration(predictions, classes=len(names), smoothing=smoothing, has_val=has_val)
         sections |= {"errors": "Errors by class", "calibration": "Calibration", "mistakes": "Mistakes"}
     else:
         details = {"predictions_missing": predictions}
         sections["errors"] = "Errors"
     sections |= {"settings": "Settings", "provenance": "Provenance"}
+    scores = {**report, **{f"ema.{split}": found for split, found in (report["ema"] or {}).items()}}
+    epochs = f"{report['epochs']:.4g} epoch{'' if report['epochs'] == 1 else 's'}"
+    started = report["started"].replace("T", " ").rstrip("Z")
     return {
         **run_report.content(report),
         "subtitle": f"Run {folder.resolve().name}: {run_report.sam_words(report['sam'], report['steps'])}; "
-        f"{_length(report)}, seed {report['seed']}; started {report['started'].replace('T', ' ').rstrip('Z')} UTC.",
+        f"{epochs}, {plural(report['steps'], 'step')}, seed {report['seed']}; started {started} UTC.",
         "sections": sections,
         "scored": scored,
-        "score_paths": _score_paths(report),
+        "score_paths": {name: path for path, name in _SCORES.items() if scores.get(path)},
         "reading": _reading(report, scored),
         "warnings": state(folder) + _incidents(report) + list(report["warnings"]),
         "cost": _cost(report),
@@ -112,16 +106,10 @@ def content(folder: Path, report: Mapping[str, Any], splits: run_charts.Splits |
     }
 
 
-def _score_paths(report: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> path in the report, of the scores that it has."""
-    scores = {**report, **{f"ema.{split}": found for split, found in (report["ema"] or {}).items()}}
-    return {name: path for path, name in _SCORES.items() if scores.get(path)}
-
-
 # ---------------------------------------------------------------------------------------------------------- the result
 
 
-def _reading(report: Mapping[str, Any], scored: str | None) -> list[str]:
+def _reading(report: Report, scored: str | None) -> list[str]:
     """What the headline means, and what it does not show."""
     if scored is None:
         return ["No image was held out of training, or none is scored yet: how good this model is, is not known."]
@@ -155,7 +143,7 @@ def state(folder: Path) -> list[str]:
     return ["How this run ended is not known: status.json cannot be read."]
 
 
-def _incidents(report: Mapping[str, Any]) -> list[str]:
+def _incidents(report: Report) -> list[str]:
     incidents = [
         f"Step {row['step']}: a value was not finite; the run went back to the weights of step {row['to']}."
         for row in report["rollbacks"]
@@ -165,12 +153,7 @@ def _incidents(report: Mapping[str, Any]) -> list[str]:
     return incidents
 
 
-def _length(report: Mapping[str, Any]) -> str:
-    epochs = f"{report['epochs']:.4g} epoch{'' if report['epochs'] == 1 else 's'}"
-    return f"{epochs}, {plural(report['steps'], 'step')}"
-
-
-def _cost(report: Mapping[str, Any]) -> list[tuple[str, Markup]]:
+def _cost(report: Report) -> list[tuple[str, Markup]]:
     def line(text: str, path: str, form: str, factor: float = 1) -> Markup:
         return Markup(text).format(number(report, path, form, factor))
 
@@ -187,7 +170,7 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, Markup]]:
 # ------------------------------------------------------------------------------------------------------ learning curves
 
 
-def _curves(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+def _curves(folder: Path, report: Report) -> dict[str, Any]:
     """Charts of loss and error over epochs, at the weights w."""
     rows = read_metrics(folder)
     per_epoch = read_provenance(folder)["steps_per_epoch"]
@@ -206,7 +189,7 @@ def _curves(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- predictions
 
 
-def _predictions(folder: Path, report: Mapping[str, Any], scored: str | None) -> Predictions | str:
+def _predictions(folder: Path, report: Report, scored: str | None) -> Predictions | str:
     """The predictions that the headline counts, or the reason why there are none."""
     lost = "errors by class, calibration and the most confident mistakes cannot be shown."
     if scored is None:
@@ -223,7 +206,7 @@ def _predictions(folder: Path, report: Mapping[str, Any], scored: str | None) ->
     return predictions
 
 
-def _class_names(folder: Path, report: Mapping[str, Any]) -> list[str]:
+def _class_names(folder: Path, report: Report) -> list[str]:
     """The names in a checkpoint; by number where none can be read."""
     classes = report["dataset"]["classes"]
     steps = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
@@ -242,17 +225,11 @@ def _class_names(folder: Path, report: Mapping[str, Any]) -> list[str]:
 
 def _settings(folder: Path) -> dict[str, Table]:
     stored, origins = read_settings(folder)
-    rows = [
-        (key, "open" if key not in stored else _format_value(stored[key]), origin)
-        for key, origin in origins.items()
-        if key != "output"
-    ]
+    values = {key: "open" if key not in stored else _format_value(stored[key]) for key in origins if key != "output"}
+    rows = [(key, value, origins[key]) for key, value in values.items()]
     columns = [Column("setting"), Column("value"), Column("origin")]
-    chosen = [row for row in rows if row[2] != "default"]
-    return {
-        "chosen": Table("settings that are not the default", columns, chosen),
-        "all": Table("all settings", columns, rows),
-    }
+    chosen = Table("settings that are not the default", columns, [row for row in rows if row[2] != "default"])
+    return {"chosen": chosen, "all": Table("all settings", columns, rows)}
 
 
 def _format_values(values: Mapping[str, Any]) -> str:
@@ -266,20 +243,16 @@ def _format_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _provenance(report: Mapping[str, Any]) -> list[tuple[str, str | Markup]]:
+def _provenance(report: Report) -> list[tuple[str, str | Markup]]:
     model, data = report["model"], report["dataset"]
-    devices = Counter(report["devices"])
+    devices: Counter[str] = Counter(report["devices"])
+    images = (number(report, f"dataset.{split}", "d") for split in ("train", "val", "test"))
     pairs: list[tuple[str, str | Markup]] = [
         ("model", f"{model['requested']} → {model['resolved']}, {model['img_size']} px"),
         ("parameters", number(report, "model.parameters", ",d")),
         ("weights", f"{model['weights']}, pretrained on {model['pretraining']}"),
         ("data", f"{data['name']} ({data['source']})"),
-        (
-            "images",
-            Markup("train {}, validation {}, test {}").format(
-                *(number(report, f"dataset.{split}", "d") for split in ("train", "val", "test"))
-            ),
-        ),
+        ("images", Markup("train {}, validation {}, test {}").format(*images)),
         ("classes", number(report, "dataset.classes", "d")),
         ("split hash", data["split_hash"]),
     ]
@@ -299,21 +272,14 @@ def _provenance(report: Mapping[str, Any]) -> list[tuple[str, str | Markup]]:
     return pairs
 
 
-def _incident_tables(report: Mapping[str, Any]) -> list[Table]:
-    resumes = [
-        (
-            row["step"],
-            row["started"],
-            "; ".join(f"{key}: {' → '.join(values)}" for key, values in row.get("changed", {}).items()) or None,
-        )
-        for row in report["resumed"]
-    ]
+def _incident_tables(report: Report) -> list[Table]:
+    def changed(row: Mapping[str, Any]) -> str | None:
+        return "; ".join(f"{key}: {' → '.join(values)}" for key, values in row.get("changed", {}).items()) or None
+
+    resumes = [(row["step"], row["started"], changed(row)) for row in report["resumed"]]
     bad = [(row["where"], row["reason"]) for row in report["bad_images"]]
-    return [
-        table
-        for table in (
-            Table("resumed", [Column("from step", "d"), Column("at"), Column("changed settings")], resumes),
-            Table("images that cannot be decoded and were left out", [Column("image"), Column("reason")], bad),
-        )
-        if table.rows
-    ]
+    tables = (
+        Table("resumed", [Column("from step", "d"), Column("at"), Column("changed settings")], resumes),
+        Table("images that cannot be decoded and were left out", [Column("image"), Column("reason")], bad),
+    )
+    return [table for table in tables if table.rows]

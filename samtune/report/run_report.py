@@ -1,35 +1,17 @@
 """The report of a run, report.json and report.md, from the files of its folder."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from samtune.errors import CheckpointError, UsageError
 from samtune.report import html
 from samtune.runs.folder import holds_run, read_provenance, read_settings
-from samtune.runs.metrics import read_metrics
+from samtune.runs.metrics import best_key, collapse_warning, epoch_means, read_metrics
 from samtune.text import plural
 
 SCHEMA_VERSION = 1
 _SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss")
-_NEAR_CHANCE = 0.9  # of the error of a guess
-
-
-def collapse_warning(epoch: int, loss: float, top1_error: float, classes: int) -> str | None:
-    """The warning for an epoch no better than guessing, by mean train loss, ln(classes), and by top-1 error; or None.
-
-    A high loss with a lower error gives no warning: the model is overconfident, as a new head is at first.
-    """
-    chance = math.log(classes)
-    # No warning for NaN: no step was applied.
-    if not (loss >= chance and top1_error >= _NEAR_CHANCE * 100 * (1 - 1 / classes)):
-        return None
-    return (
-        f"epoch {epoch}: the train loss is {loss:.2f}, no better than guessing (ln {classes} = {chance:.2f}). "
-        "Likely causes: the learning rate is too high (--lr, --head-lr-factor), the gradient is not clipped "
-        "(--clip-grad), rho is too large, the labels do not belong to the images, or the weights expect other inputs."
-    )
 
 
 def seen_warning(count: int) -> str:
@@ -137,10 +119,7 @@ def build(folder: Path) -> dict[str, Any]:
         "images_per_second": images / seconds if train else None,
         "data_wait": sum(row["data_wait"] * row["n"] for row in train) / images if train else None,
         "peak_memory_bytes": max((row["peak_memory_bytes"] for row in train), default=None),
-        "cost": {
-            "forward_backward_passes": passes,
-            "sgd_equivalents": passes / steps if passes is not None else None,
-        },
+        "cost": {"forward_backward_passes": passes, "sgd_equivalents": passes / steps if passes is not None else None},
         "checkpoints": [f"checkpoints/{name}" for name in ("last", "best") if (folder / "checkpoints" / name).exists()],
         "warnings": provenance["warnings"]
         + ([] if whole_record else ["rows of metrics.jsonl are missing: what was to be counted from them is not known"])
@@ -153,22 +132,6 @@ def build(folder: Path) -> dict[str, Any]:
         "started": provenance["started"],
         "command": provenance["command"],
     }
-
-
-def best_key(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Sort key of validation rows: the lowest top-1 error, then the lowest loss."""
-    return row["top1_error"], row["loss"]
-
-
-def epoch_means(train: Sequence[Mapping[str, Any]], key: str = "loss") -> dict[int, float]:
-    """Mean over the images of each epoch, from its rows; rows in which no step was applied are left out."""
-    totals: dict[int, tuple[float, int]] = {}
-    for row in train:
-        if row[key] is None:
-            continue
-        total, n = totals.get(row["epoch"], (0.0, 0))
-        totals[row["epoch"]] = (total + row[key] * row["n"], n + row["n"])
-    return {epoch: total / n for epoch, (total, n) in totals.items()}
 
 
 def score_line(scores: Mapping[str, Any]) -> str:

@@ -19,23 +19,20 @@ _ROUNDING = 1e-12  # relative: a smaller spread is that of floating point
 
 
 class MeanInterval(NamedTuple):
-    """A mean over n seeds and where the mean over very many of them may lie."""
+    """A mean over seeds and where the mean over very many of them may lie."""
 
     mean: float
     low: float
     high: float
-    n: int
 
 
 class Difference(NamedTuple):
-    """Mean of a minus mean of b. p: of no difference. n_a, n_b: numbers of seeds."""
+    """Mean of a minus mean of b. p: of no difference."""
 
     mean: float
     low: float
     high: float
     p: float
-    n_a: int
-    n_b: int
 
 
 class ErrorReduction(NamedTuple):
@@ -131,14 +128,12 @@ def student_interval(values: Sequence[float]) -> MeanInterval | None:
     if not _has_spread(values):
         return None
     low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(_LEVEL)
-    return MeanInterval(fmean(values), float(low), float(high), len(values))
+    return MeanInterval(fmean(values), float(low), float(high))
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference | None:
     """Student's paired t test of two settings on the same seeds; None for less than two pairs, or without spread."""
-    if not _spread_in_pairs(a, b):
-        return None
-    return _difference(a, b, scipy.stats.ttest_rel(a, b))
+    return _difference(a, b, scipy.stats.ttest_rel(a, b)) if _spread_in_pairs(a, b) else None
 
 
 def independent_difference(a: Sequence[float], b: Sequence[float]) -> Difference | None:
@@ -200,4 +195,4 @@ def _has_spread(values: npt.ArrayLike, scale: float | None = None) -> bool:
 
 def _difference(a: Sequence[float], b: Sequence[float], test: Any) -> Difference:
     low, high = test.confidence_interval(_LEVEL)
-    return Difference(fmean(a) - fmean(b), float(low), float(high), float(test.pvalue), len(a), len(b))
+    return Difference(fmean(a) - fmean(b), float(low), float(high), float(test.pvalue))

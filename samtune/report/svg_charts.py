@@ -225,13 +225,8 @@ def reliability(heading: Heading, bins: Sequence[ReliabilityBin]) -> str:
         centres = [(one.low + one.high) / 2 for one in filled]
         above.bar(centres, [one.accuracy or 0.0 for one in filled], 0.9 * width, color=_SERIES[0], alpha=0.35)
         above.plot([0, 1], [0, 1], color=_QUIET, linewidth=1, linestyle=_DASHES[2], label="confidence = accuracy")
-        above.plot(
-            _floats([one.confidence for one in filled]),
-            _floats([one.accuracy for one in filled]),
-            "o",
-            color=_SERIES[0],
-            label="mean of a bin",
-        )
+        means = _floats([one.confidence for one in filled]), _floats([one.accuracy for one in filled])
+        above.plot(*means, "o", color=_SERIES[0], label="mean of a bin")
         above.set(ylabel="accuracy", ylim=(0, 1.02))
         above.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
         below.bar(centres, [one.n for one in filled], 0.9 * width, color=_QUIET, alpha=0.6)

@@ -78,9 +78,8 @@ def settings(sweep: Sweep, arm: str, point: Point) -> dict[str, Any]:
 
 def name(point: Point) -> str:
     """The part of a folder's name for a point: rho0.05-lr0.01; "" without settings."""
-    return "-".join(
-        f"{key}{re.sub('[^A-Za-z0-9.+]', '', str(value).replace('%', 'pc'))}" for key, value in point.items()
-    )
+    values = {key: str(value).replace("%", "pc") for key, value in point.items()}
+    return "-".join(f"{key}{re.sub('[^A-Za-z0-9.+]', '', value)}" for key, value in values.items())
 
 
 def names(points: Sequence[Point]) -> list[str]:

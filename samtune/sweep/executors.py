@@ -68,21 +68,21 @@ def start_process(folder: Path, run: Run, env: Mapping[str, str]) -> "subprocess
 
 
 class LocalExecutor:
-    """Runs on this machine: several at a time on each GPU, or on the CPU, whose cores they share."""
+    """An executor on this machine: several runs on each GPU, or on the CPU, whose cores they share.
+
+    slots: for each run at a time, its environment (see `local_slots`).
+    """
 
     def __init__(self, slots: Sequence[Mapping[str, str]]) -> None:
-        """slots: for each run at a time, its environment (see `local_slots`)."""
         self.slots = len(slots)
         self._free = list(slots)
         self._running: dict[str, tuple[subprocess.Popen[bytes], Mapping[str, str]]] = {}
 
     def start(self, folder: Path, run: Run) -> None:
-        """Start or resume a run of the sweep in this folder."""
         slot = self._free.pop(0)
         self._running[run.id] = start_process(folder, run, slot), slot
 
     def wait(self, seconds: float) -> list[tuple[str, int]]:
-        """(id, exit code) of runs that have ended; returns after `seconds` at most."""
         deadline = time.monotonic() + seconds
         while True:
             ended = [(run, code) for run, (process, _) in self._running.items() if (code := process.poll()) is not None]
@@ -93,7 +93,6 @@ class LocalExecutor:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Ask all runs to save and end."""
         for process, _ in self._running.values():
             process.send_signal(signal.SIGTERM)
 

@@ -9,9 +9,11 @@ Run folders have the truth about their runs; the ledger repeats it and can be ma
 """
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,19 +82,13 @@ def outcome(folder: Path, run: str, *, mine: bool = False) -> Outcome:
         return Outcome("done", 0, report=report)
     if is_taken:
         return Outcome("running")
-    code = _exit_code(log)
-    if code is None:
+    try:
+        code = int((log / "exit_code").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return Outcome("stopped" if output.is_dir() else "waiting")
     if code == Stopped.SAVED or code > 128:
         return Outcome("stopped", code)
     return Outcome("failed", code, _cause(output, log, code))
-
-
-def _exit_code(log: Path) -> int | None:
-    try:
-        return int((log / "exit_code").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _cause(output: Path, log: Path, code: int) -> str:
@@ -100,24 +96,17 @@ def _cause(output: Path, log: Path, code: int) -> str:
     if code < 0:
         memory = ": the system does so when memory runs out" if code == -signal.SIGKILL else ""
         return f"it was ended by {signal.Signals(-code).name}{memory}"
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it may have ended before it had a status
         status = read_status(output)
         if status["state"] == "failed" and status["exit_code"] == code:
             return str(status["error"]["what"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # it ended before it had a status
-    lines = [line for line in _tail(log / "output.txt").splitlines() if line.strip()]
+    tail = ""
+    with suppress(OSError), (log / "output.txt").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+        tail = file.read().decode(errors="replace")
+    lines = [line for line in tail.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors or lines or [f"exit code {code}"])[-1]
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 8192))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def write_exit_code(folder: Path, run: str, code: int) -> None:
@@ -222,12 +211,8 @@ def read(folder: Path) -> dict[str, Any]:
         "arms": [_arm_entry(folder, choice, outcomes) for choice in chosen],
         "probes": [_run_entry(folder, run, found) for run, found in outcomes.items() if run.stage == "probe"],
         "failed": [
-            {
-                "id": run.id,
-                "exit_code": found.exit_code,
-                "why": found.cause,
-                "log": str(log_folder(folder, run.id) / "output.txt"),
-            }
+            {"id": run.id, "exit_code": found.exit_code, "why": found.cause}
+            | {"log": str(log_folder(folder, run.id) / "output.txt")}
             for run, found in failed.items()
         ],
         "missing": [run.id for run, found in outcomes.items() if found.state != "done" and not is_answer(run, found)],
@@ -242,19 +227,15 @@ def read(folder: Path) -> dict[str, Any]:
 
 def _arm_entry(folder: Path, choice: Mapping[str, Any], outcomes: Mapping[Run, Outcome]) -> dict[str, Any]:
     of_arm = [run for run in outcomes if (run.budget, run.arm) == (choice["budget"], choice["arm"])]
+    by_point: dict[str, list[Run]] = {}
+    for run in of_arm:
+        if run.stage == "select":
+            by_point.setdefault(json.dumps(run.point), []).append(run)
     points = []
-    for point in _distinct(run.point for run in of_arm if run.stage == "select"):
-        tried = [run for run in of_arm if run.stage == "select" and run.point == point]
+    for tried in by_point.values():
         error, loss = _mean_scores(outcomes[run] for run in tried) or (None, None)
-        points.append(
-            {
-                "point": point,
-                "chosen": point == choice["point"],
-                "val_error": error,
-                "val_loss": loss,
-                "runs": [_run_entry(folder, run, outcomes[run]) for run in tried],
-            }
-        )
+        entry = {"point": tried[0].point, "chosen": tried[0].point == choice["point"], "val_error": error}
+        points.append(entry | {"val_loss": loss, "runs": [_run_entry(folder, run, outcomes[run]) for run in tried]})
     return {
         "budget": choice["budget"],
         "arm": choice["arm"],
@@ -262,13 +243,6 @@ def _arm_entry(folder: Path, choice: Mapping[str, Any], outcomes: Mapping[Run, O
         "chosen": choice["point"],
         "final": [_run_entry(folder, run, outcomes[run]) for run in of_arm if run.stage == "final"],
     }
-
-
-def _distinct(points: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    distinct: list[Mapping[str, Any]] = []
-    for point in points:
-        distinct += [point] if point not in distinct else []
-    return distinct
 
 
 def _run_entry(folder: Path, run: Run, outcome: Outcome) -> dict[str, Any]:

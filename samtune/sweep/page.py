@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from samtune.report import html, learning_curves, svg_charts
 from samtune.report.comparison import Report
@@ -56,10 +56,7 @@ def _name(entry: Report) -> str:
 
 
 def _table(
-    report: Report,
-    caption: str,
-    columns: Mapping[str, str | None],
-    rows: Iterable[tuple[Report, Sequence[Any]]],
+    report: Report, caption: str, columns: Mapping[str, str | None], rows: Iterable[tuple[Report, Sequence[Any]]]
 ) -> Table:
     """A table with a column for the budget, if there are budgets. rows: (an entry with a budget, its other cells)."""
     named = [Column(name.rstrip(), form) for name, form in columns.items()]
@@ -73,12 +70,8 @@ def _table(
 
 def _comparison_of(report: Report) -> list[int | None]:
     """For each entry of `final`, the number of its comparison with the baseline of the table."""
-    baseline = tables.baseline_arm(report)
-    numbers = {
-        (pair["budget"], pair["label"]): i
-        for i, pair in enumerate(report["comparisons"])
-        if pair["baseline"] == baseline
-    }
+    pairs, baseline = enumerate(report["comparisons"]), tables.baseline_arm(report)
+    numbers = {(pair["budget"], pair["label"]): i for i, pair in pairs if pair["baseline"] == baseline}
     return [numbers.get((entry["budget"], entry["arm"])) for entry in report["final"]]
 
 
@@ -94,16 +87,13 @@ def _spread(report: Report) -> Chart:
         dots=[entry["test_errors"] for entry in entries],
         zero="anywhere",
     )
-    table = _table(
-        report,
-        "test error of each final run",
-        {"arm": None, "seed": "d", "error (%)": ".2f", "wrong": "d", "images": "d"},
-        (
-            (entry, (entry["arm"], seed, error, wrong, entry["images"]))
-            for entry in entries
-            for seed, error, wrong in zip(entry["seeds"], entry["test_errors"], entry["wrong"], strict=True)
-        ),
+    rows = (
+        (entry, (entry["arm"], *of_seed, entry["images"]))
+        for entry in entries
+        for of_seed in zip(entry["seeds"], entry["test_errors"], entry["wrong"], strict=True)
     )
+    columns = {"arm": None, "seed": "d", "error (%)": ".2f", "wrong": "d", "images": "d"}
+    table = _table(report, "test error of each final run", columns, rows)
     caption = "Test error: the mean over seeds with Student's 95 % interval, and below it a small dot for each seed."
     return Chart(svg, caption, table)
 
@@ -122,12 +112,9 @@ def _forest(report: Report) -> Chart:
         zero="line",
     )
     columns = {"arm": None, "against": None, "difference": "+.2f", "from": "+.2f", "to": "+.2f", "p": ".2g", "n": "d"}
-    table = _table(
-        report,
-        "differences of test errors, and error reductions",
-        columns | {"reduction (%)": ".1f", "from ": ".1f", "to ": ".1f"},
-        ((pair, _pair_cells(pair)) for pair in pairs),
-    )
+    columns |= {"reduction (%)": ".1f", "from ": ".1f", "to ": ".1f"}
+    rows = ((pair, _pair_cells(pair)) for pair in pairs)
+    table = _table(report, "differences of test errors, and error reductions", columns, rows)
     caption = (
         "Difference of mean test errors in percentage points, with its 95 % interval: left of the line, the first arm "
         "has less error. A point without an interval tells nothing of other seeds."
@@ -167,22 +154,16 @@ def _costs(report: Report) -> Iterator[Chart]:
             x, y = [entry[key] for entry in of_arm], [entry["mean_error"] for entry in of_arm]
             series.append(Series(arm, x, y, low, high))
         best = min(entries, key=lambda entry: float(entry["mean_error"]))
-        heading = Heading(
-            f"cost-{key}",
-            f"Test error against {name}",
-            f"Lowest: {_name(best)}, {best['mean_error']:.2f} percent after {best[key]:.0f} {key}.",
-        )
+        about = f"Lowest: {_name(best)}, {best['mean_error']:.2f} percent after {best[key]:.0f} {key}."
+        heading = Heading(f"cost-{key}", f"Test error against {name}", about)
         svg = svg_charts.lines(heading, series, x_label=name, y_label="test error (%)", bars=True)
         form = ",.3f" if key == "seconds" else ",.0f"
-        table = _table(
-            report,
-            f"test error against {name}",
-            {"arm": None, name: form, "error (%)": ".2f", "from": ".2f", "to": ".2f"},
-            (
-                (entry, (entry["arm"], entry[key], entry["mean_error"], *(entry["mean_error_ci95"] or _NO_INTERVAL)))
-                for entry in entries
-            ),
+        columns = {"arm": None, name: form, "error (%)": ".2f", "from": ".2f", "to": ".2f"}
+        rows = (
+            (entry, (entry["arm"], entry[key], entry["mean_error"], *(entry["mean_error_ci95"] or _NO_INTERVAL)))
+            for entry in entries
         )
+        table = _table(report, f"test error against {name}", columns, rows)
         caption = f"Test error against the {name} of a run: means over seeds, with Student's 95 % intervals."
         yield Chart(svg, caption, table)
 
@@ -253,23 +234,19 @@ def _curves(folder: Path, report: Report) -> Iterator[Chart]:
     for i, budget in enumerate(report["asked"]["budgets"], start=1):
         chosen = [point for point in report["selection"] if point["budget"] == budget and point["chosen"]]
         final = [entry for entry in report["final"] if entry["budget"] == budget]
-        stages: list[tuple[Literal["val", "train"], str, list[Report]]]
-        stages = [("val", "chosen points", chosen), ("train", "final runs", final)]
-        for split, runs, entries in stages:
+        for split, runs, entries in (("val", "chosen points", chosen), ("train", "final runs", final)):
             groups = {entry["arm"]: [ledger.run_folder(folder, run) for run in entry["runs"]] for entry in entries}
             about = f"{runs} at {budget}" if budget else runs
-            chart = learning_curves.group_chart(f"curve-{split}-{i}", groups, split, about)
-            if chart:
+            if chart := learning_curves.group_chart(f"curve-{split}-{i}", groups, split, about):
                 yield chart
 
 
 def _incidents(report: Report) -> Iterator[Table]:
-    tables_by_key = {
-        "failed": ("runs that failed", ("run", "why", "log")),
-        "diverged": ("runs that diverged: their points are out", ("run", "why", "log")),
-        "missing": ("runs that are missing", ("run", "state")),
-    }
-    for key, (caption, names) in tables_by_key.items():
+    for key, caption, names in (
+        ("failed", "runs that failed", ("run", "why", "log")),
+        ("diverged", "runs that diverged: their points are out", ("run", "why", "log")),
+        ("missing", "runs that are missing", ("run", "state")),
+    ):
         rows = [[run[name] for name in names] for run in report["progress"][key]]
         if rows:
             yield Table(caption, [Column(name) for name in names], rows)

@@ -69,42 +69,35 @@ class Plan:
         points = arms.points(self.sweep, arm)
         if len(points) == 1:
             return []
-        names = arms.names(points)
-        return [
-            [
-                self._run_within(f"select-{arm}-{name}-seed{seed}", "select", budget, arm, point, seed, paces)
-                for seed in self.sweep.table.selection_seeds
-            ]
-            for name, point in zip(names, points, strict=True)
-        ]
+        named = zip(points, arms.names(points), strict=True)
+        return [self._runs("select", budget, arm, point, paces, f"-{name}") for point, name in named]
 
     def finals(self, budget: Budget | None, arm: str, point: Point, paces: Mapping[str, float]) -> list[Run]:
         """The final runs of an arm with its chosen point."""
-        return [
-            self._run_within(f"final-{arm}-seed{seed}", "final", budget, arm, point, seed, paces)
-            for seed in self.sweep.table.seeds
-        ]
+        return self._runs("final", budget, arm, point, paces)
 
     def paces(self, folder: Path) -> dict[str, float]:
         """Seconds of a step, by probe. All probes must be done."""
         return {probe.id: seconds_per_step(run_folder(folder, probe.id)) for probe in self.probes()}
 
-    def _run_within(
-        self,
-        run_id: str,
-        stage: Stage,
-        budget: Budget | None,
-        arm: str,
-        point: Point,
-        seed: int,
-        paces: Mapping[str, float],
-    ) -> Run:
-        """A run with the length that the budget pays for."""
+    def _runs(
+        self, stage: Stage, budget: Budget | None, arm: str, point: Point, paces: Mapping[str, float], name: str = ""
+    ) -> list[Run]:
+        """A run for each seed, with the length that the budget pays for. name: of the point, for the folders."""
+        table, run_id = self.sweep.table, f"{stage}-{arm}{name}"
+        seeds = table.selection_seeds if stage == "select" else table.seeds
         settings = arms.settings(self.sweep, arm, point)
-        final = {"val": not self.sweep.table.refit, "test": True, "select": "last"}
+        final = {"val": not table.refit, "test": True, "select": "last"}
         settings |= {"val": True, "test": False} if stage == "select" else final
-        if budget is None:
-            return self._run(run_id, stage, None, arm, point, seed, settings)
+        if budget is not None:
+            run_id = f"{budget.tag}-{run_id}"
+            settings |= {"epochs": f"{self._steps(budget, arm, point, settings, paces)} steps"}
+        of = str(budget) if budget else None
+        return [self._run(f"{run_id}-seed{seed}", stage, of, arm, point, seed, settings) for seed in seeds]
+
+    def _steps(
+        self, budget: Budget, arm: str, point: Point, settings: Mapping[str, Any], paces: Mapping[str, float]
+    ) -> int:
         config = self.sweep.config(settings)
         plain, sam = 1.0, sam_passes(config.ascent_steps, config.ascent_fraction)
         if budget.unit == "seconds":
@@ -114,9 +107,7 @@ class Plan:
         def sam_steps(steps: int) -> int:
             return len(self._length(config.model_copy(update={"epochs": Duration(steps, "steps")})).rho.sam_steps)
 
-        steps = steps_within(budget, plain, sam, sam_steps, f"arm {arm} ({arms.label(point)})")
-        run_id = f"{budget.tag}-{run_id}"
-        return self._run(run_id, stage, str(budget), arm, point, seed, settings | {"epochs": f"{steps} steps"})
+        return steps_within(budget, plain, sam, sam_steps, f"arm {arm} ({arms.label(point)})")
 
     def _run(
         self,
@@ -126,10 +117,10 @@ class Plan:
         arm: str | None,
         point: Point,
         seed: int,
-        settings: dict[str, Any],
+        settings: Mapping[str, Any],
     ) -> Run:
         """Make a run, and check its settings now rather than when it starts."""
-        settings |= {"seed": seed, "html": False}
+        settings = {**settings, "seed": seed, "html": False}
         config = self.sweep.config(settings)
         length = self._length(config)
         sam_steps = len(length.rho.sam_steps)

@@ -29,7 +29,7 @@ _PATIENCE = 10.0  # seconds for a cluster to answer
 
 
 class RayExecutor:
-    """Runs as tasks of Ray, each on a GPU if the cluster has some, else on a share of a node's cores."""
+    """An executor: runs are tasks of Ray, each on a GPU if the cluster has some, else on a share of a node's cores."""
 
     def __init__(self, address: str, config: RunConfig, jobs: int) -> None:
         """Join the cluster at "host:port", or with "auto" the one that this machine belongs to.
@@ -74,7 +74,6 @@ class RayExecutor:
         return max(1, min(cores, default=1) // self._jobs)
 
     def start(self, folder: Path, run: Run) -> None:
-        """Start or resume a run of the sweep in this folder."""
         (log_folder(folder, run.id) / "stop").unlink(missing_ok=True)
         needs = {"num_gpus": 1 / self._jobs} if self._on_gpus else {"num_cpus": self._cores}
         env = {key: value for key, value in os.environ.items() if key.startswith(("SAMTUNE_", "HF_"))}
@@ -83,7 +82,6 @@ class RayExecutor:
         self._tasks[task] = run.id, folder
 
     def wait(self, seconds: float) -> list[tuple[str, int]]:
-        """(id, exit code) of runs that have ended; returns after `seconds` at most."""
         if not self._tasks:
             time.sleep(seconds)
             return []
@@ -99,7 +97,6 @@ class RayExecutor:
         return ended
 
     def stop(self) -> None:
-        """Ask all runs to save and end."""
         for run, folder in self._tasks.values():
             (log_folder(folder, run) / "stop").touch()
 

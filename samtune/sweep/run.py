@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from samtune import console
 from samtune.config.run_config import RunConfig
@@ -61,15 +61,9 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for run in runs:
         groups.setdefault((run.stage, run.budget, run.arm), []).append(run)
     return [
-        {
-            "stage": stage,
-            "budget": budget,
-            "arm": arm,
-            "points": len({arms.label(run.point) for run in group}),
-            "runs": len(group),
-            "steps": _span([run.steps for run in group]),
-            "passes": _span([round(run.passes) for run in group]),
-        }
+        {"stage": stage, "budget": budget, "arm": arm}
+        | {"points": len({arms.label(run.point) for run in group}), "runs": len(group)}
+        | {"steps": _span([run.steps for run in group]), "passes": _span([round(run.passes) for run in group])}
         for (stage, budget, arm), group in groups.items()
     ]
 
@@ -104,16 +98,11 @@ def check_same(sweep: Sweep, folder: Path) -> None:
     try:
         before = _recipe(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{file} is damaged", first_line(error), "remove it: the same command makes it again"
-        ) from None
-    differ = differences(before, _recipe(sweep.to_toml()))
-    if differ:
-        raise UsageError(
-            f"{folder} holds a sweep with other settings",
-            "; ".join(differ),
-            "leave them as they were, or give another --output",
-        )
+        hint = "remove it: the same command makes it again"
+        raise UsageError(f"{file} is damaged", first_line(error), hint) from None
+    if differ := differences(before, _recipe(sweep.to_toml())):
+        hint = "leave them as they were, or give another --output"
+        raise UsageError(f"{folder} holds a sweep with other settings", "; ".join(differ), hint)
 
 
 def _recipe(text: str) -> dict[str, Any]:
@@ -232,8 +221,7 @@ class _Worker:
         """Make a part of the plan at the first call, and return it."""
         if key not in self.cache:
             self.cache[key] = make()
-        part: _T = self.cache[key]
-        return part
+        return cast(_T, self.cache[key])
 
     def planned_runs(self) -> tuple[list[Run], list[dict[str, Any]]]:
         """The runs of all stages that are known so far, and the choice for each budget and arm."""
@@ -332,15 +320,13 @@ class _Worker:
 
     def failure(self, runs: Sequence[Run], chosen: Sequence[Mapping[str, Any]]) -> SamtuneError | None:
         """The error of the command for its failed and stopped runs, and arms without a point; None without any."""
+        outcomes = {run: self.outcome(run) for run in runs}
+        stopped = [run.id for run, outcome in outcomes.items() if outcome.state == "stopped"]
         failed: dict[str, Outcome] = {}
-        stopped = [run.id for run in runs if self.outcome(run).state == "stopped"]
-        for run in runs:
-            outcome = self.outcome(run)
-            if outcome.state == "failed":
-                log = ledger.log_folder(self.folder, run.id) / "output.txt"
-                is_out = ledger.is_answer(run, outcome)
-                console.warn(f"{run.id} failed: {outcome.cause}{'; its point is out' if is_out else ''}; see {log}")
-                failed |= {} if is_out else {run.id: outcome}
+        for run in (run for run, outcome in outcomes.items() if outcome.state == "failed"):
+            log, is_out = ledger.log_folder(self.folder, run.id) / "output.txt", ledger.is_answer(run, outcomes[run])
+            console.warn(f"{run.id} failed: {outcomes[run].cause}{'; its point is out' if is_out else ''}; see {log}")
+            failed |= {} if is_out else {run.id: outcomes[run]}
         if not failed and not stopped:
             diverged = [entry["arm"] for entry in chosen if entry["point"] is None]
             message = f"no point of {' and '.join(diverged)} trained: every loss was not finite"

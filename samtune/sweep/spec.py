@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -106,17 +106,12 @@ class SweepSpec(BaseModel):
 
     def own_grid(self, arm: str) -> Grid:
         """The grid that only this arm has."""
-        grid: Grid = getattr(self, arm.replace("-", "_"))
-        return grid
+        return cast(Grid, getattr(self, arm.replace("-", "_")))
 
     def to_toml(self) -> str:
         """The table as TOML, with defaults."""
-        lines = [
-            "[sweep]",
-            f"seeds = {json.dumps(self.seeds)}",
-            f"selection_seeds = {json.dumps(self.selection_seeds)}",
-            f"arms = {json.dumps(self.arms)}",
-        ]
+        lists = {"seeds": self.seeds, "selection_seeds": self.selection_seeds, "arms": self.arms}
+        lines = ["[sweep]", *(f"{key} = {json.dumps(values)}" for key, values in lists.items())]
         lines += [] if self.refit else ["refit = false"]
         lines += [f"budgets = {json.dumps([str(budget) for budget in self.budgets])}"] if self.budgets else []
         for name, grid in [("grid", self.grid), *((arm, self.own_grid(arm)) for arm in ARMS)]:

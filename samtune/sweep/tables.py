@@ -11,26 +11,16 @@ from samtune.sweep.verdict import break_even_line, choice_line, join, notes, pai
 def arm_rows(report: Report) -> Rows:
     """One row for each budget and arm: the main results."""
     baseline = baseline_arm(report)
-    differences = {
-        (pair["budget"], pair["label"]): pair["difference"]
-        for pair in report["comparisons"]
-        if pair["baseline"] == baseline
-    }
+    pairs = [pair for pair in report["comparisons"] if pair["baseline"] == baseline]
+    differences = {(pair["budget"], pair["label"]): pair["difference"] for pair in pairs}
     rows = []
     for entry in report["final"]:
         difference = differences.get((entry["budget"], entry["arm"])) or {"mean": None, "ci95": None}
-        rows.append(
-            _budget_cell(report, entry)
-            | {
-                "arm": entry["arm"],
-                "chosen": entry["label"],
-                "n": entry["n"],
-                "test error %": _format_mean(entry["mean_error"], entry["mean_error_ci95"]),
-                "passes": format_cost(entry["passes"]),
-                "seconds": format_cost(entry["seconds"]),
-                f"minus {baseline}": _format_mean(difference["mean"], difference["ci95"], "+.2f"),
-            }
-        )
+        row = _budget_cell(report, entry) | {"arm": entry["arm"], "chosen": entry["label"], "n": entry["n"]}
+        row["test error %"] = _format_mean(entry["mean_error"], entry["mean_error_ci95"])
+        row |= {"passes": format_cost(entry["passes"]), "seconds": format_cost(entry["seconds"])}
+        row[f"minus {baseline}"] = _format_mean(difference["mean"], difference["ci95"], "+.2f")
+        rows.append(row)
     return rows
 
 
@@ -103,7 +93,6 @@ def markdown(report: Report) -> str:
 def content(report: Report) -> dict[str, Any]:
     """Title, tables and sentences, for report.md and report.html."""
     progress = report["progress"]
-    made_of = describe_provenance(report["made_of"]) if report["made_of"] else {}
     return {
         "report": report,
         "title": title(report),
@@ -119,7 +108,7 @@ def content(report: Report) -> dict[str, Any]:
         "notes": notes(report),
         "asked": describe_comparison(report["asked"]),
         "progress": describe_progress(progress),
-        "made_of": made_of,
+        "made_of": describe_provenance(report["made_of"]) if report["made_of"] else {},
     }
 
 

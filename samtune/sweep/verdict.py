@@ -19,11 +19,8 @@ def verdict(report: Report) -> list[str]:
         return ["No arm of this sweep has SAM, so that it says nothing of it."]
     baselines = {entry["budget"]: entry["arm"] for entry in report["baselines"]}
     plain_arms = max((len(entry["mean_errors"]) for entry in report["baselines"]), default=1)
-    pairs = [
-        pair
-        for pair in report["comparisons"]
-        if pair["label"] == arm and pair["baseline"] == baselines.get(pair["budget"])
-    ]
+    pairs = [pair for pair in report["comparisons"] if pair["label"] == arm]
+    pairs = [pair for pair in pairs if pair["baseline"] == baselines.get(pair["budget"])]
     if not pairs:
         return ["Nothing can be said of SAM yet: not both sides of any comparison have a final run that is done."]
     has_budgets = report["asked"]["budgets"] != [None]
@@ -87,12 +84,11 @@ def _cost(pair: Report) -> str:
 
 def _largest_budgets(pairs: Sequence[Report]) -> list[Report]:
     """The pair with the largest budget of each unit."""
-    budgets = [(Budget.parse(pair["budget"]), pair) for pair in pairs]
-    units = dict.fromkeys(budget.unit for budget, _ in budgets)
-    return [
-        max(((budget.amount, pair) for budget, pair in budgets if budget.unit == unit), key=lambda found: found[0])[1]
-        for unit in units
-    ]
+    largest: dict[str, tuple[float, Report]] = {}
+    for budget, pair in ((Budget.parse(pair["budget"]), pair) for pair in pairs):
+        if budget.unit not in largest or budget.amount > largest[budget.unit][0]:
+            largest[budget.unit] = budget.amount, pair
+    return [pair for _, pair in largest.values()]
 
 
 def break_even_line(entry: Report) -> str:
@@ -174,8 +170,7 @@ def _choice_warnings(report: Report) -> Iterator[str]:
 
 
 def _run_warnings(report: Report) -> Iterator[str]:
-    made_of = report["made_of"]
-    if made_of is None:
+    if (made_of := report["made_of"]) is None:
         return
     finals = sum(entry["n"] for entry in report["final"])
     by_run = {run: _first_of_each_kind(texts) for run, texts in made_of["warnings"].items()}

@@ -10,12 +10,14 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import suppress
 from fcntl import ioctl
 
 import pytest
 
 from samtune import console
 from samtune.console import live
+from samtune.report import run_page
 from samtune.train import summary
 from tests.conftest import ROOT, SMALL_MODEL, samtune, write_image_folder
 from tests.runs.test_listing import write_run
@@ -53,14 +55,9 @@ def a_terminal(width, height=40):
 def shown_on(screen, process, until=None):
     """What a process writes to a terminal until it ends, or until it has written something."""
     seen = b""
-    while until is None or until not in seen:
-        try:
-            piece = os.read(screen, 10_000)
-        except OSError:  # nobody writes any more
-            break
-        if not piece:
-            break
-        seen += piece
+    with suppress(OSError):  # nobody writes any more
+        while (until is None or until not in seen) and (piece := os.read(screen, 10_000)):
+            seen += piece
     if until is None:
         process.wait(timeout=60)
     return seen.decode()
@@ -73,6 +70,12 @@ def start(*words, terminal, **streams):
     process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
     os.close(terminal)
     return process
+
+
+def run_on_a_terminal(width, *words, **streams):
+    screen, terminal = a_terminal(width)
+    process = start(*words, terminal=terminal, **streams)
+    return process, shown_on(screen, process)
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -113,55 +116,51 @@ def shown_folders(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [60, 80])
 @pytest.mark.parametrize(
-    "words",
-    [
-        ("report", "run"),
-        ("report", "sweep"),
-        ("data", "check", "data"),
-        ("models", "lite"),
-        ("recipes", "ls"),
-        ("eval", "run"),
-    ],
-    ids=" ".join,
+    "command", ["report run", "report sweep", "data check data", "models lite", "recipes ls", "eval run"]
 )
-def test_on_a_terminal_no_result_breaks_a_word(words, width, shown_folders, monkeypatch):
+def test_on_a_terminal_no_result_breaks_a_word(command, width, shown_folders, monkeypatch):
+    words = command.split()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     wide = samtune(*words, env={"COLUMNS": "1000"}, cwd=shown_folders)
-    screen, terminal = a_terminal(width)
-    process = start(*words, terminal=terminal, stderr=subprocess.DEVNULL, cwd=shown_folders)
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown_on(screen, process))
+    process, shown = run_on_a_terminal(width, *words, stderr=subprocess.DEVNULL, cwd=shown_folders)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     assert process.returncode == wide.returncode == 0, shown
     assert tokens(shown.partition("no room here for")[0]) <= tokens(wide.stdout)
     for line in shown.splitlines():
         assert len(line) <= width or len(re.sub("`[^`]*`", "", line).split()) <= 1, line
 
 
-def columns_shown(capsys, rows, droppable, width, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(width))
-    console.print_rows("Title", rows, droppable=droppable)
-    return capsys.readouterr().out
+@pytest.fixture
+def shown(capsys, monkeypatch):
+    """What is printed at a width by a function, called with the other arguments."""
+
+    def at(width, print_it, *arguments, **named):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_it(*arguments, **named)
+        return capsys.readouterr().out
+
+    return at
 
 
-def test_a_table_that_fits_nowhere_is_a_value_a_line(capsys, monkeypatch):
+def test_a_table_that_fits_nowhere_is_a_value_a_line(shown):
     rows = [{"run": name, "error": 1.5} for name in NAMES]
-    said = columns_shown(capsys, rows, ("error",), 60, monkeypatch)
+    said = shown(60, console.print_rows, "Title", rows, droppable=("error",))
     assert said.splitlines() == [line for name in NAMES for line in (f"run: {name}", "  error: 1.50")]
-    assert "no room" not in columns_shown(capsys, rows, ("error",), 200, monkeypatch)
+    assert "no room" not in shown(200, console.print_rows, "Title", rows, droppable=("error",))
 
 
-def test_a_table_takes_the_whole_width_before_it_gives_up_a_column(capsys, monkeypatch):
+def test_a_table_takes_the_whole_width_before_it_gives_up_a_column(shown):
     rows = [{"a": "x" * 10, "b": "y " * 10, "c": 12}]
     narrowest = 1 + 3 * 3 + 10 + 1 + 2
-    assert "c" in tokens(columns_shown(capsys, rows, ("c",), narrowest, monkeypatch))
-    assert "no room here for: c" in columns_shown(capsys, rows, ("c",), narrowest - 1, monkeypatch)
+    assert "c" in tokens(shown(narrowest, console.print_rows, "Title", rows, droppable=("c",)))
+    assert "no room here for: c" in shown(narrowest - 1, console.print_rows, "Title", rows, droppable=("c",))
 
 
-def test_a_result_with_a_long_path_has_it_in_one_piece(capsys, monkeypatch):
+def test_a_result_with_a_long_path_has_it_in_one_piece(shown):
     path = "/" + "/".join(["folder"] * 12)
     for width in (30, 60, 80, 200):
-        monkeypatch.setenv("COLUMNS", str(width))
-        console.print_table("Result", {"top-1 error": "1.50 % of many images", "checkpoint": path})
-        assert path in capsys.readouterr().out
+        rows = {"top-1 error": "1.50 % of many images", "checkpoint": path}
+        assert path in shown(width, console.print_table, "Result", rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------- notes
@@ -186,9 +185,7 @@ def test_what_has_to_be_copied_is_not_broken():
 def test_notes_are_wrapped_on_a_terminal_alone(tmp_path):
     data = write_image_folder(tmp_path / "data", {"train": 12})
     words = ("run", *SMALL_MODEL, "--dataset", data, "--epochs", 1, "--lr", 0.01)
-    screen, terminal = a_terminal(60)
-    process = start(*words, "--output", tmp_path / "r", terminal=terminal)
-    shown = shown_on(screen, process)
+    process, shown = run_on_a_terminal(60, *words, "--output", tmp_path / "r")
     plain = samtune(*words, "--output", tmp_path / "s").stderr
     assert process.returncode == 0, shown
     assert any(line.startswith("model ") and "parameters" in line for line in plain.splitlines())
@@ -294,9 +291,7 @@ def test_a_value_that_is_not_finite_leaves_a_chart_as_it_is():
 def test_a_run_shows_its_chart_on_a_terminal(tmp_path):
     data = write_image_folder(tmp_path / "data", {"train": 24})
     words = ("run", *SMALL_MODEL, "--dataset", data, "--epochs", 6, "--lr", 0.01, "--no-html")
-    screen, terminal = a_terminal(80)
-    process = start(*words, "--output", tmp_path / "r", terminal=terminal)
-    shown = shown_on(screen, process)
+    process, shown = run_on_a_terminal(80, *words, "--output", tmp_path / "r")
     assert process.returncode == 0, shown
     assert re.search("[\u2801-\u28ff]", shown)
     assert re.search(r"best val \d+\.\d\d % \(epoch \d+\)   rate \S+   rho 0\.05   memory \d\.\d\d GiB", shown)
@@ -329,15 +324,14 @@ def test_watching_runs_is_for_people_at_a_terminal(listed):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     data = write_image_folder(folder / "data", {"train": 12, "test": 6})
-    done = samtune(
-        *("run", *SMALL_MODEL, "--dataset", data, "--epochs", 1, "--lr", 0.01, "--output", folder / "r 1"), "--json"
-    )
+    words = ("--dataset", data, "--epochs", 1, "--lr", 0.01, "--output", folder / "r 1")
+    done = samtune("run", *SMALL_MODEL, *words, "--json")
     assert done.returncode == 0, done.stderr
-    return folder / "r 1", done, data
+    return folder / "r 1", done
 
 
 def test_a_run_draws_its_page_and_says_what_its_number_means(finished):
-    folder, done, _ = finished
+    folder, done = finished
     result = json.loads(done.stdout)
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png") >= result["test"]["wrong"] > 0  # the pictures of mistakes
@@ -351,7 +345,7 @@ def test_a_run_draws_its_page_and_says_what_its_number_means(finished):
 
 
 def test_the_page_of_a_run_is_the_one_that_report_draws(finished, tmp_path):
-    folder, _, _ = finished
+    folder, _ = finished
     assert samtune("report", folder, "--output", tmp_path).returncode == 0
     assert (folder / "report.html").read_text() == (tmp_path / "report.html").read_text()
 
@@ -365,7 +359,7 @@ def test_what_a_number_means_without_a_test_split():
 
 
 def test_a_page_that_cannot_be_drawn_does_not_fail_a_run(finished, tmp_path, monkeypatch, capsys):
-    folder, _, _ = finished
+    folder, _ = finished
     monkeypatch.setattr("samtune.report.html.render", lambda *_: 1 / 0)
 
     class Part:
@@ -381,27 +375,20 @@ def test_a_page_that_cannot_be_drawn_does_not_fail_a_run(finished, tmp_path, mon
 
 
 def test_report_follows_a_run_until_it_ends(finished, tmp_path, monkeypatch):
-    from samtune.report import run_page
-
-    folder, _, _ = finished
-    looks, said = iter([True, True, True, False]), []
-    rows = iter([1, 1, 2])
+    folder, _ = finished
+    looks, rows, said, drawn = iter([True, True, True, False]), iter([1, 1, 2]), [], []
     monkeypatch.setattr("samtune.runs.listing.is_running", lambda _: next(looks))
-    drawn = []
     monkeypatch.setattr(run_page, "read_metrics", lambda _: [None] * next(rows))
     monkeypatch.setattr(run_page.time, "sleep", lambda _: None)
-    monkeypatch.setattr(
-        run_page, "write_report_page", lambda *_, refresh: (drawn.append(refresh), tmp_path / "report.html")
-    )
+    page = tmp_path / "report.html"
+    monkeypatch.setattr(run_page, "write_report_page", lambda *_, refresh: (drawn.append(refresh), page))
     run_page.follow(folder, tmp_path, 2.0, said.append)
     assert drawn == [2.0, 2.0]  # not again while nothing was measured
     assert len(said) == 1
 
 
 def test_a_page_reloads_while_its_run_goes_on_and_no_longer(finished, tmp_path):
-    from samtune.report import run_page
-
-    folder, _, _ = finished
+    folder, _ = finished
     _, page = run_page.write_report_page(folder, tmp_path, refresh=2.0)
     assert '<meta http-equiv="refresh" content="2">' in page.read_text()
     done = samtune("report", folder, "--output", tmp_path, "--watch")  # it has ended
@@ -412,13 +399,11 @@ def test_a_page_reloads_while_its_run_goes_on_and_no_longer(finished, tmp_path):
 
 
 def test_the_page_of_a_run_is_drawn_without_torch(finished, tmp_path):
-    folder, _, _ = finished
+    folder, _ = finished
     code = (
         "import sys; from pathlib import Path; from samtune.report import run_page;"
         "run_page.write_report_page(Path(sys.argv[1]), Path(sys.argv[2])); print('torch' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, folder, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "False\n"
+    said = subprocess.check_output([sys.executable, "-c", code, folder, tmp_path], cwd=ROOT, text=True)
+    assert said == "False\n"
     assert "data:image/png" in (tmp_path / "report.html").read_text()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, write_image_folder
+from tests.conftest import ROOT, SMALL_MODEL, write_image_folder
 from tests.runs.test_listing import write_run
 from tests.support.fault_matrix import row
 
@@ -35,12 +35,12 @@ def in_shell(*words, redirect="", env=None):
 
 
 def a_small_run(folder, data):
-    words = ["--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--lr", 0.01, "--workers", 0]
-    return ["run", *words, "--dataset", data, "--output", folder]
+    return ["run", *SMALL_MODEL, "--epochs", 1, "--lr", 0.01, "--dataset", data, "--output", folder]
 
 
-def state(folder):
-    return json.loads((folder / "status.json").read_text())["state"]
+def check_done(folder):
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    assert json.loads((folder / "report.json").read_text())["val"]["n"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +163,8 @@ def test_a_pipe_that_does_not_block_gets_the_whole_result():
 
 def test_a_run_goes_on_without_its_streams(tmp_path, data):
     done = in_shell(*a_small_run(tmp_path / "r", data), redirect="<&- >&- 2>/dev/full")
-    assert done.returncode == 0
-    assert done.stderr == b""
-    assert state(tmp_path / "r") == "done"
-    assert json.loads((tmp_path / "r" / "report.json").read_text())["val"]["n"] > 0
+    assert (done.returncode, done.stderr) == (0, b"")
+    check_done(tmp_path / "r")
 
 
 def test_a_run_whose_result_cannot_be_written_has_it_in_its_folder(tmp_path, data):
@@ -174,8 +172,7 @@ def test_a_run_whose_result_cannot_be_written_has_it_in_its_folder(tmp_path, dat
     assert done.returncode == 8
     assert "error: the result could not be written" in done.stderr.decode()
     assert "Traceback" not in done.stderr.decode()
-    assert state(tmp_path / "r") == "done"
-    assert json.loads((tmp_path / "r" / "report.json").read_text())["val"]["n"] > 0
+    check_done(tmp_path / "r")
 
 
 def test_a_run_in_a_narrow_room_without_colours_or_letters_says_what_it_has_to_say(tmp_path, data):
@@ -191,9 +188,8 @@ def test_a_run_outlives_the_terminal_that_shows_its_progress(tmp_path, data):
     screen, terminal = pty.openpty()
     command = [sys.executable, "-m", "samtune", *map(str, a_small_run(tmp_path / "r", data))]
     env = os.environ | {"TERM": "xterm"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stderr=terminal, stdout=subprocess.PIPE, start_new_session=True
-    )
+    streams = {"stderr": terminal, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **streams)
     os.close(terminal)
     shown = b""
     while b"step" not in shown:  # the bar
@@ -202,4 +198,4 @@ def test_a_run_outlives_the_terminal_that_shows_its_progress(tmp_path, data):
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert b"val" in said
-    assert state(tmp_path / "r") == "done"
+    check_done(tmp_path / "r")

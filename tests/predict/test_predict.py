@@ -89,10 +89,8 @@ def test_the_library_says_what_the_command_says(predictor, trained, photos):
         assert one.probabilities.shape == (len(CLASSES),)
         assert one.probabilities.sum() == pytest.approx(1, abs=1e-6)
         assert [np.float32(row[f"p_{name}"]) for name in CLASSES] == one.probabilities.tolist()
-        assert one.top(2) == [
-            (row["class"], one.probability),
-            (row["class_2"], float(np.float32(row["probability_2"]))),
-        ]
+        second = row["class_2"], float(np.float32(row["probability_2"]))
+        assert one.top(2) == [(row["class"], one.probability), second]
         assert [name for name, _ in one.top(9)] == [CLASSES[i] for i in np.argsort(-one.probabilities)]
 
 
@@ -100,11 +98,8 @@ def test_paths_pil_images_and_arrays_are_the_same_pictures(predictor, photos):
     paths = files_of(photos)[:5]
     images = [Image.open(path) for path in paths]
     expected = [one.probabilities.tolist() for one in predictor(paths)]
-    for pictures in (
-        images,
-        [np.asarray(image) for image in images],
-        [paths[0], images[1], *map(np.asarray, images[2:])],
-    ):
+    arrays = [np.asarray(image) for image in images]
+    for pictures in (images, arrays, [paths[0], images[1], *arrays[2:]]):
         assert [one.probabilities.tolist() for one in predictor(pictures)] == expected
     assert predictor(paths[0])[0].class_name == predictor(paths[:1])[0].class_name
     assert predictor([]) == []
@@ -154,10 +149,8 @@ def test_folders_globs_and_paths_name_the_same_pictures(photos):
     for argument in ([str(photos)], [str(photos / "*")], [str(photos / "**" / "*.png")], expected):
         found = inputs.find(argument, DataSelection())
         assert (names_of(found), found.count()) == (expected, len(expected))
-    assert names_of(inputs.find([str(photos / "owl"), expected[0]], DataSelection()))[-2:] == [
-        expected[-1],
-        expected[0],
-    ]
+    found = inputs.find([str(photos / "owl"), expected[0]], DataSelection())
+    assert names_of(found)[-2:] == [expected[-1], expected[0]]
 
 
 def test_hidden_files_and_links_in_a_circle_are_passed_over_and_other_files_too(tmp_path):
@@ -303,11 +296,7 @@ def test_the_library_raises_for_a_bad_picture(predictor, mixed):
         (["a.png", "--format", "xml"], 2, "--format xml"),
         (["a.png", "--output", "a.txt"], 2, "a.txt: ends in no format"),
         (["a.png", "--output", "a.csv"], 2, "a.csv is there already"),
-        (
-            ["a.png", "--output", "a.png", "--format", "csv", "--force"],
-            2,
-            "a.png is a picture, a file of a run, or read",
-        ),
+        (["a.png", "--output", "a.png", "--format", "csv", "--force"], 2, "a.png is a picture, a file of a run, or"),
         (["full.csv", "--output", "full.csv", "--force"], 2, "full.csv is a picture, a file of a run, or read here"),
         (["a.png", "--output", "r/report.json", "--force"], 2, "report.json is a picture, a file of a run"),
         (["r"], 2, "IMAGES r is a run"),
@@ -368,27 +357,23 @@ def test_all_formats_say_the_same(trained, photos, tmp_path):
     for ending in ("jsonl", "json", "parquet"):
         done = samtune("predict", trained, photos, "--top", 2, "--all", "--output", tmp_path / f"p.{ending}")
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    stored = pq.read_table(tmp_path / "p.parquet").to_pylist()
-    assert [
-        {key: str(np.float32(v)) if isinstance(v, float) else v for key, v in row.items()} for row in stored
-    ] == rows
+    for stored, row in zip(pq.read_table(tmp_path / "p.parquet").to_pylist(), rows, strict=True):
+        assert {key: str(np.float32(v)) if isinstance(v, float) else v for key, v in stored.items()} == row
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert json.loads((tmp_path / "p.json").read_text())["predictions"] == lines
     for row, one in zip(rows, lines, strict=True):
         assert (one["path"], one["class"], str(one["probability"])) == (row["path"], row["class"], row["probability"])
         assert [each["class"] for each in one["top"]] == [row["class"], row["class_2"]]
         assert {f"p_{name}": str(p) for name, p in one["probabilities"].items()}.items() <= row.items()
-    summary = json.loads(
-        samtune("predict", trained, photos, "--output", tmp_path / "p.json", "--force", "--json").stdout
-    )
+    done = samtune("predict", trained, photos, "--output", tmp_path / "p.json", "--force", "--json")
+    summary = json.loads(done.stdout)
     assert (summary["images"], summary["bad_images"], "predictions" in summary) == (39, [], False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.json", "p.jsonl", "p.parquet"]
 
 
 def test_the_head_turns_embeddings_into_the_predictions(trained, predictor, photos, tmp_path):
     for ending in ("npy", "safetensors"):
-        done = samtune("predict", trained, photos, "--all", "--embeddings", tmp_path / f"e.{ending}")
-        rows = rows_of(done)
+        rows = rows_of(samtune("predict", trained, photos, "--all", "--embeddings", tmp_path / f"e.{ending}"))
     found = np.load(tmp_path / "e.npy")
     stored = safetensors.numpy.load_file(tmp_path / "e.safetensors")
     assert np.array_equal(found, stored["embeddings"])

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from urllib.parse import urlparse
 
 import pytest
 
 from tests.conftest import image_bytes, samtune, write_image_folder
+from tests.report.test_run_page import value_at
 from tests.support.run_folders import write_sweep
 
 pytestmark = pytest.mark.browser
@@ -106,14 +106,42 @@ def look(browser, folder, *, width=1000, scheme="light", name="report.html"):
     return browser.get_log("browser"), [json.loads(row["message"])["message"] for row in browser.get_log("performance")]
 
 
-def test_it_renders_without_errors_and_asks_for_nothing(browser, finished):
-    said, events = look(browser, finished)
+def look_alone(browser, page, **how):
+    """Open a page, which renders without errors and asks for nothing but itself."""
+    said, events = look(browser, page.parent, name=page.name, **how)
     assert said == []
     asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    assert (finished / "report.html").as_uri() in asked
-    assert {urlparse(url).scheme for url in asked} <= {"file", "data"}
-    assert [url for url in asked if url.startswith("file:")] == [(finished / "report.html").as_uri()]
+    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
     assert not [event for event in events if event["method"] == "Network.loadingFailed"]
+
+
+def open_details(browser):
+    browser.execute_script("document.querySelectorAll('details').forEach(e => e.open = true)")
+
+
+def width_of(browser):
+    return browser.execute_script("return document.documentElement.scrollWidth")
+
+
+def legible(browser):
+    """The number of texts, all of which stand out from their ground."""
+    found = browser.execute_script(CONTRASTS)
+    assert [(round(contrast, 2), text) for contrast, text in found if contrast < 4.5] == []
+    return len(found)
+
+
+def numbers_of(browser, report):
+    """(path, value, text) of the page's numbers; the values are those of its report."""
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('data')].map(e => [e.dataset.path, e.value, e.innerText])"
+    )
+    assert shown
+    assert all(json.loads(value) == value_at(report, path) for path, value, _ in shown)
+    return shown
+
+
+def test_it_renders_without_errors_and_asks_for_nothing(browser, finished):
+    look_alone(browser, finished / "report.html")
     sizes = browser.execute_script(
         "return [...document.querySelectorAll('svg, img')].map(e => [e.tagName, e.getBoundingClientRect().height,"
         " e.tagName == 'IMG' ? e.naturalWidth : 1])"
@@ -126,14 +154,7 @@ def test_it_renders_without_errors_and_asks_for_nothing(browser, finished):
 def test_its_numbers_are_those_of_report_json(browser, finished):
     look(browser, finished)
     report = json.loads((finished / "report.json").read_text())
-    shown = browser.execute_script(
-        "return [...document.querySelectorAll('data')].map(e => [e.dataset.path, e.value, e.innerText])"
-    )
-    for path, value, _ in shown:
-        expected = report
-        for key in path.split("."):
-            expected = expected[int(key) if isinstance(expected, list) else key]
-        assert json.loads(value) == expected
+    shown = numbers_of(browser, report)
     headline = browser.execute_script("return document.querySelector('.headline').innerText")
     test = report["test"]
     assert f"{test['top1_error']:.2f}\N{NO-BREAK SPACE}%" in headline
@@ -145,12 +166,10 @@ def test_its_numbers_are_those_of_report_json(browser, finished):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_stands_out_from_its_ground(browser, finished, scheme):
     look(browser, finished, scheme=scheme)
-    browser.execute_script("document.querySelectorAll('details').forEach(e => e.open = true)")
+    open_details(browser)
     ground = browser.execute_script("return getComputedStyle(document.documentElement).backgroundColor")
     assert (sum(map(int, ground[4:-1].split(","))) < 200) == (scheme == "dark")
-    found = browser.execute_script(CONTRASTS)
-    assert len(found) > 300
-    assert [(round(contrast, 2), text) for contrast, text in found if contrast < 4.5] == []
+    assert legible(browser) > 300
 
 
 def test_the_keyboard_reaches_the_content_and_opens_every_table(browser, finished):
@@ -186,8 +205,8 @@ def test_the_keyboard_reaches_the_content_and_opens_every_table(browser, finishe
 @pytest.mark.parametrize("width", [320, 1000])
 def test_no_page_is_wider_than_its_screen(browser, finished, width):
     look(browser, finished, width=width)
-    browser.execute_script("document.querySelectorAll('details').forEach(e => e.open = true)")
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    open_details(browser)
+    assert width_of(browser) <= width
     out = (
         "return [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll > *, .skip, svg *') &&"
         " e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 80))"
@@ -198,35 +217,23 @@ def test_no_page_is_wider_than_its_screen(browser, finished, width):
 def test_other_pages_render_in_light_and_dark_and_on_a_narrow_screen(browser, other):
     page, _ = other
     for width, scheme in ((1000, "light"), (1000, "dark"), (320, "light")):
-        said, events = look(browser, page.parent, width=width, scheme=scheme, name=page.name)
-        assert said == []
-        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
-        browser.execute_script("document.querySelectorAll('details').forEach(e => e.open = true)")
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        look_alone(browser, page, width=width, scheme=scheme)
+        open_details(browser)
+        assert width_of(browser) <= width
         heights = browser.execute_script(
             "return [...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().height)"
         )
         assert len(heights) >= 3
         assert min(heights) > 50
-        found = browser.execute_script(CONTRASTS)
-        assert [(round(contrast, 2), text) for contrast, text in found if contrast < 4.5] == []
+        legible(browser)
 
 
 def test_the_numbers_of_other_pages_are_those_of_their_reports(browser, other):
     page, report = other
     look(browser, page.parent, name=page.name)
-    shown = browser.execute_script(
-        "return [...document.querySelectorAll('data')].map(e => [e.dataset.path, e.value, e.innerText])"
-    )
-    assert shown
-    for path, value, text in shown:
-        expected = report
-        for key in path.split("."):
-            expected = expected[int(key) if isinstance(expected, list) else key]
-        assert json.loads(value) == expected
+    for path, _, text in numbers_of(browser, report):
         seen = float(text.replace(",", "").replace("\N{MINUS SIGN}", "-"))
-        assert seen == pytest.approx(expected, rel=0.006, abs=0.00501)
+        assert seen == pytest.approx(value_at(report, path), rel=0.006, abs=0.00501)
     if "verdict" in report:
         headline = browser.execute_script("return document.querySelector('.headline').innerText")
         said = headline.replace("\N{MINUS SIGN}", "-").replace("\N{NO-BREAK SPACE}", " ")
@@ -247,15 +254,10 @@ def predicted(finished, tmp_path_factory):
 
 
 def test_the_page_of_predictions_shows_every_picture_on_any_screen(browser, predicted):
-    page = predicted / "predictions.html"
     for width, scheme in ((1200, "light"), (1200, "dark"), (400, "light"), (400, "dark")):
-        said, events = look(browser, predicted, width=width, scheme=scheme, name=page.name)
-        assert said == []
-        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        found = browser.execute_script(CONTRASTS)
-        assert [(round(contrast, 2), text) for contrast, text in found if contrast < 4.5] == []
+        look_alone(browser, predicted / "predictions.html", width=width, scheme=scheme)
+        assert width_of(browser) <= width
+        legible(browser)
     shown = browser.execute_script("return [...document.querySelectorAll('img')].map(e => [e.naturalWidth, e.alt])")
     assert len(shown) == 19
     assert all(natural > 0 and alt for natural, alt in shown)

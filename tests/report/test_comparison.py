@@ -7,53 +7,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from samtune.config import loading
 from samtune.errors import CheckpointError, UsageError
-from samtune.report import stats
+from samtune.report import run_report, stats
 from samtune.report.comparison import compare, markdown
 from tests.conftest import samtune
+from tests.support import run_folders
 
 N = 40  # images
 
 
-def write_run(folder, wrong=(), *, seed=0, split="test", n=N, passes=100, seconds=50.0, dataset="pets", **settings):
+def write_run(folder, wrong=(), *, split="test", n=N, passes=100, seconds=50.0, dataset="pets", **settings):
     """A run that is done and has these images of `split` wrong; settings: those that are not the default."""
-    folder.mkdir(parents=True)
-    flags = {"model": "m", "dataset": dataset, "seed": seed, "output": str(folder)} | settings
-    (folder / "config.toml").write_text(loading.load(None, flags).to_toml())
-    (folder / "status.json").write_text('{"state": "done"}')
-    labels = np.arange(n) % 3
-    predictions = np.where(np.isin(np.arange(n), list(wrong)), labels + 1, labels)
-    table = pa.table({"index": np.arange(n), "label": labels, "prediction": predictions, "probability": np.ones(n)})
-    pq.write_table(table.replace_schema_metadata({"split": split}), folder / "predictions.parquet")
-    interval = [100 * limit for limit in stats.wilson_interval(len(wrong), n)]
-    scores = {"split": split, "n": n, "wrong": len(wrong), "top1_error": 100 * len(wrong) / n}
-    write_report(
-        folder,
-        dataset={"name": dataset},
-        seed=seed,
-        **{"test": None, "val": None, split: scores | {"top1_error_ci95": interval}},
-        train_seconds=seconds,
-        cost={"forward_backward_passes": passes},
-    )
+    scored = {"val": split == "val", "test": split == "test", "images": n, "wrong": wrong}
+    run_folders.write_run(folder, epochs=8, passes=passes / 8, **scored, **settings)
+    run_report.write(folder, run_report.build(folder))
+    write_report(folder, dataset={"name": dataset}, train_seconds=seconds)
     return folder
-
-
-REPORT = {
-    "model": {"weights": "random"},
-    "epochs": 8,
-    "steps": 100,
-    "images_per_second": 100.0,
-    "world_size": 1,
-    "machine": "Linux x86_64, 2 cores",
-    "devices": ["cpu (2 threads)"],
-    "versions": {"torch": "2.15.0"},
-}
 
 
 def write_report(folder, **entries):
     path = folder / "report.json"
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else REPORT) | entries))
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def forget(folder, *names):
+    for name in names:
+        (folder / name).unlink()
 
 
 def pair_of(*folders):
@@ -68,25 +47,25 @@ def two(tmp_path):
     return sgd, write_run(tmp_path / "sam", range(6, 10), rho=0.05, passes=200, seconds=95.0)
 
 
-@pytest.fixture
-def seeds(tmp_path):
-    """Three seeds each, with so many images wrong."""
+def write_seeds(folder, sgd, sam):
+    """Runs of two settings: so many images wrong, by seed."""
     return [
-        write_run(tmp_path / f"{arm}-{seed}", range(wrong), seed=seed, rho=rho)
-        for arm, rho, counts in (("sgd", 0.0, (8, 10, 9)), ("sam", 0.05, (6, 7, 8)))
-        for seed, wrong in enumerate(counts)
+        write_run(folder / f"{arm}-{seed}", range(wrong), seed=seed, rho=rho)
+        for arm, rho, counts in (("sgd", 0.0, sgd), ("sam", 0.05, sam))
+        for seed, wrong in counts.items()
     ]
 
 
-def test_two_runs_are_tested_on_the_images_that_both_scored(two):
+@pytest.fixture
+def seeds(tmp_path):
+    return write_seeds(tmp_path, {0: 8, 1: 10, 2: 9}, {0: 6, 1: 7, 2: 8})
+
+
+def test_two_runs_are_tested_on_the_images_that_both_scored_and_without_an_interval_over_seeds(two):
     pair = pair_of(*two)
     assert (pair["label"], pair["baseline"], pair["difference"]["mean"]) == ("sam", "sgd", -10.0)
     assert pair["mcnemar"] == {"only_wrong": 2, "baseline_only_wrong": 6, "p": pytest.approx(74 / 256)}
     assert pair["error_reduction"]["percent"] == pytest.approx(50)
-
-
-def test_one_seed_each_has_no_interval_and_says_what_cannot_be_concluded(two):
-    pair = pair_of(*two)
     assert (pair["difference"]["ci95"], pair["difference"]["p"], pair["error_reduction"]["low"]) == (None, None, None)
     assert pair["limits"] == [
         "one seed each: how much another seed would differ is not known; "
@@ -94,20 +73,17 @@ def test_one_seed_each_has_no_interval_and_says_what_cannot_be_concluded(two):
     ]
 
 
-def test_only_what_differs_is_listed_by_run(two):
+def test_what_differs_is_listed_by_run_and_what_is_held_equal_stands_in_words(two):
     assert compare(two)["differs"] == {"rho": {"sgd": 0.0, "sam": 0.05}}
-
-
-def test_what_the_comparison_holds_equal_stands_in_words(two):
     page = markdown(compare(two))
-    assert "- equal: epochs 8, steps 100; not equal: passes 200 against 100 (ratio 2), seconds 95 ag" in page
+    assert "- equal: epochs 8, steps 40; not equal: passes 200 against 100 (ratio 2), seconds 95 ag" in page
     assert "against 50 (ratio 1.9)\n" in page
 
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [
-        (50.0, "equal: epochs 8, steps 100, passes 100, seconds 50"),
+        (50.0, "equal: epochs 8, steps 40, passes 100, seconds 50"),
         (52.0, "nearly equal: seconds 52 against 50"),
         (None, "not known"),
     ],
@@ -121,16 +97,14 @@ def test_runs_carry_what_their_reports_say(two):
     first = compare(two)["runs"][0]
     assert first["top1_error_ci95"] == [100 * limit for limit in stats.wilson_interval(8, N)]
     assert (first["label"], first["wrong"], first["n"], first["split"]) == ("sgd", 8, N, "test")
-    assert (first["epochs"], first["steps"], first["passes"], first["seconds"]) == (8, 100, 100, 50.0)
+    assert (first["epochs"], first["steps"], first["passes"], first["seconds"]) == (8, 40, 100, 50.0)
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_setting(seeds):
     comparison = compare(seeds)
     sgd, sam = comparison["groups"]
-    assert [(group["label"], group["seeds"]) for group in (sgd, sam)] == [
-        ("sgd-0 + 2 seeds", [0, 1, 2]),
-        ("sam-0 + 2 seeds", [0, 1, 2]),
-    ]
+    assert [group["label"] for group in (sgd, sam)] == ["sgd-0 + 2 seeds", "sam-0 + 2 seeds"]
+    assert sgd["seeds"] == sam["seeds"] == [0, 1, 2]
     half = 4.302653 * 2.5 / 3**0.5  # 8, 10 and 9 of 40: 20, 25 and 22.5 %, standard deviation 2.5
     assert sgd["mean_error"] == 22.5
     assert sgd["mean_error_ci95"] == pytest.approx([22.5 - half, 22.5 + half])
@@ -158,11 +132,7 @@ def test_a_seed_without_a_partner_is_left_out_of_the_pairs_by_name(seeds):
 
 
 def test_settings_without_common_seeds_are_compared_as_independent(tmp_path):
-    counts = {("sgd", 0): 8, ("sgd", 1): 10, ("sam", 2): 6, ("sam", 3): 7, ("sam", 4): 9}
-    runs = [
-        write_run(tmp_path / f"{arm}{seed}", range(wrong), seed=seed, rho=0.05 * (arm == "sam"))
-        for (arm, seed), wrong in counts.items()
-    ]
+    runs = write_seeds(tmp_path, {0: 8, 1: 10}, {2: 6, 3: 7, 4: 9})
     pair = pair_of(*runs)
     a, b = [15, 17.5, 22.5], [20, 25]
     expected = stats.independent_difference(a, b)
@@ -223,19 +193,22 @@ def test_other_images_give_no_test_and_the_reason(tmp_path, other, said):
 
 def test_other_rows_of_as_many_images_are_other_images(two):
     path = two[1] / "predictions.parquet"
-    table = pq.read_table(path)
-    shuffled = table.take(np.random.default_rng(0).permutation(N))  # the same images in another order are the same
-    pq.write_table(shuffled, path)
+    shuffled = pq.read_table(path).take(np.random.default_rng(0).permutation(N))
+    pq.write_table(shuffled, path)  # the same images in another order are the same
     assert pair_of(*two)["mcnemar"]["only_wrong"] == 2
-    pq.write_table(table.set_column(0, "index", pa.array(np.arange(N) + 1)), path)
+    take_other_rows(two[1])
     assert pair_of(*two)["mcnemar"] is None
 
 
 def test_one_run_of_other_images_among_the_seeds_is_found(seeds):
-    path = seeds[4] / "predictions.parquet"
-    table = pq.read_table(path)
-    pq.write_table(table.set_column(0, "index", pa.array(np.arange(N) + 1)), path)
+    take_other_rows(seeds[4])
     assert pair_of(*seeds)["difference"]["p"] is None
+
+
+def take_other_rows(run):
+    path = run / "predictions.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "index", pa.array(np.array(table["index"]) + 1)), path)
 
 
 @pytest.mark.parametrize("stale", [False, True])
@@ -247,9 +220,8 @@ def test_predictions_that_are_missing_or_not_those_of_the_report_give_no_test(tw
         path.unlink()
     pair = pair_of(*two)
     assert pair["mcnemar"] is None
-    assert any(
-        "predictions.parquet of sam is not there, or not of what its report counted" in x for x in pair["limits"]
-    )
+    said = "predictions.parquet of sam is not there, or not of what its report counted"
+    assert any(said in limit for limit in pair["limits"])
 
 
 def test_seconds_of_other_machines_are_named(two):
@@ -260,12 +232,7 @@ def test_seconds_of_other_machines_are_named(two):
 
 
 def test_seeds_that_came_to_the_same_have_no_interval_and_it_says_why(tmp_path):
-    counts = {("sgd", 0): 8, ("sgd", 1): 8, ("sam", 0): 6, ("sam", 1): 6}
-    runs = [
-        write_run(tmp_path / f"{arm}{seed}", range(wrong), seed=seed, rho=0.05 * (arm == "sam"))
-        for (arm, seed), wrong in counts.items()
-    ]
-    comparison = compare(runs)
+    comparison = compare(write_seeds(tmp_path, {0: 8, 1: 8}, {0: 6, 1: 6}))
     assert [group["mean_error_ci95"] for group in comparison["groups"]] == [None, None]
     assert comparison["pairs"][0]["difference"]["p"] is None
     page = markdown(comparison)
@@ -302,7 +269,7 @@ def test_names_with_the_signs_of_markdown_do_not_break_its_tables(tmp_path):
         (lambda run: (run / "report.json").write_text('{"test": '), CheckpointError, "JSONDecodeError"),
         (lambda run: (run / "report.json").write_text("{}"), CheckpointError, "KeyError"),
         (lambda run: (run / "report.json").write_text("[]"), CheckpointError, "no JSON object"),
-        (lambda run: (run / "report.json").unlink(), CheckpointError, "provenance.json"),
+        (lambda run: forget(run, "report.json", "provenance.json"), CheckpointError, "provenance.json"),
         (lambda run: (run / "predictions.parquet").write_bytes(b"PAR1"), CheckpointError, "Arrow"),
     ],
 )
@@ -338,15 +305,8 @@ def test_programs_people_and_files_get_the_same_comparison(two, tmp_path):
     assert (tmp_path / "new" / "folder" / "comparison.md").read_text() == markdown(expected)
     shown = samtune("report", *two, env={"COLUMNS": "200"})
     assert (shown.returncode, shown.stderr) == (0, "")
-    for part in (
-        " 20.00 ",
-        "8 of 40",
-        "rho",
-        "sam against sgd\n",
-        "McNemar's exact test: p = 0.29",
-        "not equal: passes",
-    ):
-        assert part in shown.stdout
+    said = ("sam against sgd\n", "McNemar's exact test: p = 0.29", "not equal: passes")
+    assert all(part in shown.stdout for part in (" 20.00 ", "8 of 40", "rho", *said))
 
 
 def test_the_report_of_one_run_is_made_anew_from_its_other_files(uninterrupted, tmp_path):
@@ -358,9 +318,10 @@ def test_the_report_of_one_run_is_made_anew_from_its_other_files(uninterrupted, 
 
 
 def test_what_cannot_be_reported_ends_in_one_line_each(two, tmp_path):
+    forget(two[0], "provenance.json")
     for arguments, code in (
         ([tmp_path / "nowhere"], 2),
-        ([two[0]], 5),  # it has no provenance.json
+        ([two[0]], 5),
         ([*two, tmp_path / "nowhere"], 2),
         ([*two, "--output", two[0] / "config.toml"], 8),
     ):

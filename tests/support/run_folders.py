@@ -52,8 +52,8 @@ def write_run(
     settings = loading.load(None, {"model": "resnet10t", "dataset": dataset, "seed": seed, "model_ema": ema} | flags)
     (folder / "config.toml").write_text(settings.to_toml(), encoding="utf-8")
     _write_json(folder / "checkpoints" / "last" / "manifest.json", {"class_names": list(classes), "step": steps})
-    state = {"state": "done", "exit_code": 0, "step": steps, "total_steps": steps, "degraded": False, "error": None}
-    _write_json(folder / "status.json", state | (status or {}))
+    done = {"state": "done", "exit_code": 0, "step": steps, "total_steps": steps, "degraded": False, "error": None}
+    _write_json(folder / "status.json", done | (status or {}))
     sizes = {"train": 40, "val": images if val else 0, "test": images if test else 0}
     _write_json(folder / "provenance.json", _provenance(classes, sizes, sam_start, steps) | (provenance or {}))
 
@@ -153,17 +153,11 @@ def _predict(draw: np.random.Generator, classes: int, images: int, right: float)
 
 def _scores(split: str, labels: Any, predicted: Any) -> dict[str, Any]:
     n, wrong = len(labels), int((labels != predicted).sum())
+    by_class = [100 * (predicted[labels == label] != label).mean() for label in np.unique(labels)]
     return {
-        "split": split,
-        "n": n,
-        "wrong": wrong,
-        "top1_error": 100 * wrong / n,
+        **{"split": split, "n": n, "wrong": wrong, "top1_error": 100 * wrong / n, "loss": 0.7 + wrong / n},
         "top1_error_ci95": [100 * bound for bound in wilson_interval(wrong, n)],
-        "top5_error": 0.0,
-        "mean_per_class_error": float(
-            np.mean([100 * (predicted[labels == label] != label).mean() for label in np.unique(labels)])
-        ),
-        "loss": 0.7 + wrong / n,
+        **{"top5_error": 0.0, "mean_per_class_error": float(np.mean(by_class))},
     }
 
 

@@ -68,14 +68,9 @@ def drawn(request, tmp_path_factory):
 def test_every_number_that_is_named_is_the_reports(drawn):
     _, document, result = drawn
     paths = set()
-    for element in document.all("data"):
-        value = result
-        for key in element["attributes"]["data-path"].split("."):
-            value = value[int(key) if isinstance(value, list) else key]
-        assert json.loads(element["attributes"]["value"]) == value
-        text = element["text"].replace(",", "").replace("\N{MINUS SIGN}", "-")
+    for path, value, text in document.numbers(result):
         assert float(text) == pytest.approx(value, rel=0.006, abs=0.00501)
-        paths.add(element["attributes"]["data-path"])
+        paths.add(path)
     pairs = enumerate(result.get("comparisons", ()))
     wanted = [f"comparisons.{i}.difference.mean" for i, pair in pairs if pair["baseline"] == "sgd"]
     wanted += [f"final.{i}.mean_error" for i, entry in enumerate(result.get("final", ())) if entry["n"]]
@@ -92,14 +87,6 @@ def test_the_verdict_comes_first_and_all_warnings_are_there(drawn):
     assert document.all("h2")[0] is document.elements[document.elements.index(first) - 1]
 
 
-@pytest.fixture(scope="module")
-def budgets(tmp_path_factory):
-    folder = write_sweep(tmp_path_factory.mktemp("b") / "s", BUDGETS, wrong)
-    result = build(folder)
-    page.write(folder / "report.html", folder, result)
-    return Document((folder / "report.html").read_text(encoding="utf-8")), result
-
-
 def test_people_who_read_the_terminal_alone_are_warned_too(tmp_path, capsys):
     write_sweep(tmp_path, *CASES["failed and diverged"])
     report_sweep(tmp_path, tmp_path, as_json=False)
@@ -109,8 +96,9 @@ def test_people_who_read_the_terminal_alone_are_warned_too(tmp_path, capsys):
     assert all(seen.count(" ".join(["warning:", *text.split()])) == 1 for text in result["warnings"])
 
 
-def test_tables_beside_the_charts_say_what_the_report_says(budgets):
-    document, result = budgets
+@pytest.mark.parametrize("drawn", ["budgets"], indirect=True)
+def test_tables_beside_the_charts_say_what_the_report_says(drawn):
+    _, document, result = drawn
     seeds = table_of(document, "test error of each final run")
     assert [row[:4] for row in seeds[:2]] == [
         ["100 passes", "sam", "0", f"{result['final'][0]['test_errors'][0]:.2f}"],
@@ -146,9 +134,8 @@ def test_a_comparison_that_is_written_has_a_page_too(tmp_path):
     runs = [write_run(tmp_path / name, rho=rho, wrong=range(5)) for name, rho in (("sgd", 0.0), ("<b>sam</b>", 0.05))]
     done = samtune("report", *runs, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("comparison.json", "comparison.md", "comparison.html"),
-    }
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"comparison.json", "comparison.md", "comparison.html"}
     document = Document((tmp_path / "out" / "comparison.html").read_text())
     assert not document.all("b")
     assert ["rho", "0", "0.05"] in table_of(document, "settings and circumstances")

@@ -34,8 +34,7 @@ def load(tmp_path, table="", base="", **more):
 
 def test_a_recipe_without_a_table_is_the_papers_protocol(tmp_path):
     asked = load(tmp_path)
-    assert asked.table.seeds == [0, 1, 2, 3, 4]
-    assert asked.table.selection_seeds == [0]
+    assert (asked.table.seeds, asked.table.selection_seeds) == ([0, 1, 2, 3, 4], [0])
     assert arms.arms(asked) == ["sam", "sam-late", "sgd", "sgd-2x"]
     assert arms.points(asked, "sam") == [{"rho": rho} for rho in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)]
     late = arms.points(asked, "sam-late")
@@ -182,10 +181,8 @@ def test_a_run_ignores_the_table(tmp_path):
 
 
 def test_what_differs_between_two_recipes_is_said_by_key():
-    before, now = (
-        {"rho": 0.1, "sweep": {"seeds": [0], "arms": ["sam"]}},
-        {"lr": 1, "sweep": {"seeds": [1], "arms": ["sam"]}},
-    )
+    before = {"rho": 0.1, "sweep": {"seeds": [0], "arms": ["sam"]}}
+    now = {"lr": 1, "sweep": {"seeds": [1], "arms": ["sam"]}}
     assert spec.differences(before, now) == [
         "lr: not given before, 1 now",
         "rho: 0.1 before, not given now",
@@ -231,15 +228,11 @@ def test_the_number_of_steps_is_the_largest_that_the_budget_pays_for(case):
 
 
 def test_every_arm_gets_the_same_cost_and_sgd_twice_as_long_is_left_out(tmp_path):
-    asked = load(
-        tmp_path, 'seeds = 1\nbudgets = ["200 passes"]\n[sweep.grid]\nrho = [0.1]\n[sweep.sam-late]\nsam_start=["60%"]'
-    )
+    grids = '[sweep.grid]\nrho = [0.1]\n[sweep.sam-late]\nsam_start=["60%"]'
+    asked = load(tmp_path, 'seeds = 1\nbudgets = ["200 passes"]\n' + grids)
     runs = check(Plan(asked, lambda settings: 1000))
-    assert {run.arm: (run.steps, run.passes) for run in runs} == {
-        "sam": (100, 200),
-        "sam-late": (143, 200),
-        "sgd": (200, 200),
-    }
+    costs = {run.arm: (run.steps, run.passes) for run in runs}
+    assert costs == {"sam": (100, 200), "sam-late": (143, 200), "sgd": (200, 200)}
     assert [run.id for run in runs] == [f"b200p-final-{arm}-seed0" for arm in ("sam", "sam-late", "sgd")]
     assert runs[0].settings["epochs"] == "100 steps"
     assert any("sgd-2x" in note for note in arms.notes(asked))
@@ -248,13 +241,8 @@ def test_every_arm_gets_the_same_cost_and_sgd_twice_as_long_is_left_out(tmp_path
 def test_points_whose_steps_take_the_same_time_share_a_probe(tmp_path):
     table = 'arms = ["sam", "sgd"]\nbudgets = ["9 seconds"]\n[sweep.grid]\nrho = [0.1, 0.2]\nlr = [1, 2]\nm = [4, 8]'
     plan = Plan(load(tmp_path, table), lambda settings: 1000)
-    assert [run.id for run in plan.probes()] == [
-        "probe-plain-m4",
-        "probe-sam-m4",
-        "probe-plain-m8",
-        "probe-sam-m8",
-        "probe-plain",
-    ]
+    names = ("plain-m4", "sam-m4", "plain-m8", "sam-m8", "plain")
+    assert [run.id for run in plan.probes()] == [f"probe-{name}" for name in names]
     assert [run.settings["rho"] > 0 for run in plan.probes()] == [False, True, False, True, False]
     paces = {"probe-plain-m4": 0.1, "probe-plain-m8": 0.1, "probe-plain": 0.1, "probe-sam-m4": 0.3, "probe-sam-m8": 0.2}
     budget = plan.sweep.table.budgets[0]
@@ -368,10 +356,8 @@ def test_the_state_of_a_run_is_told_by_its_folders(tmp_path, status, exit_code, 
     if exit_code is not None:
         ledger.write_exit_code(tmp_path, "r", exit_code)
     found = ledger.outcome(tmp_path, "r")
-    assert (found.state, found.exit_code if state == "failed" else None) == (
-        state,
-        exit_code if state == "failed" else None,
-    )
+    assert found.state == state
+    assert state != "failed" or found.exit_code == exit_code
     assert why in found.cause
 
 
@@ -534,10 +520,6 @@ def test_a_data_set_without_test_cannot_be_swept(tmp_path):
 def test_the_folders_recipe_is_plain_toml(found):
     folder, _ = found
     stored = tomllib.loads((folder / "sweep.toml").read_text())
-    assert stored["sweep"] == {
-        "seeds": [0],
-        "selection_seeds": [0],
-        "arms": ["sam", "sgd"],
-        "grid": {"rho": [0.05, 0.1]},
-    }
+    table = {"seeds": [0], "selection_seeds": [0], "arms": ["sam", "sgd"], "grid": {"rho": [0.05, 0.1]}}
+    assert stored["sweep"] == table
     assert "output" not in stored

@@ -34,14 +34,9 @@ def cluster():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    head = (
-        "--head",
-        "--node-ip-address=127.0.0.1",
-        f"--port={address.rpartition(':')[2]}",
-        "--include-dashboard=false",
-    )
+    port = f"--port={address.rpartition(':')[2]}"
     try:
-        ray("start", *head, *NODE)
+        ray("start", "--head", "--node-ip-address=127.0.0.1", port, "--include-dashboard=false", *NODE)
         ray("start", f"--address={address}", *NODE)
         yield address
     finally:

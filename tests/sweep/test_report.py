@@ -36,17 +36,13 @@ def done(tmp_path_factory):
     return folder, build(folder)
 
 
-def collect(folder, recipe=RECIPE, wrong=usual, **final):
+def collect(folder, recipe=RECIPE, wrong=usual):
     return build(write_sweep(folder / "s", recipe, wrong))
 
 
 def pair_of(report, arm, baseline, budget=None):
-    (found,) = [
-        pair
-        for pair in report["comparisons"]
-        if (pair["label"], pair["baseline"], pair["budget"]) == (arm, baseline, budget)
-    ]
-    return found
+    found = {(pair["label"], pair["baseline"], pair["budget"]): pair for pair in report["comparisons"]}
+    return found[arm, baseline, budget]
 
 
 def percent(wrong):
@@ -105,20 +101,16 @@ def test_the_better_length_of_sgd_is_named_and_that_test_chose_it(done):
 
 def test_what_a_comparison_holds_equal_is_computed_from_the_runs(done):
     cost = pair_of(done[1], "sam", "sgd")["cost"]
-    assert {key: both["verdict"] for key, both in cost.items()} == {
-        **{"epochs": "equal", "steps": "equal", "passes": "not equal", "seconds": "equal"},
-    }
+    verdicts = {"epochs": "equal", "steps": "equal", "passes": "not equal", "seconds": "equal"}
+    assert {key: both["verdict"] for key, both in cost.items()} == verdicts
     assert (cost["passes"]["run"], cost["passes"]["baseline"], cost["passes"]["ratio"]) == (40, 20, 2)
     cost = pair_of(done[1], "sam", "sgd-2x")["cost"]
     assert (cost["passes"]["verdict"], cost["epochs"]["ratio"]) == ("equal", 0.5)
 
 
 def test_every_arm_is_compared_with_sgd_and_those_with_sam_with_twice_the_length(done):
-    assert [(pair["label"], pair["baseline"]) for pair in done[1]["comparisons"]] == [
-        ("sam", "sgd"),
-        ("sam", "sgd-2x"),
-        ("sgd-2x", "sgd"),
-    ]
+    pairs = [(pair["label"], pair["baseline"]) for pair in done[1]["comparisons"]]
+    assert pairs == [("sam", "sgd"), ("sam", "sgd-2x"), ("sgd-2x", "sgd")]
 
 
 def test_what_was_asked_what_is_done_and_what_it_took(done):
@@ -160,17 +152,13 @@ def test_a_choice_over_several_seeds_has_an_interval_and_their_mean_error(tmp_pa
 
 
 def test_a_rho_at_an_end_of_its_grid_is_warned_of_and_one_within_is_not(tmp_path):
-    for name, best, warned in (("low", 0.01, "lower"), ("within", 0.05, None), ("high", 0.1, "upper")):
-        recipe = RECIPE.replace("[0.05, 0.1]", "[0.01, 0.05, 0.1]")
-        report = collect(
-            tmp_path / name, recipe, lambda run, b=best: usual(run, grid=dict.fromkeys((0.01, 0.05, 0.1), 20) | {b: 3})
-        )
+    recipe = RECIPE.replace("[0.05, 0.1]", "[0.01, 0.05, 0.1]")
+    for best, warned in ((0.01, "lower"), (0.05, None), (0.1, "upper")):
+        grid = dict.fromkeys((0.01, 0.05, 0.1), 20) | {best: 3}
+        report = collect(tmp_path / str(best), recipe, lambda run, grid=grid: usual(run, grid=grid))
         said = [warning for warning in report["warnings"] if "end of the grid" in warning]
-        assert said == (
-            [f"sam: the chosen rho {best} is at the {warned} end of the grid; a better one may lie beyond."]
-            if warned
-            else []
-        )
+        expected = f"sam: the chosen rho {best} is at the {warned} end of the grid; a better one may lie beyond."
+        assert said == ([expected] if warned else [])
 
 
 def test_of_equal_points_the_first_is_taken_and_it_is_said(tmp_path):
