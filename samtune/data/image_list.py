@@ -21,10 +21,8 @@ def read_list(path: Path, selection: DataSelection) -> PathSplits:
 
     Columns are taken by the selection, else by their names; a column of names of splits is noticed whatever its name.
     Without one all is train. Labels that are numbers in every row are numbers, also where they are written as 1.0.
-
-    Raises:
-        UsageError: a selected column is missing.
-        DataError: no such columns, a row that cannot be read, or paths that lead nowhere.
+    Raises UsageError for a selected column that is missing, DataError for no such columns, a row that cannot be read,
+    and paths that lead nowhere.
     """
     rows = read_rows(path)
     if not rows.lines:
@@ -61,12 +59,7 @@ def find_columns(path: Path, selection: DataSelection) -> Columns:
 
 
 def read_names(path: Path, selection: DataSelection) -> tuple[list[str], list[str]]:
-    """The files of a list of pictures that need no label, and notes of `find_files`.
-
-    Raises:
-        UsageError: a selected column is missing.
-        DataError: no column of paths, a row without one, or paths that lead nowhere.
-    """
+    """The files of a list of pictures that need no label, and notes of `find_files`. Raises as `read_list` does."""
     rows = read_rows(path)
     column = columns.find_image(str(path), Table.of_lists(rows.columns), selection)
     rows.check_names(path, [column])

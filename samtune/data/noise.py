@@ -140,10 +140,9 @@ def _changed(
 
 def _meaning(class_names: Sequence[str]) -> Mapping[Any, int]:
     """What a value in a file means. Numbers are positions, unless the classes themselves are named by numbers."""
-    meaning: dict[Any, int] = {name: i for i, name in enumerate(class_names)}
-    if all(name.isdecimal() for name in class_names):
-        return meaning | {int(name): i for i, name in enumerate(class_names)}
-    return meaning | dict(enumerate(range(len(class_names))))
+    are_numbers = all(name.isdecimal() for name in class_names)
+    numbers = {int(name) if are_numbers else i: i for i, name in enumerate(class_names)}
+    return {name: i for i, name in enumerate(class_names)} | numbers
 
 
 def _read(path: Path) -> pa.Table:

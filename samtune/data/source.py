@@ -128,13 +128,11 @@ def locate(dataset: str) -> Dataset | Path:
     dataset, _ = split_config(dataset)
     if dataset in CATALOG:
         return CATALOG[dataset]
-    path = Path(dataset)
+    path, hint = Path(dataset), "check the path of --dataset"
     try:
         path.exists()
     except OSError as error:  # in a folder that may not be read, or a name that is too long
-        raise DataError(
-            f"data set {dataset} cannot be read", error.strerror or "", "check the path of --dataset"
-        ) from None
+        raise DataError(f"data set {dataset} cannot be read", error.strerror or "", hint) from None
     if path.is_dir() or (path.is_file() and path.suffix.lower() in _FILES):
         return path
     if path.exists() and archive_ending(path.name):
@@ -151,7 +149,7 @@ def locate(dataset: str) -> Dataset | Path:
     if _is_hub_id(dataset):
         return Dataset(dataset, dataset)
     if path.name != dataset or dataset in (".", "..") or path.suffix.lower() in _FILES:
-        raise DataError(f"data set {dataset} is not there", f"seen from {Path.cwd()}", "check the path of --dataset")
+        raise DataError(f"data set {dataset} is not there", f"seen from {Path.cwd()}", hint)
     raise DataError(
         f"unknown data set {dataset!r}",
         "it is neither a known name nor a folder here, nor an id of the hub (user/name)",
@@ -174,11 +172,8 @@ def open_source(
     selection: columns and splits by name; by default they are found. A split whose labels are all hidden is left out,
     with a note. classes: the names of a trained model's classes, in its order: the labels are positions in them, rows
     of other classes are counted in Split.unknown, and there need not be a train split.
-
-    Raises:
-        DataError: no such data set, no image or label column, a label without a class, no train split.
-        UsageError: a selected column or split is missing, or a test split is selected as validation.
-        ModelError: the hub cannot be reached and its cache does not hold the data set.
+    Raises DataError for what cannot be read so, UsageError for a selection that cannot be meant, ModelError where the
+    hub cannot be reached and its cache does not hold the data set.
     """
     selection = selection or DataSelection()
     located = locate(dataset)
@@ -237,7 +232,6 @@ def open_source(
 def _read_row(
     row: Dataset, selection: DataSelection, train: Sequence[str], classes: Sequence[str]
 ) -> tuple[RawSplits, list[str]]:
-    """The splits of a named data set, or of one on the hub."""
     selection = replace(
         selection,
         image_key=selection.image_key or row.image or None,

