@@ -15,13 +15,14 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms import v2
 
 from samtune.config import loading
-from samtune.data import source, transforms
+from samtune.data import transforms
 from samtune.data.cache import Images, decode_into_cache
 from samtune.data.decode import decode
 from samtune.data.loader import eval_batches, steps_per_epoch, train_batches
 from samtune.data.transforms import TrainTransform, eval_transform
 from samtune.errors import DataError, WorkerLost
 from tests.conftest import image_bytes, write_image_folder
+from tests.support.data_sets import train_of
 from tests.support.fault_matrix import row
 
 DATA_CONFIG = {
@@ -36,7 +37,7 @@ DATA_CONFIG = {
 
 @pytest.fixture
 def train_split(tmp_path):
-    return source.open_source(str(write_image_folder(tmp_path, {"train": 10}))).splits["train"]
+    return train_of(write_image_folder(tmp_path, {"train": 10}))
 
 
 def collect(split, **options):
@@ -120,7 +121,7 @@ def test_evaluation_sees_every_row_once_in_order(train_split):
 def test_a_broken_image_ends_the_stream_with_its_place_and_no_traceback(tmp_path, workers):
     folder = write_image_folder(tmp_path, {"train": 10})
     (folder / "train" / "cat" / "3.png").write_bytes(b"broken")
-    split = source.open_source(str(folder)).splits["train"]
+    split = train_of(folder)
     with pytest.raises(DataError, match=r"cat/3\.png.* cannot be decoded") as error:
         collect(split, workers=workers)
     assert "Traceback" not in str(error.value)
@@ -138,10 +139,8 @@ def test_the_evaluation_transform_equals_timms_on_a_picture():
     encoded = image_bytes(0, size=(90, 70))
     ours = eval_transform(DATA_CONFIG)(decode(encoded, str))
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    theirs = timm_data.create_transform(**{k: DATA_CONFIG[k] for k in keys}, normalize=False)(
-        Image.open(io.BytesIO(encoded))
-    )
-    assert (ours.int() - theirs.int()).abs().max() <= 1
+    theirs = timm_data.create_transform(**{k: DATA_CONFIG[k] for k in keys}, normalize=False)
+    assert (ours.int() - theirs(Image.open(io.BytesIO(encoded))).int()).abs().max() <= 1
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
