@@ -76,10 +76,8 @@ def find(dataset: str, table: Table, selection: DataSelection, *, needs_label: b
         )
     several = search.names_of_splits or search.repeated_flags
     if len(several) > 1:
-        raise DataError(
-            f"data set {dataset} has {len(several)} columns of splits: {', '.join(several)}",
-            hint="choose one by --split-key",
-        )
+        message = f"data set {dataset} has {len(several)} columns of splits: {', '.join(several)}"
+        raise DataError(message, hint="choose one by --split-key")
     return Columns(search.image, search.label or "", tuple(search.splits), search.one_hot, tuple(search.notes()))
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from samtune.data import listed_folder
+from samtune.data.encoded import PathSplits
 from samtune.data.folder_leftovers import Leftovers, unusable_files
 from samtune.data.folder_tree import Folder, read_tree
 from samtune.data.formats import ARCHIVES, unpacking
-from samtune.data.raw_splits import PathSplits
 from samtune.data.split_roles import ROLES, UNLABELLED, DataSelection, parse, role_of, roles_of_folders
 from samtune.errors import DataError
 from samtune.files import readable
@@ -273,9 +273,8 @@ class _FolderReader:
             siblings = {other.name for other in classes if other is not folder}
             below = [child.name for child in folder.branches]
             if len(below) > 1 and set(below) <= siblings:
-                raise self._unclear(
-                    f"{folder.shown_path} may be a class or a copy of those beside it: it holds {shorten(below)}, too"
-                )
+                copied = f"may be a class or a copy of those beside it: it holds {shorten(below)}, too"
+                raise self._unclear(f"{folder.shown_path} {copied}")
 
     def _add_class(self, split: str, parent: Folder, folder: Folder) -> None:
         if folder.count:

@@ -7,10 +7,10 @@ from typing import Any
 
 from samtune.data import columns
 from samtune.data.columns import Columns, Table
+from samtune.data.encoded import PathSplits
 from samtune.data.image_paths import find_files
 from samtune.data.labels import strip_blanks
 from samtune.data.list_file import read_rows
-from samtune.data.raw_splits import PathSplits
 from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError

@@ -60,7 +60,6 @@ class _Source(Protocol):
 
     def count(self) -> int | None:
         """How many pictures there are; None if that is known only at the end."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,9 @@ def find(arguments: Sequence[str], selection: DataSelection, stdin: BinaryIO | N
         else:
             matches = sorted(glob.iglob(argument, recursive=True)) if glob.has_magic(argument) else []
             if not matches:
-                message = "glob {} matches nothing" if glob.has_magic(argument) else "{} is not there"
-                raise DataError(
-                    message.format(readable(argument)), f"seen from {readable(os.getcwd())}", f"give {_KINDS}"
-                )
+                name = readable(argument)
+                message = f"glob {name} matches nothing" if glob.has_magic(argument) else f"{name} is not there"
+                raise DataError(message, f"seen from {readable(os.getcwd())}", f"give {_KINDS}")
             # A folder's other files are passed over by a glob as by the folder itself.
             chosen = [path for path in matches if os.path.isdir(path) or _is_table(path) or _is_picture(path)]
             sources += [_source(path, selection, notes) for path in chosen or matches]

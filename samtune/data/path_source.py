@@ -5,9 +5,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from samtune.data import image_folder, image_list, list_file, listed_folder, repeats, table_splits, tables
+from samtune.data.encoded import PathSplits, RawSplits
 from samtune.data.folder_tree import sorted_entries
 from samtune.data.formats import archive_ending, is_readable, unpacking
-from samtune.data.raw_splits import PathSplits, RawSplits
 from samtune.data.split_roles import ROLES, DataSelection, role_of
 from samtune.errors import DataError, UsageError
 from samtune.files import readable

@@ -17,11 +17,10 @@ import numpy.typing as npt
 
 from samtune.data import labels, list_file, listed_folder, repeats, split_roles, table_splits, tables
 from samtune.data.catalog import CATALOG, Dataset
-from samtune.data.encoded import EncodedImages, joined
+from samtune.data.encoded import EncodedImages, RawSplits, joined
 from samtune.data.formats import archive_ending, unpacking
 from samtune.data.labels import Classified
 from samtune.data.path_source import read_path
-from samtune.data.raw_splits import RawSplits
 from samtune.data.split_roles import ROLES, DataSelection
 from samtune.errors import DataError
 from samtune.files import readable
@@ -136,10 +135,8 @@ def locate(dataset: str) -> Dataset | Path:
     if path.is_dir() or (path.is_file() and path.suffix.lower() in _FILES):
         return path
     if path.exists() and archive_ending(path.name):
-        raise DataError(
-            f"data set {dataset} is an archive",
-            hint=f"unpack it (`{unpacking(dataset)}`), and give the folder by --dataset",
-        )
+        unpack = f"unpack it (`{unpacking(dataset)}`), and give the folder by --dataset"
+        raise DataError(f"data set {dataset} is an archive", hint=unpack)
     if path.exists():
         raise DataError(
             f"data set {dataset} is a file, and no list",
@@ -262,15 +259,11 @@ def _note_roles(parts: Mapping[str, Sequence[str]], selection: DataSelection) ->
 def _note_left_out(classified: Classified, split: str) -> list[str]:
     notes = []
     if classified.unlabelled:
-        notes.append(
-            f"split {split}: {classified.unlabelled} of {len(classified.indices)} rows have no label and are left out"
-        )
+        notes.append(f"{classified.unlabelled} of {len(classified.indices)} rows have no label and are left out")
     if classified.unknown:
         classes = shorten([f"{name} ({count})" for name, count in classified.unknown.items()])
-        notes.append(
-            f"split {split}: {sum(classified.unknown.values())} rows are of unknown classes and left out: {classes}"
-        )
-    return notes
+        notes.append(f"{sum(classified.unknown.values())} rows are of unknown classes and left out: {classes}")
+    return [f"split {split}: {note}" for note in notes]
 
 
 def _check_classes(split: Split, train: Split, class_names: tuple[str, ...]) -> None:

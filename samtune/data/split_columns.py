@@ -156,10 +156,8 @@ def _by_flags(flags: Mapping[str, str], values: Mapping[str, Sequence[Any]], whe
     for row_name, row in zip(where, zip(*(values[name] for name in flags), strict=True), strict=True):
         set_flags = [name for name, value in zip(flags, row, strict=True) if _FLAGS.get(_plain(value))]
         if len(set_flags) > 1:
-            raise DataError(
-                f"{row_name} is in {len(set_flags)} splits: {', '.join(set_flags)}",
-                hint="fix the row, or name one --split-key",
-            )
+            message = f"{row_name} is in {len(set_flags)} splits: {', '.join(set_flags)}"
+            raise DataError(message, hint="fix the row, or name one --split-key")
         of_row.append(flags[set_flags[0]] if set_flags else without)
     return of_row
 

@@ -9,10 +9,9 @@ import numpy as np
 
 from samtune.data import columns
 from samtune.data.columns import Columns, Kind
-from samtune.data.encoded import EncodedImages, FileImages, TableImages
+from samtune.data.encoded import EncodedImages, FileImages, RawSplits, TableImages
 from samtune.data.image_paths import find_files
 from samtune.data.labels import Labels, strip_blanks
-from samtune.data.raw_splits import RawSplits
 from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import DataSelection, role_of
 from samtune.data.tables import image_column
