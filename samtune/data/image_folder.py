@@ -125,9 +125,8 @@ class _FolderReader:
         self._add_splits(splits, roles)
 
     def _read_layout(self, top: Folder) -> None:
-        roles = roles_of_folders({child.key: child.name for child in top.children}) | {
-            child.key: self.chosen_roles[child.key] for child in top.children if child.key in self.chosen_roles
-        }
+        names = {child.key: child.name for child in top.children}
+        roles = roles_of_folders(names) | {key: role for key, role in self.chosen_roles.items() if key in names}
         others = [child for child in top.children if child.key not in roles]
         for child in top.children:  # train/ with pictures right in it, beside others like it, is a class of that name
             if roles.get(child.key) == "train" and child.is_flat and any(other.is_flat for other in others):

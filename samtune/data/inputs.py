@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from samtune.data import columns, image_list, list_file
-from samtune.data.columns import Kind, Table
 from samtune.data.folder_tree import is_folder, is_ignored, leads_back, sorted_entries
 from samtune.data.formats import installation, is_readable, is_unreadable
 from samtune.data.image_paths import image_path, image_root
@@ -220,7 +219,7 @@ class _Parquet:
     def column(self) -> str:
         """Of pictures. Raises DataError for a file that is no table, or has none."""
         kinds = {field.name: _kind(str(field.type)) for field in self._file.schema_arrow}
-        return columns.find_image(str(self.path), Table({}, kinds), self.selection)
+        return columns.find_image(str(self.path), columns.Table({}, kinds), self.selection)
 
     def _input(self, cell: Any, row_name: str) -> Input:
         encoded, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
@@ -236,7 +235,7 @@ class _Parquet:
         return DataError(f"table {readable(str(self.path))} cannot be read", first_line(error))
 
 
-def _kind(arrow_type: str) -> Kind:
+def _kind(arrow_type: str) -> columns.Kind:
     if arrow_type.startswith("struct<") and "bytes:" in arrow_type:
         return "images"
     if "list" in arrow_type or "binary" in arrow_type:

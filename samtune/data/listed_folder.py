@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from samtune.data import columns, image_list, list_file
-from samtune.data.columns import Columns
 from samtune.data.encoded import PathSplits
 from samtune.data.split_roles import ROLES, DataSelection, parse, role_of
 from samtune.errors import DataError, UsageError
@@ -238,9 +237,9 @@ def _role(path: Path) -> str:
     return role if role in ROLES else ""
 
 
-def _columns_of(path: Path, selection: DataSelection) -> Columns | None:
+def _columns_of(path: Path, selection: DataSelection) -> columns.Columns | None:
     try:
-        return image_list.find_columns(path, selection)
+        return columns.find(str(path), columns.Table.of_lists(list_file.read_rows(path).columns), selection)
     except (DataError, UsageError):
         return None
 

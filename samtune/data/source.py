@@ -19,7 +19,6 @@ from samtune.data import labels, list_file, listed_folder, repeats, split_roles,
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.encoded import EncodedImages, RawSplits, joined
 from samtune.data.formats import archive_ending, unpacking
-from samtune.data.labels import Classified
 from samtune.data.path_source import read_path
 from samtune.data.split_roles import ROLES, DataSelection
 from samtune.errors import DataError
@@ -138,10 +137,8 @@ def locate(dataset: str) -> Dataset | Path:
         unpack = f"unpack it (`{unpacking(dataset)}`), and give the folder by --dataset"
         raise DataError(f"data set {dataset} is an archive", hint=unpack)
     if path.exists():
-        raise DataError(
-            f"data set {dataset} is a file, and no list",
-            hint=f"give a folder that holds parquet files or train/<class>/, or a list: {', '.join(_FILES)}",
-        )
+        known = f"give a folder that holds parquet files or train/<class>/, or a list: {', '.join(_FILES)}"
+        raise DataError(f"data set {dataset} is a file, and no list", hint=known)
     near = similar_names(dataset, CATALOG, 2)
     if _is_hub_id(dataset):
         return Dataset(dataset, dataset)
@@ -256,7 +253,7 @@ def _note_roles(parts: Mapping[str, Sequence[str]], selection: DataSelection) ->
     ]
 
 
-def _note_left_out(classified: Classified, split: str) -> list[str]:
+def _note_left_out(classified: labels.Classified, split: str) -> list[str]:
     notes = []
     if classified.unlabelled:
         notes.append(f"{classified.unlabelled} of {len(classified.indices)} rows have no label and are left out")

@@ -149,10 +149,8 @@ def assign(
         if role in roles or not free:
             continue
         if role in _FLAGS and len(free) > 1 and not policy:
-            raise DataError(
-                f"data set {dataset} has {len(free)} splits for {role}: {', '.join(free)}",
-                hint=f"choose one by {_FLAGS[role]}, or join them: {'+'.join(free)}",
-            )
+            message = f"data set {dataset} has {len(free)} splits for {role}: {', '.join(free)}"
+            raise DataError(message, hint=f"choose one by {_FLAGS[role]}, or join them: {'+'.join(free)}")
         roles[role] = free
     if "train" not in roles and needs_train:
         raise DataError(
@@ -181,10 +179,8 @@ def _check(
     for role, names in chosen.items():
         for name in names:
             if name not in splits:
-                raise UsageError(
-                    f"{_FLAGS[role]} {'+'.join(names)}: data set {dataset} has no split {name!r}",
-                    hint=f"it has: {', '.join(splits)}",
-                )
+                message = f"{_FLAGS[role]} {'+'.join(names)}: data set {dataset} has no split {name!r}"
+                raise UsageError(message, hint=f"it has: {', '.join(splits)}")
             if name in role_that_took:
                 raise UsageError(
                     f"split {name} of data set {dataset} is chosen twice",

