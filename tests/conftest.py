@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # Before anything imports the hub's libraries: no network, and a cache of our own.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -59,12 +60,16 @@ def lite0_package() -> str:
     return name
 
 
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def image_bytes(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG", mode: str = "RGB") -> bytes:
     """Encoded noise, width x height."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, kind)
-    return buffer.getvalue()
+    return encode(Image.fromarray(pixels).convert(mode), kind)
 
 
 def png_header(width: int, height: int) -> bytes:

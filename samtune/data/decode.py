@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -100,10 +101,7 @@ PLAIN = DecodeRule()
 
 
 def decode(encoded: bytes, where: Callable[[], str], rule: DecodeRule = PLAIN) -> "torch.Tensor":
-    """Decode an image to a uint8 tensor (3, height, width), a view of pixels that lie as (height, width, 3).
-
-    The pixels are those of `decode_pixels`, which says more.
-    """
+    """The pixels of `decode_pixels` as a uint8 tensor (3, height, width), a view of what lies as (height, width, 3)."""
     import torch  # takes long to load, and a page that shows a few pictures does without
 
     return torch.from_numpy(decode_pixels(encoded, where, rule)).permute(2, 0, 1)
@@ -122,9 +120,7 @@ def decode_pixels(encoded: bytes, where: Callable[[], str], rule: DecodeRule = P
         pixels = image.width * image.height
         if pixels > rule.max_megapixels * 1e6:
             raise _TooLarge(f"{image.width} x {image.height} pixels, more than {rule.max_megapixels:g} megapixels")
-        if pixels < _LARGE:
-            return _decode(encoded, image, rule)
-        with _one_large:
+        with _one_large if pixels >= _LARGE else nullcontext():
             return _decode(encoded, image, rule)
     except UnidentifiedImageError:
         why = str(tiff.unopened(encoded) or "it is no image") if encoded else "it is empty"

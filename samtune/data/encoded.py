@@ -1,15 +1,21 @@
-"""The encoded images of a split: files of a folder, or rows of an Arrow table."""
+"""Splits as a data set has them: encoded images, of files or Arrow tables, and stored labels.
+
+Classes are not numbered yet, and roles not given.
+"""
 
 import bisect
 import io
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy.typing as npt
+
+from samtune.data.columns import Columns
+from samtune.data.labels import Labels
 
 
 class EncodedImages(Protocol):
@@ -19,16 +25,13 @@ class EncodedImages(Protocol):
 
     def open(self, row: int) -> BinaryIO:
         """An image as an open file. Raises OSError where there is none."""
-        ...
 
     def path(self, row: int) -> str:
         """The file of an image, or the name that it had before it was put into a table; "" if unknown."""
-        ...
 
     @property
     def table_bytes(self) -> int:
         """Size of the images that are stored in tables."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -126,3 +129,32 @@ class JoinedImages:
 def joined(parts: Sequence[EncodedImages]) -> EncodedImages:
     """The images of all parts, one part after the other."""
     return parts[0] if len(parts) == 1 else JoinedImages(parts)
+
+
+RawSplits = dict[str, tuple[EncodedImages, Labels]]  # name of the split in the data set -> images and labels
+
+
+@dataclass
+class PathSplits:
+    """Pictures by split: name -> (paths, labels), picture by picture; notes for the user.
+
+    columns: those of the list that names the pictures; None where their folders are the labels.
+    """
+
+    splits: dict[str, tuple[list[str], list[Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    columns: Columns | None = None
+
+    def add(self, split: str, label: Any, paths: Sequence[str]) -> None:
+        """Add pictures with one label to a split."""
+        all_paths, labels = self.splits.setdefault(split, ([], []))
+        all_paths += paths
+        labels += [label] * len(paths)
+
+    def raw(self) -> RawSplits:
+        """The same with each picture as a file."""
+        are_names = self.columns is None
+        return {
+            split: (FileImages(paths), Labels(None, labels, are_names))
+            for split, (paths, labels) in self.splits.items()
+        }

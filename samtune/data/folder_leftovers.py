@@ -90,10 +90,8 @@ class Leftovers:
             raise self.lost_classes[0]
         self.notes += [error.message for error in self.lost_classes]
         if self.unread_archives:
-            noun = "archive" if len(self.unread_archives) == 1 else "archives"
-            self.notes.append(
-                f"{noun} {shorten(self.unread_archives)} not read: beside folders of pictures archives are not unpacked"
-            )
+            which = f"archive{'s' * (len(self.unread_archives) > 1)} {shorten(self.unread_archives)}"
+            self.notes.append(f"{which} not read: beside folders of pictures archives are not unpacked")
         if self.skipped_files:
             count = f"{plural(len(self.skipped_files), 'file')} of {self.root}"
             example = readable(self.skipped_files[0])

@@ -124,10 +124,8 @@ def _read_tree(path: str, key: str, relative: str, unpacked: Mapping[str, str], 
             stem = archive_stem(entry.name)
             if any(other.key == stem and other.count for other in folder.folders):
                 raise DataError(f"archive {below} has the name of another beside it", hint="keep one of them")
-            content = unpacked[entry.path]
-            folder.folders.append(
-                _read_tree(content, stem, os.path.join(relative, readable(stem)), unpacked, ancestors)
-            )
+            content, below = unpacked[entry.path], os.path.join(relative, readable(stem))
+            folder.folders.append(_read_tree(content, stem, below, unpacked, ancestors))
         elif is_folder(entry):
             if not leads_back(entry, ancestors):
                 folder.folders.append(_read_tree(entry.path, entry.name, below, unpacked, ancestors))

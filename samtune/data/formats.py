@@ -1,6 +1,7 @@
 """Which files are pictures by their endings, and what it takes to read them. Imports nothing heavy."""
 
 import importlib
+import itertools
 import lzma
 import os
 import shlex
@@ -59,9 +60,8 @@ def unpacking(name: str) -> str:
     file, folder = shlex.quote(name), shlex.quote(name[: -len(ending)])
     if ending.startswith((".tar", ".t")):
         return f"mkdir {folder} && tar -xf {file} -C {folder}"
-    return {".zip": f"unzip {file} -d {folder}", ".7z": f"7z x {file} -o{folder}"}.get(
-        ending, f"unrar x {file} {folder}/"
-    )
+    unzips = {".zip": f"unzip {file} -d {folder}", ".7z": f"7z x {file} -o{folder}"}
+    return unzips.get(ending, f"unrar x {file} {folder}/")
 
 
 def names_in_archive(path: str) -> list[str] | None:
@@ -71,7 +71,7 @@ def names_in_archive(path: str) -> list[str] | None:
             with zipfile.ZipFile(path) as zipped:
                 return zipped.namelist()
         with tarfile.open(path) as tar:
-            return [member.name for member, _ in zip(tar, range(_LOOKED_AT), strict=False)]
+            return [member.name for member in itertools.islice(tar, _LOOKED_AT)]
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile):
         return None
 
@@ -104,7 +104,6 @@ def _ending(name: str) -> str:
 
 @cache
 def _built_in() -> frozenset[str]:
-    """The endings that Pillow knows for these formats."""
     from PIL import Image
 
     return frozenset(ending for ending, form in Image.registered_extensions().items() if form in _FORMATS)

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from samtune.data import listed_folder
+from samtune.data.encoded import PathSplits
 from samtune.data.folder_leftovers import Leftovers, unusable_files
 from samtune.data.folder_tree import Folder, read_tree
 from samtune.data.formats import ARCHIVES, unpacking
-from samtune.data.raw_splits import PathSplits
 from samtune.data.split_roles import ROLES, UNLABELLED, DataSelection, parse, role_of, roles_of_folders
 from samtune.errors import DataError
 from samtune.files import readable
@@ -125,9 +125,8 @@ class _FolderReader:
         self._add_splits(splits, roles)
 
     def _read_layout(self, top: Folder) -> None:
-        roles = roles_of_folders({child.key: child.name for child in top.children}) | {
-            child.key: self.chosen_roles[child.key] for child in top.children if child.key in self.chosen_roles
-        }
+        names = {child.key: child.name for child in top.children}
+        roles = roles_of_folders(names) | {key: role for key, role in self.chosen_roles.items() if key in names}
         others = [child for child in top.children if child.key not in roles]
         for child in top.children:  # train/ with pictures right in it, beside others like it, is a class of that name
             if roles.get(child.key) == "train" and child.is_flat and any(other.is_flat for other in others):
@@ -160,10 +159,8 @@ class _FolderReader:
         inner = [below for child in top.children for below in child.walk() if below is not child and below.is_split]
         if inner:
             raise self._unclear(f"{inner[0].shown_path} has the name of a split, and lies among other folders")
-        are_classes = (
-            self.selection.class_folders == "deepest" or {child.name for child in top.children} <= self.classes
-        )
-        if not are_classes and _hold_same_names(top.children):
+        are_known = {child.name for child in top.children} <= self.classes
+        if not are_known and self.selection.class_folders != "deepest" and _hold_same_names(top.children):
             raise self._unclear(f"{_same_names(top.children)}: they may be splits, and those the classes")
         self._add_splits({"train": top}, {"train": "train"})
 
@@ -241,7 +238,6 @@ class _FolderReader:
         return split
 
     def _check_distinct(self, splits: Mapping[str, Folder], roles: Mapping[str, str]) -> None:
-        """Raise DataError for two splits that are one folder."""
         key_of: dict[str, str] = {}
         for key, split in splits.items():
             same = key_of.setdefault(os.path.realpath(split.path), key)
@@ -276,9 +272,8 @@ class _FolderReader:
             siblings = {other.name for other in classes if other is not folder}
             below = [child.name for child in folder.branches]
             if len(below) > 1 and set(below) <= siblings:
-                raise self._unclear(
-                    f"{folder.shown_path} may be a class or a copy of those beside it: it holds {shorten(below)}, too"
-                )
+                copied = f"may be a class or a copy of those beside it: it holds {shorten(below)}, too"
+                raise self._unclear(f"{folder.shown_path} {copied}")
 
     def _add_class(self, split: str, parent: Folder, folder: Folder) -> None:
         if folder.count:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from samtune.data import columns
-from samtune.data.columns import Columns, Table
+from samtune.data.encoded import PathSplits
 from samtune.data.image_paths import find_files
 from samtune.data.labels import strip_blanks
 from samtune.data.list_file import read_rows
-from samtune.data.raw_splits import PathSplits
 from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError
@@ -21,16 +20,14 @@ def read_list(path: Path, selection: DataSelection) -> PathSplits:
 
     Columns are taken by the selection, else by their names; a column of names of splits is noticed whatever its name.
     Without one all is train. Labels that are numbers in every row are numbers, also where they are written as 1.0.
-
-    Raises:
-        UsageError: a selected column is missing.
-        DataError: no such columns, a row that cannot be read, or paths that lead nowhere.
+    Raises UsageError for a selected column that is missing, DataError for no such columns, a row that cannot be read,
+    and paths that lead nowhere.
     """
     rows = read_rows(path)
     if not rows.lines:
         raise DataError(f"list {path} has no rows", hint="one picture a row: path,label or path,label,split")
     where = [f"line {line} of {path}" for line in rows.lines]
-    used = columns.find(str(path), Table.of_lists(rows.columns), selection)
+    used = columns.find(str(path), columns.Table.of_lists(rows.columns), selection)
     names = [name for name in (used.image, used.label, *used.splits, *used.one_hot) if name]
     rows.check_names(path, names)
     values, blanks = _without_blanks(rows.columns, names)
@@ -44,7 +41,7 @@ def read_list(path: Path, selection: DataSelection) -> PathSplits:
     values = {name: [values[name][row] for row in in_splits] for name in names}
 
     labels = values[used.label] if used.label else None
-    labels = labels or columns.one_hot_labels(Table.of_lists(values), used.one_hot, where)
+    labels = labels or columns.one_hot_labels(columns.Table.of_lists(values), used.one_hot, where)
     labels = _numbers([_plain(label, line) for label, line in zip(labels, where, strict=True)])
     images = _image_names(values[used.image], used.image, where)
     groups: dict[str, list[int]] = {}
@@ -55,20 +52,10 @@ def read_list(path: Path, selection: DataSelection) -> PathSplits:
     return PathSplits(splits, [*notes, *more], used)
 
 
-def find_columns(path: Path, selection: DataSelection) -> Columns:
-    """The columns of pictures, labels and splits of a list. Raises as `read_list` does."""
-    return columns.find(str(path), Table.of_lists(read_rows(path).columns), selection)
-
-
 def read_names(path: Path, selection: DataSelection) -> tuple[list[str], list[str]]:
-    """The files of a list of pictures that need no label, and notes of `find_files`.
-
-    Raises:
-        UsageError: a selected column is missing.
-        DataError: no column of paths, a row without one, or paths that lead nowhere.
-    """
+    """The files of a list of pictures that need no label, and notes of `find_files`. Raises as `read_list` does."""
     rows = read_rows(path)
-    column = columns.find_image(str(path), Table.of_lists(rows.columns), selection)
+    column = columns.find_image(str(path), columns.Table.of_lists(rows.columns), selection)
     rows.check_names(path, [column])
     if not rows.lines:
         raise DataError(f"list {path} has no rows", hint="one picture a row, below a header such as path")

@@ -3,7 +3,7 @@
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -110,13 +110,9 @@ def image_path(root: Path, name: str, selection: DataSelection) -> str:
     path = os.path.join(root, name)
     if name.isascii() and "\\" not in name:
         return path
-    forms: tuple[Callable[[str], str], ...] = (
-        lambda text: text,
-        lambda text: text.replace("\\", "/"),
-        lambda text: unicodedata.normalize("NFC", text.replace("\\", "/")),
-        lambda text: unicodedata.normalize("NFD", text.replace("\\", "/")),
-    )
-    return next(filter(os.path.isfile, (os.path.join(root, form(name)) for form in forms)), path)
+    plain = name.replace("\\", "/")
+    forms = (name, plain, unicodedata.normalize("NFC", plain), unicodedata.normalize("NFD", plain))
+    return next(filter(os.path.isfile, (os.path.join(root, form) for form in forms)), path)
 
 
 def _pictures_by_end(root: Path) -> dict[str, list[str]]:

@@ -8,14 +8,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from samtune.data import columns, image_list, list_file
-from samtune.data.columns import Kind, Table
 from samtune.data.folder_tree import is_folder, is_ignored, leads_back, sorted_entries
 from samtune.data.formats import installation, is_readable, is_unreadable
 from samtune.data.image_paths import image_path, image_root
@@ -60,7 +59,6 @@ class _Source(Protocol):
 
     def count(self) -> int | None:
         """How many pictures there are; None if that is known only at the end."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,7 @@ def find(arguments: Sequence[str], selection: DataSelection, stdin: BinaryIO | N
     """What the arguments name. Folders are read at any depth, but for what begins with a dot.
 
     selection: image_key, image_root and image_suffix tell how lists and tables are read. stdin: where "-" reads from.
-
-    Raises:
-        DataError: a path that is not there, a folder without pictures, a glob without a match, a list that has none.
-        UsageError: a column that is not there, or "-" twice.
+    Raises DataError for a path that is not there or names no picture, UsageError for a wrong column, and for "-" twice.
     """
     if arguments.count(STDIN) > 1:
         raise UsageError(f"{STDIN} is given twice", "stdin can be read once", f"give {STDIN} once")
@@ -98,16 +93,15 @@ def find(arguments: Sequence[str], selection: DataSelection, stdin: BinaryIO | N
     notes: list[str] = []
     for argument in arguments:
         if argument == STDIN:
-            sources.append(_Stdin(stdin or sys.stdin.buffer))
+            sources.append(_Files(partial(_paths, stdin or sys.stdin.buffer), are_counted=False))
         elif os.path.lexists(argument):
             sources.append(_source(argument, selection, notes))
         else:
             matches = sorted(glob.iglob(argument, recursive=True)) if glob.has_magic(argument) else []
             if not matches:
-                message = "glob {} matches nothing" if glob.has_magic(argument) else "{} is not there"
-                raise DataError(
-                    message.format(readable(argument)), f"seen from {readable(os.getcwd())}", f"give {_KINDS}"
-                )
+                name = readable(argument)
+                message = f"glob {name} matches nothing" if glob.has_magic(argument) else f"{name} is not there"
+                raise DataError(message, f"seen from {readable(os.getcwd())}", f"give {_KINDS}")
             # A folder's other files are passed over by a glob as by the folder itself.
             chosen = [path for path in matches if os.path.isdir(path) or _is_table(path) or _is_picture(path)]
             sources += [_source(path, selection, notes) for path in chosen or matches]
@@ -121,28 +115,27 @@ def _source(path: str, selection: DataSelection, notes: list[str]) -> _Source:
     if ending in list_file.ENDINGS:
         names, more = image_list.read_names(Path(path), selection)
         notes += more
-        return _Files([name.removeprefix(f".{os.sep}") for name in names])
+        return _Files(lambda: [name.removeprefix(f".{os.sep}") for name in names])
     if ending == ".txt":
         raise DataError(
             f"{readable(path)} is no picture",
             "a file of paths is read on stdin",
             f"samtune predict RUN - < {shlex.quote(readable(path))}",
         )
-    return _table(path, selection) if ending == ".parquet" else _Files([path])
+    return _table(path, selection) if ending == ".parquet" else _Files(lambda: [path])
 
 
 def _table(path: str, selection: DataSelection) -> "_Parquet":
     """A parquet file whose footer and column are there."""
     table = _Parquet(Path(path), selection)
-    table.check()
+    _ = table.column
     return table
 
 
 def _folder(path: str, selection: DataSelection) -> _Source:
     """The pictures of a folder; where it holds none, those of its parquet files."""
-    folder = _Folder(path)
-    if next(iter(folder), None) is not None:
-        return folder
+    if next(_pictures(path), None) is not None:
+        return _Files(partial(_pictures, path))
     tables = [_table(file, selection) for file in _walk(path, frozenset()) if file.lower().endswith(".parquet")]
     if not tables:
         raise DataError(f"folder {readable(path)} holds no pictures", "nor does any folder in it", f"give {_KINDS}")
@@ -159,28 +152,21 @@ def _is_table(path: str) -> bool:
 
 @dataclass(frozen=True)
 class _Files:
-    """Files that were named one by one."""
+    """Files by the paths that a function gives at each iteration. stdin gives them once: they are not counted."""
 
-    paths: Sequence[str]
+    paths: Callable[[], Iterable[str]]
+    are_counted: bool = True
 
     def __iter__(self) -> Iterator[Input]:
-        return (Input(readable(path), path) for path in self.paths)
+        return inputs_of(self.paths())
 
-    def count(self) -> int:
-        return len(self.paths)
+    def count(self) -> int | None:
+        return sum(1 for _ in self.paths()) if self.are_counted else None
 
 
-@dataclass(frozen=True)
-class _Folder:
+def _pictures(root: str) -> Iterator[str]:
     """The pictures of a folder at any depth, by their endings."""
-
-    root: str
-
-    def __iter__(self) -> Iterator[Input]:
-        return (Input(readable(path), path) for path in _walk(self.root, frozenset()) if _is_picture(path))
-
-    def count(self) -> int:
-        return sum(1 for _ in self)
+    return filter(_is_picture, _walk(root, frozenset()))
 
 
 def _walk(root: str, ancestors: frozenset[str]) -> Iterator[str]:
@@ -193,18 +179,9 @@ def _walk(root: str, ancestors: frozenset[str]) -> Iterator[str]:
             yield from _walk(entry.path, ancestors)
 
 
-@dataclass(frozen=True)
-class _Stdin:
+def _paths(stream: BinaryIO) -> Iterator[str]:
     """A path a line, or separated by zero bytes as `find -print0` does."""
-
-    stream: BinaryIO
-
-    def __iter__(self) -> Iterator[Input]:
-        paths = (os.fsdecode(raw) for line in self.stream for raw in line.rstrip(b"\r\n").split(b"\0") if raw)
-        return (Input(readable(path), path) for path in paths)
-
-    def count(self) -> None:
-        return None
+    return (os.fsdecode(raw) for line in stream for raw in line.rstrip(b"\r\n").split(b"\0") if raw)
 
 
 @dataclass(frozen=True)
@@ -218,20 +195,13 @@ class _Parquet:
     selection: DataSelection
 
     def __iter__(self) -> Iterator[Input]:
-        column = self._column
+        column = self.column
         try:
             parts = self._file.iter_batches(batch_size=_ROWS, columns=[column], use_threads=False)
-            row = 0
-            for part in parts:
-                for cell in part.column(0).to_pylist():
-                    yield self._input(cell, f"{readable(str(self.path))}:{row}")
-                    row += 1
+            for row, cell in enumerate(cell for part in parts for cell in part.column(0).to_pylist()):
+                yield self._input(cell, f"{readable(str(self.path))}:{row}")
         except (OSError, ValueError) as error:  # of arrow's family, these are the parents
             raise self._damaged(error) from None
-
-    def check(self) -> None:
-        """Raises DataError for a file that is no table, or without a column of pictures."""
-        _ = self._column
 
     def count(self) -> int:
         return int(self._file.metadata.num_rows)
@@ -246,10 +216,10 @@ class _Parquet:
             raise self._damaged(error) from None
 
     @cached_property
-    def _column(self) -> str:
-        schema = self._file.schema_arrow
-        kinds = {field.name: _kind(str(field.type)) for field in schema}
-        return columns.find_image(str(self.path), Table({}, kinds), self.selection)
+    def column(self) -> str:
+        """Of pictures. Raises DataError for a file that is no table, or has none."""
+        kinds = {field.name: _kind(str(field.type)) for field in self._file.schema_arrow}
+        return columns.find_image(str(self.path), columns.Table({}, kinds), self.selection)
 
     def _input(self, cell: Any, row_name: str) -> Input:
         encoded, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
@@ -265,13 +235,11 @@ class _Parquet:
         return DataError(f"table {readable(str(self.path))} cannot be read", first_line(error))
 
 
-def _kind(arrow_type: str) -> Kind:
+def _kind(arrow_type: str) -> columns.Kind:
     if arrow_type.startswith("struct<") and "bytes:" in arrow_type:
         return "images"
-    if "list" in arrow_type:
-        return "list"
-    if "binary" in arrow_type:
-        return "images"
+    if "list" in arrow_type or "binary" in arrow_type:
+        return "list" if "list" in arrow_type else "images"
     return "text" if "string" in arrow_type else "number" if re.match("u?int|float|double", arrow_type) else "other"
 
 

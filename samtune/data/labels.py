@@ -92,18 +92,13 @@ def classify(labels: Labels, classes: Sequence[str], declared: Sequence[str] | N
     """
     index = {readable(name): i for i, name in enumerate(classes)}
     names = labels.names if labels.names is not None else declared
-    index_of = {
-        value: index.get(_name(labels, value, names) or "", -1) for value in set(filter(_is_plain, labels.values))
-    }
-    indices = np.asarray([index_of[v] if _is_plain(v) else -1 for v in labels.values], dtype=np.int64)
+    distinct = {value for value in labels.values if isinstance(value, str | int)}
+    index_of = {value: index.get(_name(labels, value, names) or "", -1) for value in distinct}
+    indices = np.asarray([index_of[v] if isinstance(v, str | int) else -1 for v in labels.values], dtype=np.int64)
     rows = np.flatnonzero(indices < 0).tolist()
     missing = sum(labels.lacks(labels.values[row]) for row in rows)
     others = [labels.values[row] for row in rows if not labels.lacks(labels.values[row])]
     return Classified(indices, missing, Counter(_name(labels, value, names) or repr(value) for value in others))
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int)
 
 
 def _name(labels: Labels, value: Any, names: Sequence[str] | None) -> str | None:

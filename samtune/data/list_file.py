@@ -27,13 +27,10 @@ class Rows:
 
     def check_names(self, path: Path, names: Iterable[str]) -> None:
         """Raise DataError for a name that several columns have."""
-        for name in names:
-            if name in self.repeated:
-                raise DataError(
-                    f"list {path} has several columns {name}",
-                    "one of them would be used",
-                    "rename or remove the others",
-                )
+        name = next((name for name in names if name in self.repeated), None)
+        if name is not None:
+            message = f"list {path} has several columns {name}"
+            raise DataError(message, "one of them would be used", "rename or remove the others")
 
 
 def read_rows(path: Path) -> Rows:
@@ -76,10 +73,8 @@ def _read_csv(path: Path) -> Rows:
             if not any(map(str.strip, row)):
                 continue
             if any(row[len(names) :]):
-                raise DataError(
-                    f"line {reader.line_num} of {path} has more values than the header",
-                    hint=f"quote values that hold {delimiter!r}",
-                )
+                message = f"line {reader.line_num} of {path} has more values than the header"
+                raise DataError(message, hint=f"quote values that hold {delimiter!r}")
             lines.append(reader.line_num)
             cells = dict(zip(names, row, strict=False))
             for name, column in columns.items():

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from samtune.data import columns, image_list, list_file
-from samtune.data.columns import Columns
-from samtune.data.raw_splits import PathSplits
+from samtune.data.encoded import PathSplits
 from samtune.data.split_roles import ROLES, DataSelection, parse, role_of
 from samtune.errors import DataError, UsageError
 from samtune.files import readable
@@ -60,10 +59,8 @@ def read_lists(root: Path, selection: DataSelection) -> PathSplits | None:
             continue
         more = _read(path, role, root, replace(selection, label_key=label or selection.label_key))
         if len(more.splits) > 1:
-            raise DataError(
-                f"list {path} tells {len(more.splits)} splits, and so does its name: {', '.join(more.splits)}",
-                hint="give one list by --dataset",
-            )
+            message = f"list {path} tells {len(more.splits)} splits, and so does its name: {', '.join(more.splits)}"
+            raise DataError(message, hint="give one list by --dataset")
         splits[role] = next(iter(more.splits.values()))
         notes += more.notes
         used.append(name)
@@ -240,9 +237,9 @@ def _role(path: Path) -> str:
     return role if role in ROLES else ""
 
 
-def _columns_of(path: Path, selection: DataSelection) -> Columns | None:
+def _columns_of(path: Path, selection: DataSelection) -> columns.Columns | None:
     try:
-        return image_list.find_columns(path, selection)
+        return columns.find(str(path), columns.Table.of_lists(list_file.read_rows(path).columns), selection)
     except (DataError, UsageError):
         return None
 

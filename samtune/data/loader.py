@@ -176,7 +176,8 @@ def _load(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: boo
             if death is None:
                 raise
             if restarted:
-                raise _lost(death, workers) from error
+                why = "it is the second one; probably the memory does not suffice, of the machine or of /dev/shm"
+                raise WorkerLost(death, why, f"--workers 0, or fewer than {workers}") from error
             console.warn(f"{death}; a new one loads its images again")
             restarted, again = True, list(requested)
             requested.clear()
@@ -232,11 +233,3 @@ def _end_if_one_died(batches: Iterator[Batch | DataError]) -> str | None:
     code = ended[0].exitcode
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     return f"process {ended[0].pid}, which loads images, was ended {how}"
-
-
-def _lost(death: str, workers: int) -> WorkerLost:
-    return WorkerLost(
-        death,
-        "it is the second one; probably the memory does not suffice, of the machine or of /dev/shm",
-        f"--workers 0, or fewer than {workers}",
-    )

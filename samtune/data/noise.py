@@ -103,10 +103,8 @@ def from_file(
         )
     values = table[key].to_pylist()
     if len(values) != labelled:
-        raise DataError(
-            f"--train-labels {path} has {len(values)} rows, and split train has {labelled}",
-            hint="give one label for every row of the split, validation part included",
-        )
+        message = f"--train-labels {path} has {len(values)} rows, and split train has {labelled}"
+        raise DataError(message, hint="give one label for every row of the split, validation part included")
     meaning = _meaning(class_names)
     given = np.array([meaning.get(v, -1) if isinstance(v, str | int) else -1 for v in values], dtype=np.int64)
     if (given < 0).any():
@@ -119,10 +117,8 @@ def from_file(
     if _ROW_COLUMN in table.column_names:
         index = np.array(table[_ROW_COLUMN].to_pylist())
         if not np.array_equal(np.sort(index), np.arange(labelled)):
-            raise DataError(
-                f"column {_ROW_COLUMN} of --train-labels {path} is not each row of split train once",
-                hint=f"number the rows from 0 to {labelled - 1}, or remove the column",
-            )
+            message = f"column {_ROW_COLUMN} of --train-labels {path} is not each row of split train once"
+            raise DataError(message, hint=f"number the rows from 0 to {labelled - 1}, or remove the column")
         given = given[np.argsort(index)]
     noisy = train.labels.copy()
     in_file = rows[rows < labelled]
@@ -140,10 +136,9 @@ def _changed(
 
 def _meaning(class_names: Sequence[str]) -> Mapping[Any, int]:
     """What a value in a file means. Numbers are positions, unless the classes themselves are named by numbers."""
-    meaning: dict[Any, int] = {name: i for i, name in enumerate(class_names)}
-    if all(name.isdecimal() for name in class_names):
-        return meaning | {int(name): i for i, name in enumerate(class_names)}
-    return meaning | dict(enumerate(range(len(class_names))))
+    are_numbers = all(name.isdecimal() for name in class_names)
+    numbers = {int(name) if are_numbers else i: i for i, name in enumerate(class_names)}
+    return {name: i for i, name in enumerate(class_names)} | numbers
 
 
 def _read(path: Path) -> pa.Table:

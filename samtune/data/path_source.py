@@ -5,9 +5,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from samtune.data import image_folder, image_list, list_file, listed_folder, repeats, table_splits, tables
+from samtune.data.encoded import PathSplits, RawSplits
 from samtune.data.folder_tree import sorted_entries
 from samtune.data.formats import archive_ending, is_readable, unpacking
-from samtune.data.raw_splits import PathSplits, RawSplits
 from samtune.data.split_roles import ROLES, DataSelection, role_of
 from samtune.errors import DataError, UsageError
 from samtune.files import readable
@@ -36,9 +36,8 @@ def read_path(
             notes = [f"{file.relative_to(path)} is not read: {reason}" for file in metadata]
             return pictures.raw(), [*pictures.notes, *notes]
         if pictures.notes:
-            raise DataError(
-                f"data set {origin} has no labelled pictures", "; ".join(pictures.notes), _unpack_hint(path)
-            )
+            message = f"data set {origin} has no labelled pictures"
+            raise DataError(message, "; ".join(pictures.notes), _unpack_hint(path))
     if not found and len(metadata) == 1 and metadata[0].parent == path:
         listed = listed_folder.read_metadata(metadata[0], selection)
         if listed is not None:
@@ -80,19 +79,18 @@ def _read_folder(path: Path, selection: DataSelection, classes: Sequence[str]) -
 
 def _read_pictures(path: Path, selection: DataSelection, classes: Sequence[str]) -> PathSplits:
     """The pictures of a folder; those in its archives where no class folder has any. A logo may lie beside them."""
-    error = None
-    pictures = PathSplits()
+    pictures: PathSplits | DataError
     try:
         pictures = image_folder.read_folder(path, selection, classes)
         if pictures.splits or pictures.notes:
             return pictures
-    except image_folder.NoClassFolders as no_classes:
-        error = no_classes
+    except image_folder.NoClassFolders as error:
+        pictures = error
     unpacked = {str(archive): str(tables.unpack(archive)) for archive in tables.archives(path)}
     if unpacked:
         return image_folder.read_folder(path, selection, classes, unpacked)
-    if error is not None:
-        raise error
+    if isinstance(pictures, DataError):
+        raise pictures
     return pictures
 
 
@@ -138,10 +136,11 @@ def _are_beside_classes(metadata: Sequence[Path], path: Path, selection: DataSel
 
 def _check_no_columns(origin: str, selection: DataSelection) -> None:
     """Raise UsageError for a column that was asked for, of a folder that has pictures and no table."""
-    for flag, key in (("image", selection.image_key), ("label", selection.label_key), ("split", selection.split_key)):
-        if key not in (None, flag):
+    for kind in ("image", "label", "split"):
+        key = getattr(selection, f"{kind}_key")
+        if key not in (None, kind):
             raise UsageError(
-                f"--{flag}-key {key}: data set {origin} has no such column",
+                f"--{kind}-key {key}: data set {origin} has no such column",
                 "it is a folder of pictures, whose folders are the labels",
                 "leave it out, or give a list of the pictures by --dataset",
             )

@@ -7,10 +7,11 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +34,12 @@ class Pixels:
     def __getitem__(self, row: int) -> torch.Tensor:
         """(3, height, width) uint8, a copy: changes do not reach the file."""
         height, width = self.shapes[row].tolist()
-        pixels = np.empty((height, width, 3), np.uint8) if self._mapped is None else self._view(row, height, width)
-        if self._mapped is None:
-            os.preadv(self._descriptor, [pixels.data], int(self.offsets[row]))
+        start = int(self.offsets[row])
+        if self._mapped is not None:
+            pixels = self._mapped[start : start + height * width * 3].reshape(height, width, 3)
+        else:
+            pixels = np.empty((height, width, 3), np.uint8)
+            os.preadv(self._descriptor, [pixels.data], start)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def map(self) -> None:
@@ -54,11 +58,6 @@ class Pixels:
             for image, start in zip(taken, self.offsets[slots].tolist(), strict=True):
                 os.preadv(self._descriptor, [image.data], start)
         return torch.from_numpy(taken).permute(0, 3, 1, 2)
-
-    def _view(self, row: int, height: int, width: int) -> npt.NDArray[np.uint8]:
-        assert self._mapped is not None
-        start = int(self.offsets[row])
-        return self._mapped[start : start + height * width * 3].reshape(height, width, 3)
 
     @cached_property
     def _mapped(self) -> npt.NDArray[np.uint8] | None:
@@ -123,15 +122,10 @@ class Decoded:
 
 
 def record(images: Iterator[ImageOrReason], digests: Sequence[bytes], file: BinaryIO | None) -> Decoded:
-    """Take the images one by one, and write their pixels into the file, if there is one.
-
-    digests: SHA-256 of the encoded bytes of each.
-    """
+    """Take the images one by one, and write their pixels into a file, if any. digests: SHA-256 of each."""
     shapes: list[tuple[int, ...]] = []
-    offsets: list[int] = []
     bad: dict[int, str] = {}
-    constant: list[int] = []
-    end = 0
+    offsets, constant, end = [], [], 0
     for row, (image, is_one_colour) in enumerate(images):
         offsets.append(end)
         shapes.append((0, 0) if isinstance(image, str) else tuple(image.shape[1:]))
@@ -149,15 +143,10 @@ def write(folder: Path, images: Iterator[ImageOrReason], digests: Sequence[bytes
     """Write a folder under another name, then rename it: a reader finds a whole one or none."""
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
     try:
-        if keep_pixels:
-            with (part / "pixels").open("wb") as file:
-                decoded = record(images, digests, file)
-            pixels = decoded.pixels
-            assert pixels is not None
-            np.savez(part / "index.npz", digests=decoded.digests, offsets=pixels.offsets, shapes=pixels.shapes)
-        else:
-            decoded = record(images, digests, None)
-            np.savez(part / "index.npz", digests=decoded.digests)
+        with (part / "pixels").open("wb") if keep_pixels else nullcontext() as file:
+            decoded = record(images, digests, file)
+        of_pixels: Any = {"offsets": decoded.pixels.offsets, "shapes": decoded.pixels.shapes} if decoded.pixels else {}
+        np.savez(part / "index.npz", digests=decoded.digests, **of_pixels)
         odd = {"bad": decoded.bad, "constant": decoded.constant}
         (part / "odd.json").write_text(json.dumps(odd), encoding="utf-8")
         if keep_pixels and not (folder / "pixels").exists():

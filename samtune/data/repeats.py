@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from samtune.data.encoded import FileImages
+from samtune.data.encoded import FileImages, RawSplits
 from samtune.data.labels import Labels, is_missing
-from samtune.data.raw_splits import RawSplits
 from samtune.data.split_roles import ROLES
 from samtune.errors import DataError
 from samtune.files import readable

@@ -17,11 +17,9 @@ import numpy.typing as npt
 
 from samtune.data import labels, list_file, listed_folder, repeats, split_roles, table_splits, tables
 from samtune.data.catalog import CATALOG, Dataset
-from samtune.data.encoded import EncodedImages, joined
+from samtune.data.encoded import EncodedImages, RawSplits, joined
 from samtune.data.formats import archive_ending, unpacking
-from samtune.data.labels import Classified
 from samtune.data.path_source import read_path
-from samtune.data.raw_splits import RawSplits
 from samtune.data.split_roles import ROLES, DataSelection
 from samtune.errors import DataError
 from samtune.files import readable
@@ -128,30 +126,24 @@ def locate(dataset: str) -> Dataset | Path:
     dataset, _ = split_config(dataset)
     if dataset in CATALOG:
         return CATALOG[dataset]
-    path = Path(dataset)
+    path, hint = Path(dataset), "check the path of --dataset"
     try:
         path.exists()
     except OSError as error:  # in a folder that may not be read, or a name that is too long
-        raise DataError(
-            f"data set {dataset} cannot be read", error.strerror or "", "check the path of --dataset"
-        ) from None
+        raise DataError(f"data set {dataset} cannot be read", error.strerror or "", hint) from None
     if path.is_dir() or (path.is_file() and path.suffix.lower() in _FILES):
         return path
     if path.exists() and archive_ending(path.name):
-        raise DataError(
-            f"data set {dataset} is an archive",
-            hint=f"unpack it (`{unpacking(dataset)}`), and give the folder by --dataset",
-        )
+        unpack = f"unpack it (`{unpacking(dataset)}`), and give the folder by --dataset"
+        raise DataError(f"data set {dataset} is an archive", hint=unpack)
     if path.exists():
-        raise DataError(
-            f"data set {dataset} is a file, and no list",
-            hint=f"give a folder that holds parquet files or train/<class>/, or a list: {', '.join(_FILES)}",
-        )
+        known = f"give a folder that holds parquet files or train/<class>/, or a list: {', '.join(_FILES)}"
+        raise DataError(f"data set {dataset} is a file, and no list", hint=known)
     near = similar_names(dataset, CATALOG, 2)
     if _is_hub_id(dataset):
         return Dataset(dataset, dataset)
     if path.name != dataset or dataset in (".", "..") or path.suffix.lower() in _FILES:
-        raise DataError(f"data set {dataset} is not there", f"seen from {Path.cwd()}", "check the path of --dataset")
+        raise DataError(f"data set {dataset} is not there", f"seen from {Path.cwd()}", hint)
     raise DataError(
         f"unknown data set {dataset!r}",
         "it is neither a known name nor a folder here, nor an id of the hub (user/name)",
@@ -174,11 +166,8 @@ def open_source(
     selection: columns and splits by name; by default they are found. A split whose labels are all hidden is left out,
     with a note. classes: the names of a trained model's classes, in its order: the labels are positions in them, rows
     of other classes are counted in Split.unknown, and there need not be a train split.
-
-    Raises:
-        DataError: no such data set, no image or label column, a label without a class, no train split.
-        UsageError: a selected column or split is missing, or a test split is selected as validation.
-        ModelError: the hub cannot be reached and its cache does not hold the data set.
+    Raises DataError for what cannot be read so, UsageError for a selection that cannot be meant, ModelError where the
+    hub cannot be reached and its cache does not hold the data set.
     """
     selection = selection or DataSelection()
     located = locate(dataset)
@@ -237,7 +226,6 @@ def open_source(
 def _read_row(
     row: Dataset, selection: DataSelection, train: Sequence[str], classes: Sequence[str]
 ) -> tuple[RawSplits, list[str]]:
-    """The splits of a named data set, or of one on the hub."""
     selection = replace(
         selection,
         image_key=selection.image_key or row.image or None,
@@ -265,18 +253,14 @@ def _note_roles(parts: Mapping[str, Sequence[str]], selection: DataSelection) ->
     ]
 
 
-def _note_left_out(classified: Classified, split: str) -> list[str]:
+def _note_left_out(classified: labels.Classified, split: str) -> list[str]:
     notes = []
     if classified.unlabelled:
-        notes.append(
-            f"split {split}: {classified.unlabelled} of {len(classified.indices)} rows have no label and are left out"
-        )
+        notes.append(f"{classified.unlabelled} of {len(classified.indices)} rows have no label and are left out")
     if classified.unknown:
         classes = shorten([f"{name} ({count})" for name, count in classified.unknown.items()])
-        notes.append(
-            f"split {split}: {sum(classified.unknown.values())} rows are of unknown classes and left out: {classes}"
-        )
-    return notes
+        notes.append(f"{sum(classified.unknown.values())} rows are of unknown classes and left out: {classes}")
+    return [f"split {split}: {note}" for note in notes]
 
 
 def _check_classes(split: Split, train: Split, class_names: tuple[str, ...]) -> None:

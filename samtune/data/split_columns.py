@@ -156,10 +156,8 @@ def _by_flags(flags: Mapping[str, str], values: Mapping[str, Sequence[Any]], whe
     for row_name, row in zip(where, zip(*(values[name] for name in flags), strict=True), strict=True):
         set_flags = [name for name, value in zip(flags, row, strict=True) if _FLAGS.get(_plain(value))]
         if len(set_flags) > 1:
-            raise DataError(
-                f"{row_name} is in {len(set_flags)} splits: {', '.join(set_flags)}",
-                hint="fix the row, or name one --split-key",
-            )
+            message = f"{row_name} is in {len(set_flags)} splits: {', '.join(set_flags)}"
+            raise DataError(message, hint="fix the row, or name one --split-key")
         of_row.append(flags[set_flags[0]] if set_flags else without)
     return of_row
 
@@ -199,11 +197,8 @@ def _one_name(column: str, splits: Collection[str], asked: set[str]) -> tuple[di
             one = (chosen or [name for name in forms if name == text] or forms)[0]
             names |= {name: one for name in forms if name != one}
     short = {name: _SHORT[name.casefold()] for name in splits if name.casefold() in _SHORT}
-    if (
-        is_called_split(column)
-        and not asked & set(splits)
-        and all(role_of(n) in ROLES for n in set(splits) - set(short))
-    ):
+    are_roles = all(role_of(name) in ROLES for name in set(splits) - set(short))
+    if are_roles and is_called_split(column) and not asked & set(splits):
         names |= short
     renamed = ", ".join(f"{readable(name)} is {readable(one)}" for name, one in names.items())
     return names, [f"column {column}: {renamed}"] if renamed else []

@@ -12,24 +12,10 @@ _FLAGS = {"train": "--train-split", "validation": "--val-split", "test": "--test
 ROLES = tuple(_FLAGS)
 UNLABELLED = "unlabelled"  # the role of pictures that a model shall predict, and that nobody has labelled
 _WORDS = {
-    "train": "train",
-    "training": "train",
-    "trn": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "validate": "validation",
-    "dev": "validation",
-    "eval": "validation",
-    "evaluation": "validation",
-    "test": "test",
-    "testing": "test",
-    "tst": "test",
-    "pred": UNLABELLED,
-    "predict": UNLABELLED,
-    "prediction": UNLABELLED,
-    "unlabelled": UNLABELLED,
-    "unlabeled": UNLABELLED,
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+    **dict.fromkeys(("pred", "predict", "prediction", "unlabelled", "unlabeled"), UNLABELLED),
 }
 # Words that say nothing of the role: training_set, seg_train, images_test, val2017.
 _COMMON_WORDS = {
@@ -87,8 +73,7 @@ def parse(name: str) -> tuple[str | None, tuple[str, ...]]:
 
 def words_of(name: str) -> tuple[set[str], tuple[str, ...]]:
     """The roles of which a name speaks, and the words beside them: is_train_or_val -> train, validation; is, or."""
-    roles = set()
-    rest = []
+    roles, rest = set(), []
     words = re.sub("(?<=[a-z])(?=[A-Z])", " ", name)  # TrainSet
     for word in re.findall("[^\\W\\d_]+", words.casefold()):
         stem = next((word.removesuffix(end) for end in _COMMON_WORDS if word.removesuffix(end) in _WORDS), word)
@@ -153,10 +138,7 @@ def assign(
     splits: those of the data set. policy: role -> splits joined by "+", as the catalog says; {} goes by names, and
     splits of other names keep them. What is selection takes precedence, and each split plays one role. A test split is
     never validation. needs_train: whether there has to be a train split. notes: on the splits, for errors.
-
-    Raises:
-        UsageError: a selected split is missing, has two roles, or is test and shall be validation.
-        DataError: no train split; two splits that may both be meant.
+    Raises UsageError for a choice that cannot be meant, DataError for no train split, or two that may both be meant.
     """
     chosen = selection.splits
     _check(dataset, splits, chosen, policy)
@@ -167,10 +149,8 @@ def assign(
         if role in roles or not free:
             continue
         if role in _FLAGS and len(free) > 1 and not policy:
-            raise DataError(
-                f"data set {dataset} has {len(free)} splits for {role}: {', '.join(free)}",
-                hint=f"choose one by {_FLAGS[role]}, or join them: {'+'.join(free)}",
-            )
+            message = f"data set {dataset} has {len(free)} splits for {role}: {', '.join(free)}"
+            raise DataError(message, hint=f"choose one by {_FLAGS[role]}, or join them: {'+'.join(free)}")
         roles[role] = free
     if "train" not in roles and needs_train:
         raise DataError(
@@ -194,16 +174,13 @@ def _default_roles(splits: Iterable[str], policy: Mapping[str, str]) -> dict[str
 def _check(
     dataset: str, splits: Sequence[str], chosen: Mapping[str, tuple[str, ...]], policy: Mapping[str, str]
 ) -> None:
-    """Raise UsageError for a choice of splits that cannot be meant."""
     role_that_took: dict[str, str] = {}
     test = policy.get("test", "").split("+")
     for role, names in chosen.items():
         for name in names:
             if name not in splits:
-                raise UsageError(
-                    f"{_FLAGS[role]} {'+'.join(names)}: data set {dataset} has no split {name!r}",
-                    hint=f"it has: {', '.join(splits)}",
-                )
+                message = f"{_FLAGS[role]} {'+'.join(names)}: data set {dataset} has no split {name!r}"
+                raise UsageError(message, hint=f"it has: {', '.join(splits)}")
             if name in role_that_took:
                 raise UsageError(
                     f"split {name} of data set {dataset} is chosen twice",

@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samtune.config.run_config import RunConfig
-from samtune.data import source
-from samtune.data.source import LabelledDataset, Split
+from samtune.data.source import LabelledDataset, Split, concat_splits, open_source
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError
 from samtune.text import shorten
@@ -103,7 +102,7 @@ def open_run_splits(config: RunConfig, dataset: str | None = None, classes: Sequ
     dataset: where the data is now, if it has moved. classes: of a run that began earlier, in its order. Raises what
     `source.open_source` and `train_and_validation` raise, and UsageError for --no-val without a test split.
     """
-    data = source.open_source(dataset or config.dataset, DataSelection.of(config), classes)
+    data = open_source(dataset or config.dataset, DataSelection.of(config), classes)
     if classes is not None:
         _check_classes(data, classes)
     seed = config.split_seed
@@ -146,7 +145,7 @@ def _with_validation(parts: RunSplits) -> RunSplits:
     if parts.val is parts.train:
         train, rows = parts.train, np.sort(np.concatenate([parts.train_rows, parts.val_rows]))
     else:
-        train = source.concat_splits(parts.train, parts.val)
+        train = concat_splits(parts.train, parts.val)
         rows = np.concatenate([parts.train_rows, len(parts.train) + parts.val_rows])
     sources = ((parts.train, parts.train_rows), (parts.val, parts.val_rows))
     return replace(parts, train=train, train_rows=rows, val_rows=parts.val_rows[:0], sources=sources)

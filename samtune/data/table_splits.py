@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samtune.data import columns
-from samtune.data.columns import Columns, Kind
-from samtune.data.encoded import EncodedImages, FileImages, TableImages
+from samtune.data.encoded import EncodedImages, FileImages, RawSplits, TableImages
 from samtune.data.image_paths import find_files
 from samtune.data.labels import Labels, strip_blanks
-from samtune.data.raw_splits import RawSplits
 from samtune.data.split_columns import split_of_rows
 from samtune.data.split_roles import DataSelection, role_of
 from samtune.data.tables import image_column
@@ -51,7 +49,7 @@ def raw_splits(
     return splits, notes
 
 
-def _find_columns(dataset: str, table: "ArrowTable", selection: DataSelection, hidden: bool) -> Columns:
+def _find_columns(dataset: str, table: "ArrowTable", selection: DataSelection, hidden: bool) -> columns.Columns:
     view = columns.Table(_Values(table), {name: _kind(feature) for name, feature in table.features.items()})
     if hidden:
         selection = DataSelection(image_key=selection.image_key)
@@ -88,7 +86,7 @@ def _column(table: "ArrowTable", name: str) -> list[Any]:
     return values
 
 
-def _kind(feature: Any) -> Kind:
+def _kind(feature: Any) -> columns.Kind:
     name, dtype = type(feature).__name__, str(getattr(feature, "dtype", ""))
     if name == "Image" or "binary" in dtype or (isinstance(feature, dict) and "bytes" in feature):
         return "images"
@@ -114,8 +112,7 @@ def _images(
     return FileImages(paths), notes
 
 
-def _labels(dataset: str, table: "ArrowTable", used: Columns) -> tuple[Labels, list[str]]:
-    """The labels of a table, and notes."""
+def _labels(dataset: str, table: "ArrowTable", used: columns.Columns) -> tuple[Labels, list[str]]:
     feature: Any = None if used.one_hot else table.features[used.label]
     if used.one_hot:
         where = [f"row {row} of data set {dataset}" for row in range(len(table))]

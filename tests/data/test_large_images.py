@@ -1,6 +1,5 @@
 """Photographs and scans: decoded as large as they are needed, in little memory, and not again at the next start."""
 
-import io
 import json
 import os
 import subprocess
@@ -13,12 +12,13 @@ import torch
 from PIL import Image
 
 from samtune.config import loading
-from samtune.data import pixels, source
+from samtune.data import source
 from samtune.data.cache import Images, decode_into_cache
 from samtune.data.decode import DecodeRule, decode
 from samtune.data.transforms import eval_transform, min_side, resized_crop_boxes
 from samtune.errors import DataError
-from tests.conftest import png_header, samtune, write_image_folder
+from tests.conftest import encode, png_header, samtune, write_image_folder
+from tests.support.data_sets import look, train_of
 
 DATA_CONFIG = {"input_size": (3, 32, 32), "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
 
@@ -27,12 +27,6 @@ def photograph(width, height, mode="RGB"):
     """Smooth, as what a camera takes."""
     small = np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-
-
-def encode(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------------ reduction
@@ -62,7 +56,7 @@ def test_a_reduced_picture_is_the_mean_of_its_pixels(kind, mode):
     expected = Image.fromarray(whole.permute(1, 2, 0).numpy()).reduce(4)
     pixels = decode(encoded, str, DecodeRule(60))
     difference = np.abs(np.asarray(expected).astype(int) - pixels.permute(1, 2, 0).numpy())
-    assert pixels.shape[1:] == (63, 84)
+    assert pixels.shape == (3, 63, 84)
     assert difference.mean() <= 1  # libjpeg reduces frequencies, not pixels
     assert kind == "JPEG" or difference.max() <= 1
 
@@ -174,11 +168,11 @@ def test_a_file_of_pixels_that_is_too_large_to_be_mapped_is_read_and_gives_the_s
             path = folder / "train" / "ab"[i] / "0.png"
             path.parent.mkdir(parents=True)
             path.write_bytes(encode(photograph(size, 24)))
-        split = source.open_source(str(folder)).splits["train"]
+        split = train_of(folder)
         rows = np.array([1, 0])
         options = {"limit": 2**20, "threads": 1, "progress": lambda *_: None}
         mapped = decode_into_cache(split, rows, **options).take(rows)
-        monkeypatch.setattr(pixels, "_MAPPED", 0)
+        monkeypatch.setattr("samtune.data.pixels._MAPPED", 0)
         read = decode_into_cache(split, rows, **options)
         assert all((a == b).all() for a, b in zip(mapped, read.take(rows), strict=True))
         assert all((a == read[row]).all() for a, row in zip(mapped, rows.tolist(), strict=True))
@@ -222,16 +216,6 @@ def counting_reads(monkeypatch):
     return read
 
 
-@pytest.fixture
-def split(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAMTUNE_CACHE", str(tmp_path / "cache"))
-    return source.open_source(str(write_image_folder(tmp_path / "data", {"train": 10}))).splits["train"]
-
-
-def look(split, limit, **options):
-    return decode_into_cache(split, np.arange(20), limit=limit, threads=2, progress=lambda *_: None, **options)
-
-
 @pytest.mark.parametrize(("limit", "always"), [(10**9, False), (10**9, True), (1000, True), (1000, False)])
 def test_the_second_start_reads_no_image_whether_they_fit_or_not(limit, always, split, monkeypatch):
     first = look(split, limit, always=always)
@@ -257,24 +241,24 @@ def test_bad_images_of_a_set_that_does_not_fit_are_known_at_the_second_start(spl
     assert read == []
     path.write_bytes(encode(photograph(24, 20)))  # mended
     assert list(look(split, 1000, always=True).bad) == []
-    assert look(split, 10**9, always=True).pixels is not None
+    assert look(split, always=True).pixels is not None
 
 
 def test_a_file_that_changes_without_another_size_is_seen(split, tmp_path):
-    before = look(split, 10**9)
+    before = look(split)
     path = tmp_path / "data" / "train" / "cat" / "3.png"
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
     found = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
-    after = look(split, 10**9)
+    after = look(split)
     assert after.digest[3] != before.digest[3]
 
 
 def test_the_rule_is_part_of_the_name(split):
-    files = {look(split, 10**9, rule=rule).pixels.file for rule in (DecodeRule(), DecodeRule(5), DecodeRule(6))}
+    files = {look(split, rule=rule).pixels.file for rule in (DecodeRule(), DecodeRule(5), DecodeRule(6))}
     assert len(files) == 3
     for rule in (DecodeRule(), DecodeRule(5)):
-        images = look(split, 10**9, rule=rule)
+        images = look(split, rule=rule)
         assert (images[7] == Images(split, rule)[7]).all()

@@ -15,22 +15,14 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms import v2
 
 from samtune.config import loading
-from samtune.data import source
+from samtune.data import transforms
 from samtune.data.cache import Images, decode_into_cache
 from samtune.data.decode import decode
 from samtune.data.loader import eval_batches, steps_per_epoch, train_batches
-from samtune.data.rng import uniform
-from samtune.data.transforms import (
-    POLICIES,
-    TrainTransform,
-    eval_transform,
-    mix,
-    normalize,
-    resized_crop_boxes,
-    train_transform,
-)
+from samtune.data.transforms import TrainTransform, eval_transform
 from samtune.errors import DataError, WorkerLost
 from tests.conftest import image_bytes, write_image_folder
+from tests.support.data_sets import train_of
 from tests.support.fault_matrix import row
 
 DATA_CONFIG = {
@@ -45,7 +37,7 @@ DATA_CONFIG = {
 
 @pytest.fixture
 def train_split(tmp_path):
-    return source.open_source(str(write_image_folder(tmp_path, {"train": 10}))).splits["train"]
+    return train_of(write_image_folder(tmp_path, {"train": 10}))
 
 
 def collect(split, **options):
@@ -129,7 +121,7 @@ def test_evaluation_sees_every_row_once_in_order(train_split):
 def test_a_broken_image_ends_the_stream_with_its_place_and_no_traceback(tmp_path, workers):
     folder = write_image_folder(tmp_path, {"train": 10})
     (folder / "train" / "cat" / "3.png").write_bytes(b"broken")
-    split = source.open_source(str(folder)).splits["train"]
+    split = train_of(folder)
     with pytest.raises(DataError, match=r"cat/3\.png.* cannot be decoded") as error:
         collect(split, workers=workers)
     assert "Traceback" not in str(error.value)
@@ -138,7 +130,7 @@ def test_a_broken_image_ends_the_stream_with_its_place_and_no_traceback(tmp_path
 def test_normalisation_is_that_of_the_weights():
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = (torch.tensor(DATA_CONFIG[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    torch.testing.assert_close(normalize(images, DATA_CONFIG), (images / 255 - mean) / std)
+    torch.testing.assert_close(transforms.normalize(images, DATA_CONFIG), (images / 255 - mean) / std)
 
 
 def test_the_evaluation_transform_equals_timms_on_a_picture():
@@ -147,10 +139,8 @@ def test_the_evaluation_transform_equals_timms_on_a_picture():
     encoded = image_bytes(0, size=(90, 70))
     ours = eval_transform(DATA_CONFIG)(decode(encoded, str))
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    theirs = timm_data.create_transform(**{k: DATA_CONFIG[k] for k in keys}, normalize=False)(
-        Image.open(io.BytesIO(encoded))
-    )
-    assert (ours.int() - theirs.int()).abs().max() <= 1
+    theirs = timm_data.create_transform(**{k: DATA_CONFIG[k] for k in keys}, normalize=False)
+    assert (ours.int() - theirs(Image.open(io.BytesIO(encoded))).int()).abs().max() <= 1
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
@@ -185,20 +175,20 @@ def test_what_happens_to_an_image_depends_on_seed_epoch_and_row_alone(train_spli
 
 
 def test_draws_are_even_and_independent_of_their_order():
-    u = uniform(1, 2, np.arange(2000), 50)
+    u = transforms.uniform(1, 2, np.arange(2000), 50)
     assert 0 <= u.min() < u.max() < 1
     counts, _ = np.histogram(u, bins=100, range=(0, 1))
     assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
     assert np.abs(np.corrcoef(u[:, :10].T) - np.eye(10)).max() < 0.1
-    assert np.array_equal(uniform(1, 2, np.array([7, 3]), 50), u[[7, 3]])
-    for other in (uniform(2, 2, np.arange(2000), 50), uniform(1, 3, np.arange(2000), 50)):
+    assert np.array_equal(transforms.uniform(1, 2, np.array([7, 3]), 50), u[[7, 3]])
+    for other in (transforms.uniform(2, 2, np.arange(2000), 50), transforms.uniform(1, 3, np.arange(2000), 50)):
         assert not (other == u).any()
 
 
 def test_crops_have_the_areas_and_ratios_of_torchvisions():
     """Two samples of one distribution: means and extremes of 4,000 crops agree."""
     shapes = np.tile([[90, 140]], (4000, 1))
-    boxes = resized_crop_boxes(shapes, uniform(0, 0, np.arange(4000), 40), scale=0.3)
+    boxes = transforms.resized_crop_boxes(shapes, transforms.uniform(0, 0, np.arange(4000), 40), scale=0.3)
     torch.manual_seed(0)
     reference = v2.RandomResizedCrop(16, scale=(0.3, 1.0))
     blank = torch.empty(3, 90, 140)
@@ -214,7 +204,7 @@ def test_crops_have_the_areas_and_ratios_of_torchvisions():
 
 
 def test_an_image_in_which_no_crop_fits_gives_its_middle():
-    boxes = resized_crop_boxes(np.array([[10, 1000], [1000, 10]]), np.full((2, 40), 0.999), scale=0.99)
+    boxes = transforms.resized_crop_boxes(np.array([[10, 1000], [1000, 10]]), np.full((2, 40), 0.999), scale=0.99)
     assert boxes.tolist() == [[0, 493, 10, 13], [493, 0, 13, 10]]
 
 
@@ -222,7 +212,8 @@ def test_a_crop_of_the_whole_image_is_its_resize():
     picture = decode(image_bytes(0, size=(40, 30)), str)
     transform = TrainTransform((30, 40), "bicubic", (0.5,) * 3, scale=1.0, hflip=0.0, crop="resized")
     found = transform([picture], 0, 0, np.zeros(1, np.int64))[0]
-    box = resized_crop_boxes(np.array([[30, 40]]), uniform(0, 0, np.zeros(1, np.int64), 46)[:, :40], 1.0)[0].tolist()
+    draws = transforms.uniform(0, 0, np.zeros(1, np.int64), 46)[:, :40]
+    box = transforms.resized_crop_boxes(np.array([[30, 40]]), draws, 1.0)[0].tolist()
     expected = v2.functional.resized_crop(picture, *box, [30, 40], v2.InterpolationMode.BICUBIC, antialias=True)
     assert (found.int() - expected.int()).abs().max() <= 1
 
@@ -251,7 +242,7 @@ def test_cutout_erases_a_square_to_what_normalisation_makes_zero():
     assert erased.float().mean() > 100
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", transforms.POLICIES)
 def test_every_policy_keeps_shape_and_type(policy):
     transform = TrainTransform((16, 16), "bicubic", (0.5,) * 3, aa=policy)
     batch = transform([decode(image_bytes(i), str) for i in range(4)], 0, 0, np.arange(4))
@@ -272,25 +263,25 @@ def test_flips_come_as_often_as_asked_for():
 def test_mixed_batches_have_shares_that_add_up_and_depend_on_seed_and_step_alone(mixup, cutmix):
     images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 3
     state = torch.get_rng_state()
-    mixed, shares = mix(images, labels, 3, mixup=mixup, cutmix=cutmix, seed=1, step=2)
+    mixed, shares = transforms.mix(images, labels, 3, mixup=mixup, cutmix=cutmix, seed=1, step=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert shares.shape == (6, 3)
     torch.testing.assert_close(shares.sum(1), torch.ones(6))
-    again, _ = mix(images, labels, 3, mixup=mixup, cutmix=cutmix, seed=1, step=2)
-    other, _ = mix(images, labels, 3, mixup=mixup, cutmix=cutmix, seed=1, step=3)
+    again, _ = transforms.mix(images, labels, 3, mixup=mixup, cutmix=cutmix, seed=1, step=2)
+    other, _ = transforms.mix(images, labels, 3, mixup=mixup, cutmix=cutmix, seed=1, step=3)
     assert torch.equal(mixed, again)
     assert not torch.equal(mixed, other)
 
 
 def test_without_mixing_a_batch_is_left_alone():
     images, labels = torch.randn(2, 3, 4, 4), torch.arange(2)
-    assert mix(images, labels, 2, mixup=0.0, cutmix=0.0, seed=0, step=0) == (images, labels)
+    assert transforms.mix(images, labels, 2, mixup=0.0, cutmix=0.0, seed=0, step=0) == (images, labels)
 
 
 def test_the_settings_of_a_run_become_its_augmentation():
     settings = {"aa": "rand", "color_jitter": 0.1, "cutout": 0.2, "reprob": 0.3, "crop": "pad", "scale": 0.4}
     given = loading.load(None, {"model": "m", "dataset": "cifar10", "hflip": 0.1} | settings)
-    assert train_transform(DATA_CONFIG, given) == TrainTransform(
+    assert transforms.train_transform(DATA_CONFIG, given) == TrainTransform(
         (16, 16), "bicubic", (0.5, 0.4, 0.3), "pad", 0.4, 0.1, "rand", 0.1, 0.2, 0.3
     )
 

@@ -9,8 +9,8 @@ import numpy as np
 from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.data import depth
+from samtune.data.cache import Progress
 from samtune.data.check import duplicates, scan
-from samtune.data.check.scan import Picture, Progress
 from samtune.data.decode import DecodeRule
 from samtune.data.source import LabelledDataset, open_source
 from samtune.data.split_roles import DataSelection
@@ -29,10 +29,7 @@ def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict
     Returns what --json prints: splits (images, classes, modes, sizes in pixels), unreadable images with their reason,
     images of one colour, groups of duplicates (kind exact or near, across_splits, labels_differ), oddities in words.
     near_duplicates is False if they could not be looked for.
-
-    Raises:
-        DataError: no data set that training could open.
-        ModelError: the hub cannot be reached.
+    Raises DataError where training could open no data set, ModelError where the hub cannot be reached.
     """
     console.info(f"reading data set {config.dataset} ...")
     data = open_source(config.dataset, DataSelection.of(config))
@@ -48,7 +45,7 @@ def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict
         )
     if workers is None:
         workers = device.available_cpus() if device.available_cpus() > 1 else 0
-    pictures: list[Picture] = []
+    pictures: list[scan.Picture] = []
     for split in data.splits.values():
         pictures += scan.scan(split, rule, workers=workers, progress=progress)
     groups = [("exact", group) for group in duplicates.exact(pictures)]
@@ -73,7 +70,7 @@ def check(config: RunConfig, *, workers: int | None, progress: Progress) -> dict
     }
 
 
-def _location(picture: Picture, class_names: Sequence[str]) -> dict[str, Any]:
+def _location(picture: scan.Picture, class_names: Sequence[str]) -> dict[str, Any]:
     return {
         "split": picture.split,
         "row": picture.row,
@@ -82,7 +79,7 @@ def _location(picture: Picture, class_names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _group(kind: str, group: Sequence[Picture], class_names: Sequence[str]) -> dict[str, Any]:
+def _group(kind: str, group: Sequence[scan.Picture], class_names: Sequence[str]) -> dict[str, Any]:
     return {
         "kind": kind,
         "across_splits": len({picture.split for picture in group}) > 1,
@@ -91,7 +88,7 @@ def _group(kind: str, group: Sequence[Picture], class_names: Sequence[str]) -> d
     }
 
 
-def _split(data: LabelledDataset, pictures: Sequence[Picture]) -> dict[str, Any]:
+def _split(data: LabelledDataset, pictures: Sequence[scan.Picture]) -> dict[str, Any]:
     """Counts of one split; images that cannot be read count for their class, not for modes and sizes."""
     labels = [picture.label for picture in pictures if picture.label >= 0]
     counts = np.bincount(labels, minlength=len(data.class_names)).tolist()
@@ -186,8 +183,7 @@ def _describe_duplicates(groups: Sequence[Mapping[str, Any]]) -> str:
 
 def findings(result: Mapping[str, Any]) -> list[str]:
     """One line for each finding; of each kind the first few."""
-    unreadable = [f"unreadable: {_where(image)}: {image['reason']}" for image in result["unreadable"]]
-    lines = _first(unreadable)
+    lines = _first([f"unreadable: {_where(image)}: {image['reason']}" for image in result["unreadable"]])
     lines += _first([f"of one colour all over: {_where(image)}" for image in result["one_colour"]])
     for kind in ("exact", "near"):
         lines += _first([_describe_group(group) for group in result["duplicates"] if group["kind"] == kind])

@@ -71,7 +71,6 @@ def close_pairs(hashes: Hashes, distance: int) -> Pairs:
 
 
 def _alike(files: Sequence[Sequence[Picture]], pairs: Pairs) -> npt.NDArray[np.bool_]:
-    """Which pairs' thumbnails correlate."""
     if len(pairs) == 0:
         return np.empty(0, dtype=bool)
     grey = np.stack([np.frombuffer(group[0].thumbnail, dtype=np.uint8) for group in files]).astype(np.float32)

@@ -5,7 +5,7 @@ What is readable is what training can decode. Work is spread over processes.
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from samtune.data.cache import Progress
 from samtune.data.decode import DecodeRule, decode, is_constant
 from samtune.data.loader import leave_signals_to_the_main_process
 from samtune.data.source import Split
@@ -26,8 +27,6 @@ _BATCH = 32
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _LEAST_CONTRAST = 2.0  # standard deviation in grey levels, of 255, under which a picture shows nothing to compare
 _MODES = {"1": "grey", "L": "grey", "LA": "grey with alpha", "P": "palette", "PA": "palette"}
-
-Progress = Callable[[str, int, int], None]  # activity, images done, images in all
 
 
 @dataclass(frozen=True)
