@@ -9,12 +9,7 @@ from samtune.distributed import signals
 
 
 @with_config_flags
-def plan(
-    recipe: Recipe = None,
-    *,
-    as_json: Json = False,
-    flags: dict[str, Any],
-) -> None:
+def plan(recipe: Recipe = None, *, as_json: Json = False, flags: dict[str, Any]) -> None:
     """Tell what a run will do and take before it does: steps, memory, time, disk, and the cost of SAM.
 
     Example: samtune plan --model tf_efficientnet_lite0 --dataset mnist5k --img-size 64 --epochs 2 --rho 0.05

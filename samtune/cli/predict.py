@@ -52,8 +52,7 @@ def predict(
         ),
     ] = None,
     embeddings: Annotated[
-        Path | None,
-        typer.Option(help="File for the pooled features, a row for each prediction: .safetensors or .npy."),
+        Path | None, typer.Option(help="File for the pooled features, a row for each prediction: .safetensors or .npy.")
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="File for a page of thumbnails, the least certain first, 500 at most.")

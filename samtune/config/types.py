@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, AllowInfNan, BeforeValidator, PlainSerializer, Strict
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, PlainSerializer, Strict
 
 from samtune.config.duration import Duration
 
@@ -93,11 +93,10 @@ Interval = Annotated[DurationField, AfterValidator(_interval)]
 SaveInterval = Annotated[_AnyDuration, AfterValidator(_interval)]
 PathField = Annotated[Path, Strict(False), PlainSerializer(str)]
 NormOrder = Annotated[
-    float,
-    AllowInfNan(True),
-    BeforeValidator(_norm_order),
-    PlainSerializer(lambda p: "inf" if math.isinf(p) else p),
+    float, AllowInfNan(True), BeforeValidator(_norm_order), PlainSerializer(lambda p: "inf" if math.isinf(p) else p)
 ]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Alpha = Annotated[float, AfterValidator(_alpha)]
 Samples = Annotated[int | str, BeforeValidator(_samples)]
 Gpus = Annotated[str, BeforeValidator(gpu_choice)]

@@ -56,9 +56,7 @@ def resolve_resume(
     if not holds_run(folder):
         if recipe is None and not {"model", "dataset"} <= flags.keys():
             raise UsageError(
-                f"there is no run in {folder}",
-                "a new run needs a model and a data set",
-                "`samtune runs` lists runs",
+                f"there is no run in {folder}", "a new run needs a model and a data set", "`samtune runs` lists runs"
             )
         return loading.load(recipe, flags), None
     try:
