@@ -78,7 +78,8 @@ def check_devices(gpus: str, processes: int | None) -> None:
 def _with_origins(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, tuple[Any, str]]:
     values: dict[str, tuple[Any, str]] = {}
     if recipe is not None:
-        values |= {key: (value, f"recipe {recipe}") for key, value in _read_recipe(recipe).items()}
+        others = ("expected", "sweep")  # the measured result, for readers and tests; the table of `samtune sweep`
+        values = {k: (value, f"recipe {recipe}") for k, value in _read_toml(recipe).items() if k not in others}
     return _merge(values, {key: (value, "flag") for key, value in (flags or {}).items()})
 
 
@@ -149,13 +150,6 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         )
     config._origins = {key: given[key][1] if key in given else "default" for key in RunConfig.model_fields}
     return config
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    recipe = _read_toml(path)
-    recipe.pop("expected", None)  # the measured result, for readers and tests
-    recipe.pop("sweep", None)  # for `samtune sweep`
-    return recipe
 
 
 def sweep_table(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checks of devices: CPU, GPUs, memory layout, the arithmetic of SAM, collectives."""
+"""What a check finds, and the checks of devices: CPU, GPUs, memory layout, the arithmetic of SAM, collectives."""
 
 import os
 import re
@@ -8,16 +8,33 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from samtune.doctor.finding import Finding, gib
 from samtune.text import plural
 
+Status = Literal["ok", "warning", "failed", "skipped"]
 _RANKS_TIMEOUT = 60.0  # seconds
 _TOLERANCE = 1e-12  # in float64, whose rounding leaves 1e-16
 _BATCH, _ROUNDS = 16, 7  # of the passes that time a memory layout
 _LAYOUT_SECONDS = 2.0  # time limit for each layout
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result. value: one line of text. hint: how to fix what is broken. details: for programs."""
+
+    name: str
+    status: Status
+    value: str
+    hint: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def gib(size: int) -> str:
+    """A number of bytes in GiB."""
+    return f"{size / (1 << 30):.1f} GiB"
 
 
 def cpu() -> Iterator[Finding]:
@@ -177,9 +194,6 @@ def sam_difference(device: Any) -> float:
     pairs = [(w.grad, g) for w, g in zip(weights, plain, strict=True)]
     size = max(float(g.abs().max()) for g in plain)
     return max(float((torch.zeros_like(g) if ours is None else ours - g).abs().max()) for ours, g in pairs) / size
-
-
-# --------------------------------------------------------------------------------------------------------- collectives
 
 
 def collectives() -> Iterator[Finding]:

@@ -121,9 +121,6 @@ def export(
     }
 
 
-# ----------------------------------------------------------------------------------------------------- finding, writing
-
-
 def find(path: Path, name: str | None, *, ema: bool) -> Original:
     """The checkpoint of a run, or a checkpoint folder itself, after verifying its bytes."""
     is_run = (path / "checkpoints").is_dir()

@@ -77,21 +77,19 @@ def rows(names: Sequence[str], accuracy: Mapping[str, float], *, count: bool) ->
     name, alias (or None), parameters (with the head of the weights; None where not counted), img_size (side in pixels),
     pretraining, top1 (%, or None), weights (package, cache, file, hub, url or "none"), licence.
     """
-    return [_row(name, accuracy, count=count) for name in names]
-
-
-def _row(name: str, accuracy: Mapping[str, float], *, count: bool) -> dict[str, Any]:
-    source = look_up(name)
-    return {
-        "name": source.resolved,
-        "alias": name if name in ALIASES else None,
-        "parameters": _count_parameters(source) if count else None,
-        "img_size": source.data_config(None)["input_size"][1],
-        "pretraining": pretraining_data(source.resolved),
-        "top1": accuracy.get(source.resolved),
-        "weights": weights_location(weights_origin(source)),
-        "licence": source.config.get("license"),
-    }
+    return [
+        {
+            "name": source.resolved,
+            "alias": name if name in ALIASES else None,
+            "parameters": _count_parameters(source) if count else None,
+            "img_size": source.data_config(None)["input_size"][1],
+            "pretraining": pretraining_data(source.resolved),
+            "top1": accuracy.get(source.resolved),
+            "weights": weights_location(weights_origin(source)),
+            "licence": source.config.get("license"),
+        }
+        for name, source in zip(names, map(look_up, names), strict=True)
+    ]
 
 
 def _count_parameters(source: ModelSource) -> int | None:

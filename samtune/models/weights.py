@@ -129,9 +129,6 @@ def _prefix(state_dict: Mapping[str, Any], names: list[str]) -> str:
     return best if 2 * counts[best] > len(names) else ""  # a few names agree by chance
 
 
-# --------------------------------------------------------------------------------------------------------- other names
-
-
 def read_lite(path: Path, model: nn.Module) -> StateDict:
     """Read the weights of a lite package. The file's name ends with the start of its sha256."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -178,9 +175,6 @@ def timm_names(published: Mapping[str, torch.Tensor], model: nn.Module) -> State
             "give their --model, as tf_efficientnet_b0",
         ) from None
     return state_dict
-
-
-# ------------------------------------------------------------------------------------------------------------- loading
 
 
 def load(model: nn.Module, state_dict: StateDict, *, head: tuple[str, ...], origin: str) -> None:

@@ -120,9 +120,6 @@ def _any_batch(setup: Setup, images: int) -> Batch:
     return loop.to_model_inputs(setup, black, torch.zeros(images, dtype=torch.int64), 1)
 
 
-# --------------------------------------------------------------------------------------------------------------- steps
-
-
 class _Stepping:
     """Takes steps of a run, at any radius."""
 
@@ -190,9 +187,6 @@ def steps(setup: Setup, rows: Indices, kinds: Iterable[float], progress: Progres
     return {rho: Steps(tuple(seconds[rho]), waiting[rho], firsts[rho]) for rho in kinds}
 
 
-# --------------------------------------------------------------------------------------------- evaluation, checkpoint
-
-
 @dataclass(frozen=True)
 class Evaluating:
     """Seconds of an evaluation. per_image: of a large one. first: what the first one takes longer."""
@@ -244,9 +238,6 @@ def checkpoint(setup: Setup) -> tuple[int, float]:
                 break
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return size, statistics.median(seconds)
-
-
-# -------------------------------------------------------------------------------------------------- the batch that fits
 
 
 def largest_batch(setup: Setup, most: int, progress: Progress) -> int:

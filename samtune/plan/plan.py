@@ -222,11 +222,10 @@ def _data(setup: Setup, decoding: list[Decoding]) -> dict[str, Any]:
 
 
 def _step(steps: Steps, images: int) -> dict[str, Any]:
-    low, high = steps.quartiles
     return {
         "seconds": steps.mean,
         "median": steps.median,
-        "quartiles": [low, high],
+        "quartiles": [*steps.quartiles],
         "measured": len(steps.seconds),
         "images_per_second": images / steps.mean,
         "data_wait": steps.data_wait,

@@ -85,7 +85,8 @@ def _row(folder: Path) -> dict[str, Any]:
     # Before status.json is read: a run that ends in between has written its end there.
     writer = lock.holder(folder)
     try:
-        row["updated"] = _when_written(folder / "status.json")
+        written = datetime.fromtimestamp((folder / "status.json").stat().st_mtime, UTC)
+        row["updated"] = written.strftime("%Y-%m-%dT%H:%M:%SZ")
         status = read_status(folder)
         if status.get("state") not in _STATES:
             raise ValueError("it names no state of a run")
@@ -101,10 +102,6 @@ def _row(folder: Path) -> dict[str, Any]:
     row["error"] = str(failure.get("what") or "").partition("\n")[0] or None
     row["next"] = _next(folder, row["state"], failure.get("mend"))
     return row | _errors(folder, row["state"])
-
-
-def _when_written(path: Path) -> str:
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _state(written: str, writer: str | None) -> str:

@@ -151,25 +151,22 @@ class RunLog:
 
     def status(self, state: State, exit_code: int | None, error: BaseException | None = None) -> None:
         """Replace status.json atomically. After a run has ended, the state "running" is ignored."""
-        with self._status_lock:
-            if not (self._has_ended and state == "running"):
-                self._write_status(state, exit_code, error)
-                self._has_ended = state != "running"
-
-    def _write_status(self, state: State, exit_code: int | None, error: BaseException | None) -> None:
-        self._last_status = time.monotonic()
-        content = {
-            "state": state,
-            "exit_code": exit_code,
-            "step": self.step,
-            "total_steps": self.total_steps,
-            "degraded": self.degraded,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "updated": now(),
-            "error": None if error is None else _error_fields(error),
-        }
-        with self.best_effort("status.json"):
+        with self._status_lock, self.best_effort("status.json"):
+            if self._has_ended and state == "running":
+                return
+            self._has_ended = state != "running"
+            self._last_status = time.monotonic()
+            content = {
+                "state": state,
+                "exit_code": exit_code,
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "degraded": self.degraded,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "updated": now(),
+                "error": None if error is None else _error_fields(error),
+            }
             write_atomic(self.folder / "status.json", _json(content))
 
     @contextmanager

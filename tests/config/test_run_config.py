@@ -43,7 +43,7 @@ def test_a_setting_that_does_not_state_it_is_an_error():
 def test_resume_and_sweeps_follow_from_what_a_setting_affects(key, affects, fixed):
     assert key in RunConfig.settings(affects=affects, fixed=fixed)
     assert (key in RUNTIME_ONLY) == (affects == "nothing")
-    assert (key in plan._timed({key: 1})) == (affects != "update")
+    assert (key in plan._step_settings({key: 1})) == (affects != "update")
     if affects == "rows":
         with pytest.raises(ValidationError, match=f"{key} cannot vary: the errors would be of different images"):
             spec.SweepSpec.model_validate({"grid": {key: [1, 2]}})
