@@ -103,7 +103,6 @@ def _prepare() -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value in a form that a recipe can hold."""
     return str(value) if isinstance(value, Path) else value
 
 

@@ -197,7 +197,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The status of the hub's answer; None without one."""
     for link in _chain(error):
         response = getattr(link, "response", None)
         if response is not None:

@@ -71,7 +71,6 @@ def _versions() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    """Optional packages, by extra."""
     by_extra: dict[str, list[Any]] = {}
     for extra, requirement in _requirements():
         if extra not in (None, "test"):

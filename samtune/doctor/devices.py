@@ -96,7 +96,6 @@ def gpus() -> Iterator[Finding]:
 
 
 def _driver() -> str | None:
-    """Version of NVIDIA's driver, if it is loaded."""
     with suppress(OSError):
         found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
         return found[1] if found else "unknown"

@@ -93,7 +93,6 @@ def rows(names: Sequence[str], accuracy: Mapping[str, float], *, count: bool) ->
 
 
 def _count_parameters(source: ModelSource) -> int | None:
-    """Parameters of a model; None where it cannot be built on the meta device."""
     try:
         return _size(build_on_meta(source))
     except ModelError:
