@@ -110,9 +110,8 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         raise UsageError("--weights and --no-pretrained contradict each other", hint="give one of them")
     if config.train_labels is not None and config.label_noise > 0:
         raise UsageError("--train-labels and --label-noise contradict each other", hint="give one of them")
-    for key, value in (("select", "best"), ("test", False)):
-        if not config.val and getattr(config, key) == value:
-            given_as = "--no-test" if key == "test" else "--select best"
+    for given_as, is_given in (("--select best", config.select == "best"), ("--no-test", not config.test)):
+        if is_given and not config.val:
             raise UsageError(
                 f"--no-val and {given_as} contradict each other",
                 "nothing is held out to choose on, or to score in the place of test",

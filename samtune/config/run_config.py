@@ -4,7 +4,6 @@ A field here is a flag of `samtune run` and a key of a recipe, under one name (`
 description is the flag's help.
 """
 
-import itertools
 import json
 import re
 import time
@@ -418,17 +417,18 @@ class RunConfig(BaseModel):
             return self
         parts = (self.model, Path(self.dataset).name, f"rho{self.rho:g}", f"seed{self.seed}")
         name = re.sub(r"[^\w.-]+", "-", "-".join((time.strftime("%Y%m%d-%H%M%S"), *parts)))
-        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        folder = Path("runs") / next(names)
-        try:
-            folder.parent.mkdir(exist_ok=True)
-            while not _make(folder):
-                folder = Path("runs") / next(names)
-        except OSError as error:
-            raise MachineError(
-                f"run folder {folder} cannot be made", error.strerror or "", "give another by --output"
-            ) from None
-        return self.derive("output", folder, "time, model, data set, rho, seed")
+        number, folder = 1, Path("runs") / name
+        while True:
+            try:
+                folder.parent.mkdir(exist_ok=True)
+                folder.mkdir()
+                return self.derive("output", folder, "time, model, data set, rho, seed")
+            except OSError as error:
+                if not folder.exists():
+                    reason, hint = error.strerror or "", "give another by --output"
+                    raise MachineError(f"run folder {folder} cannot be made", reason, hint) from None
+            number += 1
+            folder = folder.with_name(f"{name}-{number}")
 
     def to_toml(self) -> str:
         """The resolved config as a recipe that repeats the run elsewhere, with the origins as comments."""
@@ -441,15 +441,6 @@ class RunConfig(BaseModel):
                 line = f"# {line}"  # taken by the run itself
             lines.append(f"{line:<44} # {origin}")
         return "\n".join(lines) + "\n"
-
-
-def _make(folder: Path) -> bool:
-    """Make a folder; False if it exists already."""
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
 
 
 def flag_name(key: str) -> str:

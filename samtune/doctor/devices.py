@@ -49,8 +49,7 @@ def cpu() -> Iterator[Finding]:
         "CPU",
         "ok",
         f"{plural(cores, 'core')}, {plural(torch.get_num_threads(), 'thread')}; "
-        f"memory {gib(free)} free of {gib(total)}; "
-        f"best precision {device.best_dtype(torch.device('cpu'))}",
+        f"memory {gib(free)} free of {gib(total)}; best precision {device.best_dtype(torch.device('cpu'))}",
         details={"cores": cores, "memory_bytes": total, "memory_free_bytes": free},
     )
 
@@ -165,8 +164,7 @@ def sam_difference(device: Any) -> float:
     from samtune import SAM
 
     generator = torch.Generator().manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5))
-    net = net.double()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5)).double()
     with torch.no_grad():
         for w in net.parameters():
             w.copy_(0.3 * torch.randn(w.shape, generator=generator, dtype=torch.float64))
@@ -217,16 +215,9 @@ def _sum_over_ranks(backend: str, device: str) -> Finding:
     ranks = []
     try:
         for rank in range(2):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", _RANK, device],
-                    env=os.environ | shared | own,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command, pipe = [sys.executable, "-c", _RANK, device], subprocess.PIPE
+            ranks.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True))
         outputs = [rank.communicate(timeout=_RANKS_TIMEOUT) for rank in ranks]
     except subprocess.TimeoutExpired:
         return Finding(

@@ -200,11 +200,10 @@ def evaluation(setup: Setup, images: Images, rows: Indices, whole: int, progress
 
     def score(count: int) -> float:
         started = time.perf_counter()
-        some = np.resize(rows, count)
         scored = evaluate(
             setup.model,
             images,
-            some,
+            np.resize(rows, count),
             "measuring evaluation",
             setup.config,
             setup.info.data_config,
@@ -216,8 +215,7 @@ def evaluation(setup: Setup, images: Images, rows: Indices, whole: int, progress
 
     size = setup.eval_batch or 2 * setup.config.batch_size
     few = min(len(rows), 2 * size)
-    first = score(few)
-    usual = score(few)
+    first, usual = score(few), score(few)
     many = min(few * max(1, round(_EVALUATION_SECONDS / usual)), max(whole, few))
     each = score(many) / many if many > few else usual / few
     train_mode(setup.model, freeze_bn=setup.config.freeze_bn)

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,10 @@ def is_running(folder: Path) -> bool:
 
 def read_step(folder: Path) -> tuple[int, int] | None:
     """(step, total steps) of status.json; None where it cannot be read."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         status = read_status(folder)
         return int(status["step"]), int(status["total_steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return None
 
 
 def _row(folder: Path) -> dict[str, Any]:
