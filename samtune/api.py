@@ -46,7 +46,8 @@ def run(
     if unknown is not None:
         raise loading.unknown_key(unknown, "the call of samtune.run")
     flags = {key: _plain(value) for key, value in settings.items() if value is not None}
-    arguments = _command_line(recipe, resume, allow_change, flags)
+    arguments = ["run", *([] if recipe is None else [str(recipe)]), *(["--resume"] if resume else [])]
+    arguments += [f"--allow-change={key}" for key in allow_change] + _flags(flags)
     with signals.listening() as stop:
         result = dispatch.start_or_resume(
             None if recipe is None else Path(recipe), flags, resume, allow_change, stop, arguments
@@ -102,18 +103,7 @@ def _prepare() -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value in a form that a recipe can hold."""
     return str(value) if isinstance(value, Path) else value
-
-
-def _command_line(
-    recipe: str | Path | None, resume: bool, allow_change: Sequence[str], settings: Mapping[str, Any]
-) -> list[str]:
-    """The same call as arguments of `samtune`, for ranks in other processes."""
-    arguments = ["run"]
-    arguments += [str(recipe)] if recipe is not None else []
-    arguments += ["--resume"] if resume else []
-    return arguments + [f"--allow-change={key}" for key in allow_change] + _flags(settings)
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

@@ -52,7 +52,7 @@ class Repository:
     @property
     def folder(self) -> Path:
         """Its folder in the cache, with blobs, refs and snapshots."""
-        return Path(constants.HF_HUB_CACHE) / f"{self.kind}s--{self.id.replace('/', '--')}"
+        return cache_folder() / f"{self.kind}s--{self.id.replace('/', '--')}"
 
     @property
     def is_cached(self) -> bool:
@@ -101,7 +101,7 @@ def load(repository: Repository, read: Callable[[bool], T]) -> T:
     if hub_error is not None:
         if not repository.is_cached:
             raise _user_error(repository, hub_error) from None
-        if not _is_offline(hub_error):
+        if not _is(hub_error, "Offline"):
             console.warn(f"{_answer(hub_error)}; taking {repository.label} from the cache")
     damaged: list[str] = []
     while True:
@@ -197,7 +197,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The status of the hub's answer; None without one."""
     for link in _chain(error):
         response = getattr(link, "response", None)
         if response is not None:
@@ -208,9 +207,6 @@ def _status(error: BaseException) -> int | None:
 def _is(error: BaseException, *names: str) -> bool:
     """Whether the type of the error, or of one of its causes, has one of these in its name."""
     return any(name in type(link).__name__ for link in _chain(error) for name in names)
-
-
-# -------------------------------------------------------------------------------------------------------------- cache
 
 
 def _delete_damaged(repository: Repository) -> list[str]:
@@ -235,9 +231,6 @@ def _delete_damaged(repository: Repository) -> list[str]:
     return deleted
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
-
-
 def _user_error(
     repository: Repository, error: Exception, damaged: list[str] | None = None
 ) -> MachineError | ModelError:
@@ -247,7 +240,9 @@ def _user_error(
     cache = f"; {', '.join(damaged)} in the cache was damaged" if damaged else ""
     cache += f" (cache: {constants.HF_HUB_CACHE})"
     status = _status(error)
-    if status is None and not _is_from_network(error):  # files are there, and cannot be read
+    libraries = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
+    from_network = any(type(link).__module__.startswith(libraries) for link in _chain(error))
+    if status is None and not from_network:  # files are there, and cannot be read
         return ModelError(
             f"{repository.label}: what came from the hub cannot be read",
             first_line(error) + cache,
@@ -257,7 +252,7 @@ def _user_error(
     if status in (401, 403, 404):
         login = "if you have access, `hf auth login` or set HF_TOKEN"
         hint = f"{login}, then `{repository.download_command}`; or {repository.alternative}"
-    elif _is_offline(error):
+    elif _is(error, "Offline"):
         hint = f"with a network and without HF_HUB_OFFLINE, {hint}"
     message = f"{repository.label}: neither in the cache nor to be had from the hub"
     return ModelError(message, _answer(error) + cache, hint)
@@ -274,17 +269,8 @@ def _answer(error: BaseException) -> str:
         return f"{hub} answers 429: too many requests"
     if status is not None:
         return f"{hub} answers {status}"
-    if _is_offline(error):
+    if _is(error, "Offline"):
         return "the hub was not asked: HF_HUB_OFFLINE is set"
     if _is(error, "Timeout"):
         return f"{hub} does not answer in time"
     return f"{hub} cannot be reached: {first_line(error)}"
-
-
-def _is_offline(error: BaseException) -> bool:
-    return _is(error, "Offline")
-
-
-def _is_from_network(error: BaseException) -> bool:
-    libraries = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
-    return any(type(link).__module__.startswith(libraries) for link in _chain(error))

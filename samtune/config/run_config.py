@@ -4,7 +4,6 @@ A field here is a flag of `samtune run` and a key of a recipe, under one name (`
 description is the flag's help.
 """
 
-import itertools
 import json
 import re
 import time
@@ -15,21 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from samtune.config import types
 from samtune.config.duration import Duration
-from samtune.config.types import (
-    Alpha,
-    DurationField,
-    Endpoint,
-    Gpus,
-    Interval,
-    NormOrder,
-    PathField,
-    Pattern,
-    RunLength,
-    Samples,
-    SaveInterval,
-    TrackerNames,
-)
 from samtune.errors import MachineError
 
 MOST_PROCESSES = 1024
@@ -47,12 +33,15 @@ nothing   no number: only devices, speed, memory, disk or display
 
 
 def _option(
-    panel: str, affects: Affects, description: str, default: Any = ..., *, fixed: bool = False, **limits: Any
+    panel: str, affects: Affects, description: str, default: Any = None, *, fixed: bool | None = None, **limits: Any
 ) -> Any:
-    """A setting. fixed: a resumed run keeps it, because weights, order or splits depend on it."""
+    """A setting; its default is ... where it must be given.
+
+    fixed: a resumed run keeps it, because weights, order or splits depend on it; by default if it affects the rows.
+    """
     if limits and not {"le", "lt"} & limits.keys():
         limits["le"] = LARGEST
-    about: dict[str, Any] = {"panel": panel, "affects": affects, "fixed": fixed}
+    about: dict[str, Any] = {"panel": panel, "affects": affects, "fixed": affects == "rows" if fixed is None else fixed}
     return Field(default, description=description, json_schema_extra=about, **limits)
 
 
@@ -67,13 +56,15 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
     model: str = _model(
-        "images", "timm model name, an alias such as efficientnet_b7, hf-hub:USER/NAME, or local-dir:FOLDER", fixed=True
+        "images",
+        "timm model name, an alias such as efficientnet_b7, hf-hub:USER/NAME, or local-dir:FOLDER",
+        ...,
+        fixed=True,
     )
-    weights: PathField | None = _model(
+    weights: types.PathField | None = _model(
         "images",
         "pretrained weights from a file (.safetensors, or .pth without code), a run or a checkpoint, instead of a "
         "package or the hub",
-        None,
         fixed=True,
     )
     pretrained: bool = _model(
@@ -82,7 +73,6 @@ class RunConfig(BaseModel):
     img_size: int | None = _model(
         "images",
         "side of the square input in pixels; by default the size that the weights were trained for",
-        None,
         ge=16,
         le=16384,
         fixed=True,
@@ -106,63 +96,50 @@ class RunConfig(BaseModel):
         "rows",
         "a name of `samtune datasets`, the path of a folder or of a list (.csv, .jsonl, .parquet), or user/name on the "
         "hub; a configuration follows a colon: user/name:config",
+        ...,
+        fixed=False,
     )
-    dataset_config: str | None = _data("rows", "configuration of a data set that has several", None, fixed=True)
-    image_key: str | None = _data("rows", "column of the images; by default it is found", None, fixed=True)
+    dataset_config: str | None = _data("rows", "configuration of a data set that has several")
+    image_key: str | None = _data("rows", "column of the images; by default it is found")
     label_key: str | None = _data(
-        "rows", "column of the labels, or several that are a class each (cat,dog); by default found", None, fixed=True
+        "rows", "column of the labels, or several that are a class each (cat,dog); by default found"
     )
     split_key: str | None = _data(
-        "rows",
-        "column that tells the split of each row; by default one whose values are names of splits",
-        None,
-        fixed=True,
+        "rows", "column that tells the split of each row; by default one whose values are names of splits"
     )
     image_root: str | None = _data(
         "rows",
         "folder from which the paths of a list are seen, or below which their ends lie; by default that of the list",
-        None,
+        fixed=False,
     )
-    image_suffix: str = _data("rows", 'what the names in a list lack, as ".jpg"', "", fixed=True)
+    image_suffix: str = _data("rows", 'what the names in a list lack, as ".jpg"', "")
     class_folders: Literal["first", "deepest"] = _data(
         "rows",
         "of folders in folders of a split, which one is the class: the first below the split, or the deepest, named by "
         "its path",
         "first",
-        fixed=True,
     )
     train_split: str | None = _data(
-        "rows",
-        'split to train on, or several, as "train+validation"; by default it is found by its name',
-        None,
-        fixed=True,
+        "rows", 'split to train on, or several, as "train+validation"; by default it is found by its name'
     )
     val_split: str | None = _data(
-        "rows",
-        "split to choose on, never the test split; by default validation, else a part of train",
-        None,
-        fixed=True,
+        "rows", "split to choose on, never the test split; by default validation, else a part of train"
     )
-    test_split: str | None = _data("rows", "split to score once, at the end; by default test", None, fixed=True)
+    test_split: str | None = _data("rows", "split to score once, at the end; by default test")
     train_fraction: float = _data(
         "images", "share of the training images that is used, every class in proportion", 1.0, gt=0, le=1, fixed=True
     )
     max_train: int | None = _data(
-        "images", "at most so many training images, every class in proportion: for smoke runs", None, ge=1, fixed=True
+        "images", "at most so many training images, every class in proportion: for smoke runs", ge=1, fixed=True
     )
     max_eval: int | None = _data(
-        "rows",
-        "at most so many images of validation, and of test, every class in proportion: for smoke runs",
-        None,
-        ge=1,
-        fixed=True,
+        "rows", "at most so many images of validation, and of test, every class in proportion: for smoke runs", ge=1
     )
     batch_size: int = _data("results", "images per step on each device", 16, ge=1, fixed=True)
     global_batch_size: int | None = _data(
         "results",
         "images per step on all devices together, whatever their number; each computes its share in parts of "
         "--batch-size with a perturbation for each part, or, if that is not given, at once",
-        None,
         ge=1,
         fixed=True,
     )
@@ -170,14 +147,12 @@ class RunConfig(BaseModel):
         "results",
         "images that pass through the model at once, which changes memory and time but not the algorithm; by default "
         "the batch, and less where memory runs out",
-        None,
         ge=1,
     )
     workers: int | None = _data(
         "nothing",
         "data-loading threads (processes with --aa, --color-jitter or --reprob); 0 loads between steps; by default 1, "
         "with a GPU half of the cores up to 8",
-        None,
         ge=0,
         le=MOST_PROCESSES,
     )
@@ -187,7 +162,6 @@ class RunConfig(BaseModel):
         0.1,
         gt=0,
         lt=1,
-        fixed=True,
     )
     val: bool = _data(
         "images",
@@ -195,18 +169,13 @@ class RunConfig(BaseModel):
         True,
         fixed=True,
     )
-    split_seed: int = _data(
-        "rows",
-        "seed of that split and of subsets; it does not follow --seed, so that runs compare",
-        0,
-        ge=0,
-        lt=2**63,
-        fixed=True,
+    split_seed: types.Seed = _data(
+        "rows", "seed of that split and of subsets; it does not follow --seed, so that runs compare", 0
     )
     scale: float = _data(
         "images", "random resized crop: least share of the image's area (1 takes nearly all of it)", 0.35, gt=0, le=1
     )
-    hflip: float = _data("results", "chance of a horizontal flip", 0.5, ge=0, le=1)
+    hflip: types.Share = _data("results", "chance of a horizontal flip", 0.5)
     crop: Literal["resized", "pad"] = _data(
         "images",
         "resized: random resized crop; pad: pad by an eighth and crop at random, as usual for CIFAR",
@@ -215,32 +184,23 @@ class RunConfig(BaseModel):
     aa: Literal["none", "imagenet", "cifar10", "svhn", "rand", "trivial"] = _data(
         "results", "AutoAugment with the policy of a data set, RandAugment, or TrivialAugment", "none"
     )
-    color_jitter: float = _data("results", "strength of random brightness, contrast and saturation", 0.0, ge=0, le=1)
-    cutout: float = _data(
-        "results", "side of an erased square as a share of the image (0.5 for CIFAR-10)", 0.0, ge=0, le=1
+    color_jitter: types.Share = _data("results", "strength of random brightness, contrast and saturation", 0.0)
+    cutout: types.Share = _data("results", "side of an erased square as a share of the image (0.5 for CIFAR-10)", 0.0)
+    reprob: types.Share = _data("results", "chance that a random rectangle is erased", 0.0)
+    mixup: types.Alpha = _data("results", "alpha of mixup, at least 0.01; 0 does not mix", 0.0, ge=0)
+    cutmix: types.Alpha = _data(
+        "results", "alpha of CutMix, as of --mixup; with both, one of them by chance", 0.0, ge=0
     )
-    reprob: float = _data("results", "chance that a random rectangle is erased", 0.0, ge=0, le=1)
-    mixup: Alpha = _data("results", "alpha of mixup, at least 0.01; 0 does not mix", 0.0, ge=0)
-    cutmix: Alpha = _data("results", "alpha of CutMix, as of --mixup; with both, one of them by chance", 0.0, ge=0)
     on_bad_image: Literal["error", "skip"] = _data(
-        "rows",
-        "what to do with images that cannot be decoded: name them and end, or train without them",
-        "error",
-        fixed=True,
+        "rows", "what to do with images that cannot be decoded: name them and end, or train without them", "error"
     )
     on_unlabelled: Literal["error", "skip"] = _data(
         "rows",
         "what to do with rows whose label is missing (none, blank, -1): name the first and end, or leave out",
         "error",
-        fixed=True,
     )
     max_megapixels: float = _data(
-        "rows",
-        "a larger picture is one that cannot be decoded: it would fill the memory",
-        500.0,
-        gt=0,
-        le=1e6,
-        fixed=True,
+        "rows", "a larger picture is one that cannot be decoded: it would fill the memory", 500.0, gt=0, le=1e6
     )
     cache_limit: float = _data(
         "nothing",
@@ -248,12 +208,10 @@ class RunConfig(BaseModel):
         8.0,
         ge=0,
     )
-    label_noise: float = _data(
+    label_noise: types.Share = _data(
         "update",
         "share of the training labels to flip; validation, held out of train or not, and test keep clean labels",
         0.0,
-        ge=0,
-        le=1,
         fixed=True,
     )
     noise_kind: Literal["symmetric", "pair"] = _data(
@@ -262,19 +220,13 @@ class RunConfig(BaseModel):
         "symmetric",
         fixed=True,
     )
-    noise_seed: int = _data(
-        "update",
-        "seed of the flips; it does not follow --seed, so that runs have the same wrong labels",
-        0,
-        ge=0,
-        lt=2**63,
-        fixed=True,
+    noise_seed: types.Seed = _data(
+        "update", "seed of the flips; it does not follow --seed, so that runs have the same wrong labels", 0, fixed=True
     )
-    train_labels: PathField | None = _data(
+    train_labels: types.PathField | None = _data(
         "results",
         "labels to train on, from a file (.parquet, .csv, .jsonl): one for each row of train in its order, or in any "
         "order with a column `index`; validation and test keep the data set's own",
-        None,
         fixed=True,
     )
     train_labels_key: str = _data("results", "column of that file: class names, or numbers from 0", "label", fixed=True)
@@ -283,14 +235,12 @@ class RunConfig(BaseModel):
     lr: float | None = _optimizer(
         "update",
         "peak learning rate of the body; by default a base for the optimizer times sqrt(images per step / 32)",
-        None,
         gt=0,
     )
     lr_base_batch: int | None = _optimizer(
         "update",
         "images per step that --lr is meant for: it is multiplied by sqrt(images per step / this); by default --lr is "
         "taken as it is",
-        None,
         ge=1,
     )
     head_lr_factor: float = _optimizer("update", "learning rate of the new head over that of the body", 35.0, gt=0)
@@ -298,7 +248,6 @@ class RunConfig(BaseModel):
     weight_decay: float | None = _optimizer(
         "update",
         "decay of weights (not of biases and norm parameters); by default 1 / training images, at most 0.002",
-        None,
         ge=0,
     )
     l2_in_loss: bool = _optimizer(
@@ -306,8 +255,8 @@ class RunConfig(BaseModel):
         "weight decay as an L2 term in the loss of both passes, as the paper's code has it, not in the optimizer",
         False,
     )
-    epochs: RunLength = _optimizer("update", 'length of the run: 8, or "5000 steps"', Duration(10, "epochs"))
-    warmup_epochs: DurationField = _optimizer(
+    epochs: types.RunLength = _optimizer("update", 'length of the run: 8, or "5000 steps"', Duration(10, "epochs"))
+    warmup_epochs: types.DurationField = _optimizer(
         "update",
         'the body\'s learning rate and rho rise from 0 for so long, the head learns at once: 1, "100 steps" or "5%"',
         Duration(20, "%"),
@@ -321,29 +270,29 @@ class RunConfig(BaseModel):
     smoothing: float = _optimizer("update", "label smoothing", 0.1, ge=0, lt=1)
 
     rho: float = _sam("update", "radius of the perturbation in weight units; 0 is the plain optimizer", 0.05, ge=0)
-    p: NormOrder = _sam("results", "norm of that radius, from 1 to inf", 2.0)
+    p: types.NormOrder = _sam("results", "norm of that radius, from 1 to inf", 2.0)
     adaptive: bool = _sam(
         "results", "ASAM: radius of each weight in units of |weight| + eta; it wants about ten times the rho", False
     )
     eta: float = _sam("update", "eta of --adaptive, in weight units", 0.01, ge=0)
-    m: Samples = _sam(
+    m: types.Samples = _sam(
         "results",
         "images that share a perturbation: device (the batch of each), global (the batches of all devices), group:4 "
         "(those of 4 devices), or a number, which cuts the batch into pieces that are computed one after the other "
         "(gradient accumulation)",
         "device",
     )
-    perturb: Pattern = _sam(
+    perturb: types.Pattern = _sam(
         "results",
         "what is perturbed: all, norm (normalisation layers alone: a cheaper first pass), no-norm, or a regular "
         "expression for the names of parameters",
         "all",
     )
     head_rho_factor: float = _sam("update", "rho of the new head over that of the body", 1.0, ge=0)
-    sam_start: DurationField = _sam(
+    sam_start: types.DurationField = _sam(
         "update", 'SAM begins after so much of the run: "50%", 5 (epochs) or "100 steps"', Duration(0, "%")
     )
-    sam_end: DurationField = _sam("update", "SAM ends after so much of the run", Duration(100, "%"))
+    sam_end: types.DurationField = _sam("update", "SAM ends after so much of the run", Duration(100, "%"))
     sam_every: int = _sam("update", "SAM in every k-th step only, the plain optimizer between", 1, ge=1)
     rho_schedule: Literal["constant", "linear", "cosine", "lr"] = _sam(
         "update",
@@ -360,18 +309,16 @@ class RunConfig(BaseModel):
     )
     ascent_steps: int = _sam("results", "passes that look for the perturbation, of rho / n each", 1, ge=1)
 
-    gpus: Gpus = _device(
+    gpus: types.Gpus = _device(
         "nothing",
         'auto: one GPU if there is one, else the CPU; all; a number of GPUs; or a list of them, as "0,2"',
         "auto",
     )
-    processes: int | None = _device(
-        "nothing", "so many ranks on the CPU, in place of GPUs", None, ge=1, le=MOST_PROCESSES
-    )
+    processes: int | None = _device("nothing", "so many ranks on the CPU, in place of GPUs", ge=1, le=MOST_PROCESSES)
     nnodes: int = _device("nothing", "machines that run this command together, each with as many devices", 1, ge=1)
     node_rank: int = _device("nothing", "which of them this one is; 0 is where they meet", 0, ge=0)
-    rdzv_endpoint: Endpoint | None = _device(
-        "nothing", "where they meet: host:port of the first one, a port that is free there", None
+    rdzv_endpoint: types.Endpoint | None = _device(
+        "nothing", "where they meet: host:port of the first one, a port that is free there"
     )
     shard: bool = _device(
         "results",
@@ -390,11 +337,11 @@ class RunConfig(BaseModel):
         "has it, else float32",
         "auto",
     )
-    seed: int = _run("results", "seed of order, augmentation and dropout", 0, ge=0, lt=2**63, fixed=True)
-    eval_every: Interval = _run(
+    seed: types.Seed = _run("results", "seed of order, augmentation and dropout", 0, fixed=True)
+    eval_every: types.Interval = _run(
         "results", 'how often to validate: 1, "500 steps" or "5%" of the run', Duration(1, "epochs")
     )
-    save_every: SaveInterval = _run(
+    save_every: types.SaveInterval = _run(
         "nothing",
         'how often to save, besides where validation is better than ever and at the end: "10 minutes", "200 steps", 1',
         Duration(10, "minutes"),
@@ -428,14 +375,14 @@ class RunConfig(BaseModel):
     select: Literal["last", "best"] = _run(
         "results", "the checkpoint to score: the last, or the best on validation", "last"
     )
-    track: TrackerNames = _run(
+    track: types.TrackerNames = _run(
         "nothing",
         "hand metrics on to tensorboard, to wandb (offline, unless WANDB_MODE says otherwise), or to both: "
         '"tensorboard,wandb"; their files are in the run folder',
         "none",
     )
     html: bool = _run("nothing", "draw the page of the run, report.html, when it is done", True)
-    output: PathField | None = _run("nothing", "run folder; by default a new one under runs/", None)
+    output: types.PathField | None = _run("nothing", "run folder; by default a new one under runs/")
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -470,17 +417,18 @@ class RunConfig(BaseModel):
             return self
         parts = (self.model, Path(self.dataset).name, f"rho{self.rho:g}", f"seed{self.seed}")
         name = re.sub(r"[^\w.-]+", "-", "-".join((time.strftime("%Y%m%d-%H%M%S"), *parts)))
-        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        folder = Path("runs") / next(names)
-        try:
-            folder.parent.mkdir(exist_ok=True)
-            while not _make(folder):
-                folder = Path("runs") / next(names)
-        except OSError as error:
-            raise MachineError(
-                f"run folder {folder} cannot be made", error.strerror or "", "give another by --output"
-            ) from None
-        return self.derive("output", folder, "time, model, data set, rho, seed")
+        number, folder = 1, Path("runs") / name
+        while True:
+            try:
+                folder.parent.mkdir(exist_ok=True)
+                folder.mkdir()
+                return self.derive("output", folder, "time, model, data set, rho, seed")
+            except OSError as error:
+                if not folder.exists():
+                    reason, hint = error.strerror or "", "give another by --output"
+                    raise MachineError(f"run folder {folder} cannot be made", reason, hint) from None
+            number += 1
+            folder = folder.with_name(f"{name}-{number}")
 
     def to_toml(self) -> str:
         """The resolved config as a recipe that repeats the run elsewhere, with the origins as comments."""
@@ -493,15 +441,6 @@ class RunConfig(BaseModel):
                 line = f"# {line}"  # taken by the run itself
             lines.append(f"{line:<44} # {origin}")
         return "\n".join(lines) + "\n"
-
-
-def _make(folder: Path) -> bool:
-    """Make a folder; False if it exists already."""
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
 
 
 def flag_name(key: str) -> str:

@@ -2,10 +2,11 @@
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, AllowInfNan, BeforeValidator, PlainSerializer, Strict
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, PlainSerializer, Strict
 
 from samtune.config.duration import Duration
 
@@ -13,22 +14,15 @@ _LARGEST_NORM = 1e6  # a larger p is as good as inf
 _LEAST_ALPHA = 0.01  # below it, float32 draws shares near a half instead of near 0 and 1
 
 
-def _no_minutes(duration: Duration) -> Duration:
-    if duration.unit == "minutes":
-        raise ValueError("must be epochs, steps or a share of the run, so that a repeated run is the same")
-    return duration
+def _must_be(rule: str, holds: Callable[[Any], bool]) -> AfterValidator:
+    """Refuse values for which a rule does not hold, by its words."""
 
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(f"must be {rule}")
+        return value
 
-def _whole_run(duration: Duration) -> Duration:
-    if duration.unit == "%" or duration.amount <= 0:
-        raise ValueError("must be more than 0 epochs or steps")
-    return duration
-
-
-def _interval(duration: Duration) -> Duration:
-    if duration.amount <= 0:
-        raise ValueError("must be more than 0")
-    return duration
+    return AfterValidator(check)
 
 
 def _norm_order(p: float | int | str) -> float:
@@ -40,12 +34,6 @@ def _norm_order(p: float | int | str) -> float:
     if isinstance(p, bool) or not (1 <= order <= _LARGEST_NORM or order == math.inf):
         raise ValueError(f'must be a number from 1 on, at most {_LARGEST_NORM:g}, or "inf"')
     return order
-
-
-def _alpha(alpha: float) -> float:
-    if 0 < alpha < _LEAST_ALPHA:
-        raise ValueError(f"must be 0, or at least {_LEAST_ALPHA:g}: of less, torch's beta distribution is not right")
-    return alpha
 
 
 def _samples(m: int | str) -> int | str:
@@ -87,18 +75,26 @@ def _pattern(perturb: str) -> str:
 
 
 _AnyDuration = Annotated[Duration, BeforeValidator(Duration.parse), PlainSerializer(Duration.to_recipe)]
-DurationField = Annotated[_AnyDuration, AfterValidator(_no_minutes)]
-RunLength = Annotated[DurationField, AfterValidator(_whole_run)]
-Interval = Annotated[DurationField, AfterValidator(_interval)]
-SaveInterval = Annotated[_AnyDuration, AfterValidator(_interval)]
+_no_minutes = _must_be(
+    "epochs, steps or a share of the run, so that a repeated run is the same", lambda length: length.unit != "minutes"
+)
+_whole_run = _must_be("more than 0 epochs or steps", lambda length: length.unit != "%" and length.amount > 0)
+_interval = _must_be("more than 0", lambda length: length.amount > 0)
+_alpha = _must_be(
+    f"0, or at least {_LEAST_ALPHA:g}: of less, torch's beta distribution is not right",
+    lambda alpha: not 0 < alpha < _LEAST_ALPHA,
+)
+DurationField = Annotated[_AnyDuration, _no_minutes]
+RunLength = Annotated[DurationField, _whole_run]
+Interval = Annotated[DurationField, _interval]
+SaveInterval = Annotated[_AnyDuration, _interval]
 PathField = Annotated[Path, Strict(False), PlainSerializer(str)]
 NormOrder = Annotated[
-    float,
-    AllowInfNan(True),
-    BeforeValidator(_norm_order),
-    PlainSerializer(lambda p: "inf" if math.isinf(p) else p),
+    float, AllowInfNan(True), BeforeValidator(_norm_order), PlainSerializer(lambda p: "inf" if math.isinf(p) else p)
 ]
-Alpha = Annotated[float, AfterValidator(_alpha)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Alpha = Annotated[float, _alpha]
 Samples = Annotated[int | str, BeforeValidator(_samples)]
 Gpus = Annotated[str, BeforeValidator(gpu_choice)]
 TrackerNames = Annotated[str, BeforeValidator(_trackers)]

@@ -21,7 +21,7 @@ from typing import Any
 from samtune import __version__
 from samtune.config import cache_folders
 from samtune.doctor import devices
-from samtune.doctor.finding import Finding, Status, gib
+from samtune.doctor.devices import Finding, Status, gib
 from samtune.errors import SamtuneError, first_line
 
 EXTRAS = {
@@ -52,9 +52,6 @@ def run_all(before_check: Callable[[str], None]) -> Iterator[Finding]:
             yield Finding(name, "failed", error.message if isinstance(error, SamtuneError) else first_line(error), hint)
 
 
-# ------------------------------------------------------------------------------------------------------------ packages
-
-
 def _versions() -> Iterator[Finding]:
     yield Finding("samtune", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
     needed = [requirement for extra, requirement in _requirements() if extra is None]
@@ -74,7 +71,6 @@ def _versions() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    """Optional packages, by extra."""
     by_extra: dict[str, list[Any]] = {}
     for extra, requirement in _requirements():
         if extra not in (None, "test"):
@@ -103,7 +99,6 @@ def _requirements() -> Iterator[tuple[str | None, Any]]:
 
 
 def _version(name: str) -> str | None:
-    """The version of a package, or None if it is not installed."""
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
     return None
@@ -112,9 +107,6 @@ def _version(name: str) -> str | None:
 def _is_satisfied(requirement: Any) -> bool:
     version = _version(requirement.name)
     return version is not None and requirement.specifier.contains(version, prereleases=True)
-
-
-# ---------------------------------------------------------------------------------------------------- memory and disks
 
 
 def _shared_memory() -> Iterator[Finding]:
@@ -155,9 +147,6 @@ def _disk(name: str, folder: Path, hint: str) -> Finding:
     return Finding(
         name, status, f"{gib(free)} free in {folder}", "" if status == "ok" else f"make room; {hint}", details
     )
-
-
-# ----------------------------------------------------------------------------------------------------------------- hub
 
 
 def _hub() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Checks of devices: CPU, GPUs, memory layout, the arithmetic of SAM, collectives."""
+"""What a check finds, and the checks of devices: CPU, GPUs, memory layout, the arithmetic of SAM, collectives."""
 
 import os
 import re
@@ -8,16 +8,33 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from samtune.doctor.finding import Finding, gib
 from samtune.text import plural
 
+Status = Literal["ok", "warning", "failed", "skipped"]
 _RANKS_TIMEOUT = 60.0  # seconds
 _TOLERANCE = 1e-12  # in float64, whose rounding leaves 1e-16
 _BATCH, _ROUNDS = 16, 7  # of the passes that time a memory layout
 _LAYOUT_SECONDS = 2.0  # time limit for each layout
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result. value: one line of text. hint: how to fix what is broken. details: for programs."""
+
+    name: str
+    status: Status
+    value: str
+    hint: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def gib(size: int) -> str:
+    """A number of bytes in GiB."""
+    return f"{size / (1 << 30):.1f} GiB"
 
 
 def cpu() -> Iterator[Finding]:
@@ -32,8 +49,7 @@ def cpu() -> Iterator[Finding]:
         "CPU",
         "ok",
         f"{plural(cores, 'core')}, {plural(torch.get_num_threads(), 'thread')}; "
-        f"memory {gib(free)} free of {gib(total)}; "
-        f"best precision {device.best_dtype(torch.device('cpu'))}",
+        f"memory {gib(free)} free of {gib(total)}; best precision {device.best_dtype(torch.device('cpu'))}",
         details={"cores": cores, "memory_bytes": total, "memory_free_bytes": free},
     )
 
@@ -79,7 +95,6 @@ def gpus() -> Iterator[Finding]:
 
 
 def _driver() -> str | None:
-    """Version of NVIDIA's driver, if it is loaded."""
     with suppress(OSError):
         found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
         return found[1] if found else "unknown"
@@ -149,8 +164,7 @@ def sam_difference(device: Any) -> float:
     from samtune import SAM
 
     generator = torch.Generator().manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5))
-    net = net.double()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5)).double()
     with torch.no_grad():
         for w in net.parameters():
             w.copy_(0.3 * torch.randn(w.shape, generator=generator, dtype=torch.float64))
@@ -179,9 +193,6 @@ def sam_difference(device: Any) -> float:
     return max(float((torch.zeros_like(g) if ours is None else ours - g).abs().max()) for ours, g in pairs) / size
 
 
-# --------------------------------------------------------------------------------------------------------- collectives
-
-
 def collectives() -> Iterator[Finding]:
     """A sum over two ranks: gloo on the CPU, nccl where each rank has a GPU."""
     yield _sum_over_ranks("gloo", "cpu")
@@ -204,16 +215,9 @@ def _sum_over_ranks(backend: str, device: str) -> Finding:
     ranks = []
     try:
         for rank in range(2):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", _RANK, device],
-                    env=os.environ | shared | own,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+            env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command, pipe = [sys.executable, "-c", _RANK, device], subprocess.PIPE
+            ranks.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True))
         outputs = [rank.communicate(timeout=_RANKS_TIMEOUT) for rank in ranks]
     except subprocess.TimeoutExpired:
         return Finding(

@@ -89,11 +89,7 @@ def _photograph_crops() -> list[torch.Tensor]:
 
 @torch.no_grad()
 def logits(
-    exported: Compute,
-    model: nn.Module,
-    data_config: Mapping[str, Any],
-    pictures: Pictures,
-    progress: Progress,
+    exported: Compute, model: nn.Module, data_config: Mapping[str, Any], pictures: Pictures, progress: Progress
 ) -> dict[str, Any]:
     """The largest difference of logits, and the number of pictures whose class is the same."""
     transform = eval_transform(data_config)

@@ -121,9 +121,6 @@ def export(
     }
 
 
-# ----------------------------------------------------------------------------------------------------- finding, writing
-
-
 def find(path: Path, name: str | None, *, ema: bool) -> Original:
     """The checkpoint of a run, or a checkpoint folder itself, after verifying its bytes."""
     is_run = (path / "checkpoints").is_dir()
@@ -234,7 +231,6 @@ def trace(module: nn.Module, example: torch.Tensor, sizes: Mapping[int, str]) ->
 
 
 def _layer(error: BaseException, module: nn.Module) -> str:
-    """The innermost layer that was running when an error was raised."""
     names = {id(layer): name for name, layer in module.named_modules()}
     innermost = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):

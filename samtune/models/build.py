@@ -112,7 +112,6 @@ def check_size(name: str, weights: Path | None, img_size: int) -> None:
 
 
 def _size_error(source: ModelSource, img_size: int) -> Exception | None:
-    """The error that a model raises for an image of this size, or None."""
     try:
         model = build_on_meta(source, img_size if source.config.get("fixed_input_size") else None)
         with torch.no_grad():

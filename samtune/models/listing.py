@@ -21,7 +21,9 @@ from samtune.sam import filters
 MOST = 50
 """Models whose parameters are counted in one list: each takes about 0.2 s."""
 
-_FIRST = ("tf_efficientnet_lite0", *(f"efficientnet_b{n}" for n in range(6)))
+FIRST_CHOICES = sorted({"tf_efficientnet_lite0", *(f"efficientnet_b{n}" for n in range(6)), *ALIASES})
+"""The names of the short list."""
+
 # Only a checkout of timm has this file.
 _TABLE = Path(timm.__file__).parents[1] / "results" / "results-imagenet.csv"
 _LARGE_PART = 0.8  # share of the body's parameters
@@ -42,11 +44,6 @@ def top1(table: Path | None = None) -> dict[str, float]:
         raise DataError(
             f"{path} is no table of timm's", first_line(error), "give its results/results-imagenet.csv"
         ) from None
-
-
-def first_choices() -> list[str]:
-    """The names of the short list: EfficientNets, and all aliases."""
-    return sorted({*_FIRST, *ALIASES})
 
 
 def find(pattern: str) -> list[str]:
@@ -77,25 +74,22 @@ def rows(names: Sequence[str], accuracy: Mapping[str, float], *, count: bool) ->
     name, alias (or None), parameters (with the head of the weights; None where not counted), img_size (side in pixels),
     pretraining, top1 (%, or None), weights (package, cache, file, hub, url or "none"), licence.
     """
-    return [_row(name, accuracy, count=count) for name in names]
-
-
-def _row(name: str, accuracy: Mapping[str, float], *, count: bool) -> dict[str, Any]:
-    source = look_up(name)
-    return {
-        "name": source.resolved,
-        "alias": name if name in ALIASES else None,
-        "parameters": _count_parameters(source) if count else None,
-        "img_size": source.data_config(None)["input_size"][1],
-        "pretraining": pretraining_data(source.resolved),
-        "top1": accuracy.get(source.resolved),
-        "weights": weights_location(weights_origin(source)),
-        "licence": source.config.get("license"),
-    }
+    return [
+        {
+            "name": source.resolved,
+            "alias": name if name in ALIASES else None,
+            "parameters": _count_parameters(source) if count else None,
+            "img_size": source.data_config(None)["input_size"][1],
+            "pretraining": pretraining_data(source.resolved),
+            "top1": accuracy.get(source.resolved),
+            "weights": weights_location(weights_origin(source)),
+            "licence": source.config.get("license"),
+        }
+        for name, source in zip(names, map(look_up, names), strict=True)
+    ]
 
 
 def _count_parameters(source: ModelSource) -> int | None:
-    """Parameters of a model; None where it cannot be built on the meta device."""
     try:
         return _size(build_on_meta(source))
     except ModelError:
@@ -126,11 +120,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str | float | Non
         lines.append(line)
     empty = {key for key in ("params", "top-1") if all(line[key] is None for line in lines)}
     return [{key: value for key, value in line.items() if key not in empty} for line in lines]
-
-
-def alias_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The aliases of listed names."""
-    return [f"--model {row['alias']} is {row['name']}" for row in rows if row["alias"]]
 
 
 def describe(name: str, accuracy: Mapping[str, float]) -> dict[str, Any]:

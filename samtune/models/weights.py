@@ -129,9 +129,6 @@ def _prefix(state_dict: Mapping[str, Any], names: list[str]) -> str:
     return best if 2 * counts[best] > len(names) else ""  # a few names agree by chance
 
 
-# --------------------------------------------------------------------------------------------------------- other names
-
-
 def read_lite(path: Path, model: nn.Module) -> StateDict:
     """Read the weights of a lite package. The file's name ends with the start of its sha256."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -148,14 +145,8 @@ def timm_names(published: Mapping[str, torch.Tensor], model: nn.Module) -> State
     """
     top = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     squeeze = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
-    expanded = squeeze | {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2",
-        "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    }
+    expanded = squeeze | {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+    expanded |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
     plain = squeeze | {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     stages: Any = getattr(model, "blocks", ())
     block_names = [f"blocks.{s}.{b}" for s, stage in enumerate(stages) for b in range(len(stage))]
@@ -178,9 +169,6 @@ def timm_names(published: Mapping[str, torch.Tensor], model: nn.Module) -> State
             "give their --model, as tf_efficientnet_b0",
         ) from None
     return state_dict
-
-
-# ------------------------------------------------------------------------------------------------------------- loading
 
 
 def load(model: nn.Module, state_dict: StateDict, *, head: tuple[str, ...], origin: str) -> None:

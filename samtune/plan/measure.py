@@ -120,9 +120,6 @@ def _any_batch(setup: Setup, images: int) -> Batch:
     return loop.to_model_inputs(setup, black, torch.zeros(images, dtype=torch.int64), 1)
 
 
-# --------------------------------------------------------------------------------------------------------------- steps
-
-
 class _Stepping:
     """Takes steps of a run, at any radius."""
 
@@ -190,9 +187,6 @@ def steps(setup: Setup, rows: Indices, kinds: Iterable[float], progress: Progres
     return {rho: Steps(tuple(seconds[rho]), waiting[rho], firsts[rho]) for rho in kinds}
 
 
-# --------------------------------------------------------------------------------------------- evaluation, checkpoint
-
-
 @dataclass(frozen=True)
 class Evaluating:
     """Seconds of an evaluation. per_image: of a large one. first: what the first one takes longer."""
@@ -206,11 +200,10 @@ def evaluation(setup: Setup, images: Images, rows: Indices, whole: int, progress
 
     def score(count: int) -> float:
         started = time.perf_counter()
-        some = np.resize(rows, count)
         scored = evaluate(
             setup.model,
             images,
-            some,
+            np.resize(rows, count),
             "measuring evaluation",
             setup.config,
             setup.info.data_config,
@@ -222,8 +215,7 @@ def evaluation(setup: Setup, images: Images, rows: Indices, whole: int, progress
 
     size = setup.eval_batch or 2 * setup.config.batch_size
     few = min(len(rows), 2 * size)
-    first = score(few)
-    usual = score(few)
+    first, usual = score(few), score(few)
     many = min(few * max(1, round(_EVALUATION_SECONDS / usual)), max(whole, few))
     each = score(many) / many if many > few else usual / few
     train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
@@ -244,9 +236,6 @@ def checkpoint(setup: Setup) -> tuple[int, float]:
                 break
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return size, statistics.median(seconds)
-
-
-# -------------------------------------------------------------------------------------------------- the batch that fits
 
 
 def largest_batch(setup: Setup, most: int, progress: Progress) -> int:

@@ -59,7 +59,6 @@ def plan(config: RunConfig) -> dict[str, Any]:
 
 
 def _world(config: RunConfig) -> collectives.World:
-    """The ranks that the run will have."""
     rank_info = environment.rank_info()
     if rank_info is not None and rank_info.world_size > 1:
         raise UsageError(
@@ -72,7 +71,6 @@ def _world(config: RunConfig) -> collectives.World:
 
 
 def _seconds_since_start() -> float:
-    """Seconds since this process was started."""
     started = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
@@ -92,7 +90,7 @@ def _measure(setup: Setup, decoding: list[Decoding], start: float) -> dict[str, 
         evaluating = measure.evaluation(setup, scored, rows_with_pixels(scored, rows), len(rows), progress.count)
         memory = measure.memory(setup)
         console.info("measuring a checkpoint ...")
-        checkpoint, warnings = _checkpoint(setup)
+        checkpoint_bytes, checkpoint_seconds, warnings = _checkpoint(setup)
         fits, why_fits = _fits(setup, progress.count)
     sam, plain = steps[config.rho] if config.rho > 0 else None, steps[0.0]
     needed, free, folder = checkpointing.needed_bytes(setup, config.output or Path("runs"))
@@ -105,7 +103,7 @@ def _measure(setup: Setup, decoding: list[Decoding], start: float) -> dict[str, 
     if setup.batch.devices > 1:
         left_out = "what they send each other, and that they share a machine"
         warnings.append(f"the time of {setup.batch.devices} devices leaves out {left_out}")
-    time_parts = _time(setup, length, decoding, start, steps, evaluating, checkpoint[1])
+    time_parts = _time(setup, length, decoding, start, steps, evaluating, checkpoint_seconds)
     at_once = measure.images_per_pass(setup)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -147,8 +145,8 @@ def _measure(setup: Setup, decoding: list[Decoding], start: float) -> dict[str, 
         },
         "evaluation": {"images_per_second": setup.batch.devices / evaluating.per_image},
         "disk": {
-            "checkpoint_bytes": checkpoint[0],
-            "checkpoint_seconds": checkpoint[1],
+            "checkpoint_bytes": checkpoint_bytes,
+            "checkpoint_seconds": checkpoint_seconds,
             "kept": min(config.keep_checkpoints + 1, length["checkpoints"]),
             "at_once_bytes": needed,
             "free_bytes": free,
@@ -162,15 +160,14 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
-def _checkpoint(setup: Setup) -> tuple[tuple[int, float], list[str]]:
-    """((bytes, seconds), warnings)."""
+def _checkpoint(setup: Setup) -> tuple[int, float, list[str]]:
+    """(bytes, seconds, warnings)."""
     try:
-        return measure.checkpoint(setup), []
+        return *measure.checkpoint(setup), []
     except OSError as error:
-        folder = tempfile.gettempdir()
-        text = f"no checkpoint could be written into {folder} ({first_line(error)}): its time is left out"
-        slots = setup.config.keep_checkpoints + 2
-        return (checkpointing.needed_bytes(setup, Path("runs"))[0] // slots, 0.0), [text]
+        where = f"into {tempfile.gettempdir()} ({first_line(error)})"
+        size = checkpointing.needed_bytes(setup, Path("runs"))[0] // (setup.config.keep_checkpoints + 2)
+        return size, 0.0, [f"no checkpoint could be written {where}: its time is left out"]
 
 
 def _fits(setup: Setup, progress: measure.Progress) -> tuple[int | None, str]:
@@ -222,11 +219,10 @@ def _data(setup: Setup, decoding: list[Decoding]) -> dict[str, Any]:
 
 
 def _step(steps: Steps, images: int) -> dict[str, Any]:
-    low, high = steps.quartiles
     return {
         "seconds": steps.mean,
         "median": steps.median,
-        "quartiles": [low, high],
+        "quartiles": [*steps.quartiles],
         "measured": len(steps.seconds),
         "images_per_second": images / steps.mean,
         "data_wait": steps.data_wait,

@@ -30,7 +30,7 @@ import torch
 from samtune.config.run_config import RunConfig
 from samtune.data.decode import DecodeRule
 from samtune.errors import CheckpointError, UsageError, first_line
-from samtune.runs.folder import resolve_checkpoint
+from samtune.runs.folder import resolve_checkpoint, to_json
 from samtune.text import shorten
 
 Name = Literal["last", "best"]
@@ -65,7 +65,7 @@ def save(
         for name, content in _contents(weights, ema, timm_config, state):
             _write(unfinished / name, content)
             files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-        _write(unfinished / "manifest.json", _json({"step": step, "files": files, **about}))
+        _write(unfinished / "manifest.json", to_json({"step": step, "files": files, **about}).encode())
         for path in (unfinished, *(path for path in unfinished.iterdir() if path.is_dir())):
             _sync(path)
         try:
@@ -91,7 +91,7 @@ def _contents(
     for folder, values in (("", weights), ("ema/", ema)):
         if values is not None:
             yield f"{folder}model.safetensors", safetensors.torch.save(_without_shared_memory(values))
-            yield f"{folder}config.json", _json(timm_config)
+            yield f"{folder}config.json", to_json(timm_config).encode()
     if state is not None:
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
@@ -306,10 +306,6 @@ def decode_rule(manifest: Mapping[str, Any]) -> DecodeRule:
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _write(path: Path, content: bytes) -> None:

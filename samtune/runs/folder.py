@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,11 @@ def read_status(folder: Path) -> dict[str, Any]:
 def read_report(folder: Path) -> dict[str, Any]:
     """The content of report.json. Raises as `read_provenance`."""
     return _read_object(folder / "report.json")
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """The text of a JSON file."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,10 @@ def is_running(folder: Path) -> bool:
 
 def read_step(folder: Path) -> tuple[int, int] | None:
     """(step, total steps) of status.json; None where it cannot be read."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         status = read_status(folder)
         return int(status["step"]), int(status["total_steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return None
 
 
 def _row(folder: Path) -> dict[str, Any]:
@@ -85,7 +85,8 @@ def _row(folder: Path) -> dict[str, Any]:
     # Before status.json is read: a run that ends in between has written its end there.
     writer = lock.holder(folder)
     try:
-        row["updated"] = _when_written(folder / "status.json")
+        written = datetime.fromtimestamp((folder / "status.json").stat().st_mtime, UTC)
+        row["updated"] = written.strftime("%Y-%m-%dT%H:%M:%SZ")
         status = read_status(folder)
         if status.get("state") not in _STATES:
             raise ValueError("it names no state of a run")
@@ -101,10 +102,6 @@ def _row(folder: Path) -> dict[str, Any]:
     row["error"] = str(failure.get("what") or "").partition("\n")[0] or None
     row["next"] = _next(folder, row["state"], failure.get("mend"))
     return row | _errors(folder, row["state"])
-
-
-def _when_written(path: Path) -> str:
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _state(written: str, writer: str | None) -> str:

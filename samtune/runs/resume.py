@@ -1,6 +1,7 @@
 """Resuming an interrupted run: its settings, and which of them may differ."""
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,7 @@ def resolve_resume(
     if not holds_run(folder):
         if recipe is None and not {"model", "dataset"} <= flags.keys():
             raise UsageError(
-                f"there is no run in {folder}",
-                "a new run needs a model and a data set",
-                "`samtune runs` lists runs",
+                f"there is no run in {folder}", "a new run needs a model and a data set", "`samtune runs` lists runs"
             )
         return loading.load(recipe, flags), None
     try:
@@ -112,10 +111,6 @@ def _table(changed: Mapping[str, tuple[Any, Any]], allow_change: Collection[str]
 
 def finished_report(folder: Path) -> dict[str, Any] | None:
     """The report of a run that is done; None for any other run."""
-    try:
-        status = read_status(folder)
-        if status["state"] == "done":
-            return read_report(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # the run makes again what cannot be read
+    with suppress(OSError, ValueError, KeyError, TypeError):  # the run makes again what cannot be read
+        return read_report(folder) if read_status(folder)["state"] == "done" else None
     return None

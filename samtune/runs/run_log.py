@@ -23,7 +23,7 @@ from samtune import console
 from samtune.errors import LOST, MachineError, SamtuneError, Stopped, first_line
 from samtune.files import write_atomic
 from samtune.runs import lock
-from samtune.runs.folder import check_empty, check_free, read_provenance, read_status
+from samtune.runs.folder import check_empty, check_free, read_provenance, read_status, to_json
 
 _COLUMNS = (
     *("step", "epoch", "split", "loss", "top1_error", "lr", "rho", "sam", "grad_norm"),
@@ -59,7 +59,7 @@ class RunLog:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             log = cls(folder, lock.acquire(folder), total_steps)
             check_empty(folder)  # another process may have been here a moment ago
-            write_atomic(folder / "provenance.json", _json(provenance), durable=True)
+            write_atomic(folder / "provenance.json", to_json(provenance), durable=True)
             write_atomic(folder / "config.toml", config_toml, durable=True)
         except OSError as error:
             raise MachineError(
@@ -151,26 +151,23 @@ class RunLog:
 
     def status(self, state: State, exit_code: int | None, error: BaseException | None = None) -> None:
         """Replace status.json atomically. After a run has ended, the state "running" is ignored."""
-        with self._status_lock:
-            if not (self._has_ended and state == "running"):
-                self._write_status(state, exit_code, error)
-                self._has_ended = state != "running"
-
-    def _write_status(self, state: State, exit_code: int | None, error: BaseException | None) -> None:
-        self._last_status = time.monotonic()
-        content = {
-            "state": state,
-            "exit_code": exit_code,
-            "step": self.step,
-            "total_steps": self.total_steps,
-            "degraded": self.degraded,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "updated": now(),
-            "error": None if error is None else _error_fields(error),
-        }
-        with self.best_effort("status.json"):
-            write_atomic(self.folder / "status.json", _json(content))
+        with self._status_lock, self.best_effort("status.json"):
+            if self._has_ended and state == "running":
+                return
+            self._has_ended = state != "running"
+            self._last_status = time.monotonic()
+            content = {
+                "state": state,
+                "exit_code": exit_code,
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "degraded": self.degraded,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "updated": now(),
+                "error": None if error is None else _error_fields(error),
+            }
+            write_atomic(self.folder / "status.json", to_json(content))
 
     @contextmanager
     def best_effort(self, name: str) -> Iterator[None]:
@@ -211,7 +208,7 @@ def amend_status(folder: Path, error: SamtuneError | Stopped) -> None:
         if status["state"] in ("running", "stopped") or (status["error"] or {}).get("what") == LOST:
             state = "stopped" if isinstance(error, Stopped) else "failed"
             status |= {"state": state, "exit_code": error.exit_code, "error": _error_fields(error), "updated": now()}
-            write_atomic(folder / "status.json", _json(status))
+            write_atomic(folder / "status.json", to_json(status))
 
 
 def _error_fields(error: BaseException) -> dict[str, str]:
@@ -238,7 +235,7 @@ def note_resume(
     after["resumed"] = [*before.get("resumed", []), resumed]
     if config_toml is not None:
         write_atomic(folder / "config.toml", config_toml, durable=True)
-    write_atomic(folder / "provenance.json", _json(after), durable=True)
+    write_atomic(folder / "provenance.json", to_json(after), durable=True)
 
 
 def versions() -> dict[str, str]:
@@ -255,7 +252,3 @@ def command() -> str:
 def now() -> str:
     """The current time, in UTC."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _json(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

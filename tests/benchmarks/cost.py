@@ -12,10 +12,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from samtune.models.build import build_model
-from samtune.models.training import train_mode
+from samtune.models.build import build_model, multiply_accumulates
 
 # Model, image size in pixels, images of each GPU.
 CASES = (("efficientnet_b7", 600, 16), ("efficientnet_l2", 475, 4), ("efficientnet_l2", 800, 4))
@@ -79,11 +77,8 @@ def counts(name: str, img_size: int, classes: int = CLASSES) -> tuple[int, int]:
     """
     with torch.device("meta"):
         model, _ = build_model(name, classes=classes, img_size=img_size, pretrained=False)
-        image = torch.empty(1, 3, img_size, img_size)
-    train_mode(model, freeze_bn=True)  # as a run has it: statistics rest, all parameters train
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    return sum(w.numel() for w in model.parameters() if w.requires_grad), counter.get_total_flops()
+    parameters = sum(w.numel() for w in model.parameters() if w.requires_grad)
+    return parameters, 2 * multiply_accumulates(model.eval(), (3, img_size, img_size))
 
 
 def bytes_per_step(parameters: int, *, is_global: bool) -> int:

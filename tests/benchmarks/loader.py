@@ -101,9 +101,8 @@ def timm_epochs(split, crop, size, batch_size, workers, epochs) -> Iterator[Iter
         persistent_workers=workers > 0,
     )
     if crop == "pad":  # which timm does not have
-        pictures.transform = v2.Compose(
-            [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), timm.data.transforms.ToNumpy()]
-        )
+        to_array = timm.data.transforms.ToNumpy()
+        pictures.transform = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), to_array])
     for _ in range(epochs):
         yield iter(loader)
 
@@ -114,15 +113,8 @@ def torchvision_epochs(split, crop, size, batch_size, workers, epochs) -> Iterat
         if crop == "pad"
         else v2.RandomResizedCrop(size, scale=(0.35, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
     )
-    transform = v2.Compose(
-        [
-            v2.PILToTensor(),
-            geometry,
-            v2.RandomHorizontalFlip(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ]
-    )
+    to_float = (v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD))
+    transform = v2.Compose([v2.PILToTensor(), geometry, v2.RandomHorizontalFlip(), *to_float])
     loader = torch.utils.data.DataLoader(
         Pictures(split, transform),
         batch_size=batch_size,

@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -84,56 +86,37 @@ def agreement(run: Path, scratch: Path) -> dict[str, int | float | str]:
     def logits_of(pixels: torch.Tensor) -> torch.Tensor:
         return model(normalize(transform(pixels)[None], data_config))[0]
 
-    def probability_difference(one: np.ndarray, logits: torch.Tensor) -> float:
-        return float(np.abs(one - logits.softmax(0).numpy()).max())
+    n = len(parts.test_rows)
+    found: dict[str, Any] = {"images": n}
+    seconds = {"torch": 0.0, "onnx": 0.0, "onnx_with_preprocessing": 0.0}
 
-    names = ("plain", "whole", "whole_as_evaluated", "wrong_eval", "wrong_plain", "wrong_whole")
-    counts = dict.fromkeys(names, 0)
-    largest = dict.fromkeys(("plain_logit", "whole_probability", "whole_probability_as_evaluated"), 0.0)
-    seconds = {"torch": 0.0, "plain": 0.0, "whole": 0.0}
+    def timed(kind: str, compute: Callable[..., Any], *arguments: object) -> Any:
+        began = time.perf_counter()
+        value = compute(*arguments)
+        seconds[kind] += time.perf_counter() - began
+        return value
+
+    def add(which: str, value: str, ours: np.ndarray, expected: np.ndarray) -> None:
+        """Count an image of the same class, and keep the largest difference of a value."""
+        same, difference = f"same_class_{which}", f"largest_{value}_difference_{which}"
+        found[same] = found.get(same, 0) + int(ours.argmax() == expected.argmax())
+        found[difference] = max(found.get(difference, 0.0), float(np.abs(ours - expected).max()))
+
+    wrong = dict.fromkeys(("wrong_by_eval", "wrong_without_preprocessing", "wrong_with_preprocessing"), 0)
     for row in parts.test_rows.tolist():
         label = int(parts.test.labels[row])
         images = normalize(transform(evaluated[row])[None], data_config).contiguous()
-        began = time.perf_counter()
-        expected = model(images)[0]
-        seconds["torch"] += time.perf_counter() - began
-        began = time.perf_counter()
-        found = plain_session.run(None, {"images": images.numpy()})[0][0]
-        seconds["plain"] += time.perf_counter() - began
         picture = np.array(Image.open(io.BytesIO(parts.test.image_bytes(row))).convert("RGB"))
-        began = time.perf_counter()
-        (probabilities,) = whole_session.run(None, {"image": picture})
-        seconds["whole"] += time.perf_counter() - began
-        same_pixels = logits_of(full_size[row])
-        largest = {
-            "plain_logit": max(largest["plain_logit"], float(np.abs(found - expected.numpy()).max())),
-            "whole_probability": max(largest["whole_probability"], probability_difference(probabilities, same_pixels)),
-            "whole_probability_as_evaluated": max(
-                largest["whole_probability_as_evaluated"], probability_difference(probabilities, expected)
-            ),
-        }
-        counts["plain"] += int(found.argmax() == int(expected.argmax()))
-        counts["whole"] += int(probabilities.argmax() == int(same_pixels.argmax()))
-        counts["whole_as_evaluated"] += int(probabilities.argmax() == int(expected.argmax()))
-        counts["wrong_eval"] += int(int(expected.argmax()) != label)
-        counts["wrong_plain"] += int(found.argmax() != label)
-        counts["wrong_whole"] += int(probabilities.argmax() != label)
-    n = len(parts.test_rows)
-    return {
-        "images": n,
-        "same_class_without_preprocessing": counts["plain"],
-        "largest_logit_difference_without_preprocessing": largest["plain_logit"],
-        "same_class_with_preprocessing": counts["whole"],
-        "largest_probability_difference_with_preprocessing": largest["whole_probability"],
-        "same_class_with_preprocessing_as_evaluated": counts["whole_as_evaluated"],
-        "largest_probability_difference_as_evaluated": largest["whole_probability_as_evaluated"],
-        "wrong_by_eval": counts["wrong_eval"],
-        "wrong_without_preprocessing": counts["wrong_plain"],
-        "wrong_with_preprocessing": counts["wrong_whole"],
-        "torch_images_per_second": n / seconds["torch"],
-        "onnx_images_per_second": n / seconds["plain"],
-        "onnx_with_preprocessing_images_per_second": n / seconds["whole"],
-    }
+        expected = timed("torch", model, images)[0]
+        logits = timed("onnx", plain_session.run, None, {"images": images.numpy()})[0][0]
+        (probabilities,) = timed("onnx_with_preprocessing", whole_session.run, None, {"image": picture})
+        of_model, of_eval = (value.softmax(0).numpy() for value in (logits_of(full_size[row]), expected))
+        add("without_preprocessing", "logit", logits, expected.numpy())
+        add("with_preprocessing", "probability", probabilities, of_model)
+        add("with_preprocessing_as_evaluated", "probability", probabilities, of_eval)
+        for name, scores in zip(wrong, (expected.numpy(), logits, probabilities), strict=True):
+            wrong[name] += int(scores.argmax() != label)
+    return found | wrong | {f"{kind}_images_per_second": n / took for kind, took in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -45,9 +45,8 @@ def probe_errors(data, settings, img_size):
     """Test error in percent of a logistic regression with C = 1, and with C chosen on validation, and that C."""
     model, info = build_model(MODEL, classes=None, img_size=img_size)
     model.eval()
-    train_split, train_rows, val_split, val_rows = train_and_validation(
-        data, settings.val_fraction, settings.split_seed
-    )
+    fraction, seed = settings.val_fraction, settings.split_seed
+    train_split, train_rows, val_split, val_rows = train_and_validation(data, fraction, seed)
     test_split = data.splits["test"]
     x, y = features(model, train_split, train_rows, info.data_config)
     x_val, y_val = features(model, val_split, val_rows, info.data_config)

@@ -73,18 +73,8 @@ def main() -> None:
 def first_step(folder: Path) -> float:
     """Seconds from the start of `samtune run --resume` until its first step is done; there it is killed."""
     at_second = json.dumps([{"at": "train step", "call": 2, "do": "SIGKILL"}])
-    longer = ["--epochs", "1000", "--allow-change", "epochs"]
-    command = [
-        sys.executable,
-        "-m",
-        "tests.support.fault_injection",
-        at_second,
-        "run",
-        "--resume",
-        "--output",
-        str(folder),
-        *longer,
-    ]
+    longer = ["run", "--resume", "--epochs", "1000", "--allow-change", "epochs", "--output", str(folder)]
+    command = [sys.executable, "-m", "tests.support.fault_injection", at_second, *longer]
     began = time.perf_counter()
     code = subprocess.run(command, capture_output=True, check=False).returncode
     if code != -9:

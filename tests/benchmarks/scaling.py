@@ -301,11 +301,8 @@ def show(result: dict[str, Any]) -> None:
     threads = ", which are threads of one core" if result["threads_of_one_core"] else ""
     print(f"cores {result['cores'][0]} and {result['cores'][1]}{threads}, one thread each")
     print(f"\nSAM step, m {used['m']}, {used['model']}, {used['img_size']} px, batch {used['batch_size']} per rank")
-    for side, what in (
-        ("alone", "1 rank, without torch.distributed"),
-        ("together", "2 ranks"),
-        ("silent", "2 ranks, communication switched off"),
-    ):
+    kinds = ("1 rank, without torch.distributed", "2 ranks", "2 ranks, communication switched off")
+    for side, what in zip(SIDES, kinds, strict=True):
         print(f"  {what:<38}{ms[side]:9.1f} ms {speed[side]:9.2f} images/s")
     for name, (low, high) in result["quartiles"].items():
         print(f"  {name.replace('_', ' '):<38}{result[name]:9.3f}    (half of the rounds: {low:.3f} to {high:.3f})")

@@ -35,10 +35,7 @@ def moment(folder: Path, said: Path) -> str:
     """What the kill hit."""
     if any((folder / "checkpoints").glob(".*.part")):
         return "inside a save"
-    text = said.read_text()
-    if "output " not in text:
-        return "before the run folder was opened"
-    return "in training, validation or test"
+    return "in training, validation or test" if "output " in said.read_text() else "before the run folder was opened"
 
 
 def main() -> None:

@@ -79,9 +79,6 @@ def test_a_run_without_settings_says_on_a_terminal_what_works_here(tmp_path):
     assert "no model is given" in samtune("run", cwd=tmp_path).stderr  # a script is told what it lacks
 
 
-# ---------------------------------------------------------------------------------------------------------- completion
-
-
 def test_models_are_completed_as_timm_has_them_without_importing_it():
     for beginning in ("efficientnet_b", "resnet1", "vit_tiny"):
         assert models(beginning) == sorted(name for name in timm.list_models() if name.startswith(beginning))

@@ -103,14 +103,17 @@ def test_an_unknown_key_goes_before_what_is_missing_for_it(tmp_path):
         loading.load(recipe(tmp_path, 'modle = "resnet10t"\ndataset = "x"\n'))
 
 
-def test_weights_and_no_pretrained_contradict_each_other():
-    with pytest.raises(UsageError, match="contradict"):
-        loading.load(None, NEEDED | {"weights": "w.pth", "pretrained": False})
-
-
-def test_a_missing_model_or_data_set_is_named():
-    with pytest.raises(UsageError, match="no dataset"):
-        loading.load(None, {"model": "a"})
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (NEEDED | {"weights": "w.pth", "pretrained": False}, "contradict"),
+        (NEEDED | {"m": 17}, "--m 17 is more than --batch-size 16"),
+        ({"model": "a"}, "no dataset"),
+    ],
+)
+def test_settings_that_contradict_each_other_or_are_missing_are_refused_by_name(given, said):
+    with pytest.raises(UsageError, match=said):
+        loading.load(None, given)
 
 
 @pytest.mark.parametrize("text", ["rho = ", "\x00"])
@@ -130,11 +133,6 @@ def test_the_saved_config_is_plain_toml():
     saved = tomllib.loads(loading.load(None, NEEDED).to_toml())
     assert saved["epochs"] == "10 epochs"
     assert "lr" not in saved
-
-
-def test_a_perturbation_cannot_be_shared_by_more_images_than_a_batch_has():
-    with pytest.raises(UsageError, match="--m 17 is more than --batch-size 16"):
-        loading.load(None, NEEDED | {"m": 17})
 
 
 @pytest.mark.parametrize(("given", "read"), [("inf", math.inf), (math.inf, math.inf), ("1.5", 1.5), (4, 4.0)])
@@ -173,48 +171,21 @@ def test_every_number_has_a_least_and_a_largest_value_that_float32_holds():
         assert kind is int or float(largest) ** 3 < 3e38, key  # a rate times a factor times a decay, say
 
 
+# Values that are too large, or too small, for the arithmetic of these settings.
+BEYOND = [
+    ((1e10, 1e38, 1e300), ("lr", "rho", "weight_decay", "head_lr_factor", "clip_grad", "eta", "rho_final")),
+    ((10**30,), ("batch_size", "micro_batch", "max_train", "workers", "processes", "nnodes", "seed", "noise_seed")),
+    ((10**30,), ("m", "keep_checkpoints", "ascent_steps")),
+    (("1" * 30, "9" * 400, f"{'9' * 400} steps"), ("epochs", "warmup_epochs", "save_every", "eval_every")),
+    ((1e300,), ("cache_limit", "step_timeout", "mixup", "p", "max_megapixels")),
+    ((1e-300, 1e-45, 1e-30, 0.009), ("mixup", "cutmix")),
+    ((10**6,), ("img_size",)),
+    (("group:" + "9" * 30,), ("m",)),
+]
+
+
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *(
-            (key, value)
-            for key in ("lr", "rho", "weight_decay", "head_lr_factor", "clip_grad", "eta", "rho_final")
-            for value in (1e10, 1e38, 1e300)
-        ),
-        *(
-            (key, 10**30)
-            for key in (
-                "batch_size",
-                "micro_batch",
-                "max_train",
-                "workers",
-                "processes",
-                "nnodes",
-                "seed",
-                "noise_seed",
-            )
-        ),
-        *(
-            (key, value)
-            for key in ("epochs", "warmup_epochs", "save_every", "eval_every")
-            for value in ("1" * 30, "9" * 400, f"{'9' * 400} steps")
-        ),
-        *(
-            ("cache_limit", 1e300),
-            ("step_timeout", 1e300),
-            ("mixup", 1e300),
-            *((key, value) for key in ("mixup", "cutmix") for value in (1e-300, 1e-45, 1e-30, 0.009)),
-            ("img_size", 10**6),
-            ("p", 1e300),
-            ("m", 10**30),
-        ),
-        *(
-            ("m", "group:" + "9" * 30),
-            ("max_megapixels", 1e300),
-            ("keep_checkpoints", 10**30),
-            ("ascent_steps", 10**30),
-        ),
-    ],
+    ("key", "value"), [(key, value) for values, keys in BEYOND for key in keys for value in values]
 )
 def test_numbers_beyond_their_arithmetic_are_refused_by_name(key, value):
     with pytest.raises(UsageError) as error:

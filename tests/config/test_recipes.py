@@ -59,9 +59,7 @@ def read(recipe: Path) -> dict:
 
 def passes(settings: RunConfig) -> int:
     """Forward-backward passes of a run: one in each step, and another where SAM is on."""
-    rows = (
-        settings.max_train or 3600
-    )  # a length in epochs has the demo alone, whose 4000 images have no validation split
+    rows = settings.max_train or 3600  # of the demo, which alone has a length in epochs: 4000 images without validation
     steps = settings.epochs.steps(rows // settings.batch_size)
     return steps + steps - settings.sam_start.steps(0, steps)
 
@@ -152,11 +150,11 @@ def test_each_data_set_of_table_3_has_a_recipe_for_each_model():
 def test_the_papers_figures_are_those_of_its_table(recipe):
     model, _, data = recipe.stem.partition("-")
     (b7, b7_interval), untuned, b7_without, (l2, l2_interval), l2_without = TABLE_3[data]
-    expected = {
-        "b7": {"top1_error": b7, "ci95": b7_interval, "rho_0_05": untuned},
-        "l2": {"top1_error": l2, "ci95": l2_interval},
-    }[model]
-    without, interval = {"b7": b7_without, "l2": l2_without}[model]
+    if model == "b7":
+        expected = {"top1_error": b7, "ci95": b7_interval, "rho_0_05": untuned}
+    else:
+        expected = {"top1_error": l2, "ci95": l2_interval}
+    without, interval = b7_without if model == "b7" else l2_without
     assert loading.load(recipe).dataset == data
     assert read(recipe)["expected"]["paper"] == expected | {"no_sam": without, "no_sam_ci95": interval}
 
@@ -221,9 +219,8 @@ def small_data(tmp_path_factory):
     def folder(dataset: str) -> Path:
         splits = tuple(CATALOG[dataset].splits) or ("train", "test")
         if splits not in made:
-            made[splits] = write_image_folder(
-                tmp_path_factory.mktemp("data"), {s: 10 if s == "train" else 3 for s in splits}
-            )
+            counts = {split: 10 if split == "train" else 3 for split in splits}
+            made[splits] = write_image_folder(tmp_path_factory.mktemp("data"), counts)
         return made[splits]
 
     return folder

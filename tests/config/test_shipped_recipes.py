@@ -52,10 +52,7 @@ def test_a_name_means_one_recipe(name, found):
 
 
 def test_a_name_that_several_have_means_none_of_them(monkeypatch):
-    several = [
-        shipped_recipes.Recipe("a/pets", ROOT / "a/pets.toml"),
-        shipped_recipes.Recipe("b/pets", ROOT / "b/pets.toml"),
-    ]
+    several = [shipped_recipes.Recipe(name, ROOT / f"{name}.toml") for name in ("a/pets", "b/pets")]
     monkeypatch.setattr(shipped_recipes, "recipes", lambda: several)
     with pytest.raises(UsageError, match="a/pets, b/pets"):
         shipped_recipes.get("pets")

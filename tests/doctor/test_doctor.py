@@ -11,7 +11,6 @@ import torch
 
 from samtune import hub
 from samtune.doctor import checks, devices
-from samtune.doctor.finding import Finding
 from samtune.sam.perturbation import Perturbation
 from tests.conftest import ROOT, samtune
 
@@ -41,7 +40,7 @@ def test_what_is_broken_is_named_and_ends_with_8(monkeypatch, capsys):
         raise OSError("no such library")
 
     def fine():
-        yield Finding("disks", "ok", "room enough")
+        yield devices.Finding("disks", "ok", "room enough")
 
     monkeypatch.setattr(checks, "CHECKS", {"GPU": broken, "disks": fine})
     with pytest.raises(MachineError, match="broken: GPU") as caught:

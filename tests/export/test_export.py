@@ -386,7 +386,7 @@ WRONG = {
     "no such run": (("nowhere", "--to", "timm"), 5, "no run or checkpoint nowhere"),
     "no such format": (("RUN", "--to", "tflite"), 2, "tflite"),
     "no format": (("RUN",), 2, "--to"),
-    "no such checkpoint": (("RUN", "--to", "timm", "--checkpoint", "first"), 2, "must be last or best"),
+    "no such checkpoint": (("RUN", "--to", "timm", "--checkpoint", "first"), 2, "not one of 'last', 'best'"),
     "preprocessing elsewhere": (("RUN", "--to", "torch", "--with-preprocessing"), 2, "only ONNX takes it"),
     "a name that torch does not like": (("RUN", "--to", "torch", "--output", "m.pt"), 2, "must end in .pt2"),
     "a place that cannot be": (("RUN", "--to", "timm", "--output", "/dev/null/m"), 8, "cannot be written"),

@@ -71,10 +71,7 @@ FORMS = {
         },
         "`state_dict_ema` of it taken",
     ),
-    "without counters": (
-        lambda state: {key: value for key, value in state.items() if "num_batches" not in key},
-        "",
-    ),
+    "without counters": (lambda state: {key: value for key, value in state.items() if "num_batches" not in key}, ""),
 }
 
 
@@ -138,9 +135,8 @@ def test_a_local_folder_is_a_model_by_timms_spelling(place, run, tmp_path):
     done = samtune("run", "--model", name, *SMALL, "--dataset", data, "--output", tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert timm.create_model(f"local-dir:{tmp_path / 'again/checkpoints/last'}", pretrained=True).num_classes == 2
-    resumed = samtune(
-        *("run", "--resume", "--output", tmp_path / "again", "--epochs", "2 steps", "--allow-change", "epochs")
-    )
+    longer = ("--resume", "--epochs", "2 steps", "--allow-change", "epochs")
+    resumed = samtune("run", *longer, "--output", tmp_path / "again")
     assert resumed.returncode == 0, resumed.stderr
 
 
@@ -217,9 +213,8 @@ def test_position_embeddings_of_another_size_are_resampled_as_timm_does_for_its_
     save_file(large.state_dict(), tmp_path / "w.safetensors")
     model, _ = build_model("test_vit", classes=3, weights=tmp_path / "w.safetensors", img_size=96)
     overlay = {"state_dict": large.state_dict(), "num_classes": 1000}
-    expected = timm.create_model(
-        "test_vit", pretrained=True, img_size=96, num_classes=3, pretrained_cfg_overlay=overlay
-    )
+    options = {"img_size": 96, "num_classes": 3, "pretrained_cfg_overlay": overlay}
+    expected = timm.create_model("test_vit", pretrained=True, **options)
     ours, theirs = model.state_dict(), expected.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours if not key.startswith("head."))
     assert "pos_embed (1, 101, 64) -> (1, 37, 64)" in capsys.readouterr().err

@@ -26,7 +26,9 @@ FLAGS = (
 
 
 def plan(*arguments, **options):
-    return samtune("plan", *arguments, "--json", **options)
+    done = samtune("plan", *arguments, "--json", **options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +39,12 @@ def planned(tmp_path_factory):
     work = folder / "work"
     work.mkdir()
     env = {"SAMTUNE_CACHE": str(folder / "cache")}
-    done = plan(*FLAGS, "--dataset", data, "--output", work / "r1", env=env, cwd=work)
-    assert done.returncode == 0, done.stderr
+    before = plan(*FLAGS, "--dataset", data, "--output", work / "r1", env=env, cwd=work)
     assert list(work.iterdir()) == [], "a plan leaves nothing"
     assert not (folder / "cache").exists(), "nor decoded images"
     run = samtune("run", *FLAGS, "--dataset", data, "--output", work / "r1", env=env)
     assert run.returncode == 0, run.stderr
-    again = plan(*FLAGS, "--dataset", data, "--output", work / "r2", env=env, cwd=work)
-    return json.loads(done.stdout), work / "r1", json.loads(again.stdout)
+    return before, work / "r1", plan(*FLAGS, "--dataset", data, "--output", work / "r2", env=env, cwd=work)
 
 
 def test_steps_passes_and_validations_are_those_of_the_run(planned):
@@ -139,21 +139,14 @@ def test_text_has_every_topic_and_stays_apart_from_notes(tmp_path, photos):
 
 
 def test_several_ranks_share_a_batch_and_what_they_send_is_left_out(photos):
-    done = plan(*FLAGS, "--dataset", photos, "--processes", 2, "--m", "group:2", "--model-ema", "--perturb", "norm")
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    said = plan(*FLAGS, "--dataset", photos, "--processes", 2, "--m", "group:2", "--model-ema", "--perturb", "norm")
     assert said["batch"] | {"images": 16, "per_device": 8, "devices": 2, "at_once": 8} == said["batch"]
     assert said["length"]["steps_per_epoch"] == 44 // 16
     assert said["settings"]["lr"]["value"] == float(f"{0.07 * math.sqrt(16 / 32):.3g}")
     assert "what they send each other" in " ".join(said["warnings"])
     assert said["memory"]["ema"] == said["memory"]["weights"]
-    norm = sum(
-        w.numel()
-        for m in timm.create_model("test_resnet").modules()
-        if "Norm" in type(m).__name__
-        for w in m.parameters()
-    )
-    assert said["memory"]["weights_copy"] == 4 * norm
+    norms = (module for module in timm.create_model("test_resnet").modules() if "Norm" in type(module).__name__)
+    assert said["memory"]["weights_copy"] == 4 * sum(w.numel() for module in norms for w in module.parameters())
 
 
 @pytest.mark.parametrize(
@@ -178,13 +171,14 @@ def test_what_a_run_refuses_a_plan_refuses(photos, arguments, code, said):
     assert "measuring" not in done.stderr
 
 
-# ----------------------------------------------------------------------------------------------------- the measurements
+def set_up(photos, **flags):
+    small = {"model": "test_resnet", "pretrained": False, "img_size": 32, "dataset": str(photos)}
+    return setup.build_setup(loading.load(None, small | flags))
 
 
 @pytest.fixture(scope="module")
 def small_setup(photos):
-    flags = {"model": "test_resnet", "pretrained": False, "img_size": 32, "dataset": str(photos), "workers": 0}
-    return setup.build_setup(loading.load(None, flags | {"batch_size": 8}))
+    return set_up(photos, workers=0, batch_size=8)
 
 
 def test_activations_are_four_bytes_for_each_value_that_is_kept(small_setup, monkeypatch):
@@ -200,8 +194,7 @@ def test_activations_are_four_bytes_for_each_value_that_is_kept(small_setup, mon
 
 
 def test_statistics_stay_where_activations_are_counted(photos):
-    flags = {"model": "test_resnet", "pretrained": False, "img_size": 32, "dataset": str(photos), "freeze_bn": False}
-    prepared = setup.build_setup(loading.load(None, flags))
+    prepared = set_up(photos, freeze_bn=False)
     prepared.model.train()
     before = {name: value.clone() for name, value in prepared.model.named_buffers()}
     assert measure.activation_bytes(prepared, 4) > 4 * 4 * 3 * 32 * 32
@@ -233,9 +226,8 @@ def test_memory_that_runs_out_bounds_the_batch(small_setup, monkeypatch):
         return plain(loss, images, labels)
 
     monkeypatch.setattr(small_setup.update.sam, "backward", full)
-    monkeypatch.setattr(
-        "samtune.distributed.device.free_memory", lambda: None
-    )  # it looks through all that the libraries made
+    # It looks through all that the libraries made.
+    monkeypatch.setattr("samtune.distributed.device.free_memory", lambda: None)
     assert 19 <= measure.largest_batch(small_setup, 44, lambda *_: None) <= 21
     assert small_setup.update.sam.micro_batch is None
 
@@ -266,7 +258,7 @@ def test_a_signal_ends_a_plan_and_nothing_stays_behind(photos):
 
     before = left()
     fault = {"at": "step", "call": 2, "do": "SIGINT"}
-    done = plan(*FLAGS, "--dataset", photos, faults=[fault])
+    done = samtune("plan", *FLAGS, "--dataset", photos, faults=[fault])
     assert done.returncode == 130, done.stderr
     assert "stopped by SIGINT" in done.stderr
     assert done.stdout == ""
@@ -274,8 +266,7 @@ def test_a_signal_ends_a_plan_and_nothing_stays_behind(photos):
 
 
 def test_a_run_without_validation_has_its_test_alone(photos):
-    flags = (*SMALL_MODEL, "--batch-size", 8, "--epochs", 1, "--dataset", photos, "--no-val", "--cache-limit", 0)
-    said = json.loads(plan(*flags).stdout)
+    said = plan(*SMALL_MODEL, "--batch-size", 8, "--epochs", 1, "--dataset", photos, "--no-val", "--cache-limit", 0)
     assert (said["length"]["validations"], said["length"]["checkpoints"]) == (0, 1)
     assert said["dataset"]["val"] == said["time"]["validation"] == said["time"]["decode"] == 0
     assert said["dataset"]["train"] == 48

@@ -26,11 +26,10 @@ def model_and_info():
     return build_model("tf_efficientnet_lite0", classes=3, pretrained=False, img_size=64)
 
 
-def save(root, model_and_info, step):
+def save(root, model_and_info, step, *, about=None, **more):
     model, info = model_and_info
-    return checkpoint.save(
-        root, model.state_dict(), step, timm_config=timm_config(model, info, NAMES), about={"note": "x"}
-    )
+    config = timm_config(model, info, NAMES)
+    return checkpoint.save(root, model.state_dict(), step, timm_config=config, about=about or {"note": "x"}, **more)
 
 
 def test_timm_loads_a_checkpoint_with_the_same_logits_and_the_same_preprocessing(tmp_path, model_and_info):
@@ -48,8 +47,7 @@ def test_timm_loads_a_checkpoint_with_the_same_logits_and_the_same_preprocessing
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
 def test_other_architectures_load_too(tmp_path, name):
     model, info = build_model(name, classes=3, pretrained=False, img_size=96)
-    folder = checkpoint.save(tmp_path, model.state_dict(), 1, timm_config=timm_config(model, info, NAMES), about={})
-    loaded, data_config = load_checkpoint(folder)
+    loaded, data_config = load_checkpoint(save(tmp_path, (model, info), 1))
     images = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
         assert torch.equal(loaded(images), model.eval()(images))
@@ -72,11 +70,8 @@ def test_weights_that_share_memory_are_saved_each(tmp_path):
     whole = torch.arange(6.0)
     folder = checkpoint.save(tmp_path, {"a": whole, "b": whole, "c": whole[:3]}, 1, timm_config={}, about={})
     loaded = load_file(folder / "model.safetensors")
-    assert {key: value.tolist() for key, value in loaded.items()} == {
-        "a": whole.tolist(),
-        "b": whole.tolist(),
-        "c": [0, 1, 2],
-    }
+    assert {key: len(value) for key, value in loaded.items()} == {"a": 6, "b": 6, "c": 3}
+    assert all(torch.equal(value, whole[: len(value)]) for value in loaded.values())
 
 
 @pytest.mark.parametrize("left", ["links", "nothing", "dangling links", "empty files"])
@@ -84,11 +79,8 @@ def test_weights_that_share_memory_are_saved_each(tmp_path):
 def test_without_links_last_is_the_latest_and_best_is_what_it_says(tmp_path, model_and_info, left, select):
     checkpoints = tmp_path / "checkpoints"
     config = RunConfig(model="tf_efficientnet_lite0", dataset="d", select=select).model_dump(mode="json")
-    model, info = model_and_info
-    config_json = timm_config(model, info, NAMES)
     for step in (2, 4, 10):
-        state, about = {"position": {"best_step": 4}}, {"config": config}
-        checkpoint.save(checkpoints, model.state_dict(), step, timm_config=config_json, about=about, state=state)
+        save(checkpoints, model_and_info, step, about={"config": config}, state={"position": {"best_step": 4}})
     for name, step in (("last", 10), ("best", 4)):
         if left == "links":
             checkpoint.update_link(checkpoints, name, checkpoints / f"step-{step:06d}")
@@ -190,12 +182,11 @@ def test_the_manifest_lists_every_other_file_with_its_size(tmp_path, model_and_i
 
 
 def test_the_averaged_model_lies_beside_it_and_loads_in_timm(tmp_path, model_and_info):
-    model, info = model_and_info
+    model, _ = model_and_info
     averaged = make_ema(model, 0.9).module
     with torch.no_grad():
         averaged.classifier.bias.add_(torch.arange(3.0))
-    config = timm_config(model, info, NAMES)
-    folder = checkpoint.save(tmp_path, model.state_dict(), 1, timm_config=config, about={}, ema=averaged.state_dict())
+    folder = save(tmp_path, model_and_info, 1, ema=averaged.state_dict())
     loaded = timm.create_model(f"local-dir:{folder / 'ema'}", pretrained=True).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -216,17 +207,13 @@ def test_the_newest_valid_one_is_found_by_its_step_whatever_is_broken(tmp_path, 
 
 
 def test_a_checkpoint_is_hardly_larger_than_weights_optimizer_and_average(tmp_path, model_and_info):
-    model, info = model_and_info
+    model, _ = model_and_info
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for w in model.parameters():
         w.grad = torch.zeros_like(w)
     optimizer.step()
-    config = timm_config(model, info, NAMES)
     state = {"optimizer": optimizer.state_dict()["state"]}
-    averaged = make_ema(model, 0.9).module
-    folder = checkpoint.save(
-        tmp_path, model.state_dict(), 1, timm_config=config, about={}, ema=averaged.state_dict(), state=state
-    )
+    folder = save(tmp_path, model_and_info, 1, ema=make_ema(model, 0.9).module.state_dict(), state=state)
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     momentum = sum(w.numel() * 4 for w in model.parameters())
     assert written <= 1.05 * (2 * sum(t.numel() * t.element_size() for t in model.state_dict().values()) + momentum)

@@ -91,20 +91,16 @@ def test_a_run_that_begins_while_it_is_looked_at_is_not_taken_for_killed(tmp_pat
 
 def test_errors_are_those_of_the_report_or_the_last_that_were_measured(tmp_path):
     report = {"val": {"top1_error": 12.5}, "test": {"top1_error": 13.25}}
-    rows = {
-        "reported": only(write_run(tmp_path / "reported", report=report, metrics=MEASURED)),
-        "without": only(write_run(tmp_path / "without", report={"val": {"top1_error": 9}, "test": None})),
-        "lost": only(write_run(tmp_path / "lost", metrics=MEASURED)),
-        "stopped": only(write_run(tmp_path / "stopped", "stopped", report=report, metrics=MEASURED)),
-        "young": only(write_run(tmp_path / "young", "stopped")),
+    runs = {
+        "reported": ({"report": report, "metrics": MEASURED}, (12.5, 13.25)),
+        "without test": ({"report": {"val": {"top1_error": 9}, "test": None}}, (9.0, None)),
+        "without report": ({"metrics": MEASURED}, (25.0, None)),
+        "stopped": ({"state": "stopped", "report": report, "metrics": MEASURED}, (25.0, None)),
+        "young": ({"state": "stopped"}, (None, None)),
     }
-    assert {name: (row["val_error"], row["test_error"]) for name, row in rows.items()} == {
-        "reported": (12.5, 13.25),
-        "without": (9.0, None),
-        "lost": (25.0, None),
-        "stopped": (25.0, None),
-        "young": (None, None),
-    }
+    for name, (written, errors) in runs.items():
+        row = only(write_run(tmp_path / name, **written))
+        assert (row["val_error"], row["test_error"]) == errors, name
 
 
 def test_a_torn_last_line_of_metrics_is_passed_over(tmp_path):

@@ -55,9 +55,8 @@ def another_process(folder, *more):
 
 def asked_elsewhere(folder):
     """What another process finds out."""
-    return subprocess.run(
-        [sys.executable, "-c", ASK, folder], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    asked = [sys.executable, "-c", ASK, folder]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def is_alive(pid):
