@@ -16,7 +16,7 @@ from tests.support.small_run import SETTINGS, resume, run, status, step_of
 PERTURBED = {"at": "perturb", "when": "after"}
 KILLED = {
     "while_weights_are_perturbed": PERTURBED | {"call": 8},
-    "in_the_middle_of_an_update": {"at": "torch.optim.sgd:sgd", "call": 4 * 6 + 2},
+    "in_the_middle_of_an_update": {"at": "optimizer update", "call": 4 * 6 + 2},
     "before_the_first_checkpoint": PERTURBED | {"call": 1},
     "in_validation": {"at": "evaluate", "call": 3},
     "in_validation_of_averaged_weights": {"at": "evaluate", "call": 4},
@@ -124,7 +124,7 @@ def test_a_signal_ends_an_evaluation_too(evaluation, saved, photos, uninterrupte
 
 @row(3)
 def test_a_terminal_that_closes_may_send_its_signal_twice(photos, tmp_path):
-    faults = [PERTURBED | {"call": 8, "do": "SIGHUP"}, {"at": "torch.optim.sgd:sgd", "call": 4 * 7 + 2, "do": "SIGHUP"}]
+    faults = [PERTURBED | {"call": 8, "do": "SIGHUP"}, {"at": "optimizer update", "call": 4 * 7 + 2, "do": "SIGHUP"}]
     ended = run(photos, tmp_path / "r", faults=faults)
     assert ended.returncode == 75, ended.stderr
     assert step_of(tmp_path / "r") == 8
@@ -166,7 +166,7 @@ def test_a_signal_to_the_whole_group_of_processes_is_answered_by_the_run_alone(s
 def test_a_second_signal_ends_at_once_and_the_last_checkpoint_loads(
     first, second, code, photos, uninterrupted, tmp_path
 ):
-    faults = [PERTURBED | {"call": 8, "do": first}, {"at": "torch.optim.sgd:sgd", "call": 4 * 7 + 2, "do": second}]
+    faults = [PERTURBED | {"call": 8, "do": first}, {"at": "optimizer update", "call": 4 * 7 + 2, "do": second}]
     ended = run(photos, tmp_path / "r", faults=faults)
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
@@ -191,7 +191,7 @@ def test_a_step_that_does_not_end_is_named_and_ends_the_run_with_9(photos, unint
     ended = run(photos, tmp_path / "r", "--step-timeout", "0.05", faults=[hang])
     assert ended.returncode == 9, ended.stderr
     assert "after step 7 nothing has moved" in ended.stderr
-    assert "broken.py" in (tmp_path / "r" / "log.txt").read_text()
+    assert "fault_injection.py" in (tmp_path / "r" / "log.txt").read_text()
     found = status(tmp_path / "r")
     assert (found["state"], found["exit_code"]) == ("failed", 9)
     assert json.dumps(found["error"]).count("--resume") == 1

@@ -29,6 +29,7 @@ POINTS = {
     "backward": "samtune.sam.gradient:_backward_nan_guarded",
     "train loss": "samtune.train.setup:cross_entropy",
     "gradient norm": "torch.nn.utils:get_total_norm",
+    "optimizer update": "torch.optim.sgd:sgd",
     "make symlink": "pathlib:Path.symlink_to",
     "each loss": "samtune.sam.losses:cross_entropy",
     "step": "samtune.sam.step:Step.__call__",
