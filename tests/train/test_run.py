@@ -19,7 +19,6 @@ from samtune.report import run_report
 from samtune.runs.metrics import best_key, collapse_warning, epoch_means
 from samtune.train import loop
 from tests.conftest import SMALL_MODEL, image_bytes, samtune, write_image_folder
-from tests.data.test_decode import odd_folder
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -302,11 +301,14 @@ def test_a_variant_runs_costs_what_it_should_and_is_reported(name, folder_data, 
 
 
 def test_damaged_images_are_left_out_and_listed_where_that_is_asked_for(tmp_path):
-    done = small_run(tmp_path / "r", odd_folder(tmp_path / "data"), "--on-bad-image", "skip", "--json")
+    data = write_image_folder(tmp_path / "data", {"train": 4, "test": 2})
+    for name, content in (("text", b"no image"), ("empty", b""), ("truncated", image_bytes(0, kind="JPEG")[:300])):
+        (data / "train" / "cat" / f"{name}.jpg").write_bytes(content)
+    done = small_run(tmp_path / "r", data, "--on-bad-image", "skip", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["bad_images"]) == 3
-    assert result["dataset"]["train"] + result["dataset"]["val"] == 4 + 12 - 3
+    assert result["dataset"]["train"] + result["dataset"]["val"] == 4 + 4
     assert "cannot be decoded and left out: 3 images" in done.stderr
     again = samtune("eval", tmp_path / "r", "--split", "val", "--json")
     assert json.loads(again.stdout)["n"] == result["val"]["n"]
