@@ -1,4 +1,4 @@
-"""The errors that a user can fix, and their exit codes.
+"""The errors that a user can fix, their exit codes, and the words of their messages.
 
     SamtuneError                 message, cause, hint: one line each
      |- UsageError          2    the command line or the recipe
@@ -14,6 +14,9 @@
 
 Exit code 0 is success and 1 is a defect of samtune itself, which keeps its traceback.
 """
+
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class SamtuneError(Exception):
@@ -104,3 +107,25 @@ class Stopped(BaseException):
         super().__init__(message)
         self.exit_code = exit_code
         self.hint = hint or ("go on with --resume" if exit_code == self.SAVED else "what was saved before is intact")
+
+
+def plural(count: int | str, noun: str) -> str:
+    """A count with its noun: 1 image, 2 images, 0 classes. A str is a number that is formatted already."""
+    ending = "" if str(count) == "1" else "es" if noun.endswith(("s", "tch")) else "s"
+    return f"{count} {noun}{ending}"
+
+
+def shorten(names: Sequence[str], limit: int = 6, separator: str = ", ") -> str:
+    """The first of many names, and how many follow."""
+    rest = len(names) - limit
+    return separator.join(names[:limit]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
+def similar_names(name: str, names: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The names that are most like one, the nearest first. cutoff: least similarity, of 1 for equal names."""
+    return difflib.get_close_matches(name, list(dict.fromkeys(names)), n=most, cutoff=cutoff)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The question for a name that does not exist: "did you mean rho?"; "" where none is like it."""
+    return "".join(f"did you mean {similar}?" for similar in similar_names(name, names))

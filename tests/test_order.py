@@ -22,7 +22,7 @@ ORDER = (
     {"config"},
     {"hub"},
     {"console", "guide"},
-    {"errors", "files", "text"},
+    {"errors", "files"},
 )
 LIBRARIES = {
     "datasets": "samtune.data.tables",

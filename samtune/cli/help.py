@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from samtune.text import did_you_mean
+from samtune.errors import did_you_mean
 
 _HYPHEN = "\ue000"  # stands for a hyphen while lines are broken
 _WIDTH = 100  # characters of a line of help, at most: longer ones are hard to read

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from samtune.cli.help import Json
-from samtune.errors import UsageError
-from samtune.text import plural
+from samtune.errors import UsageError, plural
 
 
 def list_models(

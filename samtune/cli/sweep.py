@@ -12,10 +12,9 @@ from samtune.cli.help import Json
 from samtune.config import shipped_recipes
 from samtune.config.types import endpoint
 from samtune.distributed import signals
-from samtune.errors import UsageError
+from samtune.errors import UsageError, plural
 from samtune.runs.folder import result_folder
 from samtune.sweep import spec as sweeps
-from samtune.text import plural
 
 
 @partial(with_config_flags, without=sweeps.OWN.keys() - {"gpus"})

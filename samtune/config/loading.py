@@ -14,9 +14,8 @@ from pydantic import ValidationError
 from samtune.config.dataset_defaults import DATASET_DEFAULTS
 from samtune.config.run_config import RunConfig, flag_name
 from samtune.config.types import gpu_choice
-from samtune.errors import UsageError
+from samtune.errors import UsageError, did_you_mean
 from samtune.files import readable
-from samtune.text import did_you_mean
 
 # Defaults where the weights start at random. A data set's defaults, a recipe and flags take precedence.
 _FROM_SCRATCH = {

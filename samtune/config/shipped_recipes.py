@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samtune.errors import UsageError
-from samtune.text import similar_names
+from samtune.errors import UsageError, similar_names
 
 _HERE = Path(__file__).parents[1]
 # An installed package has them inside, a checkout beside it.

@@ -28,8 +28,7 @@ from samtune.data.decode import PLAIN, DecodeRule, decode, is_constant
 from samtune.data.pixels import ImageOrReason, JoinedPixels, Pixels, evict, load, record, write
 from samtune.data.source import Split
 from samtune.data.splits import Indices
-from samtune.errors import DataError
-from samtune.text import plural, shorten
+from samtune.errors import DataError, plural, shorten
 
 Progress = Callable[[str, int, int], None]  # activity, images done, images in all
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from samtune.data.folder_tree import Folder, archive_stem
 from samtune.data.formats import installation, is_picture, is_readable, is_unreadable, names_in_archive, unpacking
 from samtune.data.split_roles import ROLES, parse
-from samtune.errors import DataError
+from samtune.errors import DataError, plural, shorten
 from samtune.files import readable
-from samtune.text import plural, shorten
 
 _WHOLE_ARCHIVE = "archive"  # what an archive of the whole data set is called, if not as its folder or data, images, ...
 _PROBED = 12  # files without an ending of a picture whose first bytes are read

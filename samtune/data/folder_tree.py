@@ -8,9 +8,8 @@ from pathlib import Path
 
 from samtune.data.formats import archive_ending, is_readable
 from samtune.data.split_roles import ROLES, role_of
-from samtune.errors import DataError
+from samtune.errors import DataError, plural
 from samtune.files import readable
-from samtune.text import plural
 
 _SYSTEM_FILES = {
     *("thumbs.db", "desktop.ini", "lost+found", "@eadir", "__macosx", "$recycle.bin", "system volume information"),

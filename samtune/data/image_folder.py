@@ -22,9 +22,8 @@ from samtune.data.folder_leftovers import Leftovers, unusable_files
 from samtune.data.folder_tree import Folder, read_tree
 from samtune.data.formats import ARCHIVES, unpacking
 from samtune.data.split_roles import ROLES, UNLABELLED, DataSelection, parse, role_of, roles_of_folders
-from samtune.errors import DataError
+from samtune.errors import DataError, plural, shorten
 from samtune.files import readable
-from samtune.text import plural, shorten
 
 # Folders that hold the pictures of a split, and are no class; and those in which pictures wait for a label.
 _CONTAINERS = {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "data"}

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from samtune.data.formats import is_readable
 from samtune.data.split_roles import DataSelection
-from samtune.errors import DataError
+from samtune.errors import DataError, similar_names
 from samtune.files import readable
-from samtune.text import similar_names
 
 _COMPARED = 10_000  # names of files that are compared with one that is missing
 

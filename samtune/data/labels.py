@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from samtune.errors import DataError
+from samtune.errors import DataError, plural, shorten
 from samtune.files import natural_key, readable
-from samtune.text import plural, shorten
 
 
 @dataclass(frozen=True)

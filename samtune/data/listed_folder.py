@@ -10,9 +10,8 @@ from typing import Any
 from samtune.data import columns, image_list, list_file
 from samtune.data.encoded import PathSplits
 from samtune.data.split_roles import ROLES, DataSelection, parse, role_of
-from samtune.errors import DataError, UsageError
+from samtune.errors import DataError, UsageError, shorten
 from samtune.files import readable
-from samtune.text import shorten
 
 # Words in the name of a list whose labels are examples or guesses; and those that a list of true ones may have.
 _ANSWER_WORDS = {

@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 
 from samtune.data.source import Split
 from samtune.data.splits import Indices
-from samtune.errors import DataError, first_line
-from samtune.text import shorten
+from samtune.errors import DataError, first_line, shorten
 
 _ROW_COLUMN = "index"
 _READERS: Mapping[str, Callable[[Path], pa.Table]] = {

@@ -9,9 +9,8 @@ from samtune.data.encoded import PathSplits, RawSplits
 from samtune.data.folder_tree import sorted_entries
 from samtune.data.formats import archive_ending, is_readable, unpacking
 from samtune.data.split_roles import ROLES, DataSelection, role_of
-from samtune.errors import DataError, UsageError
+from samtune.errors import DataError, UsageError, shorten
 from samtune.files import readable
-from samtune.text import shorten
 
 
 def read_path(

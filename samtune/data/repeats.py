@@ -8,9 +8,8 @@ from typing import Any
 from samtune.data.encoded import FileImages, RawSplits
 from samtune.data.labels import Labels, is_missing
 from samtune.data.split_roles import ROLES
-from samtune.errors import DataError
+from samtune.errors import DataError, plural, shorten
 from samtune.files import readable
-from samtune.text import plural, shorten
 
 
 def without_repeats(dataset: str, raw: RawSplits) -> tuple[RawSplits, list[str]]:

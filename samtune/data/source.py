@@ -21,9 +21,8 @@ from samtune.data.encoded import EncodedImages, RawSplits, joined
 from samtune.data.formats import archive_ending, unpacking
 from samtune.data.path_source import read_path
 from samtune.data.split_roles import ROLES, DataSelection
-from samtune.errors import DataError
+from samtune.errors import DataError, shorten, similar_names
 from samtune.files import readable
-from samtune.text import shorten, similar_names
 
 _FILES = (*list_file.ENDINGS, ".parquet", ".arrow")
 _SAMPLED = 64  # images whose bytes tell one data set from another

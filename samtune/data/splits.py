@@ -10,8 +10,7 @@ import numpy.typing as npt
 from samtune.config.run_config import RunConfig
 from samtune.data.source import LabelledDataset, Split, concat_splits, open_source
 from samtune.data.split_roles import DataSelection
-from samtune.errors import DataError, UsageError
-from samtune.text import shorten
+from samtune.errors import DataError, UsageError, shorten
 
 Indices = npt.NDArray[np.int64]
 

@@ -13,8 +13,7 @@ from typing import TypeVar
 import torch
 
 from samtune.distributed import environment
-from samtune.errors import MachineError, OutOfMemory, first_line
-from samtune.text import plural
+from samtune.errors import MachineError, OutOfMemory, first_line, plural
 
 Autocast = Callable[[], AbstractContextManager[None]]
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from samtune.text import plural
+from samtune.errors import plural
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 _RANKS_TIMEOUT = 60.0  # seconds

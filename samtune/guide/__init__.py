@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from samtune.errors import UsageError
-from samtune.text import did_you_mean
+from samtune.errors import UsageError, did_you_mean
 
 FOLDER = Path(__file__).parent
 _ORDER = ("data", "training", "sam", "resume", "devices", "sweep", "reports", "python", "contributing")

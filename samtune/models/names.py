@@ -4,9 +4,8 @@ from pathlib import Path
 
 import timm
 
-from samtune.errors import CheckpointError, ModelError
+from samtune.errors import CheckpointError, ModelError, similar_names
 from samtune.models.weights import locate
-from samtune.text import similar_names
 
 # Names that timm has no pretrained weights for -> the weights that users mean by them; for B7 and L2 the paper's.
 ALIASES = {

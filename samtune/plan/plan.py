@@ -16,13 +16,12 @@ import torch
 from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.distributed import collectives, device, environment, launch
-from samtune.errors import UsageError, first_line
+from samtune.errors import UsageError, first_line, plural
 from samtune.models.build import multiply_accumulates
 from samtune.plan import measure
 from samtune.plan.measure import Evaluating, Steps
 from samtune.plan.sample import Decoding, Sampler, rows_with_pixels
 from samtune.plan.tables import format_bytes
-from samtune.text import plural
 from samtune.train import checkpointing, provenance
 from samtune.train.setup import Setup, build_setup
 

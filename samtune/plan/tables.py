@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from samtune.errors import plural
 from samtune.report import run_report
-from samtune.text import plural
 
 
 def tables(plan: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -10,13 +10,12 @@ from typing import Any
 
 from samtune.data.inputs import Input
 from samtune.data.thumbnails import picture
-from samtune.errors import DataError
+from samtune.errors import DataError, plural
 from samtune.predict.predictor import Batch, Predictor
 from samtune.predict.ranking import ranked
 from samtune.predict.writers import writing
 from samtune.report import html
 from samtune.report.html import Column, Table
-from samtune.text import plural
 
 MOST = 500
 """Most pictures that a page shows."""

@@ -10,11 +10,10 @@ from samtune import console
 from samtune.console import stdio
 from samtune.data.inputs import Inputs
 from samtune.distributed import collectives, device
-from samtune.errors import DataError
+from samtune.errors import DataError, plural, shorten
 from samtune.predict import writers
 from samtune.predict.page import Gallery
 from samtune.predict.predictor import Predictor, Tta, predict
-from samtune.text import plural, shorten
 
 _NAMED = 10  # bad pictures in the error message; a warning names each
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from samtune.errors import CheckpointError
+from samtune.errors import CheckpointError, plural
 from samtune.report import html, learning_curves, run_charts, run_report
 from samtune.report.html import Column, Table, number
 from samtune.report.run_charts import SPLIT_NAMES
@@ -20,7 +20,6 @@ from samtune.runs import listing
 from samtune.runs.folder import read_provenance, read_settings, read_status, resolve_checkpoint, result_folder
 from samtune.runs.metrics import read_metrics
 from samtune.runs.predictions import Predictions, read
-from samtune.text import plural
 
 Report = Mapping[str, Any]
 _SCORES = {**SPLIT_NAMES, **{f"ema.{split}": f"{name}, averaged weights" for split, name in SPLIT_NAMES.items()}}

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from samtune.errors import CheckpointError, UsageError
+from samtune.errors import CheckpointError, UsageError, plural
 from samtune.report import html
 from samtune.runs.folder import holds_run, read_provenance, read_settings
 from samtune.runs.metrics import best_key, collapse_warning, epoch_means, read_metrics
-from samtune.text import plural
 
 SCHEMA_VERSION = 1
 _SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss")

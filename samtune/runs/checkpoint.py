@@ -29,9 +29,8 @@ import torch
 
 from samtune.config.run_config import RunConfig
 from samtune.data.decode import DecodeRule
-from samtune.errors import CheckpointError, UsageError, first_line
+from samtune.errors import CheckpointError, UsageError, first_line, shorten
 from samtune.runs.folder import resolve_checkpoint, to_json
-from samtune.text import shorten
 
 Name = Literal["last", "best"]
 _NAMES: tuple[Name, ...] = ("last", "best")

@@ -8,9 +8,8 @@ from typing import Any
 
 from samtune.config import loading
 from samtune.config.run_config import RunConfig, flag_name
-from samtune.errors import CheckpointError, UsageError
+from samtune.errors import CheckpointError, UsageError, did_you_mean
 from samtune.runs.folder import has_checkpoints, holds_run, read_report, read_settings, read_status
-from samtune.text import did_you_mean
 
 RUNTIME_ONLY = RunConfig.settings(affects="nothing")
 """Settings that may differ from before without --allow-change."""

@@ -11,11 +11,10 @@ from typing import Protocol
 
 from samtune.config.run_config import RunConfig
 from samtune.distributed import environment, signals
-from samtune.errors import UsageError
+from samtune.errors import UsageError, plural
 from samtune.runs import run_log
 from samtune.sweep.ledger import Run, log_folder, run_folder
 from samtune.sweep.spec import flag
-from samtune.text import plural
 
 COMMAND = (sys.executable, "-m", "samtune")
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": ""}

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar, cast
 from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.distributed import signals
-from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, UsageError, WorkerLost, first_line
+from samtune.errors import Diverged, MachineError, SamtuneError, Stopped, UsageError, WorkerLost, first_line, plural
 from samtune.files import write_atomic
 from samtune.models.names import resolve
 from samtune.runs import lock
@@ -23,7 +23,6 @@ from samtune.sweep.executors import Executor, LocalExecutor, local_slots
 from samtune.sweep.ledger import Outcome, Run
 from samtune.sweep.plan import Plan
 from samtune.sweep.spec import Sweep, differences
-from samtune.text import plural
 from samtune.train.preflight import check_inputs
 
 _T = TypeVar("_T")

@@ -10,9 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from samtune.config import loading
 from samtune.config.run_config import RunConfig, flag_name
-from samtune.errors import UsageError
+from samtune.errors import UsageError, did_you_mean
 from samtune.sweep.budget import Budget
-from samtune.text import did_you_mean
 
 Arm = Literal["sam", "sam-late", "sgd", "sgd-2x"]
 ARMS: tuple[Arm, ...] = get_args(Arm)

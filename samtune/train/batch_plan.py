@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from samtune.config.run_config import RunConfig
 from samtune.data.splits import Indices
-from samtune.errors import UsageError
-from samtune.text import plural
+from samtune.errors import UsageError, plural
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import torch
 
 from samtune.config.run_config import RunConfig
 from samtune.distributed import device
+from samtune.errors import plural
 from samtune.models.timm_format import ModelInfo
-from samtune.text import plural
 from samtune.train.batch_plan import BatchPlan
 
 # Peak learning rates of the body for a batch of 32; they trained every data set we tried (recipes/README.md). They grow

@@ -8,10 +8,9 @@ from torch import nn
 
 from samtune.data.loader import rows_of_step
 from samtune.distributed import collectives
-from samtune.errors import Diverged
+from samtune.errors import Diverged, plural
 from samtune.runs.run_log import RunLog
 from samtune.sam.step import StepResult
-from samtune.text import plural
 from samtune.train.setup import Setup
 from samtune.train.state import TrainState
 

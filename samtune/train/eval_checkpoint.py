@@ -17,11 +17,10 @@ from samtune.data.source import LabelledDataset, Split
 from samtune.data.split_roles import DataSelection
 from samtune.data.splits import Indices, RunSplits, open_run_splits
 from samtune.distributed import collectives, device
-from samtune.errors import DataError, UsageError
+from samtune.errors import DataError, UsageError, shorten
 from samtune.models.timm_format import load_checkpoint
 from samtune.runs import checkpoint
 from samtune.runs.folder import read_provenance
-from samtune.text import shorten
 from samtune.train.evaluation import Evaluation, Progress, evaluate
 from samtune.train.run_data import decode_splits, decode_train
 

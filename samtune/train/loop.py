@@ -17,7 +17,7 @@ from samtune.data.loader import Batch, train_batches
 from samtune.data.splits import Indices
 from samtune.data.transforms import mix, train_transform
 from samtune.distributed import collectives, device, signals
-from samtune.errors import CheckpointError, SamtuneError
+from samtune.errors import CheckpointError, SamtuneError, plural
 from samtune.models.training import train_mode
 from samtune.report import run_report
 from samtune.runs import checkpoint, predictions
@@ -27,7 +27,6 @@ from samtune.runs.resume import Resumed
 from samtune.runs.run_log import RunLog
 from samtune.sam.snapshot import generator_states, set_generator_states
 from samtune.sam.step import StepResult
-from samtune.text import plural
 from samtune.train import summary
 from samtune.train.checkpointing import CheckpointSaver
 from samtune.train.divergence import diverged, is_finite

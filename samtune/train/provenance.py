@@ -9,9 +9,9 @@ from typing import Any
 
 from samtune.data.splits import split_hash
 from samtune.distributed import collectives, device
+from samtune.errors import plural
 from samtune.report import run_report
 from samtune.runs import run_log
-from samtune.text import plural
 from samtune.train.setup import Setup
 
 

@@ -8,12 +8,11 @@ from samtune import console
 from samtune.config.duration import Duration
 from samtune.config.run_config import RunConfig
 from samtune.distributed import collectives, device, environment, signals
-from samtune.errors import CheckpointError, MachineError, first_line
+from samtune.errors import CheckpointError, MachineError, first_line, plural
 from samtune.runs import checkpoint, lock, run_log
 from samtune.runs.folder import read_provenance
 from samtune.runs.resume import Resumed
 from samtune.runs.run_log import NullLog, RunLog
-from samtune.text import plural
 from samtune.train import provenance
 from samtune.train.run_data import Resolved
 from samtune.train.schedule import cosine, warmup

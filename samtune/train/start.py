@@ -7,10 +7,9 @@ from typing import Any
 
 from samtune.config.run_config import RunConfig
 from samtune.distributed import collectives, device
-from samtune.errors import MachineError, SamtuneError, Stopped, first_line
+from samtune.errors import MachineError, SamtuneError, Stopped, first_line, plural
 from samtune.report import run_report
 from samtune.runs.run_log import NullLog, RunLog
-from samtune.text import plural
 from samtune.train import checkpointing, provenance
 from samtune.train.setup import Setup, build_setup
 from samtune.train.state import TrainState

@@ -15,8 +15,7 @@ from samtune.data.decode import DecodeRule
 from samtune.data.source import LabelledDataset, open_source
 from samtune.data.split_roles import DataSelection
 from samtune.distributed import device
-from samtune.errors import DataError
-from samtune.text import plural, shorten
+from samtune.errors import DataError, plural, shorten
 
 _IMBALANCE = 10.0  # largest class over smallest, from which on it is reported
 _MIN_SIDE = 256  # pixels of a picture's shorter side that are enough to see what it is

@@ -3,7 +3,7 @@
 import pytest
 
 from samtune.config.duration import Duration
-from samtune.text import did_you_mean, plural, shorten, similar_names
+from samtune.errors import did_you_mean, plural, shorten, similar_names
 
 
 @pytest.mark.parametrize(
