@@ -41,6 +41,7 @@ def test_an_evaluation_from_python_is_that_of_the_command(data):
     assert f"{scores['top1_error']:.2f} %" in scores._repr_html_()
 
 
+@pytest.mark.slow
 def test_a_run_on_ranks_gives_the_same_report_from_python(data):
     report = samtune.run(dataset=data, output="r", processes=2, **SMALL | {"batch_size": 4})
     assert report["world_size"] == 2
@@ -48,6 +49,7 @@ def test_a_run_on_ranks_gives_the_same_report_from_python(data):
     assert samtune.evaluate("r", processes=2)["wrong"] == report["test"]["wrong"]
 
 
+@pytest.mark.slow
 def test_a_list_of_trackers_reaches_the_ranks(data):
     samtune.run(dataset=data, output="r", processes=2, track=["tensorboard"], **SMALL | {"batch_size": 4})
     assert 'track = "tensorboard"' in Path("r/config.toml").read_text()
