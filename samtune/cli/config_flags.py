@@ -83,7 +83,7 @@ def _annotation(key: str) -> Any:
         *names,
         help=f"{field.description}." + (f" Default: {default}." if default is not None else ""),
         show_default=False,
-        rich_help_panel=RunConfig.about(key)["panel"],
+        rich_help_panel=RunConfig.metadata(key)["panel"],
         autocompletion=_COMPLETE.get(key),
         metavar="|".join(choices) or None,
     )

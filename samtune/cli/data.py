@@ -99,4 +99,4 @@ def show(
     if as_json:
         console.print_json(about)
     else:
-        console.print_table(about["name"], describe.rows(about))
+        console.print_table(about["name"], describe.to_rows(about))

@@ -27,14 +27,14 @@ class _Samtune(Commands):
             "guide": ("samtune.cli.guide", "guide", "how things work: data, training, SAM, resume, sweeps, ..."),
         },
         "Train": {
-            "plan": ("samtune.cli.run", "plan", "what a run will do, take and cost, before it starts"),
+            "plan": ("samtune.cli.plan", "plan", "what a run will do, take and cost, before it starts"),
             "run": ("samtune.cli.run", "run", "fine-tune a model, and report its top-1 error"),
             "sweep": ("samtune.cli.sweep", "sweep", "compare SAM with SGD over seeds, by the paper's protocol"),
         },
         "Judge": {
             "runs": ("samtune.cli.results", "list_runs", "what became of each run, and what to do next"),
             "report": ("samtune.cli.results", "report_runs", "draw the page of a run or a sweep, or compare runs"),
-            "eval": ("samtune.cli.run", "evaluate", "score a checkpoint on any split or other data"),
+            "eval": ("samtune.cli.eval", "evaluate", "score a checkpoint on any split or other data"),
         },
         "Use": {
             "predict": ("samtune.cli.predict", "predict", "classify pictures: class names and probabilities"),

@@ -31,7 +31,7 @@ class Duration:
         return cls(float(match[1]), units[(match[2] or "")[:1]])
 
     def steps(self, steps_per_epoch: int, total_steps: int = 0) -> int:
-        """The same length in optimizer steps, rounded; total_steps is needed only for "%". Minutes have no steps."""
+        """The duration in optimizer steps, rounded. total_steps is needed only for "%"; minutes have no steps."""
         per_unit = {"epochs": steps_per_epoch, "steps": 1, "%": total_steps / 100}[self.unit]
         return round(self.amount * per_unit)
 

@@ -41,8 +41,12 @@ def _option(
     """
     if limits and not {"le", "lt"} & limits.keys():
         limits["le"] = LARGEST
-    about: dict[str, Any] = {"panel": panel, "affects": affects, "fixed": affects == "rows" if fixed is None else fixed}
-    return Field(default, description=description, json_schema_extra=about, **limits)
+    metadata: dict[str, Any] = {
+        "panel": panel,
+        "affects": affects,
+        "fixed": affects == "rows" if fixed is None else fixed,
+    }
+    return Field(default, description=description, json_schema_extra=metadata, **limits)
 
 
 _model, _data, _optimizer, _sam, _device, _run = (
@@ -392,15 +396,15 @@ class RunConfig(BaseModel):
         return self._origins
 
     @classmethod
-    def about(cls, key: str) -> Mapping[str, Any]:
-        """What a field states of itself: panel (its group in the help), affects (see Affects), fixed."""
-        about: Any = cls.model_fields[key].json_schema_extra
-        return dict(about)
+    def metadata(cls, key: str) -> Mapping[str, Any]:
+        """A field's panel (its group in the help), affects (see Affects) and fixed (see _option)."""
+        metadata: Any = cls.model_fields[key].json_schema_extra
+        return dict(metadata)
 
     @classmethod
-    def settings(cls, **about: Any) -> frozenset[str]:
-        """The keys whose fields state all of this, such as affects="rows" or fixed=True."""
-        return frozenset(key for key in cls.model_fields if about.items() <= cls.about(key).items())
+    def settings(cls, **metadata: Any) -> frozenset[str]:
+        """The keys whose fields have this metadata, such as affects="rows" or fixed=True."""
+        return frozenset(key for key in cls.model_fields if metadata.items() <= cls.metadata(key).items())
 
     def derive(self, key: str, value: Any, reason: str) -> "RunConfig":
         """A copy with a derived value for a setting, with the reason as its origin."""

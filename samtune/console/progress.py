@@ -53,7 +53,7 @@ class _NotebookLine:
 
 
 class _Live(ABC):
-    """A context with lines below the notes that are updated in place: all on a terminal, the last in a notebook."""
+    """Progress lines below the log, updated in place: all of them on a terminal, only the last in a notebook."""
 
     def __init__(self) -> None:
         self._live: Live | _NotebookLine | None = None

@@ -62,10 +62,11 @@ def describe(dataset: str) -> dict[str, Any]:
     }
 
 
-def rows(about: Mapping[str, Any]) -> dict[str, str]:
+def to_rows(description: Mapping[str, Any]) -> dict[str, str]:
     """The content of `describe` as rows of a table; what is unknown is left out."""
-    rows = {key.replace("_", " "): value for key, value in about.items() if value not in (None, {}) and key != "name"}
-    rows["here"] = "yes" if about["here"] else "no: a run fetches it, once"
+    known = {key: value for key, value in description.items() if value not in (None, {}) and key != "name"}
+    rows = {key.replace("_", " "): value for key, value in known.items()}
+    rows["here"] = "yes" if description["here"] else "no: a run fetches it, once"
     for key in ("splits", "defaults"):
         if key in rows:
             rows[key] = ", ".join(f"{name} {value}" for name, value in rows[key].items())

@@ -152,7 +152,7 @@ class PathSplits:
         labels += [label] * len(paths)
 
     def raw(self) -> RawSplits:
-        """The same with each picture as a file."""
+        """Raw splits of these paths: each picture is a file."""
         are_names = self.columns is None
         return {
             split: (FileImages(paths), Labels(None, labels, are_names))

@@ -23,9 +23,9 @@ def read_path(
     """
     if path.is_file() and path.suffix.lower() in list_file.ENDINGS:
         return _without_repeats(origin, image_list.read_list(path, selection))
-    found = tables.read_path(path, origin, selection.dataset_config)
-    metadata = [] if found else tables.metadata(path)
-    if not found and (not metadata or _are_beside_classes(metadata, path, selection)):
+    splits = tables.read_path(path, origin, selection.dataset_config)
+    metadata = [] if splits else tables.metadata(path)
+    if not splits and (not metadata or _are_beside_classes(metadata, path, selection)):
         pictures = _read_folder(path, selection, classes)
         if pictures.columns is not None:
             return _without_repeats(origin, pictures)
@@ -37,12 +37,12 @@ def read_path(
         if pictures.notes:
             message = f"data set {origin} has no labelled pictures"
             raise DataError(message, "; ".join(pictures.notes), _unpack_hint(path))
-    if not found and len(metadata) == 1 and metadata[0].parent == path:
+    if not splits and len(metadata) == 1 and metadata[0].parent == path:
         listed = listed_folder.read_metadata(metadata[0], selection)
         if listed is not None:
             return _without_repeats(origin, listed)
-    found = found or tables.read_by_library(path, origin, selection.dataset_config)
-    raw, notes = table_splits.raw_splits(origin, found, path if path.is_dir() else path.parent, selection, train)
+    splits = splits or tables.read_by_library(path, origin, selection.dataset_config)
+    raw, notes = table_splits.raw_splits(origin, splits, path if path.is_dir() else path.parent, selection, train)
     raw, more = repeats.without_repeats(origin, raw)
     return raw, [*notes, *more, *(_splits_beside_tables(path, raw) if path.is_dir() else [])]
 

@@ -32,17 +32,17 @@ def tells_splits(column: str, values: Sequence[Any]) -> bool:
     """
     distinct = _distinct(values, _MOST)
     names = {value for value in distinct or () if not _says_no_split(value)}
-    told = set(roles_beside(names).values()) & set(ROLES)
+    roles = set(roles_beside(names).values()) & set(ROLES)
     if is_called_split(column):
-        return bool(told)
-    return (len(told) > 1 and ("train" in told or not _unknown(names))) or ("train" in told and not _unknown(names))
+        return bool(roles)
+    return (len(roles) > 1 and ("train" in roles or not _unknown(names))) or ("train" in roles and not _unknown(names))
 
 
 def names_no_train(column: str, values: Sequence[Any]) -> bool:
     """Whether a column of any name has the name of a role that is not train's, and no other: a remark, or splits."""
     names = {value for value in _distinct(values, _MOST) or () if not _says_no_split(value)}
-    told = set(roles_beside(names).values())
-    return not is_called_split(column) and not _unknown(names) and len(told) == 1 and told <= {"validation", "test"}
+    roles = set(roles_beside(names).values())
+    return not is_called_split(column) and not _unknown(names) and len(roles) == 1 and roles <= {"validation", "test"}
 
 
 def may_tell_splits(column: str, values: Callable[[], Sequence[Any]]) -> bool:
@@ -118,7 +118,7 @@ def split_of_rows(
     """The split of each row, None for one in no split, and notes.
 
     columns: one with names of splits, or flags. where: each row for messages. A row without a flag is of train, or of
-    test where train has a flag. Raises DataError for values that cannot be told, and where no row is in a split.
+    test where train has a flag. Raises DataError for values that cannot be roles, and where no row is in a split.
     """
     flags = _flags_among(columns, values, selection)
     notes: list[str] = []
@@ -126,10 +126,10 @@ def split_of_rows(
         of_row = _by_flags(flags, values, where)
     else:
         of_row, notes = _by_names(dataset, columns[0], values[columns[0]], selection)
-    told = f"column {columns[0]} tells" if len(columns) == 1 else f"columns {', '.join(columns)} tell"
+    subject = f"column {columns[0]} tells" if len(columns) == 1 else f"columns {', '.join(columns)} tell"
     sizes = Counter(split for split in of_row if split is not None)
     if tuple(columns) != ("split",):
-        notes.append(f"{told} the splits: {', '.join(f'{readable(name)} {size}' for name, size in sizes.items())}")
+        notes.append(f"{subject} the splits: {', '.join(f'{readable(name)} {size}' for name, size in sizes.items())}")
     left_out = [row for row, split in enumerate(of_row) if split is None]
     if left_out:
         seen = Counter(str(values[columns[0]][row] or "") for row in left_out)

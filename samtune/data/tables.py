@@ -245,10 +245,10 @@ def from_hub(
 
     from samtune import hub
 
-    place = repository(row)
+    remote = repository(row)
 
     def read(online: bool) -> T:
-        folder = hub.snapshot(place, online=online)
+        folder = hub.snapshot(remote, online=online)
         if not row.revision:
             return read_folder(folder)
         # A converted repository lies as <config>/<split>/*.parquet, and says nothing more.
@@ -259,7 +259,7 @@ def from_hub(
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    return hub.load(place, read)
+    return hub.load(remote, read)
 
 
 def repository(row: Dataset) -> "hub.Repository":

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from samtune.distributed import environment
-from samtune.errors import MachineError, OutOfMemory, first_line, plural
+from samtune.errors import MachineError, OutOfMemory, first_line
 
 Autocast = Callable[[], AbstractContextManager[None]]
 T = TypeVar("T")
@@ -67,9 +67,8 @@ def select_device(gpus: str = "auto", processes: int | None = None) -> torch.dev
 
 
 def describe(device: torch.device) -> str:
-    """The device's name for reports."""
-    threads = plural(torch.get_num_threads(), "thread")
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({threads})"
+    """The device's name for reports. Reports are compared by it, so that its form stays: "cpu (1 threads)", too."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
 
 
 def _current_device() -> str:

@@ -55,7 +55,7 @@ def acquire(folder: Path) -> Lock:
 
 
 def try_acquire(folder: Path) -> Lock | None:
-    """The same; None if there is a writer already."""
+    """The lock of a run folder; None if another process holds it."""
     try:
         return acquire(folder)
     except InUse:

@@ -71,7 +71,7 @@ def _tensors(content: Any) -> list[torch.Tensor]:
 
 
 def _map(change: Callable[[torch.Tensor], torch.Tensor], content: Any) -> Any:
-    """The same content with each tensor of samples changed; a mapping of any kind becomes a dict."""
+    """Apply `change` to each tensor of samples inside the content; a mapping of any kind becomes a dict."""
     if isinstance(content, torch.Tensor) and content.ndim > 0:
         return change(content)
     if isinstance(content, Mapping):

@@ -52,11 +52,11 @@ def points(sweep: Sweep, arm: str) -> list[Point]:
     """
     common, of_arm = sweep.table.grid, sweep.table.own_grid(arm)
     if not has_sam(arm):
-        common = {key: values for key, values in common.items() if RunConfig.about(key)["panel"] != "SAM"}
+        common = {key: values for key, values in common.items() if RunConfig.metadata(key)["panel"] != "SAM"}
     grid = common | of_arm
     for key in grid:
         where = f"[sweep.{arm if key in of_arm else 'grid'}] {key} of recipe {sweep.recipe}"
-        if not has_sam(arm) and RunConfig.about(key)["panel"] == "SAM":
+        if not has_sam(arm) and RunConfig.metadata(key)["panel"] == "SAM":
             raise UsageError(where, f"arm {arm} has no SAM", "put it under [sweep.grid], or under an arm with SAM")
         if has_sam(arm) and key == "rho" and 0 in grid[key]:
             raise UsageError(f"{where}: 0", f"arm {arm} without a radius is SGD", "leave it out; arm sgd has rho 0")

@@ -68,7 +68,7 @@ def _grid(grid: Any) -> Any:
             raise ValueError(f"unknown setting {key}: {did_you_mean(key, RunConfig.model_fields)}".removesuffix(": "))
         if key in OWN:
             raise ValueError(f"{key} cannot vary: {OWN[key]}")
-        if RunConfig.about(key)["affects"] == "rows":
+        if RunConfig.metadata(key)["affects"] == "rows":
             raise ValueError(f"{key} cannot vary: the errors would be of different images")
         if not isinstance(values, list) or not values or any(isinstance(v, list | dict) for v in values):
             raise ValueError(f"{key} must have a list of values: {key} = [0.01, 0.02]")

@@ -36,7 +36,7 @@ def describe(setup: Setup) -> dict[str, Any]:
         "command": run_log.command(),
         "started": run_log.now(),
         "versions": run_log.versions(),
-        "machine": f"{platform.system()} {platform.machine()}, {plural(os.cpu_count() or 0, 'core')}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "devices": collectives.all_gather_object(device.describe(setup.device)),
         "world_size": collectives.world_size(),
         "model": {

@@ -130,7 +130,7 @@ def _absent_ranks() -> Sequence[int]:
 
 
 def _naming(error: WorkerLost, absent: Sequence[int]) -> WorkerLost:
-    """The same error with the ranks that the others wait for, if any are known."""
+    """The error, naming the ranks that the others wait for, if any are known."""
     if not absent:
         return error
     names = " and ".join(f"rank {rank}" for rank in absent)

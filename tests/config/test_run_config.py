@@ -13,7 +13,7 @@ from samtune.sweep import plan, spec
 
 @pytest.mark.parametrize("key", RunConfig.model_fields)
 def test_every_setting_states_what_it_affects(key):
-    about = RunConfig.about(key)
+    about = RunConfig.metadata(key)
     assert about["affects"] in get_args(Affects)
     assert not (about["fixed"] and about["affects"] == "nothing")  # what affects nothing may always change
 
