@@ -26,7 +26,7 @@ from samtune.models.training import train_mode
 
 RHO = 0.05
 # Operations that make a tensor without touching its content, and views that their schema does not call so.
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 _ONLY_WRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "_foreach_copy_", "_foreach_zero_"}
 # One kernel for the input's gradient and one for the weights': both read the output's gradient, the first argument.
 _TWO_KERNELS = {"convolution_backward", "native_batch_norm_backward"}
