@@ -304,12 +304,31 @@ def all_reduce_sum(tensor: torch.Tensor, group: Group = None) -> torch.Tensor:
     return tensor
 
 
-def all_reduce_sum_lists(tensors: list[torch.Tensor], group: Group = None) -> list[torch.Tensor]:
-    """Sum each tensor over the group's ranks, in a single reduction; all of one dtype."""
+def all_reduce_sum_lists(
+    tensors: list[torch.Tensor], group: Group = None, *, like: Sequence[torch.Tensor] | None = None
+) -> list[torch.Tensor]:
+    """Sum each tensor over the group's ranks, in a single reduction; all of one dtype.
+
+    like: tensors of the same shapes, whose layout in memory the sums get, by default that of `tensors`. Operations on
+    lists of tensors need one layout: otherwise they go through them one by one.
+    """
     if world_size(group) == 1:
         return tensors
-    flat = all_reduce_sum(torch._utils._flatten_dense_tensors(tensors), group)
-    return list(torch._utils._unflatten_dense_tensors(flat, tensors))
+    sums = flat_views(tensors[0].new_empty(sum(t.numel() for t in tensors)), like or tensors)
+    torch._foreach_copy_(sums, tensors)
+    all_reduce_sum(sums[0]._base, group)  # type: ignore[arg-type]
+    return sums
+
+
+def flat_views(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Consecutive parts of a one-dimensional tensor, each with the shape and layout of one of these tensors."""
+    views, start = [], 0
+    for t in like:
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        stride = t.stride() if extent == t.numel() else torch.empty(t.shape, device="meta").stride()  # not dense
+        views.append(flat.as_strided(t.shape, stride, start))
+        start += t.numel()
+    return views
 
 
 def all_gather(values: torch.Tensor, group: Group = None) -> torch.Tensor:

@@ -114,7 +114,7 @@ class Replicas:
     def reduce_ascent(self, grads: list[torch.Tensor]) -> list[torch.Tensor]:
         """The ascent gradient of all ranks that share a perturbation, up to its scale."""
         if self._shares_perturbation:
-            grads = collectives.all_reduce_sum_lists(grads, self._group)
+            grads = collectives.all_reduce_sum_lists(grads, self._group, like=self._params)
             self._pending -= 1
         return grads
 
@@ -124,7 +124,8 @@ class Replicas:
         Their gradient becomes NaN, and they do not wait for ever. The model needs `rewrap` afterwards.
         """
         for _ in range(self._pending):
-            collectives.all_reduce_sum_lists([torch.full_like(w, math.nan) for w in self._params], self._group)
+            nans = [torch.full_like(w, math.nan) for w in self._params]
+            collectives.all_reduce_sum_lists(nans, self._group, like=self._params)
         if isinstance(self.model, DataParallel):
             self.model.complete()
 
@@ -178,7 +179,7 @@ def backward_or_complete(
         backward()
         return None
     except Exception as error:
-        if collectives.world_size() == 1 or not device.is_out_of_memory(error):
+        if collectives.world_size() == 1 or not device.may_be_out_of_memory(error):
             raise
         if ranks.is_sharded or ranks.meets_in_forward:
             raise OutOfMemory(

@@ -15,6 +15,10 @@ import torch
 from samtune.distributed import environment
 from samtune.errors import MachineError, OutOfMemory, first_line
 
+# What CUDA and its libraries say where memory ran out inside them, and what they say for other reasons, too.
+_NO_MEMORY = ("out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+_CANNOT = ("unable to find an engine to execute this computation", "CUBLAS_STATUS_NOT_INITIALIZED")
+
 Autocast = Callable[[], AbstractContextManager[None]]
 T = TypeVar("T")
 
@@ -118,28 +122,45 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU, in Python, or in torch on a CPU, whose error is a plain RuntimeError."""
+    """Whether memory ran out: on a GPU, inside its libraries, in Python, or in torch on a CPU.
+
+    Only the first of these has an error class of its own; the others are RuntimeErrors with a text.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text and "memory" in text
+    return isinstance(error, RuntimeError) and (
+        ("DefaultCPUAllocator" in text and "memory" in text) or any(part in text for part in _NO_MEMORY)
+    )
+
+
+def may_be_out_of_memory(error: BaseException) -> bool:
+    """Whether memory may have run out: cuDNN and cuBLAS may say only that they cannot, for any reason."""
+    text = str(error)
+    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and any(part in text for part in _CANNOT))
 
 
 def retry_with_smaller_batch(attempt: Callable[[int], T], batch_size: int, shape: Sequence[int]) -> T:
     """Call `attempt(batch_size)` and return its result; while memory runs out, halve batch_size and call it again.
 
     attempt: leaves nothing behind when it fails. shape: of an image, for the error. Raises OutOfMemory if even one
-    image does not fit.
+    image does not fit, and MachineError if the GPU's libraries cannot compute one image and do not say why.
     """
     while True:
         try:
             return attempt(batch_size)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not may_be_out_of_memory(error):
                 raise
-            reason = first_line(error)
+            reason, is_certain = first_line(error), is_out_of_memory(error)
         # Only here can memory be freed: the error is gone, and with it the frames that held what did not fit.
         free_memory()
+        if batch_size == 1 and not is_certain:
+            raise MachineError(
+                f"{_current_device()} cannot compute one image of {' x '.join(map(str, shape))}",
+                reason,
+                "lower --img-size; or try other arithmetic, as --amp-dtype float32",
+            )
         if batch_size == 1:
             raise OutOfMemory(
                 f"no memory on {_current_device()} for one image of {' x '.join(map(str, shape))}",

@@ -163,13 +163,13 @@ class Shards:
         loss: Callable[..., torch.Tensor],
         micro_batches: Sequence[tuple[tuple[Any, ...], float]],
         params: Sequence[nn.Parameter],
-        backward: Callable[[torch.Tensor, float], None],
+        descend: Callable[[Any, tuple[Any, ...], float], torch.Tensor],
         over_replicas: bool,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Mean loss, detached, and this rank's parts of its gradient; `.grad` stays.
 
-        By `backward(loss, share)`, since only a backward pass gathers weights and scatters gradients. Each micro-batch
-        is reduced by itself: gradients that wait for the last one would be whole.
+        By `descend(loss, batch, share)`, which adds to `.grad`, since only a backward pass gathers weights and scatters
+        gradients. Each micro-batch is reduced by itself: gradients that wait for the last one would be whole.
         """
         trainable = [w for w in self.model.parameters() if w.requires_grad]
         before = [w.grad for w in trainable]
@@ -179,9 +179,7 @@ class Shards:
         try:
             mean = torch.zeros((), device=params[0].device)
             for micro_batch, share in micro_batches:
-                value = loss(*micro_batch)
-                backward(value, share)
-                mean = mean + share * value.detach()
+                mean = mean + share * descend(loss, micro_batch, share)
             return mean, _parts([torch.zeros_like(w) if w.grad is None else w.grad for w in params])
         finally:
             self.average_over_replicas(True)

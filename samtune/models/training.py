@@ -1,16 +1,17 @@
 """What training changes about a model: batch norm, activation checkpoints, parameter groups, averaged weights."""
 
+import copy
 from typing import Any
 
 import timm.layers
-import timm.utils
 import torch
 from torch import nn
 
 from samtune.errors import MachineError, ModelError, first_line
 from samtune.models.head import head_parameters
 
-Ema = timm.utils.ModelEmaV3
+# Activations whose derivative needs the input, by the names of torch's and timm's classes.
+_NEED_THE_INPUT = {"SiLU", "Swish", "Mish", "HardMish", "Hardswish", "HardSwish"}
 
 
 def train_mode(model: nn.Module, *, freeze_bn: bool) -> None:
@@ -24,6 +25,13 @@ def train_mode(model: nn.Module, *, freeze_bn: bool) -> None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
+
+
+def keep_inputs_of_activations(model: nn.Module) -> None:
+    """Switch off in-place computation where autograd would copy the input first, because it needs it: the same bits."""
+    for module in model.modules():
+        if type(module).__name__ in _NEED_THE_INPUT and getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
 
 
 def allow_single_values(model: nn.Module) -> None:
@@ -79,10 +87,37 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
     return [group for group in groups if group["params"]]
 
 
-def make_ema(model: nn.Module, decay: float) -> Ema:
-    """The exponential moving average of the model's weights and buffers; its `module` is a model.
+class Ema:
+    """The exponential moving average of a model's weights and buffers; `module` is a model like it.
 
     The decay at step t is the smaller of 1 - t^(-2/3) and `decay`, because a fine-tuning run may have too few steps to
     forget its first weights otherwise.
     """
-    return Ema(model, decay=decay, use_warmup=True)
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).eval()
+        self.decay = decay
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Average the weights of the model after a step, from 1. Every call is given the same model."""
+        if not self._pairs:  # listed once: to walk through all modules takes milliseconds
+            self._pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        weight = 1 - min(self.decay, 1 - step ** (-2 / 3))
+        pairs = [(_local(average), _local(w)) for average, w in self._pairs]
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([average for average, _ in floats], [w for _, w in floats], weight)
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        if counters:
+            torch._foreach_copy_([average for average, _ in counters], [w for _, w in counters])
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded model's parameter that is on this rank; other tensors whole."""
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part

@@ -23,8 +23,7 @@ from samtune.distributed import device
 from samtune.errors import OutOfMemory
 from samtune.models.training import train_mode
 from samtune.sam.filters import select_parameters
-from samtune.sam.snapshot import batch_norms, restore_bn_stats
-from samtune.sam.snapshot import bn_stats as batch_norm_statistics
+from samtune.sam.snapshot import BatchNormStats, batch_norms
 from samtune.train import checkpointing, loop
 from samtune.train.evaluation import evaluate
 from samtune.train.setup import Setup
@@ -106,10 +105,9 @@ def activation_bytes(setup: Setup, images: int) -> int:
             kept[storage.data_ptr()] = storage  # held, so that its address is not reused
         return None  # no backward pass follows
 
-    before = batch_norm_statistics(batch_norms(setup.model))
-    with saved_tensors_hooks(keep, keep), setup.update.autocast():
+    stats = BatchNormStats(batch_norms(setup.model))
+    with stats.restored(), saved_tensors_hooks(keep, keep), setup.update.autocast():
         setup.update.loss(setup.model(inputs), targets)
-    restore_bn_stats(before)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -252,7 +250,7 @@ def largest_batch(setup: Setup, most: int, progress: Progress) -> int:
         except OutOfMemory:
             return False
         except Exception as error:
-            if not device.is_out_of_memory(error):
+            if not device.may_be_out_of_memory(error):
                 raise
             return False
         return setup.update.sam.micro_batch is None  # else it was halved

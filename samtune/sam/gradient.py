@@ -10,10 +10,12 @@ from torch import nn
 
 from samtune.distributed import collectives, ddp
 from samtune.sam.batch import Batch, check_divisible, chunk, head, num_samples, split
+from samtune.sam.cuda_graphs import GraphRunner
 from samtune.sam.filters import first_match, select_parameters, unwrapped
 from samtune.sam.losses import Loss, ScalarLoss, as_scalar, explain_second_backward
 from samtune.sam.perturbation import Perturbation
-from samtune.sam.snapshot import batch_norms, bn_stats_frozen, bn_stats_kept, generator_states, set_generator_states
+from samtune.sam.runner import EagerRunner
+from samtune.sam.snapshot import batch_norms, bn_stats_frozen, generator_states, set_generator_states
 
 
 def sam_passes(ascent_steps: int, ascent_fraction: float) -> float:
@@ -113,8 +115,8 @@ class SAM:
             self._perturbation.allocate_backup()
         self._device = self._params[0].device
         self._batch_norms = batch_norms(model)
-        recomputes = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
-        self._recomputed_norms = self._batch_norms if recomputes else []  # backward passes them again
+        self.runner = EagerRunner(model, self._params, self.ranks)
+        """How forward-backward passes are run."""
 
     @property
     def rho(self) -> float:
@@ -141,6 +143,12 @@ class SAM:
     def effective_micro_batch(self, n: int) -> int:
         """Of a batch of n samples, how many pass through the model at once."""
         return min(n, self.m if isinstance(self.m, int) else n, self.micro_batch or n)
+
+    def use_cuda_graphs(self, *, required: bool = False) -> None:
+        """Record the passes as CUDA graphs; see cuda_graphs.GraphRunner, also for `required`."""
+        self.runner = GraphRunner(
+            self._inner, self._params, self.ranks, is_perturbed=lambda: self.perturbed, required=required
+        )
 
     @property
     def passes(self) -> float:
@@ -188,9 +196,7 @@ class SAM:
     def _backward(self, loss: ScalarLoss, batch: Batch, share: float) -> torch.Tensor:
         """Algorithm 1: add the gradient of one perturbation, times share, to `.grad`; return the loss at w."""
         if self.rho == 0:
-            at_w = loss(*batch)
-            self._backward_at_w(at_w, share)
-            return at_w.detach()
+            return self.runner.descend(loss, batch, share)
 
         masks = generator_states(self._device)
         n = num_samples(batch) or 1
@@ -210,7 +216,7 @@ class SAM:
             micro_batches = self._micro_batches(batch)
             for micro, of_batch in micro_batches:
                 with nullcontext() if micro is micro_batches[-1][0] else self.ranks.no_sync():
-                    _backward_nan_guarded(loss(*micro), at_w, share * of_batch)
+                    self.runner.descend(loss, micro, share * of_batch, at_w)
         return at_w
 
     def _ascent_gradient(self, loss: ScalarLoss, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -218,22 +224,14 @@ class SAM:
         micro_batches = self._micro_batches(batch)
         if self.ranks.is_sharded:
             return self.ranks.ascent_gradient(
-                loss, micro_batches, self._params, self._backward_at_w, over_replicas=self.m == "global"
+                loss, micro_batches, self._params, self.runner.descend, over_replicas=self.m == "global"
             )
-
-        def gradient(micro: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-            """By autograd.grad, which touches neither `.grad` nor the hooks that reduce it over the ranks."""
-            with self.ranks.no_sync():
-                value = loss(*micro)
-            with bn_stats_kept(self._recomputed_norms):
-                return value.detach(), list(torch.autograd.grad(value, self._params, materialize_grads=True))
-
         if len(micro_batches) == 1:
-            mean, grads = gradient(batch)
+            mean, grads = self.runner.ascend(loss, batch)
         else:
             mean, grads = torch.zeros((), device=self._device), [torch.zeros_like(w) for w in self._params]
             for micro, share in micro_batches:
-                value, more = gradient(micro)
+                value, more = self.runner.ascend(loss, micro)
                 mean = mean + share * value
                 torch._foreach_add_(grads, more, alpha=share)
                 del more  # before the next one needs the memory
@@ -266,17 +264,6 @@ class SAM:
             self.perturbed = False
             torch.clear_autocast_cache()
             guard.remove()
-
-    def _backward_at_w(self, loss: torch.Tensor, share: float) -> None:
-        """Add the gradient of a loss at w, times share, to `.grad`."""
-        with bn_stats_kept(self._recomputed_norms):
-            _backward_nan_guarded(loss, loss, share)
-
-
-def _backward_nan_guarded(loss: torch.Tensor, at_w: torch.Tensor, share: float) -> None:
-    """Add the gradient of the loss, times share, to `.grad`; NaN if the loss at w is not finite."""
-    at_w = at_w.detach().to(torch.promote_types(at_w.dtype, torch.float32))  # a 16-bit share would be off by 0.4 %
-    (loss * torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)).backward()
 
 
 def _refuse_to_save(*_: Any) -> None:

@@ -22,7 +22,24 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float =
 
 def l2_penalty(weights: Sequence[torch.Tensor], strength: float) -> torch.Tensor:
     """Weight decay as a term of the loss, strength / 2 * ||weights||_2^2 -> (), as in Google's code for the paper."""
-    return 0.5 * strength * torch.stack([w.square().sum() for w in weights]).sum()
+    penalty: torch.Tensor = _L2Penalty.apply(strength, *weights)
+    return penalty
+
+
+class _L2Penalty(torch.autograd.Function):
+    """`l2_penalty` in a few operations over all weights, where autograd would go through them one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, strength: float, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.strength = strength
+        ctx.save_for_backward(*weights)
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(weights, 2)))
+        return 0.5 * strength * norm.square()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        scaled = torch._foreach_mul(ctx.saved_tensors, grads[0] * ctx.strength)
+        return None, *scaled
 
 
 def as_scalar(loss: Loss) -> ScalarLoss:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from samtune.distributed.collectives import flat_views
+
 Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 
@@ -35,7 +37,7 @@ def dual(h: Tensors, p: float) -> list[torch.Tensor]:
     """The point u of the sphere ||u||_p = 1 with the largest <h, u>, over all tensors together: shaped like h.
 
     With 1/p + 1/q = 1 it is sign(h) (|h| / ||h||_q)^(q-1), and <h, u> = ||h||_q. p = 2 gives h / ||h||_2, p = inf
-    sign(h) with sign(0) = 0, and p = 1 only the largest |h|, the first one of equals. It does not depend on the scale
+    sign(h) with sign(0) = 0, and p = 1 only the largest |h|, one of equals. It does not depend on the scale
     of h. Zero h gives zero; one value that is not finite makes all of u NaN, so that it cannot be overlooked.
     """
     largest = float(torch.stack([x.abs().max() for x in h]).max())
@@ -61,17 +63,20 @@ def _dual_(h: list[torch.Tensor], p: float, norms: Norms) -> None:
     largest = norms.largest(h)
     visible = torch.where(largest.isfinite(), 1.0, math.nan)  # a sign forgets that it was NaN
     if p == 1:
-        flat = torch._utils._flatten_dense_tensors(h)
+        flat = h[0].new_empty(sum(x.numel() for x in h))
+        torch._foreach_copy_(flat_views(flat, h), h)
         first = norms.argmax(h, flat.abs())
         u = torch.zeros_like(flat).scatter_(0, first, flat[first].sign()) * visible
-        torch._foreach_copy_(h, torch._utils._unflatten_dense_tensors(u, h))
+        torch._foreach_copy_(h, flat_views(u, h))
         return
     sign = torch._foreach_sign(h)
     torch._foreach_mul_(sign, visible.to(h[0].dtype))
     q = _conjugate(p)
     torch._foreach_mul_(h, _inverse(largest))
     torch._foreach_abs_(h)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(h, q)), q)
+    # torch norms a list of tensors in one kernel only for the orders 1, 2 and inf.
+    sums = torch._foreach_norm(h if q == 1 else torch._foreach_pow(h, q), 1)
+    norm = torch.stack(sums).sum() ** (1 / q)
     torch._foreach_mul_(h, _inverse(norms.join(norm, q)).to(h[0].dtype))
     torch._foreach_pow_(h, q - 1)
     torch._foreach_mul_(h, sign)

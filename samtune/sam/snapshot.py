@@ -7,8 +7,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Statistics = list[tuple[torch.Tensor, torch.Tensor]]  # each buffer, and a copy of it
-
 
 def generator_states(device: torch.device) -> list[torch.Tensor]:
     """States of torch's generators that a model on this device draws from: the CPU's, and the GPU's if it is on one."""
@@ -35,23 +33,49 @@ def _updating(norms: Sequence[_BatchNorm]) -> list[_BatchNorm]:
     return [module for module in norms if module.training and module.track_running_stats]
 
 
-def bn_stats(norms: Sequence[_BatchNorm]) -> Statistics:
-    """The buffers that the next training pass would change in these batch-norm layers, each with a copy."""
-    return [(buffer, buffer.clone()) for module in _updating(norms) for buffer in module.buffers(recurse=False)]
+class BatchNormStats:
+    """Running statistics of batch-norm layers, with room for one copy of them, which every step uses again."""
 
+    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
+        self._norms = norms
+        self._buffers: list[list[torch.Tensor]] = []  # one list per dtype: torch copies such a list at once
+        self._copies: list[list[torch.Tensor]] = []
 
-def restore_bn_stats(kept: Statistics) -> None:
-    """Copy batch-norm statistics back into their own storage."""
-    for buffer, value in kept:
-        buffer.copy_(value)
+    @property
+    def update(self) -> bool:
+        """Whether the next training pass would change statistics."""
+        return bool(_updating(self._norms))
 
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy the statistics that the next training pass would change."""
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for module in _updating(self._norms):
+            for buffer in module.buffers(recurse=False):
+                by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        buffers = list(by_dtype.values())
+        if list(map(len, buffers)) != list(map(len, self._copies)):
+            self._copies = [[torch.empty_like(buffer) for buffer in group] for group in buffers]
+        self._buffers = buffers
+        for group, copies in zip(self._buffers, self._copies, strict=True):
+            torch._foreach_copy_(copies, group)
 
-@contextmanager
-def bn_stats_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Restore batch-norm statistics after the block."""
-    kept = bn_stats(norms)
-    yield
-    restore_bn_stats(kept)
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Copy what was kept back into its own storage."""
+        for group, copies in zip(self._buffers, self._copies, strict=True):
+            torch._foreach_copy_(group, copies)
+
+    def kept_floats(self) -> list[torch.Tensor]:
+        """The buffers that were kept, without the counters of batches."""
+        return [buffer for group in self._buffers for buffer in group if buffer.is_floating_point()]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Restore the statistics after the block."""
+        self.keep()
+        yield
+        self.restore()
 
 
 @contextmanager
@@ -68,12 +92,12 @@ def bn_stats_frozen(norms: Sequence[_BatchNorm]) -> Iterator[None]:
 
 
 @contextmanager
-def rollback_on_error(kept: Statistics, device: torch.device) -> Iterator[None]:
-    """If the block fails, restore the generators to their state before it, and batch-norm statistics from `kept`."""
+def rollback_on_error(stats: BatchNormStats, device: torch.device) -> Iterator[None]:
+    """If the block fails, restore the generators to their state before it, and the statistics that were kept."""
     generators = generator_states(device)
     try:
         yield
     except BaseException:
-        restore_bn_stats(kept)
+        stats.restore()
         set_generator_states(generators, device)
         raise

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from samtune.distributed import collectives, ddp, device
+from samtune.errors import plural
 from samtune.sam import snapshot
 from samtune.sam.gradient import SAM
 from samtune.sam.losses import Loss
@@ -45,6 +46,7 @@ class Step:
         autocast: makes the context of a forward pass (mixed precision); weights and gradients stay float32.
         scaler: scales the loss for float16; None does not.
         penalty: () -> scalar that is added to the loss in all passes, but not to the reported loss.
+        prepare: images as they come, such as uint8, -> what the model takes; in each forward pass, for its images.
 
     Raises ValueError for a penalty on a sharded model: it would see only one rank's parts.
     """
@@ -59,11 +61,17 @@ class Step:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         scaler: torch.amp.GradScaler | None = None,
         penalty: Callable[[], torch.Tensor] | None = None,
+        prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.sam, self.optimizer, self.loss = sam, optimizer, loss
         self.clip_grad, self.autocast, self.scaler, self.penalty = clip_grad, autocast, scaler, penalty
+        self.prepare = prepare or (lambda images: images)
         self._params = [w for w in sam.model.parameters() if w.requires_grad]
-        self._batch_norms = snapshot.batch_norms(sam.model)
+        self._stats = snapshot.BatchNormStats(snapshot.batch_norms(sam.model))
+        dtype = torch.promote_types(self._params[0].dtype, torch.float32)
+        # A tensor that stays in its place: a recorded pass adds to it, too.
+        self._at_w = torch.zeros(3, dtype=dtype, device=self._params[0].device)
+        """Sums at w over the forward passes of a step: of the loss, of misclassified samples, of samples."""
         if penalty is not None and sam.ranks.is_sharded:
             raise ValueError("a penalty on weights cannot be part of the loss of a sharded model")
 
@@ -74,7 +82,7 @@ class Step:
         weight: float = 1.0,
         stop_requested: Callable[[], bool] = bool,
     ) -> StepResult:
-        """One update on images (batch, 3, h, w), normalised, and labels: (batch,) int64, or (batch, classes) shares.
+        """One update on images (batch, 3, h, w), and labels: (batch,) int64, or (batch, classes) shares.
 
         weight: number of images on this rank over its mean over the ranks; 0 on a rank without images, which gets one
         so that it can take part. stop_requested: whether this rank was asked to stop; the ranks decide together.
@@ -83,7 +91,7 @@ class Step:
         half as many images at once: `sam.micro_batch`, which then stays. The update is that of a step that had this
         micro-batch from the start. Raises OutOfMemory if one image does not fit; nothing is updated then.
         """
-        kept = snapshot.bn_stats(self._batch_norms)
+        self._stats.keep()
         self.sam.ranks.settle(lambda: self._rehearse(images, labels))
         # The same number on every rank, so that halving stays in step, though some may have an image less.
         most = math.ceil(len(images) / weight - 1e-9) if weight > 0 else 1
@@ -91,9 +99,10 @@ class Step:
 
         def attempt(micro_batch: int) -> list[float]:
             if micro_batch < tried_first:
+                self.sam.runner.release()
                 self.sam.micro_batch = micro_batch
             try:
-                with snapshot.rollback_on_error(kept, images.device):
+                with snapshot.rollback_on_error(self._stats, images.device):
                     return self._attempt(images, labels, weight, stop_requested)
             except BaseException:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -105,13 +114,14 @@ class Step:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if applied:
-            if self.clip_grad > 0:
-                norm = torch.tensor(grad_norm, dtype=self._params[0].dtype, device=images.device)
+            if self.clip_grad > 0 and grad_norm + 1e-6 > self.clip_grad:  # else torch would multiply by 1
+                # Not torch.tensor: a copy of a number makes the CPU wait for the GPU.
+                norm = torch.full((), grad_norm, dtype=self._params[0].dtype, device=images.device)
                 nn.utils.clip_grads_with_norm_(self._params, self.clip_grad, norm)
             self.optimizer.step()
-            ddp.average_over_ranks([buffer for buffer, _ in kept if buffer.is_floating_point()], weight)
+            ddp.average_over_ranks(self._stats.kept_floats(), weight)
         else:
-            snapshot.restore_bn_stats(kept)  # nothing of this step stays
+            self._stats.restore()  # nothing of this step stays
         if self.scaler is not None:
             self.scaler.update()
         return StepResult(loss_sum / n, int(wrong), int(n), grad_norm, applied, self.sam.passes, stopping > 0)
@@ -125,17 +135,17 @@ class Step:
         Raises MemoryError on all ranks if memory ran out on one.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        at_w: list[torch.Tensor] = []  # sums of loss, wrong and n for each forward pass
+        self._at_w.zero_()
 
         def objective(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            images = self.prepare(images)
             with self.autocast():
                 logits = self.sam.model(images)
                 loss = self.loss(logits, labels)
-            if not self.sam.perturbed:
+            if not self.sam.perturbed and weight > 0:
                 classes = labels if labels.ndim == 1 else labels.argmax(1)  # of a mixed image the larger share
                 wrong = (logits.detach().argmax(1) != classes).sum()
-                sums = torch.stack([loss.detach() * len(labels), wrong, wrong.new_tensor(len(labels))])
-                at_w.append(sums if weight > 0 else torch.zeros_like(sums))
+                self._at_w += torch.stack([loss.detach() * len(labels), wrong, wrong.new_full((), len(labels))])
             if self.penalty is not None:
                 loss = loss + self.penalty()
             if weight != 1:
@@ -147,10 +157,11 @@ class Step:
             ranks, lambda: self.sam.backward(objective, images, labels), self.optimizer.zero_grad
         )
         if no_memory is not None:
-            at_w = [torch.zeros(3, device=images.device)]
+            self._at_w.zero_()
         # The step's one small reduction, and its one read from the device: all decisions, with what is logged.
-        flags = torch.tensor([no_memory is not None, stop_requested()], dtype=torch.float64).to(images.device)
-        sums = collectives.all_reduce_sum(torch.cat([torch.stack(at_w).sum(0).double(), flags]))
+        at_w = self._at_w.double()
+        flags = [at_w.new_full((1,), float(flag)) for flag in (no_memory is not None, stop_requested())]
+        sums = collectives.all_reduce_sum(torch.cat([at_w, *flags]))
         norm = ranks.total_norm([w.grad for w in self._params if w.grad is not None]).to(sums)
         if self.scaler is not None:
             norm = norm / self.scaler.scale(torch.ones_like(norm))
@@ -164,11 +175,11 @@ class Step:
 
     def _rehearse(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """A backward pass on a few images that leaves no gradient, statistics or random numbers behind."""
-        kept, generators = snapshot.bn_stats(self._batch_norms), snapshot.generator_states(images.device)
-        n = 2 if kept else 1  # batch norm that is not frozen needs more than one
-        with device.oom_as_user_error(f"{n} images"), self.autocast():
-            logits = self.sam.model(images[:1].expand(n, *images.shape[1:]))
+        stats = snapshot.BatchNormStats(snapshot.batch_norms(self.sam.model))
+        generators = snapshot.generator_states(images.device)
+        n = 2 if stats.update else 1  # batch norm that is not frozen needs more than one
+        with stats.restored(), device.oom_as_user_error(plural(n, "image")), self.autocast():
+            logits = self.sam.model(self.prepare(images[:1].expand(n, *images.shape[1:])))
             self.loss(logits, labels[:1].expand(n, *labels.shape[1:])).backward()
         self.optimizer.zero_grad()
-        snapshot.restore_bn_stats(kept)
         snapshot.set_generator_states(generators, images.device)

@@ -143,7 +143,7 @@ def evaluate(
                 elif is_sharded:  # other ranks need this rank's part of the weights
                     model(torch.zeros((1, *data_config["input_size"]), device=target_device))
             except Exception as error:
-                if world == 1 or is_sharded or not device.is_out_of_memory(error):
+                if world == 1 or is_sharded or not device.may_be_out_of_memory(error):
                     raise
                 failed = error
             progress(name, min(n, (turn + 1) * world * size), n)

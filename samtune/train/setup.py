@@ -100,6 +100,7 @@ def build_setup(
     if resolved is None and config.img_size is not None:
         check_size(config.model, config.weights, config.img_size)
     collectives.init(target)
+    obstacle = _obstacle_to_graphs(config, target)
     torch.manual_seed(config.seed)
     with collectives.local_main_process_first():
         read = load_run_data(config, resolved, decode)
@@ -120,18 +121,18 @@ def build_setup(
         model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
     if config.sync_bn:
         model = training.convert_sync_bn(model, target)
+    training.keep_inputs_of_activations(model)
     if not config.freeze_bn:
         training.allow_single_values(model)
     if config.grad_checkpointing:
         training.checkpoint_activations(model)
 
-    ema = training.make_ema(model, config.model_ema_decay) if config.model_ema else None
-    if config.shard:
-        group = group_size(config.m) if isinstance(config.m, str) and config.m != "global" else None
-        for part in (model, *([ema.module] if ema else [])):
-            _shard(part, target, group)
-        if ema is not None:
-            ema.foreach = False  # torch's loops over lists mix parts with whole buffers
+    with device.oom_as_user_error(f"the weights of {info.resolved} and their average"):
+        ema = training.Ema(model, config.model_ema_decay) if config.model_ema else None
+        if config.shard:
+            group = group_size(config.m) if isinstance(config.m, str) and config.m != "global" else None
+            for part in (model, *([ema.module] if ema else [])):
+                _shard(part, target, group)
 
     world = world or collectives.world()
     batch = BatchPlan.of(config, world.size, len(read.train_rows))
@@ -140,9 +141,15 @@ def build_setup(
     )
     lr = peak_lr(config, batch)
     length = TrainingLength.of(config, batch, len(read.train_rows))
-    optimizer, penalty = _optimizer(model, config, lr)
+    optimizer, penalty = _optimizer(model, config, lr, target)
+    with device.oom_as_user_error(f"SAM's copy of the weights of {info.resolved}, or the buffers of the ranks"):
+        sam = _sam(model, config, batch)
+        if obstacle:
+            sam.runner.reason = obstacle
+        else:
+            sam.use_cuda_graphs(required=config.graphs == "on")
     update = Step(
-        _sam(model, config, batch),
+        sam,
         optimizer,
         partial(cross_entropy, smoothing=config.smoothing),
         clip_grad=config.clip_grad,
@@ -174,7 +181,7 @@ def _kept(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _optimizer(
-    model: nn.Module, config: RunConfig, lr: float
+    model: nn.Module, config: RunConfig, lr: float, target: torch.device
 ) -> tuple[torch.optim.Optimizer, Callable[[], torch.Tensor] | None]:
     """The base optimizer, and the L2 term that takes the place of its weight decay, if it is asked for."""
     assert config.weight_decay is not None
@@ -184,9 +191,11 @@ def _optimizer(
     if config.l2_in_loss:
         decayed = [w for w in model.parameters() if w.requires_grad and w.ndim > 1]
         penalty = partial(l2_penalty, decayed, config.weight_decay)
+    fused = True if target.type == "cuda" and not config.shard else None  # None: torch's choice
     if config.opt == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0), penalty
-    return torch.optim.AdamW(groups), penalty
+        nesterov = config.momentum > 0
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, fused=fused), penalty
+    return torch.optim.AdamW(groups, fused=fused), penalty
 
 
 def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan) -> SAM:
@@ -220,6 +229,22 @@ def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan) -> SAM:
         raise UsageError(
             f"--perturb {config.perturb}", str(error), f"its names begin with {_first_names(model)}"
         ) from None
+
+
+def _obstacle_to_graphs(config: RunConfig, target: torch.device) -> str:
+    """Why the passes of this run stay eager; "" if they are recorded. Raises UsageError for --graphs on."""
+    obstacles = {
+        "--graphs off": config.graphs == "off",
+        f"device {target.type}": target.type != "cuda",
+        "--shard": config.shard,
+        "several ranks": collectives.world_size() > 1,
+        "--grad-checkpointing": config.grad_checkpointing,
+        "--deterministic": config.deterministic,
+    }
+    obstacle = next((name for name, is_there in obstacles.items() if is_there), "")
+    if obstacle and config.graphs == "on":
+        raise UsageError(f"--graphs on with {obstacle}", hint="--graphs auto records where it is possible")
+    return obstacle
 
 
 def _shard(model: nn.Module, target: torch.device, group: int | None) -> None:

@@ -17,7 +17,7 @@ from samtune.config import loading
 from samtune.data import source
 from samtune.data.cache import Images
 from samtune.distributed import device
-from samtune.errors import OutOfMemory
+from samtune.errors import MachineError, OutOfMemory, first_line
 from samtune.models.training import train_mode
 from samtune.train.evaluation import evaluate
 from tests.conftest import ROOT, SmallNet, write_image_folder
@@ -195,7 +195,15 @@ ERRORS = {
         "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
         "allocate 8000000 bytes. Error code 12 (Cannot allocate memory)"
     ),
+    "CUDA": torch.AcceleratorError("CUDA error: out of memory"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "CPU of Windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8000000 bytes."),
+}
+# What says only that something cannot be, perhaps for lack of memory.
+VAGUE = {
+    "engine": RuntimeError("GET was unable to find an engine to execute this computation"),
+    "handle": RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
 }
 OTHERS = {
     "shapes": RuntimeError("mat1 and mat2 shapes cannot be multiplied (8x4 and 5x3)"),
@@ -210,12 +218,39 @@ def again(error):
     return copy.copy(error)
 
 
-@pytest.mark.parametrize("kind", [*ERRORS, *OTHERS])
+@pytest.mark.parametrize("kind", [*ERRORS, *VAGUE, *OTHERS])
 def test_what_is_out_of_memory_is_told_from_other_errors(kind):
-    error = (ERRORS | OTHERS)[kind]
+    error = (ERRORS | VAGUE | OTHERS)[kind]
     assert device.is_out_of_memory(error) == (kind in ERRORS)
+    assert device.may_be_out_of_memory(error) == (kind not in OTHERS)
     with pytest.raises(OutOfMemory if kind in ERRORS else type(error)), device.oom_as_user_error("it"):
         raise again(error)
+
+
+@pytest.mark.parametrize("kind", [*ERRORS, *VAGUE])
+def test_a_library_that_cannot_compute_a_batch_gets_half_of_it(kind):
+    tried = []
+
+    def attempt(images):
+        tried.append(images)
+        if images > 3:
+            raise again((ERRORS | VAGUE)[kind])
+        return images
+
+    assert device.retry_with_smaller_batch(attempt, 16, (3, 8, 8)) == 2
+    assert tried == [16, 8, 4, 2]
+
+
+@pytest.mark.parametrize("kind", [*ERRORS, *VAGUE])
+def test_one_image_that_cannot_be_computed_ends_with_the_librarys_own_text(kind):
+    error = (ERRORS | VAGUE)[kind]
+
+    def attempt(images):
+        raise again(error)
+
+    with pytest.raises(OutOfMemory if kind in ERRORS else MachineError) as caught:
+        device.retry_with_smaller_batch(attempt, 2, (3, 8, 8))
+    assert caught.value.cause == first_line(error)
 
 
 def test_what_the_cpu_allocator_raises_is_out_of_memory():
