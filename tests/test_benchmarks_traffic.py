@@ -19,7 +19,7 @@ def watched(work):
 def test_views_and_empty_tensors_move_nothing():
     def work():
         view = torch.empty(8, 4).view(4, 8).t()[1:].expand(3, 7, 4).detach()
-        torch.ops.aten._unsafe_view(torch.empty_like(view), (7, 12))
+        torch.ops.aten._unsafe_view(torch.empty(view.shape), (7, 12))
 
     assert watched(work) == (0, 0)
 

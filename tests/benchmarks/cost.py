@@ -23,6 +23,15 @@ CASES = (("efficientnet_b7", 600, 16), ("efficientnet_l2", 475, 4), ("efficientn
 GPUS = (8, 16, 32, 64)
 CLASSES = 1000
 DECISION_BYTES = 5 * 8  # loss, wrong, n, out of memory, asked to end; float64
+# FLOP/s in bf16 without sparsity and bytes/s of memory, by a part of the device's name.
+SPEEDS = {
+    "H100 80GB HBM3": (989e12, 3.35e12),
+    "H200": (989e12, 4.8e12),
+    "A100-SXM4-40GB": (312e12, 1.555e12),
+    "A100-PCIE-40GB": (312e12, 1.555e12),
+    "A100-SXM4-80GB": (312e12, 2.039e12),
+    "A100 80GB PCIe": (312e12, 1.935e12),
+}
 PASSES = 2  # forward-backward passes of a SAM step
 FORWARDS_PER_PASS = 3  # a backward pass takes two forward passes' operations
 
@@ -38,8 +47,13 @@ class Machine:
     gpus_per_node: int = 8
     in_node: float = 300e9
     networks: tuple[tuple[str, float], ...] = (("25 Gb/s", 25e9 / 8), ("400 Gb/s", 400e9 / 8))
-    peak: float = 989e12
-    memory: float = 3.35e12
+    peak: float = SPEEDS["H100 80GB HBM3"][0]
+    memory: float = SPEEDS["H100 80GB HBM3"][1]
+
+
+def speed(name: str) -> tuple[float, float] | None:
+    """FLOP/s and bytes/s of the device of this name; None where they are not known."""
+    return next((speed for part, speed in SPEEDS.items() if part in name), None)
 
 
 def ring_seconds(size: int, members: int, bandwidth: float) -> float:
