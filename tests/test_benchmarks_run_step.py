@@ -1,10 +1,10 @@
 """The benchmark of a run's step: that it runs, and what it works out from what it measures."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -50,17 +50,41 @@ def test_speeds_go_by_the_name_of_the_device(name, speed):
     assert cost.speed(name) == speed
 
 
-def test_tables_that_there_is_no_time_for_say_so(monkeypatch):
-    def never(*_):
-        while True:
-            time.perf_counter()
+@pytest.fixture
+def endless(monkeypatch):
+    """Tables are never done, in 0.3 s for all of them; a function to be called while they are at work."""
 
-    monkeypatch.setattr(run_step.Table, "build", never)
-    before, result = signal.getsignal(signal.SIGALRM), {}
-    run_step.measure_all(run_step.SMOKE_CASES, 0.005, run_step.SMOKE_EFFORT, result)
-    assert [table["error"] for table in result["tables"]] == ["no time left"] * len(result["tables"])
-    assert signal.getsignal(signal.SIGALRM) == before
+    def build(table):
+        while True:
+            meanwhile()
+
+    def meanwhile():
+        pass
+
+    def measure(during=lambda: None):
+        nonlocal meanwhile
+        meanwhile = during
+        result = {}
+        run_step.measure_all(run_step.SMOKE_CASES * 2, 0.005, run_step.SMOKE_EFFORT, result)
+        return [table["error"] for table in result["tables"]]
+
+    monkeypatch.setattr(run_step.Table, "build", build)
+    monkeypatch.setattr(run_step.single_steps, "write_pictures", lambda *_: None)
+    before = signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGTERM)
+    yield measure
+    assert (signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGTERM)) == before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_table_that_takes_too_long_is_ended_and_those_without_time_say_so(endless):
+    errors = endless()
+    assert errors[0] == "ended after 0 s"
+    assert errors[-1] == "no time left"
+
+
+def test_a_benchmark_that_is_asked_to_end_has_what_it_has(endless):
+    errors = endless(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert errors == ["no time left"] * len(errors)
 
 
 def test_a_side_that_fails_leaves_the_others(monkeypatch, tmp_path):

@@ -87,24 +87,36 @@ SMOKE_CASES, SMOKE_EFFORT = [Case("test_efficientnet", 64, 4)], Effort(turn=0.0,
 
 
 class OutOfTime(BaseException):
-    """The time is over, or this process was asked to end."""
+    """A table has taken too long."""
+
+
+class Ended(BaseException):
+    """This process was asked to end."""
+
+
+@contextmanager
+def raising(number: signal.Signals, error: type[BaseException]) -> Iterator[None]:
+    """In the block, the signal raises the error."""
+
+    def handle(*_: Any) -> None:
+        raise error
+
+    before = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """In the block OutOfTime is raised once so many seconds have passed, or at SIGTERM."""
-
-    def end(*_: Any) -> None:
-        raise OutOfTime
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGALRM, signal.SIGTERM)}
-    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # again, in case that the first one is raised in a destructor
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    """In the block, OutOfTime is raised after so many seconds."""
+    with raising(signal.SIGALRM, OutOfTime):
+        signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # again, in case that the first one meets a destructor
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 # --------------------------------------------------------------------------------------------------------------- sides
@@ -316,30 +328,38 @@ def shares(row: dict[str, Any], case: Case, paper: dict[str, int], speed: tuple[
 
 
 def measure_all(cases: list[Case], minutes: float, effort: Effort, result: dict[str, Any]) -> None:
-    """Fill result["tables"], one for each case and kind; what there is no time for gets an error."""
+    """Fill result["tables"], one for each case and kind; what there is no time for gets an error.
+
+    A table may take three times its share of what is left: to compile a large model may take longer than all the rest.
+    """
     tasks = [(case, kind) for kind in KINDS if available(kind) for case in cases]
     tables = [{"kind": kind, **vars(case), "error": "no time left", "rows": []} for case, kind in tasks]
     result["tables"] = tables
     end = time.perf_counter() + 60 * minutes
-    with suppress(OutOfTime), tempfile.TemporaryDirectory() as folder, time_limit(60 * minutes):
+    with suppress(Ended), tempfile.TemporaryDirectory() as folder, raising(signal.SIGTERM, Ended):
         for number, ((case, kind), told) in enumerate(zip(tasks, tables, strict=True)):
-            share = (end - time.perf_counter()) / (len(tasks) - number)
-            started = time.perf_counter()
-            table = None
+            left = end - time.perf_counter()
+            share = left / (len(tasks) - number)
+            limit = min(left, 3 * share)
+            if limit <= 0:
+                return
             try:
-                table = Table(case, kind, Path(folder) / str(number))
-                table.build()
-                for row in table.measure(max(0.0, share - (time.perf_counter() - started)), effort):
-                    told["rows"].append(row)
+                with time_limit(limit):
+                    told["rows"] = fill(Table(case, kind, Path(folder) / str(number)), share, effort)
                 told["error"] = None
-            except Exception as error:
-                told["error"] = first_line(error)
-            finally:
-                del table  # before the next one needs the memory
-                if KINDS[kind].get("compile"):
-                    torch.compiler.reset()
-                gc.collect()
-                device.free_memory()
+            except (Exception, OutOfTime) as error:
+                told["error"] = first_line(error) if isinstance(error, Exception) else f"ended after {limit:.0f} s"
+            if KINDS[kind].get("compile"):
+                torch.compiler.reset()
+            gc.collect()
+            device.free_memory()
+
+
+def fill(table: Table, seconds: float, effort: Effort) -> list[dict[str, Any]]:
+    """The rows of a table, built and measured in about so many seconds."""
+    started = time.perf_counter()
+    table.build()
+    return list(table.measure(max(0.0, seconds - (time.perf_counter() - started)), effort))
 
 
 def show(result: dict[str, Any]) -> None:

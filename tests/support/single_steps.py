@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from samtune import console
 from samtune.config import loading
@@ -25,7 +26,6 @@ from samtune.train.checkpointing import CheckpointSaver
 from samtune.train.setup import Setup, build_setup
 from samtune.train.state import TrainState
 from samtune.train.watchdog import Watchdog
-from tests.conftest import image_bytes
 
 _SIDES = ((375, 500), (500, 375))  # height and width in pixels, in turn: as photographs in a data set have them
 _STORED = 256  # different pictures at most
@@ -60,12 +60,11 @@ def write_pictures(folder: Path, images: int, classes: int) -> Callable[..., lis
 
     The files of the data set are only counted. Each row's pixels are one of a few random pictures.
     """
-    encoded = image_bytes(0, (1, 1))
     for split, count in (("train", images), ("validation", classes)):
         for number in range(count):
             path = folder / split / f"class{number % classes:03}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encoded)
+            Image.new("RGB", (1, 1)).save(path)
     rng, stored = np.random.default_rng(0), min(images, _STORED)
     shapes = np.array([_SIDES[i % 2] for i in range(stored)])
     file = folder.parent / f"{folder.name}.pixels"

@@ -36,7 +36,7 @@ def test_every_wait_is_counted_also_at_one_place():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graphs", ["off", "on"])
-@pytest.mark.parametrize("settings", [{"rho": 0.0}, {}, {"adaptive": True}, {"model_ema": True}, {"mixup": 0.2}])
+@pytest.mark.parametrize("settings", [{"rho": 0.0}, {}, {"adaptive": True}, {"model_ema": True}, {"m": 4}])
 def test_a_step_waits_for_the_gpu_once_where_it_reads_what_it_decides_by(tmp_path, graphs, settings):
     decode = single_steps.write_pictures(tmp_path / "pictures", 64, CLASSES)
     size = {"model": "test_efficientnet", "img_size": 64, "batch_size": 8, "workers": 2}
