@@ -52,7 +52,7 @@ def test_speeds_go_by_the_name_of_the_device(name, speed):
 
 @pytest.fixture
 def endless(monkeypatch):
-    """Tables are never done, in 0.3 s for all of them; a function to be called while they are at work."""
+    """Tables are never done, in 2 s for all of them; a function to be called while they are at work."""
 
     def build(table):
         while True:
@@ -65,7 +65,7 @@ def endless(monkeypatch):
         nonlocal meanwhile
         meanwhile = during
         result = {}
-        run_step.measure_all(run_step.SMOKE_CASES * 2, 0.005, run_step.SMOKE_EFFORT, result)
+        run_step.measure_all(run_step.SMOKE_CASES * 2, 2 / 60, run_step.SMOKE_EFFORT, result)
         return [table["error"] for table in result["tables"]]
 
     monkeypatch.setattr(run_step.Table, "build", build)
@@ -78,7 +78,7 @@ def endless(monkeypatch):
 
 def test_a_table_that_takes_too_long_is_ended_and_those_without_time_say_so(endless):
     errors = endless()
-    assert errors[0] == "ended after 0 s"
+    assert all(error.startswith("ended after") for error in errors[:2])
     assert errors[-1] == "no time left"
 
 

@@ -54,9 +54,9 @@ def test_tests_are_counted_and_failures_are_named(tmp_path):
 
 
 def test_a_part_that_hangs_is_asked_to_end_with_what_it_has():
-    script = "import signal, sys\nprint('{}', flush=True)\nsignal.pause()"
-    said, error = gpu_checks.run(["-c", script], 0.5, signal.SIGINT)
-    assert (said.strip(), error) == ("{}", "ended after 0 s")
+    script = "import signal\ntry: signal.pause()\nexcept KeyboardInterrupt: print('{}')"
+    said, error = gpu_checks.run(["-c", script], 2, signal.SIGINT)
+    assert (said.strip(), error) == ("{}", "ended after 2 s")
 
 
 def test_a_part_that_does_not_end_is_killed(monkeypatch):
@@ -80,3 +80,13 @@ def test_a_part_reports_its_json_or_why_there_is_none(script, report):
 
 def test_every_file_with_such_tests_is_run():
     assert {"tests/train/test_run.py", gpu_checks.WAITS} < set(gpu_checks.marked())
+
+
+def test_a_part_that_fails_leaves_the_others_in_the_report(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_checks, "run_tests", lambda files, seconds: {"error": f"{len(files)} files"})
+    monkeypatch.setattr(gpu_checks, "run_json", lambda command, seconds: {"device": "any", "command": command[1]})
+    assert gpu_checks.main() == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["sync_debug"] == {"error": "1 files"}
+    assert report["tests"] == {"error": f"{len(gpu_checks.marked()) - 1} files"}
+    assert report["benchmark"]["command"] == "tests.benchmarks.run_step"

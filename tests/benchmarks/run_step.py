@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from samtune.models.training import train_mode
 from samtune.train.setup import Setup
 from tests.benchmarks import cost, traffic
 from tests.support import single_steps
+from tests.support.time_limits import Ended, OutOfTime, raising, time_limit
 
 CLASSES = 102
 RHO = 0.05
@@ -86,48 +87,15 @@ EFFORT = Effort(turn=0.4, fewest=5, most=200, stretch=6.0)
 SMOKE_CASES, SMOKE_EFFORT = [Case("test_efficientnet", 64, 4)], Effort(turn=0.0, fewest=2, most=2, stretch=0.0)
 
 
-class OutOfTime(BaseException):
-    """A table has taken too long."""
-
-
-class Ended(BaseException):
-    """This process was asked to end."""
-
-
-@contextmanager
-def raising(number: signal.Signals, error: type[BaseException]) -> Iterator[None]:
-    """In the block, the signal raises the error."""
-
-    def handle(*_: Any) -> None:
-        raise error
-
-    before = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """In the block, OutOfTime is raised after so many seconds."""
-    with raising(signal.SIGALRM, OutOfTime):
-        signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # again, in case that the first one meets a destructor
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
-
 # --------------------------------------------------------------------------------------------------------------- sides
 
 
 @dataclass
 class Side:
-    """One way to take steps. run: takes so many. held: bytes on the GPU that stay between steps."""
+    """One way to take steps. run: takes so many. peak: bytes of GPU memory that it takes; None on a CPU."""
 
     run: Callable[[int], None]
-    held: int = 0
+    peak: int | None = None
     steps: single_steps.SingleSteps | None = None  # of a run
 
 
@@ -150,18 +118,27 @@ class Table:
         if self.kind == "eager":
             makers[PUBLISHED] = self.published
         for name, make in makers.items():
-            before = self.allocated()
             try:
-                side = make()
-                side.run(WARM_UP)
-                self.synchronize()
+                self.sides[name] = self.warmed_up(make)
             except Exception as error:
                 self.errors[name] = first_line(error)
-            else:
-                side.held = self.allocated() - before
-                self.sides[name] = side
-                continue
-            device.free_memory()  # what failed is no longer referred to
+
+    def warmed_up(self, make: Callable[[], Side]) -> Side:
+        """A side after its first steps, which are slower, with the memory that the next one takes."""
+        device.free_memory()
+        is_gpu = self.target.type == "cuda"
+        # Reserved, not allocated: what the passes use stays with their recording, but counts as free between replays.
+        before = torch.cuda.memory_reserved(self.target) if is_gpu else 0
+        side = make()
+        side.run(WARM_UP)
+        if is_gpu:
+            self.synchronize()
+            device.free_memory()
+            torch.cuda.reset_peak_memory_stats(self.target)
+            side.run(1)
+            self.synchronize()
+            side.peak = torch.cuda.max_memory_reserved(self.target) - before
+        return side
 
     def setup(self, rho: float, **settings: Any) -> Setup:
         case = self.case
@@ -225,10 +202,6 @@ class Table:
 
     # ------------------------------------------------------------------------------------------------------- measuring
 
-    def allocated(self) -> int:
-        """Bytes on the GPU."""
-        return torch.cuda.memory_allocated(self.target) if self.target.type == "cuda" else 0
-
     def synchronize(self) -> None:
         if self.target.type == "cuda":
             torch.cuda.synchronize(self.target)
@@ -264,22 +237,11 @@ class Table:
                 "ratio": medians[name] / medians[reference] if reference in medians else None,
                 "rounds": rounds,
                 "steps_per_turn": counts[name],
-                "peak_mib": self.peak_mib(side),
+                "peak_mib": None if side.peak is None else side.peak / 2**20,
                 **(self.stretch(side, stretch) if side.steps is not None else {}),
                 "error": None,
             }
         yield from ({"side": name, "error": error} for name, error in self.errors.items())
-
-    def peak_mib(self, side: Side) -> float | None:
-        """Most GPU memory in use by a side, with its weights and its optimizer; None on a CPU."""
-        if self.target.type != "cuda":
-            return None
-        self.synchronize()
-        before = self.allocated()
-        torch.cuda.reset_peak_memory_stats(self.target)
-        side.run(1)
-        self.synchronize()
-        return (side.held + torch.cuda.max_memory_allocated(self.target) - before) / 2**20
 
     def stretch(self, side: Side, seconds: float) -> dict[str, Any]:
         """Steps of a run without interruption: images/s and share of the wait for data in the second half."""
