@@ -52,7 +52,7 @@ def test_speeds_go_by_the_name_of_the_device(name, speed):
 
 @pytest.fixture
 def endless(monkeypatch):
-    """Tables are never done, in 2 s for all of them; a function to be called while they are at work."""
+    """Tables are never done, in 0.3 s for all of them; a function to be called while they are at work."""
 
     def build(table):
         while True:
@@ -65,7 +65,7 @@ def endless(monkeypatch):
         nonlocal meanwhile
         meanwhile = during
         result = {}
-        run_step.measure_all(run_step.SMOKE_CASES * 2, 2 / 60, run_step.SMOKE_EFFORT, result)
+        run_step.measure_all(run_step.SMOKE_CASES * 2, 0.005, run_step.SMOKE_EFFORT, result)
         return [table["error"] for table in result["tables"]]
 
     monkeypatch.setattr(run_step.Table, "build", build)
@@ -78,8 +78,23 @@ def endless(monkeypatch):
 
 def test_a_table_that_takes_too_long_is_ended_and_those_without_time_say_so(endless):
     errors = endless()
-    assert all(error.startswith("ended after") for error in errors[:2])
+    assert errors[0] == "ended after 0 s"
     assert errors[-1] == "no time left"
+
+
+def test_a_table_may_take_three_times_its_share_of_what_is_left(monkeypatch):
+    def fail(*_):
+        raise OSError("gone")
+
+    limits, limit = [], run_step.time_limit
+    monkeypatch.setattr(run_step, "time_limit", lambda seconds: limits.append(seconds) or limit(seconds))
+    monkeypatch.setattr(run_step, "Table", fail)
+    result = {}
+    run_step.measure_all(run_step.SMOKE_CASES * 4, 60, run_step.SMOKE_EFFORT, result)
+    count = len(result["tables"])
+    assert limits[:2] == pytest.approx([3 * 3600 / count, 3 * 3600 / (count - 1)], rel=0.01)
+    assert limits[-1] == pytest.approx(3600, rel=0.01)
+    assert [table["error"] for table in result["tables"]] == ["OSError: gone"] * count
 
 
 def test_a_benchmark_that_is_asked_to_end_has_what_it_has(endless):
