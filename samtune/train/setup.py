@@ -11,7 +11,7 @@ from torch import nn
 
 from samtune import console
 from samtune.config.run_config import RunConfig
-from samtune.distributed import collectives, ddp, device, fsdp
+from samtune.distributed import collectives, ddp, device, environment, fsdp
 from samtune.errors import UsageError
 from samtune.models import training
 from samtune.models.build import build_model, check_size
@@ -96,11 +96,11 @@ def build_setup(
     """
     device.deterministic(config.deterministic)
     target = device.select_device(config.gpus, config.processes)
+    obstacle = _obstacle_to_graphs(config, target)
     resolve(config.model)  # a misspelt name need not wait for the data
     if resolved is None and config.img_size is not None:
         check_size(config.model, config.weights, config.img_size)
     collectives.init(target)
-    obstacle = _obstacle_to_graphs(config, target)
     torch.manual_seed(config.seed)
     with collectives.local_main_process_first():
         read = load_run_data(config, resolved, decode)
@@ -237,7 +237,7 @@ def _obstacle_to_graphs(config: RunConfig, target: torch.device) -> str:
         "--graphs off": config.graphs == "off",
         f"device {target.type}": target.type != "cuda",
         "--shard": config.shard,
-        "several ranks": collectives.world_size() > 1,
+        "several ranks": environment.rank_info() is not None,
         "--grad-checkpointing": config.grad_checkpointing,
         "--deterministic": config.deterministic,
     }
