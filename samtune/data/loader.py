@@ -114,7 +114,7 @@ class _Batches(torch.utils.data.Dataset[Batch | DataError]):
         epoch, rows = key
         batch = self.empty(rows, pin_memory=False)
         try:
-            self.fill(batch[0], epoch, rows)
+            self.fill(batch[0], epoch, rows, slice(0, len(rows)))
         except DataError as error:
             return error  # raised by `_load_in_processes`: a worker would wrap it in its traceback
         return batch
@@ -123,22 +123,23 @@ class _Batches(torch.utils.data.Dataset[Batch | DataError]):
         """Size of the images of a batch."""
         return 3 * math.prod(self.transform.size) * len(key[1])
 
+    @torch.inference_mode(False)  # an evaluation is in that mode, and the threads that fill its batches in are not
     def empty(self, rows: Indices, *, pin_memory: bool) -> Batch:
         """A batch with its labels, and images that are still to be filled in."""
         labels = torch.empty(len(rows), dtype=torch.int64, pin_memory=pin_memory)
         labels.numpy()[:] = self.images.split.labels[rows]
         return empty_batch(len(rows), self.transform.size, pin_memory=pin_memory), labels
 
-    def fill(self, out: torch.Tensor, epoch: int, rows: Indices) -> None:
-        """Make the images of these rows in `out`, a batch or a part of one."""
+    def fill(self, batch: torch.Tensor, epoch: int, rows: Indices, part: slice) -> None:
+        """Make a part of the images of a batch of these rows. Raises DataError."""
         at_once = self.images.within(_DECODED_BYTES)
-        for start in range(0, len(rows), at_once):
-            some = slice(start, start + at_once)
-            pictures = self.images.take(rows[some])
+        for start in range(part.start, part.stop, at_once):
+            some = slice(start, min(part.stop, start + at_once))
+            pictures, out = self.images.take(rows[some]), batch[some]
             if isinstance(self.transform, TrainTransform):
-                self.transform(pictures, self.seed, epoch, rows[some], out[some])
+                self.transform(pictures, self.seed, epoch, rows[some], out)
             else:
-                for target, picture in zip(out[some], pictures, strict=True):
+                for target, picture in zip(out, pictures, strict=True):
                     target.copy_(self.transform(picture))
 
 
@@ -178,7 +179,7 @@ def _load_in_threads(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_
     if workers == 0:
         for epoch, rows in plan:
             batch = dataset.empty(rows, pin_memory=pin_memory)
-            dataset.fill(batch[0], epoch, rows)
+            dataset.fill(batch[0], epoch, rows, slice(0, len(rows)))
             yield batch
         return
     first = next(plan, None)
@@ -189,8 +190,7 @@ def _load_in_threads(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_
     def begin(key: _Key) -> tuple[Batch, list[Future[None]]]:
         epoch, rows = key
         batch = dataset.empty(rows, pin_memory=pin_memory)
-        slices = _divided(len(rows), parts)
-        return batch, [pool.submit(dataset.fill, batch[0][some], epoch, rows[some]) for some in slices]
+        return batch, [pool.submit(dataset.fill, batch[0], epoch, rows, part) for part in _divided(len(rows), parts)]
 
     def delivered() -> Batch:
         batch, filling = waiting.popleft()
