@@ -79,7 +79,7 @@ class WithPreprocessing(nn.Module):
         source = torch.arange(length) - _floor(torch.arange(length)[-1] + 1 - kept, torch.tensor(2))
         target = torch.arange(self.size) + _first_of_crop(resized, self.size)
         weights = self._weights(source, target, kept, resized)
-        # The precision follows from the largest weight of all. Those at the edge, of fewer pixels, are the largest ones.
+        # The precision follows from the largest weight of all. It is at the edge, where fewer pixels share the sum.
         largest = torch.maximum(weights.max(), self._weights(source, torch.zeros_like(target), kept, resized).max())
         factors = torch.tensor([2.0**bits for bits in range(1, _PRECISIONS + 1)], dtype=torch.float64)
         fitting = (largest * factors + 0.5).floor() < 2**15
