@@ -14,6 +14,7 @@ from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.data.cache import Images
 from samtune.data.loader import Batch, train_batches
+from samtune.data.prefetch import prefetch
 from samtune.data.splits import Indices
 from samtune.data.transforms import mix, train_transform
 from samtune.distributed import collectives, device, signals
@@ -110,7 +111,7 @@ class Trainer:
     def train(self) -> None:
         """Take all steps that are left, with validation and checkpoints between them."""
         setup, state, config = self.setup, self.state, self.setup.config
-        batches = train_batches(
+        loaded = train_batches(
             setup.train,
             setup.train_rows,
             train_transform(setup.info.data_config, config),
@@ -122,6 +123,7 @@ class Trainer:
             done=state.step,
             share=lambda rows: setup.batch.share(rows, collectives.rank()),
         )
+        batches = prefetch(loaded, setup.device)
         base_lrs = [group["lr"] for group in setup.optimizer.param_groups]
         train_mode(setup.model, freeze_bn=config.freeze_bn)
         if config.on_nan == "rollback" and self.saver.newest is None:
