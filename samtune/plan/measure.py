@@ -108,7 +108,7 @@ def activation_bytes(setup: Setup, images: int) -> int:
 
     stats = BatchNormStats(batch_norms(setup.model))
     with stats.restored(), saved_tensors_hooks(keep, keep), setup.update.autocast():
-        setup.update.loss(setup.model(inputs), targets)
+        setup.update.loss(setup.model(setup.update.prepare(inputs)), targets)
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -31,7 +31,7 @@ from samtune.sam.step import StepResult
 from samtune.train import summary
 from samtune.train.checkpointing import CheckpointSaver
 from samtune.train.divergence import diverged, is_finite
-from samtune.train.evaluation import Evaluation, evaluate, to_device
+from samtune.train.evaluation import Evaluation, evaluate
 from samtune.train.restore import resume_run
 from samtune.train.schedule import cosine, warmup
 from samtune.train.setup import Setup
@@ -356,12 +356,15 @@ def set_learning_rates(setup: Setup, base_lrs: list[float], step: int) -> None:
 def to_model_inputs(
     setup: Setup, images: torch.Tensor, labels: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of the loader as the model takes it: on the device, normalised, and mixed if asked for."""
+    """A batch of the loader as the update takes it: on the device, and mixed if asked for."""
     config = setup.config
+    images, labels = images.to(setup.device, non_blocking=True), labels.to(setup.device, non_blocking=True)
+    if not config.mixup and not config.cutmix:
+        return images, labels  # each pass normalises its own: as bytes they need a quarter of the memory
     # Mixed once, so that both passes see the same images and shares.
     return mix(
-        to_device(images, setup.device, setup.info.data_config, config.channels_last),
-        labels.to(setup.device, non_blocking=True),
+        setup.update.prepare(images),
+        labels,
         len(setup.data.class_names),
         mixup=config.mixup,
         cutmix=config.cutmix,

@@ -11,6 +11,7 @@ from torch import nn
 
 from samtune import console
 from samtune.config.run_config import RunConfig
+from samtune.data.transforms import model_input
 from samtune.distributed import collectives, ddp, device, environment, fsdp
 from samtune.errors import UsageError
 from samtune.models import training
@@ -156,6 +157,7 @@ def build_setup(
         autocast=device.autocast(target, config.amp_dtype),
         scaler=device.loss_scaler(target, config.amp_dtype),
         penalty=penalty,
+        prepare=partial(model_input, data_config=info.data_config, channels_last=config.channels_last),
     )
     return Setup(
         **vars(read),
