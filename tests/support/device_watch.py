@@ -1,6 +1,7 @@
 """What a block of torch code asks of a GPU: its operations, the waits, tensors of two devices, foreach loops.
 
-`DeviceWatch` sees every operation, on fake tensors too (tests/support/fake_cuda.py), and computes nothing itself.
+`DeviceWatch` sees every operation on fake tensors (tests/support/fake_cuda.py), which have no values. A result whose
+shape depends on values (nonzero, an index that is a mask) would wait too: there fake tensors raise.
 """
 
 import sys
@@ -23,11 +24,6 @@ PACKAGE = str(Path(samtune.__file__).parent)
 GPU = "cuda"
 READS = (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.equal.default)
 COPIES = (aten._to_copy.default, aten.copy_.default, aten.copy.default)
-# Operations with results whose shape depends on values, so that the CPU must know these.
-SHAPED_BY_VALUES = {
-    *("nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
-    *("bincount", "repeat_interleave", "argwhere"),
-}
 NO_KERNEL = {
     *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "_unsafe_view"),
     *("record_stream", "is_pinned"),
@@ -114,6 +110,8 @@ class DeviceWatch(TorchDispatchMode):
         pinned = kwargs.pop("pin_memory", False)
         if self._seen is not None:
             args, kwargs = self._look(self._seen, func, name, tensors, args, kwargs)
+        if name.startswith("_fused_"):  # an optimizer's step, in place; fake tensors lack it, and there is no result
+            return None
         made = func(*args, **kwargs)
         return self.pin(made) if pinned else made
 
@@ -139,9 +137,7 @@ class DeviceWatch(TorchDispatchMode):
             shapes = ", ".join(f"{tuple(t.shape)} on {t.device.type}" for t in tensors[:4])
             seen.mixed[f"{self._origin()[1]}: {name} of {shapes}"] += 1
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(on_gpu[0].device), (args, kwargs))
-        if name in SHAPED_BY_VALUES:
-            self.wait(f"{name}: its shape depends on values")
-        if name in ("index", "index_put", "index_put_") and any(t.dtype is torch.bool for t in on_gpu[1:]):
+        if name == "index_put_" and args[2].numel() > 1 and any(t.dtype is torch.bool for t in on_gpu[1:]):
             self.wait(f"{name}: a mask becomes indices")
         if name.startswith(("_foreach_", "_fused_")):
             why = why_per_tensor(name, args)

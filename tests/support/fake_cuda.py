@@ -4,20 +4,19 @@
 strides and the device cuda:0, but no values. `DeviceWatch` notes what the GPU would be asked for. Only the data, the
 run folder and torch's calls of the driver are replaced.
 
-What this cannot show: numbers, time, kernels that fail, the inside of an operation, DistributedDataParallel, CUDA graphs.
+What this cannot show: numbers, time, kernels that fail, the inside of an operation, DistributedDataParallel, recorded
+graphs.
 
 The module prints a table of all settings; --json prints it as JSON, --record the operations of each setting, as
 tests/train/test_fake_cuda.py stores them.
 """
 
 import argparse
-import heapq
 import json
 import os
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -36,6 +35,7 @@ from samtune.train import evaluation, loop, setup
 from samtune.train.run_data import RunData
 from samtune.train.state import TrainState
 from tests.support.device_watch import DeviceWatch, Seen
+from tests.support.fake_backward import run_backward
 
 CUDA = torch.device("cuda", 0)
 CLASSES = 102
@@ -99,97 +99,10 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Emulated:
-    """What was seen in a step, and in the evaluations after it: of the weights, and of their average if there is one."""
+    """What was seen in a step, and in the evaluations after it: of the weights, and of their average if any."""
 
     step: Seen
     evaluations: list[Seen]
-
-
-# ------------------------------------------------------------------------------------------------------------ backward
-
-
-def run_backward(
-    roots: Sequence[torch.Tensor],
-    grad_tensors: Sequence[torch.Tensor | None],
-    keep_graph: bool,
-    create_graph: bool,
-    inputs: Sequence[torch.Tensor] = (),
-    allow_unreachable: bool = False,
-    accumulate_grad: bool = False,
-) -> tuple[torch.Tensor | None, ...]:
-    """Torch's backward engine, node by node in its order, without asking a driver for streams. One root, no hooks.
-
-    It takes the place of torch.autograd._engine_run_backward.
-    """
-    (root,), (seed,) = roots, grad_tensors
-    assert root.grad_fn is not None and seed is not None
-    wanted = {id(w) for w in inputs}
-    nodes = _graph(root.grad_fn)
-    waiting = Counter(after for node in nodes for after, _ in node.next_functions if after is not None)
-    needed = _leads_to(nodes, wanted) if wanted else set(nodes)
-    found: dict[int, torch.Tensor] = {}
-    grads: dict[Any, list[torch.Tensor | None]] = {root.grad_fn: [seed]}
-    ready = [(-root.grad_fn._sequence_nr(), 0, root.grad_fn)]
-    order = 0
-    with torch.no_grad():
-        while ready:
-            node = heapq.heappop(ready)[2]
-            given = grads.pop(node, None)
-            made: Any = (None,) * len(node.next_functions)
-            if given is not None and node in needed:
-                leaf = getattr(node, "variable", None)
-                if leaf is None:
-                    made = node(*given)
-                    made = made if isinstance(made, tuple) else (made,)
-                elif accumulate_grad:
-                    _accumulate(leaf, given[0])
-                else:
-                    found[id(leaf)] = given[0]
-            del given
-            for (after, place), grad in zip(node.next_functions, made, strict=True):
-                if after is None:
-                    continue
-                if grad is not None:
-                    like = after._input_metadata[place]
-                    grad = grad.sum_to_size(like.shape).to(like.dtype)
-                    slots = grads.setdefault(after, [None] * len(after._input_metadata))
-                    slots[place] = grad if slots[place] is None else slots[place] + grad
-                waiting[after] -= 1
-                if waiting[after] == 0:
-                    order += 1
-                    heapq.heappush(ready, (-after._sequence_nr(), order, after))
-    return tuple(found.get(id(w)) for w in inputs)
-
-
-def _graph(first: Any) -> list[Any]:
-    """All nodes that a node leads to, itself included."""
-    nodes, stack = {first}, [first]
-    while stack:
-        for after, _ in stack.pop().next_functions:
-            if after is not None and after not in nodes:
-                nodes.add(after)
-                stack.append(after)
-    return list(nodes)
-
-
-def _leads_to(nodes: list[Any], wanted: set[int]) -> set[Any]:
-    """The nodes from which a wanted leaf is reached."""
-    leaves = {node for node in nodes if hasattr(node, "variable")}
-    leading = {node for node in leaves if id(node.variable) in wanted}
-    for node in sorted(set(nodes) - leaves, key=lambda node: node._sequence_nr()):  # made before what uses them
-        if any(after in leading for after, _ in node.next_functions):
-            leading.add(node)
-    return leading
-
-
-def _accumulate(leaf: torch.Tensor, grad: torch.Tensor) -> None:
-    """As torch's AccumulateGrad: a first gradient stays as it is, if it lies in memory as its leaf does."""
-    if leaf.grad is not None:
-        leaf.grad.add_(grad)
-    elif all(a == b for a, b, n in zip(grad.stride(), leaf.stride(), leaf.shape, strict=True) if n != 1):
-        leaf.grad = grad.detach()
-    else:
-        leaf.grad = torch.empty_like(leaf).copy_(grad)
 
 
 # ---------------------------------------------------------------------------------------------------------- the driver
@@ -222,8 +135,8 @@ class _Stream:
 
 
 @contextmanager
-def _pretending(watch: DeviceWatch, ranks: int) -> Iterator[None]:
-    """A GPU seems to be there, and other ranks, to which nothing is sent."""
+def fake_gpu(watch: DeviceWatch, ranks: int = 1) -> Iterator[None]:
+    """In the block tensors are fake, a GPU seems to be there, and other ranks, to which nothing is sent."""
     stream = type("Stream", (_Stream,), {"watch": watch})
     state, generator = torch.zeros(16, dtype=torch.uint8), torch.Generator
     tensors = [torch.Tensor, torch.nn.Parameter, FakeTensor]
@@ -241,56 +154,55 @@ def _pretending(watch: DeviceWatch, ranks: int) -> Iterator[None]:
         values[:] = [value] * len(values)
 
     properties = SimpleNamespace(name="no GPU", total_memory=80 * 2**30, major=9, minor=0)
-    driver = {
-        "Stream": stream,
-        "Event": stream,
-        "current_stream": lambda *_: stream(),
-        "stream": lambda *_: nullcontext(),
-        "synchronize": lambda *_: stream().synchronize(),
-        "device": lambda *_: nullcontext(),
-        "set_device": lambda *_: None,
-        "get_rng_state": lambda *_: state,
-        "set_rng_state": lambda *_: None,
-        "is_bf16_supported": lambda *_, **__: True,
-        "get_device_capability": lambda *_: (9, 0),
-        "get_device_properties": lambda *_: properties,
-        "get_device_name": lambda *_: properties.name,
-        "max_memory_allocated": lambda *_: 0,
-        "memory_allocated": lambda *_: 0,
-        "empty_cache": lambda: None,
+    replaced: dict[Any, dict[str, Any]] = {
+        torch.cuda: {
+            "Stream": stream,
+            "Event": stream,
+            "current_stream": lambda *_: stream(),
+            "stream": lambda *_: nullcontext(),
+            "device": lambda *_: nullcontext(),
+            "set_device": lambda *_: None,
+            "synchronize": lambda *_: stream().synchronize(),
+            "get_rng_state": lambda *_: state,
+            "set_rng_state": lambda *_: None,
+            "is_bf16_supported": lambda *_, **__: True,
+            "get_device_capability": lambda *_: (properties.major, properties.minor),
+            "get_device_properties": lambda *_: properties,
+            "get_device_name": lambda *_: properties.name,
+            "max_memory_allocated": lambda *_: 0,
+            "empty_cache": lambda: None,
+        },
+        device: {"select_device": lambda *_: CUDA},
+        torch.cuda.amp.common: {"amp_definitely_not_available": lambda: False},
+        torch._C: {
+            "_conv_determine_backend_memory_format": _cudnn_memory_format,
+            "_current_graph_task_id": lambda: 0,  # recomputed activations are kept by it
+        },
+        torch: {"Generator": lambda *_, **__: generator()},
+        torch.autograd: {"_engine_run_backward": run_backward},
+        _foreach_utils: {"_foreach_supported_types": tensors},
+        optimizer: {"_foreach_supported_types": tensors},
+        torch.nn.Module: {"_apply": _replace_tensors},
+        FakeTensor: {"tolist": tolist, "numpy": numpy, "record_stream": lambda *_: None},
+        collectives: {"world_size": lambda *_: ranks},
+        torch.distributed: {
+            "all_reduce": lambda *_, **__: None,
+            "broadcast_object_list": lambda *_, **__: None,
+            "all_gather_object": gather_object,
+        },
     }
-    patches = [mock.patch.object(torch.cuda, name, value) for name, value in driver.items()]
-    patches += [
-        # torch asks whether there is a GPU.
-        mock.patch.object(device, "select_device", lambda *_: CUDA),
-        mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-        mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _cudnn_memory_format),
-        # Fake tensors have no values, are of a class of their own, and go through no engine.
-        mock.patch.object(torch.autograd, "_engine_run_backward", run_backward),
-        mock.patch.object(torch._C, "_current_graph_task_id", lambda: 0),
-        mock.patch.object(_foreach_utils, "_foreach_supported_types", tensors),
-        mock.patch.object(optimizer, "_foreach_supported_types", tensors),
-        mock.patch.object(torch.nn.Module, "_apply", _replace_tensors),
-        mock.patch.object(FakeTensorMode, "__deepcopy__", lambda self, _: self, create=True),
-        mock.patch.object(FakeTensor, "tolist", tolist),
-        mock.patch.object(FakeTensor, "numpy", numpy),
-        mock.patch.object(FakeTensor, "record_stream", lambda *_: None),
-        # Other ranks.
-        mock.patch.object(collectives, "world_size", lambda *_: ranks),
-        mock.patch.object(torch.distributed, "all_reduce", lambda *_, **__: None),
-        mock.patch.object(torch.distributed, "broadcast_object_list", lambda *_, **__: None),
-        mock.patch.object(torch.distributed, "all_gather_object", gather_object),
-        mock.patch.object(torch, "Generator", lambda *_, **__: generator()),
-        torch.random.fork_rng(devices=[]),
-        warnings.catch_warnings(),
-    ]
     with ExitStack() as stack:
         for module, name in _SWITCHES:
             stack.callback(setattr, module, name, getattr(module, name))
-        for patch in patches:
-            stack.enter_context(patch)
+        for target, members in replaced.items():
+            for name, value in members.items():
+                stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda self, _: self, create=True))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # to copy a model does
-        yield
+        with FakeTensorMode(), watch:
+            yield
 
 
 def _replace_tensors(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
@@ -349,14 +261,12 @@ def emulate(**settings: Any) -> Emulated:
         return (images(len(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size))
 
     with (
-        _pretending(watch, ranks),
-        mock.patch.object(setup, "load_run_data", lambda *_: _no_data()),
+        mock.patch.object(setup, "load_run_data", return_value=_no_data()),
         mock.patch.object(loop, "train_batches", train_batches),
         mock.patch.object(loop, "evaluate", watched_evaluation),
         mock.patch.object(loop.Trainer, "_step", watched_step),
         mock.patch.object(evaluation, "eval_batches", eval_batches),
-        FakeTensorMode(),
-        watch,
+        fake_gpu(watch, ranks),
     ):
         made = setup.build_setup(config)
         updates.append(made.update)
@@ -381,7 +291,7 @@ def why_impossible() -> str | None:
     """Why this torch cannot emulate: what fails for a convolution and its gradient; None if nothing does."""
     watch = DeviceWatch(backward=run_backward)
     try:
-        with _pretending(watch, 1), FakeTensorMode(), watch, watch.record() as seen:
+        with fake_gpu(watch), watch.record() as seen:
             layer = torch.nn.Conv2d(3, 4, 3).to(CUDA, memory_format=torch.channels_last)  # type: ignore[call-overload]
             layer(torch.empty(2, 3, 8, 8).to(CUDA, non_blocking=True)).sum().backward()
             torch._foreach_mul_([w.grad for w in layer.parameters()], 2.0)
