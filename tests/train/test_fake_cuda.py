@@ -16,7 +16,8 @@ from tests.support.device_watch import STAGED, DeviceWatch, Seen, why_per_tensor
 from tests.support.fake_cuda import CUDA, SETTINGS, Emulated
 
 QUICK = ("default", "micro-batches", "statistics move, average")  # in the default lane
-# Operations of a step, with torch 2.14 and timm 1.0.31; 5 % more or fewer are not noticed.
+RECORDED_WITH = "2.14"  # the version of torch
+# Operations of a step; 5 % more or fewer are not noticed.
 OPERATIONS = {
     "default": 479,
     "rho 0": 261,
@@ -55,8 +56,9 @@ _TOLERANCE = 0.05
 @pytest.fixture(scope="module", autouse=True)
 def possible():
     reason = fake_cuda.why_impossible()
-    if reason is not None:
+    if reason is not None and not torch.__version__.startswith(RECORDED_WITH):
         pytest.skip(reason)
+    assert reason is None
 
 
 @functools.cache
