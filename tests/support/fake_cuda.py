@@ -60,6 +60,7 @@ _BASE: Mapping[str, Any] = {
     "freeze_bn": True,
     "head_lr_factor": 35.0,
     "warmup_epochs": 0,
+    "graphs": "off",
 }
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
@@ -137,7 +138,7 @@ class _Stream:
 def fake_gpu(watch: DeviceWatch, ranks: int = 1) -> Iterator[None]:
     """In the block tensors are fake, a GPU seems to be there, and other ranks, to which nothing is sent."""
     stream = type("Stream", (_Stream,), {"watch": watch})
-    state, generator = torch.zeros(16, dtype=torch.uint8), torch.Generator
+    state = torch.zeros(16, dtype=torch.uint8)
     tensors = [torch.Tensor, torch.nn.Parameter, FakeTensor]
 
     def tolist(self: torch.Tensor) -> Any:
@@ -177,7 +178,6 @@ def fake_gpu(watch: DeviceWatch, ranks: int = 1) -> Iterator[None]:
             "_conv_determine_backend_memory_format": _cudnn_memory_format,
             "_current_graph_task_id": lambda: 0,  # recomputed activations are kept by it
         },
-        torch: {"Generator": lambda *_, **__: generator()},
         torch.autograd: {"_engine_run_backward": run_backward},
         _foreach_utils: {"_foreach_supported_types": tensors},
         optimizer: {"_foreach_supported_types": tensors},
