@@ -280,7 +280,7 @@ def test_the_next_copy_takes_the_memory_of_the_one_before():
     second = copy({name: value + 1 for name, value in values.items()})
     assert {name: value.data_ptr() for name, value in first.items()} == {n: v.data_ptr() for n, v in second.items()}
     assert second["b"].tolist() == [2] * 7
-    assert copy({"a": torch.ones(6), "b": torch.ones(7)})["b"].tolist() == [1.0] * 7  # of other sizes and types
+    assert copy({"a": torch.ones(6), "b": torch.full((7,), 0.5)})["b"].tolist() == [0.5] * 7  # other sizes and types
 
 
 @pytest.mark.gpu
