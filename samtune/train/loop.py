@@ -36,7 +36,7 @@ from samtune.train.restore import resume_run
 from samtune.train.schedule import cosine, warmup
 from samtune.train.setup import Setup
 from samtune.train.start import recording_outcome, start_run
-from samtune.train.state import StepStats, TrainState, find_newest, load_state_dict
+from samtune.train.state import StepStats, TrainState, load_state_dict
 from samtune.train.trackers import Trackers
 from samtune.train.watchdog import Watchdog, watch_run
 
@@ -61,9 +61,9 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
             Trackers(setup.config, log) as trackers,
             console.RunProgress(setup.total_steps, state.step, read_metrics(log.folder)) as progress,
             watch_run(log, 60 * config.step_timeout) as watchdog,
+            CheckpointSaver(setup, log, newest) as saver,
         ):
             log.listeners.append(progress.add)
-            saver = CheckpointSaver(setup, log, newest)
             trainer = Trainer(setup, state, log, saver, stop, progress, watchdog)
             stop.is_deferred = True
             saver.update_links(state)  # a kill may have come before the links
@@ -137,18 +137,21 @@ class Trainer:
                     pass  # validated when the run resumes
                 except (SamtuneError, OSError):
                     if not setup.is_sharded and is_finite(setup.model):  # keep what was learned
-                        self.saver.save(state)
+                        self.saver.save_before_error(state)
                     raise
             last = state.step == setup.total_steps
             is_due = state.step > 0 and (state.best_step == state.step or self.saver.due(state.step))
             if is_due or last or self.stop.is_agreed:
                 self.saver.save(state)
+            if last or self.stop.is_agreed:
+                self.saver.wait()
                 self.stop.has_checkpoint = True
             if self.stop.is_agreed:
                 collectives.barrier()  # none ends before rank 0 has saved
                 self.stop.raise_stopped()
             if last:
                 return
+            self.saver.check()
             self._step(batches, base_lrs)
             self._heartbeat(state.step)
 
@@ -206,7 +209,7 @@ class Trainer:
             state.skipped_in_a_row = in_a_row
             return
         if config.on_nan == "rollback" and state.rollbacks < _MAX_ROLLBACKS and not is_adapting:
-            newest = collectives.broadcast_from_rank0(lambda: find_newest(self.log.folder))
+            newest = collectives.broadcast_from_rank0(self.saver.find_newest)
             if newest is None:
                 raise CheckpointError(f"run {self.log.folder} has lost its checkpoints", hint="start a new run")
             back = load_state_dict(setup, newest)
@@ -221,6 +224,7 @@ class Trainer:
         set_generator_states(generators, setup.device)
         if state.step > 0:
             self.saver.save(state)
+            self.saver.wait()
             self.stop.has_checkpoint = True
             collectives.barrier()
         raise diverged(setup, state, self.log, step, result, in_a_row)
@@ -331,7 +335,8 @@ class Trainer:
     def score_selected(self) -> Evaluation:
         """Score the selected checkpoint on test, once; without a test split, or with --no-test, on validation again."""
         setup = self.setup
-        folder = resolve_checkpoint(self.log.checkpoints, setup.config.select)
+        # Rank 0 has written it, so rank 0 knows where it is.
+        folder = collectives.broadcast_from_rank0(lambda: resolve_checkpoint(self.log.checkpoints, setup.config.select))
         step = int(collectives.broadcast_from_rank0(lambda: checkpoint.verify(folder)["step"]))
         checkpoint.load_weights(partial(setup.load, setup.model), folder / "model.safetensors")
         if setup.test is None or not setup.config.test:
