@@ -331,6 +331,12 @@ class RunConfig(BaseModel):
         "together (--m group:8)",
         False,
     )
+    graphs: Literal["auto", "on", "off"] = _device(
+        "nothing",
+        "record the passes of a step as CUDA graphs and replay them, which saves time where a GPU waits for kernels to "
+        "be launched (small models or batches); auto: on one GPU, where it is possible; on: fail where it is not",
+        "auto",
+    )
     max_restarts: int = _device(
         "nothing", "how often all ranks begin again from the newest checkpoint when one is lost", 0, ge=0
     )

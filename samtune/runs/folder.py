@@ -2,8 +2,8 @@
 
 config.toml       the resolved config, with the origin of each value; a recipe that repeats the run
 provenance.json   command, versions, machine, what config names turned into (weights, splits, steps), and each resume
-status.json       state (running, done, stopped, failed), exit_code, step, total_steps, degraded; pid, host, updated,
-                  error (what, why, mend)
+status.json       state (running, done, stopped, failed), exit_code, step, total_steps, degraded, passes; pid, host,
+                  updated, error (what, why, mend)
 metrics.jsonl     one object a line, append-only
 log.txt           what the terminal said; log-rank1.txt and so on: the same of the other ranks
 checkpoints/      see samtune/runs/checkpoint.py

@@ -41,6 +41,7 @@ class RunLog:
         self.folder, self.checkpoints, self.total_steps = folder, folder / "checkpoints", total_steps
         self.step = 0
         self.degraded = False
+        self.passes = ""  # how they are run: eager or CUDA graphs
         self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # called with each row of metrics
         self._name = "log.txt"
         self._lock = held
@@ -162,6 +163,7 @@ class RunLog:
                 "step": self.step,
                 "total_steps": self.total_steps,
                 "degraded": self.degraded,
+                "passes": self.passes,
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
                 "updated": now(),

@@ -10,6 +10,7 @@ from torch import nn
 
 from samtune.distributed import collectives, ddp
 from samtune.sam.batch import Batch, check_divisible, chunk, head, num_samples, split
+from samtune.sam.cuda_graphs import GraphRunner
 from samtune.sam.filters import first_match, select_parameters, unwrapped
 from samtune.sam.losses import Loss, ScalarLoss, as_scalar, explain_second_backward
 from samtune.sam.perturbation import Perturbation
@@ -115,7 +116,7 @@ class SAM:
         self._device = self._params[0].device
         self._batch_norms = batch_norms(model)
         self.runner = EagerRunner(model, self._params, self.ranks)
-        """How forward-backward passes are computed."""
+        """How forward-backward passes are run."""
 
     @property
     def rho(self) -> float:
@@ -142,6 +143,12 @@ class SAM:
     def effective_micro_batch(self, n: int) -> int:
         """Of a batch of n samples, how many pass through the model at once."""
         return min(n, self.m if isinstance(self.m, int) else n, self.micro_batch or n)
+
+    def use_cuda_graphs(self, *, required: bool = False) -> None:
+        """Record the passes as CUDA graphs; see cuda_graphs.GraphRunner, also for `required`."""
+        self.runner = GraphRunner(
+            self._inner, self._params, self.ranks, is_perturbed=lambda: self.perturbed, required=required
+        )
 
     @property
     def passes(self) -> float:

@@ -15,15 +15,22 @@ from samtune.sam.snapshot import BatchNormStats, batch_norms
 class EagerRunner:
     """Runs forward-backward passes operation by operation; cuda_graphs.GraphRunner replays recorded ones.
 
-    model: any. perturbed: the parameters whose gradient `ascend` computes. ranks: as `SAM.ranks`.
+    model: any. perturbed: the parameters whose gradient `ascend` computes. ranks: as `SAM.ranks`. reason: why passes
+    are not recorded.
     """
 
-    def __init__(self, model: nn.Module, perturbed: Sequence[nn.Parameter], ranks: Any) -> None:
+    def __init__(self, model: nn.Module, perturbed: Sequence[nn.Parameter], ranks: Any, reason: str = "") -> None:
+        self.reason = reason
         self._perturbed = perturbed
         self._ranks = ranks
         recomputes = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
         # With recomputed activations a backward pass goes through these layers once more.
         self._recomputed_stats = BatchNormStats(batch_norms(model) if recomputes else [])
+
+    @property
+    def mode(self) -> str:
+        """How passes are run, for reports."""
+        return f"eager ({self.reason})" if self.reason else "eager"
 
     def ascend(self, loss: ScalarLoss, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Loss at the present weights, and its gradient by the perturbed parameters; both detached.
@@ -47,6 +54,9 @@ class EagerRunner:
             with self._recomputed_stats.restored():
                 guarded(value, value, share).backward()
         return value.detach()
+
+    def release(self) -> None:
+        """Free what is kept between passes: nothing."""
 
 
 def guarded(loss: torch.Tensor, at_w: torch.Tensor, share: float) -> torch.Tensor:

@@ -99,6 +99,7 @@ class Step:
 
         def attempt(micro_batch: int) -> list[float]:
             if micro_batch < tried_first:
+                self.sam.runner.release()
                 self.sam.micro_batch = micro_batch
             try:
                 with snapshot.rollback_on_error(self._stats, images.device):

@@ -152,6 +152,10 @@ class Trainer:
 
     def _heartbeat(self, step: int) -> None:
         """Update status.json and reset the watchdog."""
+        passes = self.setup.update.sam.runner.mode
+        if passes != self.log.passes and self.setup.device.type == "cuda":
+            self.log.info(f"passes  {passes}")
+        self.log.passes = passes
         self.log.heartbeat(step)
         self.watchdog.heartbeat()
 

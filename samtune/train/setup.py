@@ -100,6 +100,7 @@ def build_setup(
     if resolved is None and config.img_size is not None:
         check_size(config.model, config.weights, config.img_size)
     collectives.init(target)
+    obstacle = _obstacle_to_graphs(config, target)
     torch.manual_seed(config.seed)
     with collectives.local_main_process_first():
         read = load_run_data(config, resolved, decode)
@@ -143,6 +144,10 @@ def build_setup(
     optimizer, penalty = _optimizer(model, config, lr, target)
     with device.oom_as_user_error(f"SAM's copy of the weights of {info.resolved}, or the buffers of the ranks"):
         sam = _sam(model, config, batch)
+        if obstacle:
+            sam.runner.reason = obstacle
+        else:
+            sam.use_cuda_graphs(required=config.graphs == "on")
     update = Step(
         sam,
         optimizer,
@@ -224,6 +229,22 @@ def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan) -> SAM:
         raise UsageError(
             f"--perturb {config.perturb}", str(error), f"its names begin with {_first_names(model)}"
         ) from None
+
+
+def _obstacle_to_graphs(config: RunConfig, target: torch.device) -> str:
+    """Why the passes of this run stay eager; "" if they are recorded. Raises UsageError for --graphs on."""
+    obstacles = {
+        "--graphs off": config.graphs == "off",
+        f"device {target.type}": target.type != "cuda",
+        "--shard": config.shard,
+        "several ranks": collectives.world_size() > 1,
+        "--grad-checkpointing": config.grad_checkpointing,
+        "--deterministic": config.deterministic,
+    }
+    obstacle = next((name for name, is_there in obstacles.items() if is_there), "")
+    if obstacle and config.graphs == "on":
+        raise UsageError(f"--graphs on with {obstacle}", hint="--graphs auto records where it is possible")
+    return obstacle
 
 
 def _shard(model: nn.Module, target: torch.device, group: int | None) -> None:
