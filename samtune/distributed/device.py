@@ -4,9 +4,10 @@ import gc
 import math
 import os
 import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -127,6 +128,13 @@ def arithmetic(device: torch.device, dtype: str) -> str:
     return words.get(dtype, dtype)
 
 
+def library_versions(device: torch.device) -> dict[str, str]:
+    """The versions of the libraries that compute on a GPU; none for a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+
+
 def autocast(device: torch.device, dtype: str) -> Autocast:
     """A function that makes the context of a forward pass: a new one each time, for its cache of cast weights."""
     low = torch.float16 if dtype == "float16" else torch.bfloat16
@@ -147,7 +155,7 @@ def deterministic(on: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it before its first use
     torch.use_deterministic_algorithms(on)
     # By default that also fills every new tensor, lest memory be read that nothing was written to.
-    torch.utils.deterministic.fill_uninitialized_memory = not on
+    torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not on
 
 
@@ -160,6 +168,26 @@ def cudnn_benchmark(on: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """A context in which compiled modules run as they would without torch.compile, for what need not be fast."""
+    context: AbstractContextManager[None] = nullcontext()
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import would take seconds
+        context = torch.compiler.set_stance("force_eager")
+    return context
+
+
+@contextmanager
+def limited_memory(device: torch.device, spare: float) -> Iterator[None]:
+    """Inside the block, memory of the GPU runs out when this share of what this process could have is left."""
+    free, total = torch.cuda.mem_get_info(device)
+    usable = free + torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction((1 - spare) * usable / total, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
