@@ -100,6 +100,7 @@ def evaluate(
     model.eval()
     target_device = next(model.parameters()).device
     autocast = device.autocast(target_device, config.amp_dtype)
+    device.set_float32_arithmetic(target_device, config.amp_dtype)
 
     n, world = len(rows), collectives.world_size()
     is_sharded = collectives.is_sharded(model)
@@ -172,7 +173,10 @@ def evaluate(
         )
 
     # Without gradients, twice the batch of training fits where training does.
-    scored = device.retry_with_smaller_batch(attempt, batch_size or 2 * config.batch_size, data_config["input_size"])
+    most = batch_size or 2 * config.device_batch
+    # The last batch has a size of its own, for which no kernels are worth to be tried or compiled.
+    with device.cudnn_benchmark(False), device.uncompiled():
+        scored = device.retry_with_smaller_batch(attempt, most, data_config["input_size"])
     if not np.isfinite(scored.nats).all():
         raise Diverged(
             f"the model's output on {name} is not finite",

@@ -277,6 +277,7 @@ VARIANTS = {
     "l2_in_loss": ({"l2_in_loss": True}, 2),
     "float16": ({"amp_dtype": "float16"}, 2),
     "deterministic": ({"deterministic": True}, 2),
+    "batch_that_fits": ({"batch_size": "auto"}, 2),
     "no_sam": ({"rho": 0.0, "m": 4}, 1),
 }
 
