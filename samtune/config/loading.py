@@ -49,12 +49,13 @@ def load_over(
 ) -> tuple[RunConfig, RunConfig, set[str]]:
     """The settings of a resumed run, flag > recipe > stored: (now, before, keys that differ).
 
-    origins: of the stored values. amp_dtype "auto" keeps what the run chose. Raises UsageError as `load` does.
+    origins: of the stored values. "auto" keeps what the run chose. Raises UsageError as `load` does.
     """
     stored_values = {key: (value, origins.get(key, "the run's own settings")) for key, value in stored.items()}
     given = _with_origins(recipe, flags)
-    if given.get("amp_dtype", ("",))[0] == "auto":
-        del given["amp_dtype"]
+    for key in ("amp_dtype", "batch_size"):
+        if given.get(key, ("",))[0] == "auto":
+            del given[key]
     before, now = _validated(stored_values), _validated(_merge(stored_values, given))
     return now, before, {key for key in RunConfig.model_fields if getattr(now, key) != getattr(before, key)}
 
@@ -140,7 +141,15 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
             "no device has a whole model to perturb by itself",
             "give --m global, or --m group:8 for groups of devices that hold the model together",
         )
-    if isinstance(config.m, int) and config.global_batch_size is None and config.m > config.batch_size:
+    if config.shard and config.compile:
+        raise UsageError(
+            "--shard and --compile contradict each other",
+            "a compiled block would need its weights whole",
+            "leave one out",
+        )
+    if config.batch_size == "auto":
+        _check_batch_can_be_found(config)
+    elif isinstance(config.m, int) and config.global_batch_size is None and config.m > config.batch_size:
         raise UsageError(
             f"--m {config.m} is more than --batch-size {config.batch_size}",
             "a perturbation is shared within a batch",
@@ -148,6 +157,22 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         )
     config._origins = {key: given[key][1] if key in given else "default" for key in RunConfig.model_fields}
     return config
+
+
+def _check_batch_can_be_found(config: RunConfig) -> None:
+    """Raise UsageError for settings that decide how many images pass through the model at once, or may not."""
+    others = {
+        "--global-batch-size": config.global_batch_size is not None,
+        "--micro-batch": config.micro_batch is not None,
+        f"--m {config.m}": isinstance(config.m, int),
+        "--shard": config.shard,
+    }
+    for other in (name for name, is_given in others.items() if is_given):
+        raise UsageError(
+            f"--batch-size auto and {other} contradict each other",
+            "auto is the batch that passes through a whole model at once",
+            "leave one out, or give --batch-size a number",
+        )
 
 
 def sweep_table(path: Path) -> dict[str, Any]:

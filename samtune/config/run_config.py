@@ -139,7 +139,13 @@ class RunConfig(BaseModel):
     max_eval: int | None = _data(
         "rows", "at most so many images of validation, and of test, every class in proportion: for smoke runs", ge=1
     )
-    batch_size: int = _data("results", "images per step on each device", 16, ge=1, fixed=True)
+    batch_size: types.BatchSize = _data(
+        "results",
+        "images per step on each device; auto: the largest power of two that fits a GPU's memory, found by trying at "
+        "the start (16 on a CPU)",
+        16,
+        fixed=True,
+    )
     global_batch_size: int | None = _data(
         "results",
         "images per step on all devices together, whatever their number; each computes its share in parts of "
@@ -156,7 +162,7 @@ class RunConfig(BaseModel):
     workers: int | None = _data(
         "nothing",
         "data-loading threads (processes with --aa, --color-jitter or --reprob); 0 loads between steps; by default 1, "
-        "with a GPU half of the cores up to 8",
+        "with a GPU one less than cores, up to 16",
         ge=0,
         le=MOST_PROCESSES,
     )
@@ -337,14 +343,21 @@ class RunConfig(BaseModel):
         "be launched (small models or batches); auto: on one GPU, where it is possible; on: fail where it is not",
         "auto",
     )
+    compile: bool = _device(
+        "results",
+        "translate the blocks of the model into fewer, larger kernels (torch.compile): faster steps after a first one "
+        "that takes minutes; results differ in the last digits",
+        False,
+        fixed=True,
+    )
     max_restarts: int = _device(
         "nothing", "how often all ranks begin again from the newest checkpoint when one is lost", 0, ge=0
     )
 
-    amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _run(
+    amp_dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = _run(
         "results",
-        "arithmetic of the forward pass (weights stay float32; float16 scales the loss); auto: bfloat16 on a GPU that "
-        "has it, else float32",
+        "arithmetic of the forward pass (weights stay float32; tf32 rounds what a GPU multiplies to 10 bits; float16 "
+        "scales the loss); auto: bfloat16, on older GPUs float16, on a CPU float32",
         "auto",
     )
     seed: types.Seed = _run("results", "seed of order, augmentation and dropout", 0, fixed=True)
@@ -411,6 +424,12 @@ class RunConfig(BaseModel):
     def settings(cls, **metadata: Any) -> frozenset[str]:
         """The keys whose fields have this metadata, such as affects="rows" or fixed=True."""
         return frozenset(key for key in cls.model_fields if metadata.items() <= cls.metadata(key).items())
+
+    @property
+    def device_batch(self) -> int:
+        """batch_size as a number. Only before a run has chosen it is it "auto"."""
+        assert self.batch_size != "auto"
+        return self.batch_size
 
     def derive(self, key: str, value: Any, reason: str) -> "RunConfig":
         """A copy with a derived value for a setting, with the reason as its origin."""

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, PlainSerializer, Strict
 
@@ -42,6 +42,14 @@ def _samples(m: int | str) -> int | str:
     if isinstance(m, bool) or not re.fullmatch("[0-9]{1,9}", str(m)) or int(m) < 1:
         raise ValueError('must be "device", "global", "group:4" (devices that share it), or a number of images')
     return int(m)
+
+
+def _images(batch_size: int | str) -> int | str:
+    if batch_size == "auto":
+        return batch_size
+    if isinstance(batch_size, bool) or not re.fullmatch("[0-9]{1,9}", str(batch_size)) or int(batch_size) < 1:
+        raise ValueError('must be a whole number from 1 on, of at most nine digits, or "auto"')
+    return int(batch_size)
 
 
 def gpu_choice(gpus: int | str) -> str:
@@ -96,6 +104,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Alpha = Annotated[float, _alpha]
 Samples = Annotated[int | str, BeforeValidator(_samples)]
+BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_images)]
 Gpus = Annotated[str, BeforeValidator(gpu_choice)]
 TrackerNames = Annotated[str, BeforeValidator(_trackers)]
 Endpoint = Annotated[str, AfterValidator(endpoint)]

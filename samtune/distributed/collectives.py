@@ -54,10 +54,12 @@ _block_numbers = itertools.count()
 
 
 def init(device: torch.device) -> None:
-    """Join the process group of the ranks that a launcher started; does nothing in a single process.
+    """Join the process group of the ranks that a launcher started, if there is one. Libraries use this GPU by default.
 
     Raises MachineError if the others cannot be reached.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread; each has its own
     info = environment.rank_info()
     if info is None or dist.is_initialized():
         return
@@ -108,6 +110,8 @@ class _Rendezvous(threading.Thread):
             store.set(f"samtune/joined/{info.rank}", "")
             self._store = store.clone()  # a store in which torch waits serves no other thread
             rank, size = info.rank, info.world_size
+            # No device_id: with one, the mesh of a sharded model splits this group, and torch had releases that cannot
+            # split a group of two backends (pytorch/pytorch#159200). NCCL connects where the model goes to the ranks.
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_NO_TIMEOUT)
         except Exception as error:
             self.error = error

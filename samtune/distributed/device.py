@@ -4,8 +4,10 @@ import gc
 import math
 import os
 import resource
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from samtune.distributed import environment
-from samtune.errors import MachineError, OutOfMemory, first_line
+from samtune.errors import MachineError, OutOfMemory, UsageError, first_line, plural
 
 # What CUDA and its libraries say where memory ran out inside them, and what they say for other reasons, too.
 _NO_MEMORY = ("out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -80,10 +82,57 @@ def _current_device() -> str:
     return describe(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
 
 
-def best_dtype(device: torch.device) -> str:
-    """The dtype of --amp-dtype auto. On CPUs bfloat16 is slower: depthwise convolutions lack a fast kernel."""
-    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if is_fast else "float32"
+def best_dtype(device: torch.device) -> tuple[str, str]:
+    """The value of --amp-dtype auto, and why."""
+    if device.type != "cuda":
+        # bfloat16 is slower there: depthwise convolutions lack a fast kernel.
+        return "float32", f"best on device {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    has = f"a GPU of compute capability {major}.{minor} has"
+    if major >= 8:
+        return "bfloat16", f"{has} it"
+    if major == 7:
+        return "float16", f"{has} tensor cores for it, and no bfloat16"
+    return "float32", f"{has} no fast 16-bit arithmetic"
+
+
+def check_dtype(device: torch.device, dtype: str) -> None:
+    """Raise UsageError if a value of --amp-dtype is arithmetic that the device does not have."""
+    if dtype != "tf32":
+        return
+    if device.type != "cuda":
+        raise UsageError("--amp-dtype tf32 on a CPU", "it is arithmetic of GPUs", "give float32, or leave it out")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise UsageError(
+            f"--amp-dtype tf32 on {describe(device)}", "only newer GPUs have it", "give float16 or float32"
+        )
+
+
+def set_float32_arithmetic(device: torch.device, dtype: str) -> None:
+    """Let a GPU compute with float32 as an --amp-dtype says: "tf32" in TF32, every other one as IEEE 754 defines it.
+
+    torch's own default is TF32 in convolutions and IEEE in matrix products.
+    """
+    if device.type == "cuda":
+        with warnings.catch_warnings():
+            # fp32_precision is the newer API, but torch refuses to tell the state to the compiler where both are used.
+            warnings.filterwarnings("ignore", message=".*new API", category=UserWarning)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+
+
+def arithmetic(device: torch.device, dtype: str) -> str:
+    """An --amp-dtype in words, for logs: on a GPU, "float32" alone may mean TF32."""
+    if device.type != "cuda":
+        return dtype
+    words = {"tf32": "float32 in TF32", "float32": "float32 (IEEE 754)", "float16": "float16 with a loss scale"}
+    return words.get(dtype, dtype)
+
+
+def library_versions(device: torch.device) -> dict[str, str]:
+    """The versions of the libraries that compute on a GPU; none for a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
 
 
 def autocast(device: torch.device, dtype: str) -> Autocast:
@@ -98,10 +147,47 @@ def loss_scaler(device: torch.device, dtype: str) -> torch.amp.GradScaler | None
 
 
 def deterministic(on: bool) -> None:
-    """Whether torch uses only operations whose result is the same every time, and raises for others."""
+    """Whether torch uses only operations whose result is the same every time, and raises for others.
+
+    Otherwise cuDNN tries its kernels on the first batch of each size, and takes the fastest: not always the same one.
+    """
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it before its first use
     torch.use_deterministic_algorithms(on)
+    # By default that also fills every new tensor, lest memory be read that nothing was written to.
+    torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not on
+
+
+@contextmanager
+def cudnn_benchmark(on: bool) -> Iterator[None]:
+    """Inside the block, cuDNN tries its kernels on the first batch of each size and takes the fastest, or does not."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """A context in which compiled modules run as they would without torch.compile, for what need not be fast."""
+    context: AbstractContextManager[None] = nullcontext()
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import would take seconds
+        context = torch.compiler.set_stance("force_eager")
+    return context
+
+
+@contextmanager
+def limited_memory(device: torch.device, spare: float) -> Iterator[None]:
+    """Inside the block, memory of the GPU runs out when this share of what this process could have is left."""
+    free, total = torch.cuda.mem_get_info(device)
+    usable = free + torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction((1 - spare) * usable / total, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -195,6 +281,9 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def loading_workers(target: torch.device, cores_of_rank: int) -> int:
-    """Number of threads that load images for a rank: one if the CPU computes, up to 8 for a GPU."""
-    return min(8, max(1, cores_of_rank // 2)) if target.type == "cuda" else 1
+def loading_workers(target: torch.device, cores_of_rank: int) -> tuple[int, str]:
+    """Number of threads that load images for a rank, and why."""
+    cores = plural(cores_of_rank, "core")
+    if target.type != "cuda":
+        return 1, f"for {cores} and device {target.type}"
+    return min(16, max(1, cores_of_rank - 1)), f"for {cores}, less one that gives the GPU its work, at most 16"

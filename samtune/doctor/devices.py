@@ -49,7 +49,7 @@ def cpu() -> Iterator[Finding]:
         "CPU",
         "ok",
         f"{plural(cores, 'core')}, {plural(torch.get_num_threads(), 'thread')}; "
-        f"memory {gib(free)} free of {gib(total)}; best precision {device.best_dtype(torch.device('cpu'))}",
+        f"memory {gib(free)} free of {gib(total)}; best precision {device.best_dtype(torch.device('cpu'))[0]}",
         details={"cores": cores, "memory_bytes": total, "memory_free_bytes": free},
     )
 
@@ -89,7 +89,7 @@ def gpus() -> Iterator[Finding]:
             f"GPU {number}",
             "ok" if torch.ones(8, device=gpu).sum().item() == 8 else "failed",
             f"{about.name}, memory {gib(free)} free of {gib(total)}, compute capability {about.major}.{about.minor}; "
-            f"driver {driver}, CUDA {torch.version.cuda}; best precision {device.best_dtype(gpu)}",
+            f"driver {driver}, CUDA {torch.version.cuda}; best precision {device.best_dtype(gpu)[0]}",
             details={"memory_bytes": total, "memory_free_bytes": free, "driver": driver, "cuda": torch.version.cuda},
         )
 

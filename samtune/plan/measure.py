@@ -17,10 +17,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from samtune.data.cache import Images
 from samtune.data.loader import Batch, train_batches
+from samtune.data.prefetch import prefetch
 from samtune.data.splits import Indices
 from samtune.data.transforms import train_transform
 from samtune.distributed import device
-from samtune.errors import OutOfMemory
 from samtune.models.training import train_mode
 from samtune.sam.filters import select_parameters
 from samtune.sam.snapshot import BatchNormStats, batch_norms
@@ -106,8 +106,8 @@ def activation_bytes(setup: Setup, images: int) -> int:
         return None  # no backward pass follows
 
     stats = BatchNormStats(batch_norms(setup.model))
-    with stats.restored(), saved_tensors_hooks(keep, keep), setup.update.autocast():
-        setup.update.loss(setup.model(inputs), targets)
+    with stats.restored(), saved_tensors_hooks(keep, keep), device.uncompiled(), setup.update.autocast():
+        setup.update.loss(setup.model(setup.update.prepare(inputs)), targets)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -149,7 +149,7 @@ def steps(setup: Setup, rows: Indices, kinds: Iterable[float], progress: Progres
     kinds, workers = list(kinds), setup.config.workers or 0
     most = max(_FEWEST, min(_MOST, math.ceil(setup.total_steps / _ROUNDS)))
     train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
-    batches = train_batches(
+    loaded = train_batches(
         setup.train,
         np.resize(rows, max(len(rows), setup.batch.total)),  # at least one batch
         train_transform(setup.info.data_config, setup.config),
@@ -160,7 +160,8 @@ def steps(setup: Setup, rows: Indices, kinds: Iterable[float], progress: Progres
         pin_memory=setup.device.type == "cuda",
         share=lambda rows: setup.batch.share(rows, 0),
     )
-    with closing(batches):  # type: ignore[type-var]
+    batches = prefetch(loaded, setup.device)
+    with closing(batches):
         step = _Stepping(setup, batches)
         firsts = {rho: step(rho)[0] for rho in kinds}
         seconds: dict[float, list[float]] = {rho: [] for rho in kinds}
@@ -211,7 +212,7 @@ def evaluation(setup: Setup, images: Images, rows: Indices, whole: int, progress
         setup.eval_batch = scored.batch_size
         return time.perf_counter() - started
 
-    size = setup.eval_batch or 2 * setup.config.batch_size
+    size = setup.eval_batch or 2 * setup.config.device_batch
     few = min(len(rows), 2 * size)
     first, usual = score(few), score(few)
     many = min(few * max(1, round(_EVALUATION_SECONDS / usual)), max(whole, few))
@@ -234,47 +235,3 @@ def checkpoint(setup: Setup) -> tuple[int, float]:
                 break
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return size, statistics.median(seconds)
-
-
-def largest_batch(setup: Setup, most: int, progress: Progress) -> int:
-    """The largest number of images in one pass that fits in memory, at most `most`; 0 if none fits.
-
-    Found by steps on black images: doubling until they do not fit, then bisection to an eighth.
-    """
-
-    def fits(images: int) -> bool:
-        progress("searching the batch that fits: tried", images, most)
-        setup.update.sam.micro_batch = None
-        try:
-            setup.update(*_any_batch(setup, images))
-        except OutOfMemory:
-            return False
-        except Exception as error:
-            if not device.may_be_out_of_memory(error):
-                raise
-            return False
-        return setup.update.sam.micro_batch is None  # else it was halved
-
-    before = setup.update.sam.micro_batch
-    try:
-        return search(fits, min(most, setup.batch.per_device), most)
-    finally:
-        setup.update.sam.micro_batch = before
-        setup.optimizer.zero_grad(set_to_none=True)
-        device.free_memory()
-
-
-def search(fits: Callable[[int], bool], start: int, most: int) -> int:
-    """The largest number up to `most` that fits, to an eighth; 0 if 1 does not. fits must be monotone."""
-    low, high = 0, start
-    while high < most and fits(high):
-        low, high = high, min(most, 2 * high)
-    if high == most and fits(most):
-        return most
-    while high - low > max(1, low // 8):
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low

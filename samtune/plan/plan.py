@@ -22,11 +22,10 @@ from samtune.plan import measure
 from samtune.plan.measure import Evaluating, Steps
 from samtune.plan.sample import Decoding, Sampler, rows_with_pixels
 from samtune.plan.tables import format_bytes
-from samtune.train import checkpointing, provenance
+from samtune.train import batch_search, checkpointing, provenance
 from samtune.train.setup import Setup, build_setup
 
 SCHEMA_VERSION = 1
-_MAX_BATCH = 2**16  # upper limit of the search for the batch that fits
 # The settings that a plan shows, with the origin of each.
 _SHOWN = ("lr", "weight_decay", "rho", "batch_size", "epochs", "warmup_epochs", "img_size", "amp_dtype", "workers")
 
@@ -81,7 +80,8 @@ def _measure(setup: Setup, decoding: list[Decoding], start: float) -> dict[str, 
     kinds = [config.rho, 0.0] if config.rho > 0 else [0.0]
     console.info(f"measuring steps of {'SAM and ' if config.rho > 0 else ''}the plain optimizer on {name} ...")
     with console.RunProgress() as progress:
-        macs = multiply_accumulates(setup.model.eval(), setup.info.data_config["input_size"])
+        with device.uncompiled():
+            macs = multiply_accumulates(setup.model.eval(), setup.info.data_config["input_size"])
         steps = measure.steps(setup, rows_with_pixels(setup.train, setup.train_rows), kinds, progress.count)
         peak = device.peak_memory_bytes(setup.device)
         scored, rows = (setup.val, setup.val_rows) if config.val else (setup.test, setup.test_rows)
@@ -175,9 +175,16 @@ def _fits(setup: Setup, progress: measure.Progress) -> tuple[int | None, str]:
         return None, "searched on a GPU only"
     if isinstance(setup.update.sam.m, int):
         return None, f"--m {setup.config.m} decides how many images pass at once"
-    most = min(_MAX_BATCH, len(setup.train_rows))
-    largest = measure.largest_batch(setup, most, progress)
-    return largest, "all training images" if largest == len(setup.train_rows) else "found by steps, to an eighth"
+    most = len(setup.train_rows) // setup.batch.devices
+    with device.uncompiled():
+        found = batch_search.largest_batch(
+            setup.model,
+            setup.config,
+            setup.info,
+            most,
+            lambda images, _: progress("searching the batch that fits: tried", images, most),
+        )
+    return found.images, "the largest power of two" + (" within the training images" if 2 * found.images > most else "")
 
 
 def _length(setup: Setup) -> dict[str, int | float]:

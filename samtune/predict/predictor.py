@@ -29,7 +29,12 @@ from samtune.data.decode import decode, from_pillow
 from samtune.data.inputs import Input, inputs_of
 from samtune.data.transforms import eval_transform
 from samtune.distributed import collectives
-from samtune.distributed.device import autocast, retry_with_smaller_batch, select_device
+from samtune.distributed.device import (
+    autocast,
+    retry_with_smaller_batch,
+    select_device,
+    set_float32_arithmetic,
+)
 from samtune.errors import DataError, Diverged, UsageError
 from samtune.models.head import features_and_logits
 from samtune.models.timm_format import load_checkpoint
@@ -109,7 +114,7 @@ class Predictor:
         self._transform = eval_transform(self.data_config)
         self._autocast = autocast(self.device, self.config.amp_dtype)
         self._tta = tta
-        self.batch_size: int = 2 * self.config.batch_size
+        self.batch_size: int = 2 * self.config.device_batch
         """Pictures per forward pass: as in the run's own evaluation, and halved where memory runs out."""
 
     def __call__(self, images: Picture | Iterable[Picture]) -> list[Prediction]:
@@ -178,6 +183,7 @@ class Predictor:
             self.batch_size = min(self.batch_size, size) if size < len(images) else self.batch_size
             return outputs
 
+        set_float32_arithmetic(self.device, self.config.amp_dtype)
         outputs = retry_with_smaller_batch(attempt, self.batch_size, self.data_config["input_size"])
         probabilities = torch.cat([p for p, _ in outputs]).numpy()
         if not np.isfinite(probabilities).all():

@@ -54,7 +54,7 @@ def run(
     if collectives.rank() == 0 and predictor.temperature is not None:
         console.info(f"temperature {predictor.temperature.temperature:.3g} (--no-temperature leaves it out)")
     if workers is None:
-        workers = device.loading_workers(target, device.available_cpus() // collectives.local_world_size())
+        workers, _ = device.loading_workers(target, device.available_cpus() // collectives.local_world_size())
     batches = predict(
         predictor,
         inputs,

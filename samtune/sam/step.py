@@ -178,7 +178,7 @@ class Step:
         stats = snapshot.BatchNormStats(snapshot.batch_norms(self.sam.model))
         generators = snapshot.generator_states(images.device)
         n = 2 if stats.update else 1  # batch norm that is not frozen needs more than one
-        with stats.restored(), device.oom_as_user_error(plural(n, "image")), self.autocast():
+        with stats.restored(), device.oom_as_user_error(plural(n, "image")), device.uncompiled(), self.autocast():
             logits = self.sam.model(self.prepare(images[:1].expand(n, *images.shape[1:])))
             self.loss(logits, labels[:1].expand(n, *labels.shape[1:])).backward()
         self.optimizer.zero_grad()

@@ -24,8 +24,8 @@ class BatchPlan:
         """The plan of a config. Raises UsageError if the batch cannot be divided evenly."""
         total = config.global_batch_size
         if total is None:
-            return cls(config.batch_size, devices, 1, min(config.batch_size * devices, train_images))
-        part = config.batch_size if config.origins.get("batch_size", "default") != "default" else total // devices
+            return cls(config.device_batch, devices, 1, min(config.device_batch * devices, train_images))
+        part = config.device_batch if config.origins.get("batch_size", "default") != "default" else total // devices
         if part == 0 or total % (part * devices):
             raise UsageError(
                 f"--global-batch-size {total} cannot be divided evenly",

@@ -28,6 +28,12 @@ def peak_lr(config: RunConfig, batch: BatchPlan) -> float:
     return float(f"{config.lr * (batch.nominal / config.lr_base_batch) ** 0.5:.3g}")
 
 
+def resolve_arithmetic(config: RunConfig, target: torch.device) -> RunConfig:
+    """Fill in --amp-dtype. Raises UsageError for arithmetic that the device does not have."""
+    device.check_dtype(target, config.amp_dtype)
+    return config.derive("amp_dtype", *device.best_dtype(target)) if config.amp_dtype == "auto" else config
+
+
 def resolve_auto(
     config: RunConfig, target: torch.device, info: ModelInfo, train_images: int, batch: BatchPlan, cores: int
 ) -> RunConfig:
@@ -46,10 +52,7 @@ def resolve_auto(
             "weight_decay", float(f"{decay:.3g}"), f"1 / {train_images} training images, at most {_MAX_WEIGHT_DECAY:g}"
         )
     if config.workers is None:
-        workers = device.loading_workers(target, cores)
-        config = config.derive("workers", workers, f"for {plural(cores, 'core')} and device {target.type}")
-    if config.amp_dtype == "auto":
-        config = config.derive("amp_dtype", device.best_dtype(target), f"best on device {target.type}")
+        config = config.derive("workers", *device.loading_workers(target, cores))
     if config.img_size is None:
         config = config.derive("img_size", info.img_size, f"size of the weights {info.resolved}")
     return config

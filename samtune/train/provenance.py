@@ -35,9 +35,11 @@ def describe(setup: Setup) -> dict[str, Any]:
     content: dict[str, Any] = {
         "command": run_log.command(),
         "started": run_log.now(),
-        "versions": run_log.versions(),
+        "versions": run_log.versions() | device.library_versions(setup.device),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "devices": collectives.all_gather_object(device.describe(setup.device)),
+        "arithmetic": device.arithmetic(setup.device, config.amp_dtype),
+        "compiled": config.compile,
         "world_size": collectives.world_size(),
         "model": {
             "requested": info.requested,
@@ -121,7 +123,9 @@ def startup_lines(setup: Setup, provenance: Mapping[str, Any]) -> list[str]:
         f"warm-up {setup.warmup_steps}, cosine",
         f"update  {run_report.sam_words(provenance['sam'], setup.total_steps)}",
         f"        {config.opt}, lr {setup.lr:g}{_scaled(setup)} (head {head_lr:g}), clip {config.clip_grad:g}",
-        f"device  {_devices(provenance['devices'])}, {config.amp_dtype}; {plural(config.workers or 0, 'data worker')}"
+        f"device  {_devices(provenance['devices'])}, {provenance['arithmetic']}"
+        + (", compiled" if config.compile else "")
+        + f"; {plural(config.workers or 0, 'data worker')}"
         + (" each" if setup.batch.devices > 1 else ""),
         f"output  {config.output}",
     ]

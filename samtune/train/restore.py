@@ -69,7 +69,7 @@ def _resume(
         setup.update.sam.micro_batch = setup.config.micro_batch
     changed = {key: [str(value) for value in values] for key, values in resumed.changed.items()}
     entry = {"step": state.step, "started": run_log.now(), "command": run_log.command()}
-    entry |= {"versions": run_log.versions(), "changed": changed}
+    entry |= {"versions": about["versions"], "changed": changed}
     about["model"] = before.get("model", about["model"])
 
     def reopen() -> RunLog:

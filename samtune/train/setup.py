@@ -11,9 +11,10 @@ from torch import nn
 
 from samtune import console
 from samtune.config.run_config import RunConfig
-from samtune.distributed import collectives, ddp, device, fsdp
+from samtune.data.transforms import model_input
+from samtune.distributed import collectives, ddp, device, environment, fsdp
 from samtune.errors import UsageError
-from samtune.models import training
+from samtune.models import compiled, training
 from samtune.models.build import build_model, check_size
 from samtune.models.head import head_names
 from samtune.models.names import resolve
@@ -22,7 +23,8 @@ from samtune.sam.gradient import SAM
 from samtune.sam.losses import cross_entropy, l2_penalty
 from samtune.sam.step import Step
 from samtune.train.batch_plan import BatchPlan, group_size
-from samtune.train.defaults import peak_lr, resolve_auto
+from samtune.train.batch_search import resolve_batch_size
+from samtune.train.defaults import peak_lr, resolve_arithmetic, resolve_auto
 from samtune.train.run_data import DecodeFunction, Resolved, RunData, load_run_data
 from samtune.train.schedule import RhoSchedule, TrainingLength
 
@@ -96,11 +98,15 @@ def build_setup(
     """
     device.deterministic(config.deterministic)
     target = device.select_device(config.gpus, config.processes)
+    obstacle = _obstacle_to_graphs(config, target)
+    config = resolve_arithmetic(config, target)
+    device.set_float32_arithmetic(target, config.amp_dtype)
+    if config.compile:
+        compiled.check_compiler(target)
     resolve(config.model)  # a misspelt name need not wait for the data
     if resolved is None and config.img_size is not None:
         check_size(config.model, config.weights, config.img_size)
     collectives.init(target)
-    obstacle = _obstacle_to_graphs(config, target)
     torch.manual_seed(config.seed)
     with collectives.local_main_process_first():
         read = load_run_data(config, resolved, decode)
@@ -135,6 +141,9 @@ def build_setup(
                 _shard(part, target, group)
 
     world = world or collectives.world()
+    config = resolve_batch_size(config, model, info, len(read.train_rows), world.size)
+    if config.compile:
+        compiled.compile_blocks(model)  # the average that was copied from it stays as it is
     batch = BatchPlan.of(config, world.size, len(read.train_rows))
     config = resolve_auto(
         config, target, info, len(read.train_rows), batch, device.available_cpus() // world.local_size
@@ -156,6 +165,7 @@ def build_setup(
         autocast=device.autocast(target, config.amp_dtype),
         scaler=device.loss_scaler(target, config.amp_dtype),
         penalty=penalty,
+        prepare=partial(model_input, data_config=info.data_config, channels_last=config.channels_last),
     )
     return Setup(
         **vars(read),
@@ -237,7 +247,7 @@ def _obstacle_to_graphs(config: RunConfig, target: torch.device) -> str:
         "--graphs off": config.graphs == "off",
         f"device {target.type}": target.type != "cuda",
         "--shard": config.shard,
-        "several ranks": collectives.world_size() > 1,
+        "several ranks": environment.rank_info() is not None,
         "--grad-checkpointing": config.grad_checkpointing,
         "--deterministic": config.deterministic,
     }

@@ -60,8 +60,9 @@ def test_a_recipe_may_carry_its_claim(tmp_path):
         ("epochs", "0", "more than 0"),
         ("epochs", "20%", "more than 0"),
         ("epochs", "ten", "5000 steps"),
-        ("batch_size", 0, "greater than or equal to 1"),
-        ("batch_size", 1.5, "valid integer"),
+        ("batch_size", 0, "from 1 on"),
+        ("batch_size", 1.5, "whole number"),
+        ("batch_size", "large", 'or "auto"'),
         ("opt", "sdg", "'sgd' or 'adamw'"),
         ("p", 0.5, "from 1 on"),
         ("p", "two", "from 1 on"),
@@ -108,6 +109,11 @@ def test_an_unknown_key_goes_before_what_is_missing_for_it(tmp_path):
     [
         (NEEDED | {"weights": "w.pth", "pretrained": False}, "contradict"),
         (NEEDED | {"m": 17}, "--m 17 is more than --batch-size 16"),
+        (NEEDED | {"batch_size": "auto", "global_batch_size": 64}, "auto and --global-batch-size contradict"),
+        (NEEDED | {"batch_size": "auto", "micro_batch": 4}, "auto and --micro-batch contradict"),
+        (NEEDED | {"batch_size": "auto", "m": 4}, "auto and --m 4 contradict"),
+        (NEEDED | {"batch_size": "auto", "shard": True}, "auto and --shard contradict"),
+        (NEEDED | {"compile": True, "shard": True}, "--shard and --compile contradict"),
         ({"model": "a"}, "no dataset"),
     ],
 )
@@ -120,6 +126,15 @@ def test_settings_that_contradict_each_other_or_are_missing_are_refused_by_name(
 def test_a_recipe_that_is_not_toml_is_refused(tmp_path, text):
     with pytest.raises(UsageError, match="not TOML"):
         loading.load(recipe(tmp_path, text))
+
+
+def test_a_resumed_run_keeps_the_batch_size_and_the_arithmetic_that_auto_chose(tmp_path):
+    stored = {"model": "a", "dataset": "b", "batch_size": 128, "amp_dtype": "bfloat16"}
+    given = {"batch_size": "auto", "amp_dtype": "auto"}
+    now, _, changed = loading.load_over(stored, {}, None, given)
+    assert (now.batch_size, now.amp_dtype, changed) == (128, "bfloat16", set())
+    assert loading.load_over(stored, {}, None, {"batch_size": 64})[2] == {"batch_size"}
+    assert {"batch_size", "compile"} <= RunConfig.settings(fixed=True)
 
 
 def test_defaults_pass_their_own_rules():
@@ -163,7 +178,7 @@ def limits(field):
 
 def test_every_number_has_a_least_and_a_largest_value_that_float32_holds():
     for key, field, kind in numeric_fields():
-        if key == "p" or key == "m":  # they have kinds of their own
+        if key in ("p", "m", "batch_size"):  # they have kinds of their own
             continue
         least, largest = limits(field)
         assert least is not None, key

@@ -15,8 +15,10 @@ from torch import nn
 
 from samtune.config import loading
 from samtune.plan import measure
+from samtune.plan import plan as plan_module
 from samtune.plan.sample import Sampler, rows_with_pixels
-from samtune.train import run_data, setup
+from samtune.train import batch_search, run_data, setup
+from samtune.train.batch_search import Found
 from tests.conftest import SMALL_MODEL, samtune, write_image_folder
 
 FLAGS = (
@@ -201,35 +203,21 @@ def test_statistics_stay_where_activations_are_counted(photos):
     assert all(torch.equal(value, before[name]) for name, value in prepared.model.named_buffers())
 
 
-def test_the_batch_that_fits_is_found_to_an_eighth():
-    for limit in (0, 1, 2, 5, 16, 17, 100, 1000):
-        for start in (1, 3, 16):
-            tried = []
+def test_on_a_gpu_the_plan_has_the_batch_that_auto_would_be(small_setup, monkeypatch):
+    asked, shown = [], []
 
-            def fits(images, limit=limit, tried=tried):
-                tried.append(images)
-                return images <= limit
+    def largest(model, config, info, most, progress):
+        asked.append((model is small_setup.model, config.batch_size, most))
+        progress(4, 100.0)
+        return Found(4, 100.0)
 
-            found = measure.search(fits, start, 512)
-            assert found <= min(limit, 512)
-            assert min(limit, 512) - found <= found / 8, (limit, start, found)
-            assert len(tried) < 16
-            assert len(set(tried)) == len(tried)
-
-
-def test_memory_that_runs_out_bounds_the_batch(small_setup, monkeypatch):
-    plain = small_setup.update.sam.backward
-
-    def full(loss, images, labels):
-        if len(images) > 21:
-            raise torch.OutOfMemoryError("full")
-        return plain(loss, images, labels)
-
-    monkeypatch.setattr(small_setup.update.sam, "backward", full)
-    # It looks through all that the libraries made.
-    monkeypatch.setattr("samtune.distributed.device.free_memory", lambda: None)
-    assert 19 <= measure.largest_batch(small_setup, 44, lambda *_: None) <= 21
-    assert small_setup.update.sam.micro_batch is None
+    assert plan_module._fits(small_setup, lambda *_: None)[0] is None, "not on a CPU"
+    monkeypatch.setattr(small_setup, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(batch_search, "largest_batch", largest)
+    images = len(small_setup.train_rows)
+    assert plan_module._fits(small_setup, lambda *row: shown.append(row)) == (4, "the largest power of two")
+    assert asked == [(True, 8, images)]
+    assert shown == [("searching the batch that fits: tried", 4, images)]
 
 
 def test_a_sample_stands_for_all(tmp_path, photos, monkeypatch):

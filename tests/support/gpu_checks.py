@@ -48,7 +48,7 @@ def run(command: Sequence[str], seconds: float, stop: signal.Signals) -> tuple[s
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             error = f"ended after {seconds:.0f} s"
-            process.send_signal(stop)
+            pass
             try:
                 code = process.wait(GRACE)
             except subprocess.TimeoutExpired:
