@@ -54,7 +54,7 @@ def test_tests_are_counted_and_failures_are_named(tmp_path):
 
 
 def test_a_part_that_hangs_is_asked_to_end_with_what_it_has():
-    script = "import signal\ntry: signal.pause()\nexcept KeyboardInterrupt: print('{}')"
+    script = "try:\n  while True: pass\nexcept KeyboardInterrupt: print('{}')"
     said, error = gpu_checks.run(["-c", script], 2, signal.SIGINT)
     assert (said.strip(), error) == ("{}", "ended after 2 s")
 

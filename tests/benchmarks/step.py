@@ -59,7 +59,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def whole_steps(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Callable[[], object]]:
     """One function per kind of step, each with a model of its own."""
-    autocast = device.autocast(CPU, device.best_dtype(CPU))
+    autocast = device.autocast(CPU, device.best_dtype(CPU)[0])
 
     def loss_of(model):
         def loss(images, labels):
@@ -229,7 +229,7 @@ def main() -> None:
     name, img_size, batch_size = STEP
     images = torch.randn(batch_size, 3, img_size, img_size).contiguous(memory_format=torch.channels_last)
     kinds = whole_steps(build(name, img_size), (images, torch.arange(batch_size) % CLASSES))
-    title = f"step, {name}, {img_size} px, batch {batch_size}, {device.best_dtype(CPU)}"
+    title = f"step, {name}, {img_size} px, batch {batch_size}, {device.best_dtype(CPU)[0]}"
     tables = [table(title, in_turn(kinds, options.repeat))]
     for name in OPTIMIZER_SIDES:
         model = build(name, 224)

@@ -22,11 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from samtune import SAM
 from samtune.models.build import build_model
-from samtune.models.training import train_mode
+from samtune.models.training import keep_inputs_of_activations, train_mode
+from tests.support.device_watch import NO_KERNEL
 
 RHO = 0.05
-# Operations that make a tensor without touching its content, and views that their schema does not call so.
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 _ONLY_WRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "_foreach_copy_", "_foreach_zero_"}
 # One kernel for the input's gradient and one for the weights': both read the output's gradient, the first argument.
 _TWO_KERNELS = {"convolution_backward", "native_batch_norm_backward"}
@@ -51,8 +50,8 @@ class Watch(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0  # SAM reads the norm on a CPU; a fake tensor has none
         result = func(*args, **(kwargs or {}))
-        library, _, name = func._schema.name.partition("::")
-        if library != "aten" or name in _FREE or _is_view(func):
+        name = func._schema.name.removeprefix("aten::")
+        if func.namespace != "aten" or name in NO_KERNEL or func.is_view:
             return result
         self.operations += 1
         written: list[torch.Tensor] = []
@@ -71,11 +70,6 @@ class Watch(TorchDispatchMode):
 def _arguments(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     yield from zip(schema.arguments, args, strict=False)
     yield from ((argument, kwargs[argument.name]) for argument in schema.arguments if argument.name in kwargs)
-
-
-def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
-    return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -104,6 +98,7 @@ def count(name: str, img_size: int, images: int, classes: int = 1000, rho: float
 
 def count_step(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor], rho: float) -> Traffic:
     """A step of a model on a batch, with frozen batch norm, clipping and Nesterov momentum; not the first step."""
+    keep_inputs_of_activations(model)
     train_mode(model, freeze_bn=True)
     params = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.SGD(params, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=1e-5, foreach=True)
