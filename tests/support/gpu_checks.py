@@ -40,6 +40,7 @@ def run(command: Sequence[str], seconds: float, stop: signal.Signals) -> tuple[s
 
     After so many seconds it gets the signal, to end by itself with what it has.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores, with its children
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
         # A session of its own, so that what it started ends with it.
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=out, start_new_session=True)
