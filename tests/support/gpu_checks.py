@@ -49,7 +49,7 @@ def run(command: Sequence[str], seconds: float, stop: signal.Signals) -> tuple[s
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             error = f"ended after {seconds:.0f} s"
-            pass
+            process.send_signal(stop)
             try:
                 code = process.wait(GRACE)
             except subprocess.TimeoutExpired:
