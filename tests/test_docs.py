@@ -107,7 +107,7 @@ def test_continuous_integration_runs_the_readmes_test_command():
 def test_continuous_integration_runs_every_lane_and_the_readme_names_them():
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     assert "set -euo pipefail" in script  # each step fails loudly
-    for lane in ("fault", "slow", "browser"):
+    for lane in ("fault", "slow", "browser", "fakecuda"):
         assert f".venv/bin/python -m pytest -m {lane}" in script
         assert f"`-m {lane}`" in README
 

@@ -81,11 +81,11 @@ MUTATIONS = {
     ),
     "each rank decides by itself whether to skip": (
         {
-            "sam/gradient.py": [("torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)", "share")],
+            "sam/runner.py": [("torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)", "share")],
             "sam/step.py": [
                 (
                     "return [loss_sum, wrong, n, stopping, norm]",
-                    "return [loss_sum, wrong, n, stopping, norm if bool(at_w[0][0].isfinite()) else math.nan]",
+                    "return [loss_sum, wrong, n, stopping, norm if bool(self._at_w[0].isfinite()) else math.nan]",
                 )
             ],
         },
@@ -93,21 +93,22 @@ MUTATIONS = {
     ),
     "pass 1 communicates": (
         {
-            "sam/gradient.py": [
+            "sam/runner.py": [
+                ("with self._ranks.no_sync():\n            value =", "if True:\n            value ="),
                 (
-                    "with self.ranks.no_sync():\n                value =",
-                    "with nullcontext():\n                value =",
-                ),
-                (
-                    "list(torch.autograd.grad(value, self._params, materialize_grads=True))",
-                    "(value.backward(), [w.grad.clone() for w in self._params])[1]",
+                    "list(torch.autograd.grad(value, self._perturbed, materialize_grads=True))",
+                    "(value.backward(), [w.grad.clone() for w in self._perturbed])[1]",
                 ),
             ]
         },
         "distributed/test_collectives.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
     ),
     "a global perturbation is that of the rank": (
-        {"distributed/ddp.py": [("grads = collectives.all_reduce_sum_lists(grads, self._group)", "pass")]},
+        {
+            "distributed/ddp.py": [
+                ("grads = collectives.all_reduce_sum_lists(grads, self._group, like=self._params)", "pass")
+            ]
+        },
         "distributed/test_collectives.py::test_global_mode_equals_one_process_on_the_joined_batch",
     ),
     "micro-batches of different sizes weigh the same": (
@@ -123,15 +124,7 @@ MUTATIONS = {
         "distributed/test_collectives.py::test_a_step_reduces_gradients_once_and_one_more_time_for_a_global_perturbation",
     ),
     "each rank keeps the statistics of its own images": (
-        {
-            "sam/step.py": [
-                (
-                    "            ddp.average_over_ranks("
-                    "[buffer for buffer, _ in kept if buffer.is_floating_point()], weight)\n",
-                    "",
-                )
-            ]
-        },
+        {"sam/step.py": [("            ddp.average_over_ranks(self._stats.kept_floats(), weight)\n", "")]},
         "distributed/test_collectives.py::test_statistics_that_update_are_the_mean_over_the_ranks_and_the_same_everywhere",
     ),
     "every rank scores all images": (
@@ -139,12 +132,24 @@ MUTATIONS = {
         "distributed/test_collectives.py::test_an_evaluation_is_the_same_to_the_last_bit_for_any_number_of_ranks",
     ),
     "a failed attempt leaves its statistics": (
-        {"sam/snapshot.py": [("buffer.copy_(value)", "pass")]},
+        {"sam/snapshot.py": [("torch._foreach_copy_(group, copies)", "pass")]},
         "sam/test_memory.py::test_what_was_done_before_memory_ran_out_is_undone",
     ),
     "the error still holds the memory when the step begins again": (
-        {"distributed/device.py": [("reason = first_line(error)\n", "reason, kept = first_line(error), error\n")]},
+        {
+            "distributed/device.py": [
+                ("(error)\n        # Only here", "(error)\n            kept = error\n        # Only here")
+            ]
+        },
         "sam/test_memory.py::test_when_a_step_begins_again_nothing_of_the_failed_attempt_is_alive",
+    ),
+    "a recorded pass reads the batch that was recorded": (
+        {"sam/cuda_graphs.py": [("own.copy_(given, non_blocking=True)", "pass")]},
+        "sam/test_cuda_graphs.py::test_a_recording_reads_the_batch_that_it_is_given",
+    ),
+    "the pass at w is replayed at w + e": (
+        {"sam/cuda_graphs.py": [('("ascend", self._is_perturbed())', '"ascend"')]},
+        "sam/test_cuda_graphs.py::test_replayed_steps_are_eager_steps_bit_for_bit[several ascent steps-True]",
     ),
     "further ascent measures the weights where it stands": (
         {"sam/perturbation.py": [("torch._foreach_abs(self._backup)", "torch._foreach_abs(self.params)")]},

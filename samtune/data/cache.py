@@ -71,6 +71,10 @@ class Images:
                 return together
         return [self[row] for row in rows.tolist()]
 
+    def within(self, limit: int) -> int:
+        """How many images one may take at once for about so many bytes; 1 where they are still to be decoded."""
+        return max(1, limit // max(1, self.pixels.mean_bytes)) if self.pixels is not None else 1
+
     @cached_property
     def _slots(self) -> npt.NDArray[np.int64]:
         """The slot of each row, -1 where there is none."""

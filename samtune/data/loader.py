@@ -1,17 +1,19 @@
-"""Rows -> batches.
+"""Rows -> batches, made ahead of their use by threads or processes.
 
 Order and augmentation depend only on (seed, epoch, row), not on the number of workers.
 """
 
 import itertools
+import math
 import multiprocessing.connection
 import multiprocessing.util
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,14 @@ from torch.utils.data import DataLoader
 from samtune import console
 from samtune.data.cache import Images
 from samtune.data.splits import Indices
-from samtune.data.transforms import Pictures, TrainTransform, Transform
+from samtune.data.transforms import EvalTransform, TrainTransform, empty_batch
 from samtune.errors import DataError, WorkerLost
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (batch, 3, size, size) uint8, labels (batch,) int64
+Batches = Generator[Batch, None, None]
+
+_AHEAD_BYTES = 256 * 2**20  # of images of batches that wait to be used
+_DECODED_BYTES = 16 * 2**20  # of pixels that a worker takes from the cache at once
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -47,18 +53,15 @@ def train_batches(
     pin_memory: bool,
     done: int = 0,
     share: Callable[[Indices], Indices] = lambda rows: rows,
-) -> Iterator[Batch]:
+) -> Batches:
     """One batch for each of total_steps steps, through as many epochs as that takes; the first `done` are left out.
 
-    share: of the rows of a step, those that this rank computes.
+    share: of the rows of a step, those that this rank computes. pin_memory: a GPU can copy the batches by itself.
 
     One loader serves all epochs, so that workers prepare the next epoch while the last one is validated.
     Raises DataError from the image that caused it.
     """
     per_epoch = steps_per_epoch(len(rows), batch_size)
-
-    def augmented(pictures: Pictures, epoch: int, chosen: Indices) -> torch.Tensor:
-        return transform(pictures, seed, epoch, chosen)
 
     def plan() -> Iterator[_Key]:
         for step in range(done, total_steps):
@@ -68,8 +71,8 @@ def train_batches(
             yield epoch, share(order[batch * batch_size : (batch + 1) * batch_size])
 
     # Cropping and copying release Python's lock, so that threads do; their batches need not be sent anywhere.
-    load = _load if transform.photometric or workers == 0 else _load_in_threads
-    return load(_Batches(images, augmented), plan(), workers, pin_memory)
+    load = _load_in_processes if transform.photometric and workers > 0 else _load_in_threads
+    return load(_Batches(images, transform, seed), plan(), workers, pin_memory)
 
 
 def rows_of_step(rows: Indices, batch_size: int, seed: int, step: int) -> Indices:
@@ -84,42 +87,76 @@ def _order(rows: Indices, seed: int, epoch: int) -> Indices:
 
 
 def eval_batches(
-    images: Images, rows: Indices, transform: Transform, *, batch_size: int, workers: int, pin_memory: bool
-) -> Iterator[Batch]:
+    images: Images, rows: Indices, transform: EvalTransform, *, batch_size: int, workers: int, pin_memory: bool
+) -> Batches:
     """Every row once, in order; the last batch may be smaller."""
-
-    def plain(pictures: Pictures, epoch: int, chosen: Indices) -> torch.Tensor:
-        return torch.stack([transform(image) for image in pictures])
-
     plan = ((0, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
     # Never in processes: to fork one while training's threads are at work may copy a lock that they hold.
-    load = _load if workers == 0 else _load_in_threads
-    return load(_Batches(images, plain), plan, workers, pin_memory)
+    return _load_in_threads(_Batches(images, transform), plan, workers, pin_memory)
 
 
 _Key = tuple[int, Indices]  # epoch, rows of a batch
 
 
+@dataclass(frozen=True)
 class _Batches(torch.utils.data.Dataset[Batch | DataError]):
-    """(epoch, rows) -> (images, labels): a batch at a time, since most of what is done to images is done to a batch."""
+    """(epoch, rows) -> (images, labels): many images at a time, since most of what is done is done to all of them.
 
-    def __init__(self, images: Images, transform: Callable[[Pictures, int, Indices], torch.Tensor]) -> None:
-        self.images, self.transform = images, transform
+    What is done to an image depends on epoch and row alone, so that a batch may be made in parts. Worker processes get
+    a pickled copy.
+    """
+
+    images: Images
+    transform: TrainTransform | EvalTransform
+    seed: int = 0
 
     def __getitem__(self, key: _Key) -> Batch | DataError:
         epoch, rows = key
+        batch = self.empty(rows, pin_memory=False)
         try:
-            batch = self._batch(epoch, rows)
+            self.fill(batch[0], epoch, rows, slice(0, len(rows)))
         except DataError as error:
-            return error  # raised by `_load`: a worker would wrap it in its traceback
-        return batch, torch.from_numpy(self.images.split.labels[rows])
+            return error  # raised by `_load_in_processes`: a worker would wrap it in its traceback
+        return batch
 
-    def _batch(self, epoch: int, rows: Indices) -> torch.Tensor:
-        if self.images.pixels is not None:
-            return self.transform(self.images.take(rows), epoch, rows)
-        # One by one: decoded photographs of a whole batch would fill the memory.
-        one = np.split(rows, len(rows))
-        return torch.cat([self.transform(self.images.take(row), epoch, row) for row in one])
+    def bytes_of(self, key: _Key) -> int:
+        """Size of the images of a batch."""
+        return 3 * math.prod(self.transform.size) * len(key[1])
+
+    @torch.inference_mode(False)  # an evaluation is in that mode, and the threads that fill its batches in are not
+    def empty(self, rows: Indices, *, pin_memory: bool) -> Batch:
+        """A batch with its labels, and images that are still to be filled in."""
+        labels = torch.empty(len(rows), dtype=torch.int64, pin_memory=pin_memory)
+        labels.numpy()[:] = self.images.split.labels[rows]
+        return empty_batch(len(rows), self.transform.size, pin_memory=pin_memory), labels
+
+    def fill(self, batch: torch.Tensor, epoch: int, rows: Indices, part: slice) -> None:
+        """Make a part of the images of a batch of these rows. Raises DataError."""
+        at_once = self.images.within(_DECODED_BYTES)
+        for start in range(part.start, part.stop, at_once):
+            some = slice(start, min(part.stop, start + at_once))
+            pictures, out = self.images.take(rows[some]), batch[some]
+            if isinstance(self.transform, TrainTransform):
+                self.transform(pictures, self.seed, epoch, rows[some], out)
+            else:
+                for target, picture in zip(out, pictures, strict=True):
+                    target.copy_(self.transform(picture))
+
+
+def _look_ahead(of_batch: int, workers: int) -> tuple[int, int]:
+    """How many batches wait or are in the making, and into how many parts each is divided for the workers.
+
+    of_batch: bytes of one. As many as keep the workers busy, two for each, but no more than fit into _AHEAD_BYTES; at
+    least two, so that one is ready while the next is made. Then the workers share batches.
+    """
+    ahead = min(2 * workers, max(2, _AHEAD_BYTES // of_batch))
+    return ahead, math.ceil(2 * workers / ahead)
+
+
+def _divided(n: int, parts: int) -> list[slice]:
+    """Parts of n images, as even as can be, and none without any."""
+    size = math.ceil(n / parts)
+    return [slice(start, min(n, start + size)) for start in range(0, n, size)]
 
 
 def _unchanged(batch: Any) -> Any:
@@ -137,25 +174,71 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     sys.excepthook = lambda *_: None
 
 
-def _load_in_threads(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Iterator[Batch]:
+def _load_in_threads(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Batches:
+    """Load batches in threads, which fill in the parts of one together; without workers, in this one when asked."""
+    if workers == 0:
+        for epoch, rows in plan:
+            batch = dataset.empty(rows, pin_memory=pin_memory)
+            dataset.fill(batch[0], epoch, rows, slice(0, len(rows)))
+            yield batch
+        return
+    first = next(plan, None)
+    if first is None:
+        return
+    ahead, parts = _look_ahead(dataset.bytes_of(first), workers)
+
+    def begin(key: _Key) -> tuple[Batch, list[Future[None]]]:
+        epoch, rows = key
+        batch = dataset.empty(rows, pin_memory=pin_memory)
+        return batch, [pool.submit(dataset.fill, batch[0], epoch, rows, part) for part in _divided(len(rows), parts)]
+
+    def delivered() -> Batch:
+        batch, filling = waiting.popleft()
+        for part in filling:
+            part.result()
+        waiting.extend(map(begin, itertools.islice(plan, 1)))
+        return batch
+
     # One thread of arithmetic each: they are as many as there shall be. This thread must have asked for its own number
     # before they set theirs, or it would take theirs.
     torch.get_num_threads()
     with ThreadPoolExecutor(workers, "loader", torch.set_num_threads, (1,)) as pool:
         try:
-            ahead = deque(pool.submit(dataset.__getitem__, key) for key in itertools.islice(plan, 2 * workers))
-            while ahead:
-                batch = ahead.popleft().result()
-                ahead.extend(pool.submit(dataset.__getitem__, key) for key in itertools.islice(plan, 1))
-                if isinstance(batch, DataError):
-                    raise batch
-                yield (batch[0].pin_memory(), batch[1].pin_memory()) if pin_memory else batch
+            waiting = deque(map(begin, itertools.islice(itertools.chain([first], plan), ahead)))
+            while waiting:
+                yield delivered()  # and kept by no name here: its memory is that of another one as soon as it is used
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _load(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """Load batches in worker processes. After the first death of a worker, its missing batches are loaded again.
+def _load_in_processes(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Batches:
+    """Load batches in worker processes, each a whole one, or parts of large ones, which are put together here."""
+    first = next(plan, None)
+    if first is None:
+        return
+    _, parts = _look_ahead(dataset.bytes_of(first), workers)
+    coming: deque[Indices] = deque()  # rows of the batches that are being made
+
+    def in_parts() -> Iterator[_Key]:
+        for epoch, rows in itertools.chain([first], plan):
+            coming.append(rows)
+            yield from ((epoch, rows[some]) for some in _divided(len(rows), parts))
+
+    made = _in_processes(dataset, in_parts(), workers, pin_memory and parts == 1)
+    if parts == 1:
+        yield from made
+        return
+    for part in made:
+        rows = coming.popleft()
+        batch = dataset.empty(rows, pin_memory=pin_memory)
+        for some in _divided(len(rows), parts):
+            batch[0][some] = part[0]
+            part = part if some.stop == len(rows) else next(made)
+        yield batch
+
+
+def _in_processes(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Batches:
+    """What worker processes load, in order. After the first death of one, what is missing is loaded again.
 
     A batch is a function of its key, so it is the same again. Raises WorkerLost at the second death.
     """

@@ -60,6 +60,11 @@ class Pixels:
         return torch.from_numpy(taken).permute(0, 3, 1, 2)
 
     @cached_property
+    def mean_bytes(self) -> int:
+        """Of one image."""
+        return 3 * int(self.shapes.prod(1).mean()) if len(self.shapes) else 0
+
+    @cached_property
     def _mapped(self) -> npt.NDArray[np.uint8] | None:
         """The file in memory, copy on write; None where it is too large."""
         size = self.file.stat().st_size
@@ -98,6 +103,11 @@ class JoinedPixels:
             return None
         order = np.argsort(np.argsort(file_of, kind="stable"))  # from file by file to the order of slots
         return torch.cat(whole)[torch.from_numpy(order)]
+
+    @cached_property
+    def mean_bytes(self) -> int:
+        """Of one image of the file that has the larger ones."""
+        return max(file.mean_bytes for file in self.files)
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:

@@ -1,12 +1,13 @@
 """Image operations for training and evaluation. They take and give uint8 tensors.
 
-Crops and flips are drawn for a whole batch at once; policies come from torchvision, evaluation from timm.
-Normalisation is not here: it runs on the device, on the whole batch (`normalize`).
+Crops and flips are drawn for a whole batch at once; policies come from torchvision, evaluation follows timm.
+Normalisation is not part of them: it runs on the device (`model_input`).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -64,37 +65,40 @@ class TrainTransform:
     cutout: float = 0.0
     erase: float = 0.0
 
-    def __call__(self, images: Pictures, seed: int, epoch: int, rows: Indices) -> torch.Tensor:
+    def __call__(
+        self, images: Pictures, seed: int, epoch: int, rows: Indices, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(3, h, w) uint8 each -> (n, 3, height, width) uint8, channels last in memory.
 
-        rows: the images' numbers: what is done to one depends on (seed, epoch, row) alone. The global generator of
-        torch, from which torchvision's operations draw, is left as it was.
+        rows: the images' numbers: what is done to one depends on (seed, epoch, row) alone. out: where the result goes,
+        of its shape and memory layout; None: new memory. The global generator of torch, from which torchvision's
+        operations draw, is left as it was.
         """
         draws = uniform(seed, epoch, rows, 4 + (2 if self.crop == "pad" else 4 * _ATTEMPTS))
+        batch = empty_batch(len(images), self.size) if out is None else out
         crop = self._padded_crop if self.crop == "pad" else self._resized_crop
-        batch = crop(images, draws[:, 4:], draws[:, 0] < self.hflip)
+        crop(images, draws[:, 4:], draws[:, 0] < self.hflip, batch)
         if self.photometric:
             self._change_colours(batch, draws[:, 1])
         if self.cutout > 0:
             self._cut_out(batch, draws[:, 2:4])
         return batch
 
-    def _resized_crop(self, images: Pictures, draws: Draws, flipped: Flags) -> torch.Tensor:
-        shapes = np.array([image.shape[1:] for image in images])
-        boxes = resized_crop_boxes(shapes, draws, self.scale).tolist()
-        batch = np.empty((len(images), *self.size, 3), np.uint8)
-        for i, (top, left, height, width) in enumerate(boxes):
-            cropped = images[i][None, :, top : top + height, left : left + width]
-            # Laid out anew, it is resized pixel by pixel; a view would be taken apart into planes, and put together.
-            resized = self._resize(cropped.contiguous(memory_format=torch.channels_last))
-            batch[i] = (resized.flip(-1) if flipped[i] else resized)[0].permute(1, 2, 0).numpy()
-        return torch.from_numpy(batch).permute(0, 3, 1, 2)
+    def _resized_crop(self, images: Pictures, draws: Draws, flipped: Flags, out: torch.Tensor) -> None:
+        boxes = resized_crop_boxes(np.array([image.shape[1:] for image in images]), draws, self.scale).tolist()
+        # Views are NumPy's: those of torch cost several times as much, and Python's lock is held for them.
+        for i, ((top, left, height, width), flip) in enumerate(zip(boxes, flipped.tolist(), strict=True)):
+            pixels = images[i].permute(1, 2, 0).numpy()[top : top + height, left : left + width]
+            resized = self._resize(_as_batch(pixels))
+            out[i : i + 1] = resized.flip(-1) if flip else resized
 
-    def _padded_crop(self, images: Pictures, draws: Draws, flipped: Flags) -> torch.Tensor:
+    def _padded_crop(self, images: Pictures, draws: Draws, flipped: Flags, out: torch.Tensor) -> None:
         if not isinstance(images, torch.Tensor):
             if len({image.shape for image in images}) > 1:  # only images of one shape can be moved in one go
-                one = [self._padded_crop(i[None], draws[n : n + 1], flipped[n : n + 1]) for n, i in enumerate(images)]
-                return torch.cat(one)
+                for i, image in enumerate(images):
+                    one = slice(i, i + 1)
+                    self._padded_crop(image[None], draws[one], flipped[one], out[one])
+                return
             images = torch.stack(list(images))
         (n, _, height, width) = images.shape
         pad = (math.ceil(height / 8), math.ceil(width / 8))
@@ -102,17 +106,16 @@ class TrainTransform:
         room[:] = self._fill
         room[:, pad[0] : pad[0] + height, pad[1] : pad[1] + width] = images.permute(0, 2, 3, 1).numpy()
         top, left = ((draws[:, i] * (2 * pad[i] + 1)).astype(np.int64) for i in (0, 1))
-        moved = np.empty((n, height, width, 3), np.uint8)
+        batch = out if (height, width) == self.size else empty_batch(n, (height, width))
+        moved = batch.permute(0, 2, 3, 1).numpy()
         for i, (y, x) in enumerate(zip(top.tolist(), left.tolist(), strict=True)):
             moved[i] = room[i, y : y + height, x : x + width]
-        batch = torch.from_numpy(moved).permute(0, 3, 1, 2)
         batch[torch.from_numpy(flipped)] = batch[torch.from_numpy(flipped)].flip(-1)
-        return self._resize(batch)
+        if batch is not out:
+            out.copy_(self._resize(batch))
 
     def _resize(self, images: torch.Tensor) -> torch.Tensor:
-        if images.shape[2:] == self.size:
-            return images
-        return F.interpolate(images, self.size, mode=self.interpolation, antialias=True, align_corners=False)
+        return _resize(images, self.size, self.interpolation)
 
     @property
     def _fill(self) -> npt.NDArray[np.uint8]:
@@ -236,23 +239,93 @@ def mix(
     return mixed
 
 
-def eval_transform(data_config: Mapping[str, Any]) -> Transform:
-    """Resize and crop as the pretrained weights were evaluated: timm's own transform, crop share and mode included.
+class EvalTransform:
+    """A picture, resized and cropped as the pretrained weights were evaluated: by timm's rule, crop share and mode.
+
+    Pictures are resized as uint8, as Pillow does and with it timm's own evaluation. timm's transform of a tensor goes
+    through float32: it takes 4 to 8 times as long, and most values are the same, the others at most 1 of 255 apart.
+    (They are further apart where bicubic overshoots black or white, which uint8 cuts off after each of its two passes.)
+    What uint8 cannot do (nearest, lanczos) is timm's transform.
 
     Of a very long picture the ends, which the central crop leaves out, are cut off before it is resized: that would
-    make a picture of 6000 x 10 pixels one of 134,400 x 224. (3, h, w) uint8 -> (3, size, size) uint8.
+    make a picture of 6000 x 10 pixels one of 134,400 x 224.
+
+    size: (height, width) of the result.
     """
-    as_timm: Transform = timm.data.create_transform(
-        input_size=data_config["input_size"],
-        interpolation=data_config["interpolation"],
-        crop_pct=data_config["crop_pct"],
-        crop_mode=data_config["crop_mode"],
-        is_training=False,
-        normalize=False,
-    )
-    if data_config["crop_mode"] in ("squash", "border"):  # these keep the ends
-        return as_timm
-    return lambda image: as_timm(_without_ends(image))
+
+    def __init__(self, data_config: Mapping[str, Any]) -> None:
+        self.size: tuple[int, int] = tuple(data_config["input_size"][1:])
+        self._interpolation: str = data_config["interpolation"]
+        self._crop_mode: str = data_config["crop_mode"]
+        self._resized = tuple(math.floor(side / data_config["crop_pct"]) for side in self.size)
+        # "border" shows the whole picture, on a ground of the mean colour; the others are black beside a small one.
+        mean = data_config["mean"] if self._crop_mode == "border" else (0, 0, 0)
+        self._ground = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
+        self._timm: Transform | None = None
+        if self._interpolation not in ("bilinear", "bicubic"):
+            settings = {key: data_config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")}
+            self._timm = timm.data.create_transform(**settings, is_training=False, normalize=False)
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """(3, h, w) uint8 -> (3, height, width) uint8."""
+        if self._crop_mode not in ("squash", "border"):  # these keep the ends
+            image = _without_ends(image)
+        if self._timm is not None:
+            return self._timm(image)
+        size = self._resized_size(*image.shape[1:])
+        return self._centre(_resize(_as_batch(image.permute(1, 2, 0).numpy()), size, self._interpolation)[0])
+
+    def _resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """What a picture becomes before it is cropped; rounded as torchvision and timm do."""
+        if self._crop_mode == "squash":
+            return self._resized
+        if self._crop_mode != "border" and self.size[0] == self.size[1]:
+            short, side = min(height, width), self._resized[0]
+            return int(side * height / short), int(side * width / short)
+        ratios = height / self._resized[0], width / self._resized[1]
+        ratio = max(ratios) if self._crop_mode == "border" else min(ratios)
+        return round(height / ratio), round(width / ratio)
+
+    def _centre(self, image: torch.Tensor) -> torch.Tensor:
+        """The middle of an image, with room around it where it is smaller than that."""
+        to, of = zip(*map(_overlap, self.size, image.shape[1:]), strict=True)
+        seen = image[:, *of]
+        if seen.shape[1:] == self.size:
+            return seen
+        framed = self._ground.repeat(*self.size, 1).permute(2, 0, 1)
+        framed[:, *to] = seen
+        return framed
+
+
+def _overlap(room: int, length: int) -> tuple[slice, slice]:
+    """Where in the room, and what of the length, lies what is seen of it when the middles meet; halves as timm does."""
+    if length < room:
+        start = (room - length) // 2
+        return slice(start, start + length), slice(None)
+    start = round((length - room) / 2)
+    return slice(None), slice(start, start + room)
+
+
+def _as_batch(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """(h, w, 3) -> (1, 3, h, w), channels last in memory: to resize a view, torch takes it apart into planes."""
+    return torch.from_numpy(np.ascontiguousarray(pixels).reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
+
+
+def _resize(images: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
+    """(n, 3, h, w) uint8, channels last in memory -> (n, 3, *size), with antialiasing."""
+    if images.shape[2:] == size:
+        return images
+    return F.interpolate(images, size, mode=interpolation, antialias=True, align_corners=False)
+
+
+def empty_batch(n: int, size: tuple[int, int], *, pin_memory: bool = False) -> torch.Tensor:
+    """(n, 3, *size) uint8, not filled, channels last in memory. pin_memory: a GPU can copy from it by itself."""
+    return torch.empty((n, *size, 3), dtype=torch.uint8, pin_memory=pin_memory).permute(0, 3, 1, 2)
+
+
+def eval_transform(data_config: Mapping[str, Any]) -> EvalTransform:
+    """The evaluation's resize and crop, as the pretrained weights want it."""
+    return EvalTransform(data_config)
 
 
 def _without_ends(image: torch.Tensor) -> torch.Tensor:
@@ -276,6 +349,14 @@ def min_side(data_config: Mapping[str, Any], config: RunConfig) -> int:
     return math.ceil(max(2 * size / crop_share, size / smallest_crop))
 
 
+def model_input(images: torch.Tensor, data_config: Mapping[str, Any], channels_last: bool) -> torch.Tensor:
+    """(batch, 3, h, w) uint8 -> float32, normalised, channels last in memory or not; float images are ready already."""
+    if images.is_floating_point():
+        return images
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return normalize(images, data_config).contiguous(memory_format=layout)
+
+
 def normalize(images: torch.Tensor, data_config: Mapping[str, Any]) -> torch.Tensor:
     """(batch, 3, h, w) uint8 -> float32 with the weights' own mean and standard deviation (stated for [0, 1]).
 
@@ -283,6 +364,13 @@ def normalize(images: torch.Tensor, data_config: Mapping[str, Any]) -> torch.Ten
     values at a time a CPU would take six times as long.
     """
     n, channels, height, width = images.shape
-    mean, std = ((torch.tensor(data_config[key], device=images.device) * 255).repeat(width) for key in ("mean", "std"))
+    mean, std = (_along_a_row(tuple(data_config[key]), width, images.device) for key in ("mean", "std"))
     rows = images.permute(0, 2, 3, 1).reshape(n * height, width * channels)
     return (rows - mean).div_(std).view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+@cache  # to copy three numbers to a GPU, the thread that launches kernels would wait for all those before
+@torch.inference_mode(False)  # an evaluation may be the first to ask, and training can use none of its tensors
+def _along_a_row(of_channels: tuple[float, ...], width: int, device: torch.device) -> torch.Tensor:
+    """Values of the channels, stated for [0, 1], for uint8, repeated along a row: (3 x width,)."""
+    return (torch.tensor(of_channels, device=device) * 255).repeat(width)

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from samtune.data.cache import Images
 from samtune.data.loader import Batch, train_batches
+from samtune.data.prefetch import prefetch
 from samtune.data.splits import Indices
 from samtune.data.transforms import train_transform
 from samtune.distributed import device
@@ -106,7 +107,7 @@ def activation_bytes(setup: Setup, images: int) -> int:
 
     stats = BatchNormStats(batch_norms(setup.model))
     with stats.restored(), saved_tensors_hooks(keep, keep), device.uncompiled(), setup.update.autocast():
-        setup.update.loss(setup.model(inputs), targets)
+        setup.update.loss(setup.model(setup.update.prepare(inputs)), targets)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -148,7 +149,7 @@ def steps(setup: Setup, rows: Indices, kinds: Iterable[float], progress: Progres
     kinds, workers = list(kinds), setup.config.workers or 0
     most = max(_FEWEST, min(_MOST, math.ceil(setup.total_steps / _ROUNDS)))
     train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
-    batches = train_batches(
+    loaded = train_batches(
         setup.train,
         np.resize(rows, max(len(rows), setup.batch.total)),  # at least one batch
         train_transform(setup.info.data_config, setup.config),
@@ -159,7 +160,8 @@ def steps(setup: Setup, rows: Indices, kinds: Iterable[float], progress: Progres
         pin_memory=setup.device.type == "cuda",
         share=lambda rows: setup.batch.share(rows, 0),
     )
-    with closing(batches):  # type: ignore[type-var]
+    batches = prefetch(loaded, setup.device)
+    with closing(batches):
         step = _Stepping(setup, batches)
         firsts = {rho: step(rho)[0] for rho in kinds}
         seconds: dict[float, list[float]] = {rho: [] for rho in kinds}

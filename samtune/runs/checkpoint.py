@@ -16,11 +16,11 @@ links have become folders can be read.
 
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from samtune.config.run_config import RunConfig
 from samtune.data.decode import DecodeRule
 from samtune.errors import CheckpointError, UsageError, first_line, shorten
 from samtune.runs.folder import resolve_checkpoint, to_json
+from samtune.runs.hashed_file import HashedFile, write_safetensors
 
 Name = Literal["last", "best"]
 _NAMES: tuple[Name, ...] = ("last", "best")
@@ -47,11 +48,13 @@ def save(
     about: Mapping[str, Any],
     ema: Mapping[str, torch.Tensor] | None = None,
     state: Mapping[str, Any] | None = None,
+    proceed: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write the checkpoint of a step, read it back, and return its folder.
 
     weights, ema: state_dicts of the model and of its average. about: further entries of the manifest: the run's config,
     class_names, versions. state: tensors, numbers and texts in dicts and lists, which load without executing anything.
+    proceed: called between two files; what it raises cuts the save off, as a kill would.
 
     Raises OSError, as on a full disk; then nothing of it stays behind.
     """
@@ -61,12 +64,14 @@ def save(
     try:
         unfinished.mkdir(parents=True)
         files = {}
-        for name, content in _contents(weights, ema, timm_config, state):
-            _write(unfinished / name, content)
-            files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-        _write(unfinished / "manifest.json", to_json({"step": step, "files": files, **about}).encode())
+        for name, write in _writers(weights, ema, timm_config, state):
+            proceed()
+            files[name] = _write(unfinished / name, write)
+        proceed()
+        _write(unfinished / "manifest.json", _text(to_json({"step": step, "files": files, **about})))
         for path in (unfinished, *(path for path in unfinished.iterdir() if path.is_dir())):
             _sync(path)
+        proceed()
         try:
             verify(unfinished)
         except CheckpointError as error:
@@ -74,38 +79,30 @@ def save(
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    proceed()
     shutil.rmtree(folder, ignore_errors=True)  # of this step, but damaged: a valid one would have been used
     unfinished.rename(folder)
     _sync(checkpoints)
     return folder
 
 
-def _contents(
+def _writers(
     weights: Mapping[str, torch.Tensor],
     ema: Mapping[str, torch.Tensor] | None,
     timm_config: Mapping[str, Any],
     state: Mapping[str, Any] | None,
-) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file, one at a time, so that only one is in memory."""
+) -> Iterator[tuple[str, Callable[[HashedFile], object]]]:
+    """Name of each file, and what writes it."""
     for folder, values in (("", weights), ("ema/", ema)):
         if values is not None:
-            yield f"{folder}model.safetensors", safetensors.torch.save(_without_shared_memory(values))
-            yield f"{folder}config.json", to_json(timm_config).encode()
+            yield f"{folder}model.safetensors", partial(write_safetensors, values)
+            yield f"{folder}config.json", _text(to_json(timm_config))
     if state is not None:
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        yield "state.pt", buffer.getvalue()
+        yield "state.pt", partial(torch.save, dict(state))
 
 
-def _without_shared_memory(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy the tensors that share memory with another, which the format refuses: a model may use a module twice."""
-    seen: set[int] = set()
-    copied = {}
-    for key, value in weights.items():
-        storage = value.untyped_storage().data_ptr()
-        copied[key] = value.clone(memory_format=torch.contiguous_format) if storage in seen else value.contiguous()
-        seen.add(storage)
-    return copied
+def _text(text: str) -> Callable[[HashedFile], object]:
+    return lambda file: file.write(text.encode())
 
 
 def update_link(checkpoints: Path, name: Name, folder: Path) -> None:
@@ -115,7 +112,7 @@ def update_link(checkpoints: Path, name: Name, folder: Path) -> None:
     try:
         link.symlink_to(folder.name, target_is_directory=True)
     except OSError:  # a disk without links
-        _write(link, f"{folder.name}\n".encode())
+        _write(link, _text(f"{folder.name}\n"))
     link.replace(checkpoints / name)
     _sync(checkpoints)
 
@@ -307,12 +304,17 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, write: Callable[[HashedFile], object]) -> dict[str, Any]:
+    """Write a file and sync it; returns its entry in the manifest."""
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
-        file.write(content)
+        hashed = HashedFile(file)
+        write(hashed)
+        if hashed.error is not None:
+            raise hashed.error
         file.flush()
         os.fsync(file.fileno())
+    return {"sha256": hashed.sha256(), "size": hashed.size}
 
 
 def _sha256(path: Path) -> str:

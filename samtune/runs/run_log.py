@@ -29,6 +29,7 @@ _COLUMNS = (
     *("step", "epoch", "split", "loss", "top1_error", "lr", "rho", "sam", "grad_norm"),
     *("images_per_second", "data_wait", "seconds"),
 )
+EVALUATION = "2"  # changes with `data.transforms.EvalTransform`: scores may differ; 1, unnamed, resized in float32
 _HEARTBEAT = 5.0  # seconds between two updates of status.json
 State = Literal["running", "done", "stopped", "failed"]
 
@@ -241,9 +242,10 @@ def note_resume(
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that affect results."""
+    """The versions of Python, of the packages that affect results, and of the evaluation's resize and crop."""
     packages = ("samtune", "torch", "torchvision", "timm", "datasets", "numpy")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return versions | {"evaluation": EVALUATION}
 
 
 def command() -> str:

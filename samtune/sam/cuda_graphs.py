@@ -128,7 +128,7 @@ class GraphRunner(EagerRunner):
             return value.detach(), *torch.autograd.grad(total, self._params, allow_unused=True)
 
         inputs = batch if at_w is None else (*batch, at_w)
-        value, *grads = self._call(("descend", self._is_perturbed(), at_w is None, share), run, inputs)
+        value, *grads = self._call(("descend", share), run, inputs)
         self._add(grads)
         assert value is not None
         return value

@@ -229,11 +229,14 @@ class SAM:
         if len(micro_batches) == 1:
             mean, grads = self.runner.ascend(loss, batch)
         else:
-            mean, grads = torch.zeros((), device=self._device), [torch.zeros_like(w) for w in self._params]
+            mean, grads = torch.zeros((), device=self._device), []
             for micro, share in micro_batches:
                 value, more = self.runner.ascend(loss, micro)
                 mean = mean + share * value
-                torch._foreach_add_(grads, more, alpha=share)
+                if grads:
+                    torch._foreach_add_(grads, more, alpha=share)
+                else:
+                    grads = list(torch._foreach_mul(more, share))
                 del more  # before the next one needs the memory
         return mean, self.ranks.reduce_ascent(grads)
 

@@ -1,24 +1,42 @@
-"""The checkpoints of a run: when one is due, writing it, and the disk space for it."""
+"""The checkpoints of a run: when one is due, the thread that writes it beside the training, and the room for it."""
 
 import shutil
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
 from samtune import console
 from samtune.distributed import collectives
-from samtune.errors import MachineError, first_line
+from samtune.errors import MachineError, SamtuneError, first_line
 from samtune.models.timm_format import timm_config
 from samtune.runs import checkpoint, run_log
 from samtune.runs.run_log import RunLog
+from samtune.train.host_copy import HostCopy
 from samtune.train.setup import Setup
-from samtune.train.state import TrainState, state_dict
+from samtune.train.state import TrainState, find_newest, state_dict
+
+
+class _CutOff(Exception):
+    """A save that is not to be finished."""
 
 
 class CheckpointSaver:
-    """Saves the state of a run, and prunes older checkpoints."""
+    """Saves the state of a run, and prunes older checkpoints.
+
+    `save` only copies the state. A thread writes the copy, reads it back, moves the links and deletes what is too old;
+    one checkpoint is written at a time. The error of a write is raised by the next `check`, `wait` or `save`.
+
+    As a context it ends with the thread. An error that leaves the context lets the write end first, and a second
+    signal cuts it off.
+
+    newest: the newest checkpoint that is known to be on the disk.
+    """
 
     def __init__(self, setup: Setup, log: RunLog, newest: Path | None) -> None:
         """newest: the checkpoint that the run resumes from, if any."""
@@ -28,6 +46,26 @@ class CheckpointSaver:
         every = setup.config.save_every
         self._minutes = every.amount if every.unit == "minutes" else None
         self._steps = None if self._minutes else max(1, every.steps(setup.steps_per_epoch, setup.total_steps))
+        self._host_copy = HostCopy()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._written: Future[Path] | None = None
+        self._cut_off = threading.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.wait()
+            elif issubclass(kind, Exception):
+                self._warn_of_error(self.wait)
+        finally:
+            # Something is still being written only if a signal ends the run at once.
+            self._cut_off.set()
+            self._thread.shutdown()
 
     def due(self, step: int) -> bool:
         """Whether --save-every asks for a checkpoint after this step."""
@@ -38,26 +76,55 @@ class CheckpointSaver:
         return self._steps is not None and step % self._steps == 0
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint of this state, unless it exists, and update the links last and best.
+        """Begin to write a checkpoint of this state, unless it exists, once the one before it is written.
 
-        Rank 0 writes for all; the others take part only if the model is sharded. Raises MachineError if there is no
-        space, though all older checkpoints but the newest were removed.
+        Then the links last and best are updated. Rank 0 writes for all; the others take part only if the model is
+        sharded. Raises what writing the one before raised.
         """
+        self.wait()
         exists = self.newest == self._folder(state.step)
+        self._saved_at = time.monotonic()
         if collectives.rank() > 0:
             if self._setup.is_sharded and not exists:
                 content(self._setup, state)
             self.newest = self._folder(state.step)
-            self._saved_at = time.monotonic()
             return
-        if not exists:
-            state.metrics_bytes = self._log.synced_metrics_bytes()
-            state.seconds = self._log.seconds()
-            self.newest = self._with_room(state)
-        assert self.newest is not None
-        self._set_links(state)
-        checkpoint.prune(self._log.checkpoints, self.newest, self._setup.config.keep_checkpoints)
-        self._saved_at = time.monotonic()
+        if exists:
+            assert self.newest is not None
+            self._set_links(self.newest, state.best_step)
+            self._prune(self.newest)
+            return
+        state.metrics_bytes = self._log.synced_metrics_bytes()
+        state.seconds = self._log.seconds()
+        whole = content(self._setup, state)
+        if not self._setup.is_sharded:  # what was gathered is a copy
+            whole = self._host_copy(whole)
+        self._written = self._thread.submit(self._write, state.step, state.best_step, whole)
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises MachineError if there is no space for it, though all older checkpoints but the newest were removed.
+        """
+        if self._written is not None:
+            written, self._written = self._written, None
+            self.newest = written.result()
+
+    def check(self) -> None:
+        """Raise the error of a write that has ended; does not wait for one that has not."""
+        if self._written is not None and self._written.done():
+            self.wait()
+
+    def save_before_error(self, state: TrainState) -> None:
+        """Save for an error that is about to be raised: it counts, and what goes wrong here is a warning."""
+        self._warn_of_error(self.wait)  # for the one before, which must not keep this one from being written
+        self._warn_of_error(self.save, state)
+        self._warn_of_error(self.wait)
+
+    def find_newest(self) -> Path | None:
+        """The newest valid checkpoint on the disk; on rank 0, once nothing is being written. Raises as `wait` does."""
+        self.wait()
+        return find_newest(self._log.folder)
 
     def update_links(self, state: TrainState) -> None:
         """Point last at the newest checkpoint and best at that of the best step, when a run starts or resumes.
@@ -67,44 +134,67 @@ class CheckpointSaver:
         if collectives.rank() == 0:
             if state.best_step is not None and not self._folder(state.best_step).is_dir():
                 state.best = state.best_step = None
-            self._set_links(state)
+            self._set_links(self.newest, state.best_step)
         state.best, state.best_step = collectives.broadcast_from_rank0(lambda: (state.best, state.best_step))
 
-    def _set_links(self, state: TrainState) -> None:
-        if self.newest is not None:
-            checkpoint.update_link(self._log.checkpoints, "last", self.newest)
-        if state.best_step is not None and self._folder(state.best_step).is_dir():
-            checkpoint.update_link(self._log.checkpoints, "best", self._folder(state.best_step))
+    def _warn_of_error(self, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except Exception as error:
+            self._log.warn(str(error) if isinstance(error, SamtuneError) else first_line(error))
+
+    # ---------------------------------------------------------------------------------------------------- in the thread
+
+    def _write(self, step: int, best_step: int | None, whole: dict[str, Any]) -> Path:
+        folder = self._with_room(step, whole)
+        self._set_links(folder, best_step)
+        self._prune(folder)
+        return folder
+
+    def _set_links(self, newest: Path | None, best_step: int | None) -> None:
+        if newest is not None:
+            checkpoint.update_link(self._log.checkpoints, "last", newest)
+        if best_step is not None and self._folder(best_step).is_dir():
+            checkpoint.update_link(self._log.checkpoints, "best", self._folder(best_step))
+
+    def _prune(self, newest: Path) -> None:
+        checkpoint.prune(self._log.checkpoints, newest, self._setup.config.keep_checkpoints)
 
     def _folder(self, step: int) -> Path:
         return self._log.checkpoints / f"step-{step:06d}"
 
-    def _with_room(self, state: TrainState) -> Path:
-        whole = content(self._setup, state)
+    def _with_room(self, step: int, whole: dict[str, Any]) -> Path:
+        def attempt() -> Path:
+            return write(self._setup, self._log.checkpoints, step, whole, self._proceed)
+
         try:
-            return write(self._setup, self._log.checkpoints, state.step, whole)
+            return attempt()
         except OSError as error:
             gone = checkpoint.prune(self._log.checkpoints, self.newest, 1) if self.newest else []
             if not gone:
-                raise self._no_room(state, error) from None
+                raise self._no_room(step, error) from None
             names = ", ".join(sorted(path.name for path in gone))
-            console.warn(f"step {state.step} cannot be saved ({first_line(error)}): {names} removed to make room")
+            console.warn(f"step {step} cannot be saved ({first_line(error)}): {names} removed to make room")
         try:
-            return write(self._setup, self._log.checkpoints, state.step, whole)
+            return attempt()
         except OSError as error:
-            raise self._no_room(state, error) from None
+            raise self._no_room(step, error) from None
 
-    def _no_room(self, state: TrainState, error: OSError) -> MachineError:
+    def _no_room(self, step: int, error: OSError) -> MachineError:
         rest = f"{self.newest.name} is intact: " if self.newest else ""
         return MachineError(
-            f"step {state.step} cannot be saved in {self._log.folder}",
+            f"step {step} cannot be saved in {self._log.folder}",
             error.strerror or first_line(error),
             f"{rest}make room, then go on with --resume",
         )
 
+    def _proceed(self) -> None:
+        if self._cut_off.is_set():
+            raise _CutOff
+
 
 def content(setup: Setup, state: TrainState) -> dict[str, Any]:
-    """What a checkpoint of this state holds; whole on rank 0."""
+    """What a checkpoint of this state holds; whole on rank 0, and not copied where the model is not sharded."""
     return {
         "weights": setup.weights(setup.model),
         "ema": None if setup.ema is None else setup.weights(setup.ema.module),
@@ -112,8 +202,14 @@ def content(setup: Setup, state: TrainState) -> dict[str, Any]:
     }
 
 
-def write(setup: Setup, checkpoints: Path, step: int, content: dict[str, Any]) -> Path:
-    """Write the checkpoint of a step, and return its folder. Raises OSError as `checkpoint.save` does."""
+def write(
+    setup: Setup,
+    checkpoints: Path,
+    step: int,
+    content: dict[str, Any],
+    proceed: Callable[[], object] = lambda: None,
+) -> Path:
+    """Write the checkpoint of a step as `checkpoint.save` does, and return its folder."""
     return checkpoint.save(
         checkpoints,
         step=step,
@@ -125,6 +221,7 @@ def write(setup: Setup, checkpoints: Path, step: int, content: dict[str, Any]) -
             "decode": setup.rule.to_json(),
             "versions": run_log.versions(),
         },
+        proceed=proceed,
         **content,
     )
 

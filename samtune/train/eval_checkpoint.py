@@ -1,6 +1,6 @@
 """Score a checkpoint of a run on the run's own data, or on other data."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -19,7 +19,7 @@ from samtune.data.splits import Indices, RunSplits, open_run_splits
 from samtune.distributed import collectives, device
 from samtune.errors import DataError, UsageError, shorten
 from samtune.models.timm_format import load_checkpoint
-from samtune.runs import checkpoint
+from samtune.runs import checkpoint, run_log
 from samtune.runs.folder import read_provenance
 from samtune.train.evaluation import Evaluation, Progress, evaluate
 from samtune.train.run_data import decode_splits, decode_train
@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     with collectives.local_main_process_first():
         model, data_config = load_checkpoint(weights)
         selected = _select(folder, config, manifest, split, dataset, selection)
-        for note in selected.notes:
+        for note in (*selected.notes, *_notes(manifest)):
             console.info(note)
         images = selected.decode()
         if selected.on_bad_image == "error":
@@ -74,6 +74,12 @@ def evaluate_checkpoint(
     evaluation = evaluate(model, images, rows, selected.name, config, data_config, progress, keep_logits=keep_logits)
     about = {"checkpoint": str(folder), "step": manifest["step"], "ema": ema, "dataset": selected.origin}
     return evaluation, about | {"unknown_classes": dict(selected.split.unknown)}
+
+
+def _notes(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Why the numbers may not be those of the run's report. manifest: the checkpoint's."""
+    if manifest.get("versions", {}).get("evaluation") != run_log.EVALUATION:
+        yield "this run was made when evaluation resized pictures by another rule: its own scores may differ a little"
 
 
 @dataclass(frozen=True)

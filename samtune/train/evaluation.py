@@ -14,8 +14,9 @@ from torch import nn
 from samtune.config.run_config import RunConfig
 from samtune.data.cache import Images
 from samtune.data.loader import eval_batches
+from samtune.data.prefetch import prefetch
 from samtune.data.splits import Indices
-from samtune.data.transforms import eval_transform, normalize
+from samtune.data.transforms import eval_transform, model_input
 from samtune.distributed import collectives, device
 from samtune.distributed.signals import Interrupted
 from samtune.errors import Diverged
@@ -108,7 +109,7 @@ def evaluate(
     def attempt(size: int) -> Evaluation:
         starts = range(0, n, size)
         own = starts[collectives.rank() :: world]
-        batches = eval_batches(
+        loaded = eval_batches(
             images,
             np.concatenate([rows[i : i + size] for i in own]) if own else rows[:0],
             eval_transform(data_config),
@@ -116,6 +117,7 @@ def evaluate(
             workers=config.workers or 0,
             pin_memory=target_device.type == "cuda",
         )
+        batches = prefetch(loaded, target_device)
         # Rows: label, prediction, its probability, in top 5, nats. Columns of other ranks' images stay 0.
         results = torch.zeros((5, n), dtype=torch.float64, device=target_device)
         kept: torch.Tensor | None = None
@@ -126,7 +128,7 @@ def evaluate(
             with autocast():
                 logits = model(to_device(batch, target_device, data_config, config.channels_last))
             logits = logits.float()  # (batch, classes)
-            target = labels.to(target_device)
+            target = labels.to(target_device, non_blocking=True)
             probability, prediction = logits.softmax(1).max(1)
             in_top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]).any(1)
             nats = F.cross_entropy(logits, target, reduction="none")
@@ -188,5 +190,4 @@ def to_device(
     images: torch.Tensor, target: torch.device, data_config: Mapping[str, Any], channels_last: bool
 ) -> torch.Tensor:
     """Move a batch of uint8 images to the device, normalise it, and set its memory layout."""
-    moved = normalize(images.to(target, non_blocking=True), data_config)
-    return moved.contiguous(memory_format=torch.channels_last) if channels_last else moved
+    return model_input(images.to(target, non_blocking=True), data_config, channels_last)

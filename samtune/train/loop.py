@@ -14,6 +14,7 @@ from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.data.cache import Images
 from samtune.data.loader import Batch, train_batches
+from samtune.data.prefetch import prefetch
 from samtune.data.splits import Indices
 from samtune.data.transforms import mix, train_transform
 from samtune.distributed import collectives, device, signals
@@ -30,12 +31,12 @@ from samtune.sam.step import StepResult
 from samtune.train import summary
 from samtune.train.checkpointing import CheckpointSaver
 from samtune.train.divergence import diverged, is_finite
-from samtune.train.evaluation import Evaluation, evaluate, to_device
+from samtune.train.evaluation import Evaluation, evaluate
 from samtune.train.restore import resume_run
 from samtune.train.schedule import cosine, warmup
 from samtune.train.setup import Setup
 from samtune.train.start import recording_outcome, start_run
-from samtune.train.state import StepStats, TrainState, find_newest, load_state_dict
+from samtune.train.state import StepStats, TrainState, load_state_dict
 from samtune.train.trackers import Trackers
 from samtune.train.watchdog import Watchdog, watch_run
 
@@ -60,9 +61,9 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
             Trackers(setup.config, log) as trackers,
             console.RunProgress(setup.total_steps, state.step, read_metrics(log.folder)) as progress,
             watch_run(log, 60 * config.step_timeout) as watchdog,
+            CheckpointSaver(setup, log, newest) as saver,
         ):
             log.listeners.append(progress.add)
-            saver = CheckpointSaver(setup, log, newest)
             trainer = Trainer(setup, state, log, saver, stop, progress, watchdog)
             stop.is_deferred = True
             saver.update_links(state)  # a kill may have come before the links
@@ -110,7 +111,7 @@ class Trainer:
     def train(self) -> None:
         """Take all steps that are left, with validation and checkpoints between them."""
         setup, state, config = self.setup, self.state, self.setup.config
-        batches = train_batches(
+        loaded = train_batches(
             setup.train,
             setup.train_rows,
             train_transform(setup.info.data_config, config),
@@ -122,6 +123,7 @@ class Trainer:
             done=state.step,
             share=lambda rows: setup.batch.share(rows, collectives.rank()),
         )
+        batches = prefetch(loaded, setup.device)
         base_lrs = [group["lr"] for group in setup.optimizer.param_groups]
         train_mode(setup.model, freeze_bn=config.freeze_bn)
         if config.on_nan == "rollback" and self.saver.newest is None:
@@ -135,18 +137,21 @@ class Trainer:
                     pass  # validated when the run resumes
                 except (SamtuneError, OSError):
                     if not setup.is_sharded and is_finite(setup.model):  # keep what was learned
-                        self.saver.save(state)
+                        self.saver.save_before_error(state)
                     raise
             last = state.step == setup.total_steps
             is_due = state.step > 0 and (state.best_step == state.step or self.saver.due(state.step))
             if is_due or last or self.stop.is_agreed:
                 self.saver.save(state)
+            if last or self.stop.is_agreed:
+                self.saver.wait()
                 self.stop.has_checkpoint = True
             if self.stop.is_agreed:
                 collectives.barrier()  # none ends before rank 0 has saved
                 self.stop.raise_stopped()
             if last:
                 return
+            self.saver.check()
             self._step(batches, base_lrs)
             self._heartbeat(state.step)
 
@@ -204,7 +209,7 @@ class Trainer:
             state.skipped_in_a_row = in_a_row
             return
         if config.on_nan == "rollback" and state.rollbacks < _MAX_ROLLBACKS and not is_adapting:
-            newest = collectives.broadcast_from_rank0(lambda: find_newest(self.log.folder))
+            newest = collectives.broadcast_from_rank0(self.saver.find_newest)
             if newest is None:
                 raise CheckpointError(f"run {self.log.folder} has lost its checkpoints", hint="start a new run")
             back = load_state_dict(setup, newest)
@@ -219,6 +224,7 @@ class Trainer:
         set_generator_states(generators, setup.device)
         if state.step > 0:
             self.saver.save(state)
+            self.saver.wait()
             self.stop.has_checkpoint = True
             collectives.barrier()
         raise diverged(setup, state, self.log, step, result, in_a_row)
@@ -329,7 +335,8 @@ class Trainer:
     def score_selected(self) -> Evaluation:
         """Score the selected checkpoint on test, once; without a test split, or with --no-test, on validation again."""
         setup = self.setup
-        folder = resolve_checkpoint(self.log.checkpoints, setup.config.select)
+        # Rank 0 has written it, so rank 0 knows where it is.
+        folder = collectives.broadcast_from_rank0(lambda: resolve_checkpoint(self.log.checkpoints, setup.config.select))
         step = int(collectives.broadcast_from_rank0(lambda: checkpoint.verify(folder)["step"]))
         checkpoint.load_weights(partial(setup.load, setup.model), folder / "model.safetensors")
         if setup.test is None or not setup.config.test:
@@ -354,12 +361,15 @@ def set_learning_rates(setup: Setup, base_lrs: list[float], step: int) -> None:
 def to_model_inputs(
     setup: Setup, images: torch.Tensor, labels: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of the loader as the model takes it: on the device, normalised, and mixed if asked for."""
+    """A batch of the loader as the update takes it: on the device, and mixed if asked for."""
     config = setup.config
+    images, labels = images.to(setup.device, non_blocking=True), labels.to(setup.device, non_blocking=True)
+    if not config.mixup and not config.cutmix:
+        return images, labels  # each pass normalises its own: as bytes they need a quarter of the memory
     # Mixed once, so that both passes see the same images and shares.
     return mix(
-        to_device(images, setup.device, setup.info.data_config, config.channels_last),
-        labels.to(setup.device, non_blocking=True),
+        setup.update.prepare(images),
+        labels,
         len(setup.data.class_names),
         mixup=config.mixup,
         cutmix=config.cutmix,

@@ -11,7 +11,8 @@ from torch import nn
 
 from samtune import console
 from samtune.config.run_config import RunConfig
-from samtune.distributed import collectives, ddp, device, fsdp
+from samtune.data.transforms import model_input
+from samtune.distributed import collectives, ddp, device, environment, fsdp
 from samtune.errors import UsageError
 from samtune.models import compiled, training
 from samtune.models.build import build_model, check_size
@@ -97,6 +98,7 @@ def build_setup(
     """
     device.deterministic(config.deterministic)
     target = device.select_device(config.gpus, config.processes)
+    obstacle = _obstacle_to_graphs(config, target)
     config = resolve_arithmetic(config, target)
     device.set_float32_arithmetic(target, config.amp_dtype)
     if config.compile:
@@ -105,7 +107,6 @@ def build_setup(
     if resolved is None and config.img_size is not None:
         check_size(config.model, config.weights, config.img_size)
     collectives.init(target)
-    obstacle = _obstacle_to_graphs(config, target)
     torch.manual_seed(config.seed)
     with collectives.local_main_process_first():
         read = load_run_data(config, resolved, decode)
@@ -164,6 +165,7 @@ def build_setup(
         autocast=device.autocast(target, config.amp_dtype),
         scaler=device.loss_scaler(target, config.amp_dtype),
         penalty=penalty,
+        prepare=partial(model_input, data_config=info.data_config, channels_last=config.channels_last),
     )
     return Setup(
         **vars(read),
@@ -245,7 +247,7 @@ def _obstacle_to_graphs(config: RunConfig, target: torch.device) -> str:
         "--graphs off": config.graphs == "off",
         f"device {target.type}": target.type != "cuda",
         "--shard": config.shard,
-        "several ranks": collectives.world_size() > 1,
+        "several ranks": environment.rank_info() is not None,
         "--grad-checkpointing": config.grad_checkpointing,
         "--deterministic": config.deterministic,
     }

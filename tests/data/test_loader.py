@@ -1,6 +1,5 @@
 """Rows to augmented batches."""
 
-import io
 import multiprocessing
 import os
 import signal
@@ -10,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms import v2
 
@@ -125,22 +123,6 @@ def test_a_broken_image_ends_the_stream_with_its_place_and_no_traceback(tmp_path
     with pytest.raises(DataError, match=r"cat/3\.png.* cannot be decoded") as error:
         collect(split, workers=workers)
     assert "Traceback" not in str(error.value)
-
-
-def test_normalisation_is_that_of_the_weights():
-    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    mean, std = (torch.tensor(DATA_CONFIG[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    torch.testing.assert_close(transforms.normalize(images, DATA_CONFIG), (images / 255 - mean) / std)
-
-
-def test_the_evaluation_transform_equals_timms_on_a_picture():
-    """Ours runs on uint8 tensors, timm's on a PIL image: at most a rounding step of the resize apart."""
-    timm_data = pytest.importorskip("timm.data")
-    encoded = image_bytes(0, size=(90, 70))
-    ours = eval_transform(DATA_CONFIG)(decode(encoded, str))
-    keys = ("input_size", "interpolation", "crop_pct", "crop_mode")
-    theirs = timm_data.create_transform(**{k: DATA_CONFIG[k] for k in keys}, normalize=False)
-    assert (ours.int() - theirs(Image.open(io.BytesIO(encoded))).int()).abs().max() <= 1
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation

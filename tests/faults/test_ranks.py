@@ -210,7 +210,8 @@ def test_ranks_that_begin_again_come_to_the_same_end(rank, photos, whole, tmp_pa
     assert done.returncode == 0, done.stderr
     assert f"rank {rank}" in done.stderr
     assert "all ranks begin again" in done.stderr
-    assert "resume  step-000006" in done.stderr
+    # If it was rank 0, it may still have been writing the one of step 6.
+    assert re.search("resume  step-00000[56]" if rank == 0 else "resume  step-000006", done.stderr)
     assert fingerprint(tmp_path / "r") == fingerprint(whole)
 
 

@@ -85,6 +85,23 @@ def test_a_save_that_is_cut_off_leaves_the_checkpoint_before(moment, photos, uni
     assert not list((tmp_path / "r" / "checkpoints").glob(".*"))
 
 
+@row(2)
+@pytest.mark.parametrize("file", [1, FILES])
+def test_a_run_that_is_killed_in_a_step_while_a_checkpoint_is_written_goes_on_from_the_one_before(
+    file, photos, uninterrupted, tmp_path
+):
+    hangs = {"at": WRITE, "call": 3 * FILES + file, "do": "hang"}  # after step 6
+    died = run(photos, tmp_path / "r", faults=[hangs, PERTURBED | {"call": 8, "do": "SIGKILL"}])
+    assert died.returncode == -signal.SIGKILL
+    assert step_of(tmp_path / "r") == 5
+    done = resume(tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert "a save was cut off: .step-000006.part is removed" in done.stderr
+    assert "resume  step-000005" in done.stderr
+    assert fingerprint(tmp_path / "r") == fingerprint(uninterrupted)
+    assert fingerprint(tmp_path / "r", "best") == fingerprint(uninterrupted, "best")
+
+
 @row(3)
 @pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_lets_the_step_end_saves_and_the_run_goes_on_to_the_same_end(sent, photos, uninterrupted, tmp_path):
@@ -171,7 +188,7 @@ def test_a_second_signal_ends_at_once_and_the_last_checkpoint_loads(
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
     assert (status(tmp_path / "r")["state"], status(tmp_path / "r")["exit_code"]) == ("stopped", code)
-    assert step_of(tmp_path / "r") == 6
+    assert step_of(tmp_path / "r") in (5, 6)  # that of step 6 may still have been written
     assert resume(tmp_path / "r").returncode == 0
     assert fingerprint(tmp_path / "r") == fingerprint(uninterrupted)
 

@@ -18,11 +18,12 @@ from tests.support.small_models import make_step, sgd
 class CallingRecorder:
     """Records a function by calling it, and replays it by calling it again; the outputs stay in their place.
 
-    state: tensors that the function changes. A real recording computes nothing, so that they are put back after it.
+    A real recording computes nothing, so that what the function changes is put back after it; and a replay knows only
+    what Python did while it was recorded, as whether the weights were perturbed.
     """
 
-    def __init__(self, state=(), error=None):
-        self.state, self.error = list(state), error
+    def __init__(self, sam, state=(), error=None):
+        self.sam, self.state, self.error = sam, list(state), error
         self.runs = self.records = self.replays = 0
 
     def run(self, function):
@@ -40,9 +41,14 @@ class CallingRecorder:
             raise self.error
         torch.set_rng_state(generator)
 
+        perturbed = self.sam.perturbed
+
         def replay():
             self.replays += 1
-            for own, output in zip(outputs, function(), strict=True):
+            self.sam.perturbed, now = perturbed, self.sam.perturbed
+            results = function()
+            self.sam.perturbed = now
+            for own, output in zip(outputs, results, strict=True):
                 if own is not None:
                     own.copy_(output)
 
@@ -52,7 +58,7 @@ class CallingRecorder:
 def graphed(step, **options):
     """The same step with passes that are replayed."""
     sam = step.sam
-    recorder = CallingRecorder([*sam.model.buffers(), step._at_w], **options)
+    recorder = CallingRecorder(sam, [*sam.model.buffers(), step._at_w], **options)
     sam.runner = GraphRunner(
         sam.model, sam._params, sam.ranks, is_perturbed=lambda: sam.perturbed, recorder=recorder, required=False
     )

@@ -26,7 +26,7 @@ import torch
 
 POINTS = {
     "perturb": "samtune.sam.perturbation:Perturbation.add_",
-    "backward": "samtune.sam.gradient:_backward_nan_guarded",
+    "backward": "samtune.sam.runner:EagerRunner.descend",
     "train loss": "samtune.train.setup:cross_entropy",
     "gradient norm": "torch.nn.utils:get_total_norm",
     "optimizer update": "torch.optim.sgd:sgd",
@@ -34,7 +34,6 @@ POINTS = {
     "each loss": "samtune.sam.losses:cross_entropy",
     "step": "samtune.sam.step:Step.__call__",
     "step at a batch size": "samtune.sam.step:Step._attempt",
-    "train batch to device": "samtune.train.loop:to_device",
     "eval batch to device": "samtune.train.evaluation:to_device",
     "evaluate": "samtune.train.loop:evaluate",
     "train step": "samtune.train.loop:Trainer._step",

@@ -8,7 +8,7 @@ import pytest
 
 ROWS = {
     1: "SIGKILL in the middle of a step",
-    2: "SIGKILL inside a save",
+    2: "SIGKILL inside a save, or in a step beside it",
     3: "SIGTERM",
     4: "a second SIGTERM or SIGINT",
     5: "checkpoint truncated, empty, changed, or a file of it missing",

@@ -5,7 +5,9 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from timm.utils import ModelEmaV3
 
+from samtune.models.training import Ema
 from tests.conftest import samtune
 from tests.support.small_run import run
 
@@ -62,3 +64,18 @@ def test_averaging_leaves_the_run_itself_as_it_is(averaged, photos, tmp_path):
     assert done.returncode == 0, done.stderr
     weights = [(path / "checkpoints" / "last" / "model.safetensors").read_bytes() for path in (folder, tmp_path / "r")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("decay", [0.9998, 0.5])
+def test_it_is_timms_average_with_warm_up_bit_for_bit(small_net, decay):
+    """Buffers included; timm lists all tensors in every step, this one only once."""
+    ours, theirs = Ema(small_net, decay), ModelEmaV3(small_net, decay=decay, use_warmup=True)
+    for step in range(1, 6):
+        with torch.no_grad():
+            for value in small_net.state_dict().values():
+                value += step
+        ours.update(small_net, step)
+        theirs.update(small_net, step=step)
+        for name, value in theirs.module.state_dict().items():
+            assert torch.equal(ours.module.state_dict()[name], value), name
+    assert not ours.module.training

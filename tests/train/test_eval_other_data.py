@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from samtune.runs import run_log
 from samtune.train.eval_checkpoint import evaluate_checkpoint
 from tests.conftest import image_bytes, samtune, write_image_folder
 
@@ -47,6 +48,15 @@ OTHERS = {
     "a folder around it": ({"photos/all": 3}, CLASSES, 9, "all"),
     "other names of the split": ({"test_set": 4, "training_set": 2}, CLASSES, 12, "test"),
 }
+
+
+def test_a_run_from_before_a_change_of_the_evaluation_is_scored_with_a_note(trained, tmp_path, monkeypatch, capsys):
+    other = write_image_folder(tmp_path / "other", {"test": 1}, CLASSES)
+    score(trained, other)
+    assert "another rule" not in capsys.readouterr().err
+    monkeypatch.setattr(run_log, "EVALUATION", "3")
+    score(trained, other)
+    assert "resized pictures by another rule: its own scores may differ" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", OTHERS)

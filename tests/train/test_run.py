@@ -150,6 +150,7 @@ def test_the_run_folder_is_whole(finished):
     }
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, status["total_steps"])
+    assert status["passes"] == ("CUDA graphs" if torch.cuda.is_available() else "eager (device cpu)")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["split"] == "train"]
     keys = {"step", "epoch", "split", "loss", "top1_error", "lr", "rho", "sam", "grad_norm"}
@@ -380,6 +381,13 @@ def test_the_resolved_settings_say_where_they_come_from(finished):
     assert re.search(r"^workers = 0 +# flag$", text, re.M)
     assert re.search(r"^amp_dtype = .* # derived: best on device", text, re.M)
     assert re.search(r"^momentum = 0.9 +# default$", text, re.M)
+
+
+def test_graphs_that_must_be_and_cannot_are_refused_before_the_data_is_read(tmp_path):
+    done = small_run(tmp_path / "r", "mnist5k", "--graphs", "on", "--gpus", 0)
+    assert done.returncode == 2
+    assert "--graphs on with device cpu" in done.stderr
+    assert "reading data set" not in done.stderr
 
 
 @pytest.mark.gpu
