@@ -2,7 +2,9 @@
 
 Computed, not measured. A step of SAM is two forward-backward passes; its gradients are reduced once (m device), while
 the backward pass of pass 2 runs, or twice (m global), the first time with nothing to run beside it. What is sent is
-what `python -m tests.benchmarks.scaling` counts; how fast it goes and how fast a GPU is are assumptions.
+what `python -m tests.benchmarks.scaling` counts; how fast it goes is an assumption. A GPU takes as long as its
+arithmetic or its memory does, whichever is slower, both at their nominal speed: tests/benchmarks/traffic.py counts what
+a step reads and writes.
 """
 
 import argparse
@@ -14,12 +16,22 @@ from typing import Any
 import torch
 
 from samtune.models.build import build_model, multiply_accumulates
+from tests.benchmarks import traffic
 
 # Model, image size in pixels, images of each GPU.
 CASES = (("efficientnet_b7", 600, 16), ("efficientnet_l2", 475, 4), ("efficientnet_l2", 800, 4))
 GPUS = (8, 16, 32, 64)
 CLASSES = 1000
 DECISION_BYTES = 5 * 8  # loss, wrong, n, out of memory, asked to end; float64
+# FLOP/s in bf16 without sparsity and bytes/s of memory, by a part of the device's name.
+SPEEDS = {
+    "H100 80GB HBM3": (989e12, 3.35e12),
+    "H200": (989e12, 4.8e12),
+    "A100-SXM4-40GB": (312e12, 1.555e12),
+    "A100-PCIE-40GB": (312e12, 1.555e12),
+    "A100-SXM4-80GB": (312e12, 2.039e12),
+    "A100 80GB PCIe": (312e12, 1.935e12),
+}
 PASSES = 2  # forward-backward passes of a SAM step
 FORWARDS_PER_PASS = 3  # a backward pass takes two forward passes' operations
 
@@ -29,14 +41,19 @@ class Machine:
     """Bandwidths in bytes/s, speed in FLOP/s.
 
     in_node: of each GPU in an all-reduce among those of its node (NCCL's "bus bandwidth"). networks: of each node,
-    shared by its GPUs. peak: of one GPU, bf16 without sparsity. utilisation: share of the peak that the passes reach.
+    shared by its GPUs. peak: of one GPU, bf16 without sparsity. memory: of one GPU.
     """
 
     gpus_per_node: int = 8
     in_node: float = 300e9
     networks: tuple[tuple[str, float], ...] = (("25 Gb/s", 25e9 / 8), ("400 Gb/s", 400e9 / 8))
-    peak: float = 989e12
-    utilisation: float = 0.15
+    peak: float = SPEEDS["H100 80GB HBM3"][0]
+    memory: float = SPEEDS["H100 80GB HBM3"][1]
+
+
+def speed(name: str) -> tuple[float, float] | None:
+    """FLOP/s and bytes/s of the device of this name; None where they are not known."""
+    return next((speed for part, speed in SPEEDS.items() if part in name), None)
 
 
 def ring_seconds(size: int, members: int, bandwidth: float) -> float:
@@ -50,9 +67,14 @@ def reduction_seconds(size: int, gpus: int, network: float, machine: Machine) ->
     return ring_seconds(size, in_node, machine.in_node) + ring_seconds(size, gpus // in_node, network)
 
 
-def step_seconds(flops: int, images: int, machine: Machine) -> float:
-    """Time of a SAM step that communicates nothing; flops: of one image's forward pass."""
-    return PASSES * FORWARDS_PER_PASS * flops * images / (machine.peak * machine.utilisation)
+def step_seconds(flops: int, size: int, machine: Machine) -> float:
+    """The least time of a step that communicates nothing; flops, size: operations of a step, bytes that it moves."""
+    return max(flops / machine.peak, size / machine.memory)
+
+
+def step_flops(flops: int, images: int, passes: int = PASSES) -> int:
+    """Operations of a step; flops: of one image's forward pass."""
+    return passes * FORWARDS_PER_PASS * flops * images
 
 
 def exposed_seconds(reduction: float, step: float, *, is_global: bool) -> float:
@@ -89,7 +111,8 @@ def bytes_per_step(parameters: int, *, is_global: bool) -> int:
 def row(name: str, img_size: int, images: int, gpus: int, machine: Machine) -> dict[str, Any]:
     """One model on so many GPUs, over each network. A node alone uses no network."""
     parameters, flops = counts(name, img_size)
-    size, step = 4 * parameters + DECISION_BYTES, step_seconds(flops, images, machine)
+    moved = traffic.count(name, img_size, images, CLASSES).bytes
+    size, step = 4 * parameters + DECISION_BYTES, step_seconds(step_flops(flops, images), moved, machine)
     nodes = gpus // machine.gpus_per_node
     over = {}
     for network, bandwidth in machine.networks:
@@ -108,6 +131,9 @@ def row(name: str, img_size: int, images: int, gpus: int, machine: Machine) -> d
         "forward_gflop_per_image": flops / 1e9,
         "bytes_device": bytes_per_step(parameters, is_global=False),
         "bytes_global": bytes_per_step(parameters, is_global=True),
+        "memory_gb": moved / 1e9,
+        "compute_ms": 1000 * step_flops(flops, images) / machine.peak,
+        "memory_ms": 1000 * moved / machine.memory,
         "nvlink_ms": 1000 * ring_seconds(size, min(gpus, machine.gpus_per_node), machine.in_node),
         "step_ms": 1000 * step,
         "over": over,
@@ -121,12 +147,14 @@ def assumptions(machine: Machine) -> list[str]:
         f"nodes of {machine.gpus_per_node} H100, which all-reduce at {machine.in_node / 1e9:g} GB/s per GPU (NVLink)",
         f"between nodes {networks} per node, shared by its GPUs",
         "hierarchical rings: 2 (k-1)/k of the bytes, in the node and then among the nodes, not both at once",
-        f"{100 * machine.utilisation:g} % of {machine.peak / 1e12:g} TFLOP/s (bf16): a lower share hides more",
+        f"{machine.peak / 1e12:g} TFLOP/s (bf16) or {machine.memory / 1e12:g} TB/s, whichever takes longer",
+        "so a step is as fast as can be; a slower one hides more communication",
         f"a step is {PASSES} forward-backward passes of {FORWARDS_PER_PASS} x the forward operations",
         "operations: convolutions and products of matrices, 2 per multiply-add (FlopCounterMode on the meta device)",
+        "memory: what the operations of a step read and write, bf16 activations; nothing is cached or fused",
         f"gradients are float32; {CLASSES} classes; nothing is recomputed; the images fit",
         "the reduction hides behind the backward pass of pass 2, a third of the step; that of pass 1 (m global) cannot",
-        "left out: latency, the last bucket, waiting for a slower rank, data, the optimizer",
+        "left out: latency, the last bucket, waiting for a slower rank, data",
     ]
 
 
@@ -139,7 +167,9 @@ def show(machine: Machine, rows: list[dict[str, Any]]) -> None:
             print(f"\n{row['model']}, {row['img_size']} px, {row['images_per_gpu']} images per GPU", end=": ")
             print(f"{row['parameters']:,} parameters, {row['forward_gflop_per_image']:.1f} GFLOP forward per image")
             print(f"  bytes per step: m device {row['bytes_device']:,}, m global {row['bytes_global']:,}", end="; ")
-            print(f"a step without communication {row['step_ms']:.1f} ms")
+            print(f"a step moves {row['memory_gb']:.0f} GB")
+            print(f"  a step without communication {row['step_ms']:.1f} ms", end=": ")
+            print(f"arithmetic {row['compute_ms']:.1f} ms, memory {row['memory_ms']:.1f} ms")
             print(f"  GPUs{'NVLink':>11}" + "".join(f"{name:>13}{'device':>8}{'global':>8}" for name in row["over"]))
         cells = [
             (f"{over['network_ms']:.1f} ms" if row["gpus"] > machine.gpus_per_node else "-", over)
@@ -153,12 +183,9 @@ def show(machine: Machine, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Compute and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--utilisation", type=float, default=Machine.utilisation, help="share of a GPU's peak; default: %(default)s"
-    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     given = parser.parse_args()
-    machine = Machine(utilisation=given.utilisation)
+    machine = Machine()
     rows = [row(*case, gpus, machine) for case in CASES for gpus in GPUS]
     if given.json:
         told = {"measured": False, "assumptions": assumptions(machine), "machine": asdict(machine), "rows": rows}

@@ -1,4 +1,4 @@
-"""What a SAM step costs: python -m tests.benchmarks.step
+"""What a SAM step costs on a CPU: python -m tests.benchmarks.step (on a GPU: tests.benchmarks.run_step)
 
 First whole steps on one batch, as ordinary training loops without clipping: SGD, two plain forward-backward passes with
 one SGD step (the least that SAM can cost), samtune's SAM, also perturbing norm parameters alone, pytorch-optimizer's
@@ -29,15 +29,9 @@ from samtune.sam.perturbation import Perturbation
 
 CLASSES = 102
 RHO = 0.05
-# Name, image size, batch size: what a machine of this kind is used for.
-STEPS = {
-    "cpu": [("tf_efficientnet_lite0", 128, 16)],
-    "cuda": [("tf_efficientnet_b0", 224, 64), ("tf_efficientnet_b7", 600, 16)],
-}
-OPTIMIZER_SIDES = {
-    "cpu": ["tf_efficientnet_lite0", "tf_efficientnet_b7"],
-    "cuda": ["tf_efficientnet_b0", "tf_efficientnet_b7"],
-}
+STEP = ("tf_efficientnet_lite0", 128, 16)  # name, image size, batch size
+OPTIMIZER_SIDES = ("tf_efficientnet_lite0", "tf_efficientnet_b7")
+CPU = torch.device("cpu")
 
 
 class NoStep(torch.optim.Optimizer):
@@ -50,11 +44,11 @@ class NoStep(torch.optim.Optimizer):
         return None
 
 
-def build(name: str, img_size: int, target: torch.device) -> nn.Module:
+def build(name: str, img_size: int) -> nn.Module:
     """A model as a run has it; weights and labels do not change what a step costs."""
     torch.manual_seed(0)
     model, _ = build_model(name, classes=CLASSES, img_size=img_size, drop=0.2, pretrained=False)
-    model = model.to(device=target, memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
     train_mode(model, freeze_bn=True)
     return model
 
@@ -64,9 +58,8 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def whole_steps(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Callable[[], object]]:
-    """One function per kind of step, each with a model of its own; they end with a read from the device."""
-    target = batch[0].device
-    autocast = device.autocast(target, device.best_dtype(target))
+    """One function per kind of step, each with a model of its own."""
+    autocast = device.autocast(CPU, device.best_dtype(CPU)[0])
 
     def loss_of(model):
         def loss(images, labels):
@@ -178,10 +171,7 @@ def optimizer_sides(model: nn.Module) -> dict[str, Callable[[], object]]:
     def floor():
         scale = RHO / torch.linalg.vector_norm(flat_g)
         flat_copy.copy_(flat_w)
-        if flat_g.is_cpu:
-            flat_w.add_(flat_g, alpha=scale.item())
-        else:
-            flat_w.addcmul_(flat_g, scale)
+        flat_w.add_(flat_g, alpha=scale.item())
         flat_w.copy_(flat_copy)
 
     def ours():
@@ -198,7 +188,7 @@ def optimizer_sides(model: nn.Module) -> dict[str, Callable[[], object]]:
     return {"flat buffers": floor, "samtune": ours, "pytorch-optimizer": theirs, "loop over tensors": per_tensor}
 
 
-def in_turn(kinds: dict[str, Callable[[], object]], repeat: int, target: torch.device) -> dict[str, float]:
+def in_turn(kinds: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
     """Median seconds of each, after three rounds that do not count.
 
     Each round has an order of its own: what ran before leaves its traces in caches.
@@ -210,33 +200,15 @@ def in_turn(kinds: dict[str, Callable[[], object]], repeat: int, target: torch.d
         for name in order:
             started = time.perf_counter()
             kinds[name]()
-            if target.type == "cuda":
-                torch.cuda.synchronize(target)
             if turn >= 3:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def peak_mib(kinds: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Most GPU memory that a step adds to what was there before it."""
-    peaks = {}
-    for name, run in kinds.items():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return peaks
-
-
-def table(title: str, seconds: dict[str, float], peaks: dict[str, float] | None = None) -> dict[str, object]:
+def table(title: str, seconds: dict[str, float]) -> dict[str, object]:
     """Rows with the ratio to the first one."""
     floor = next(iter(seconds.values()))
-    rows = {name: {"ms": 1000 * value, "ratio": value / floor} for name, value in seconds.items()}
-    for name, peak in (peaks or {}).items():
-        rows[name]["peak_mib"] = peak
-    return {"title": title, "rows": rows}
+    return {"title": title, "rows": {name: {"ms": 1000 * s, "ratio": s / floor} for name, s in seconds.items()}}
 
 
 def show(result: dict) -> None:
@@ -244,8 +216,7 @@ def show(result: dict) -> None:
     for part in result["tables"]:
         print(f"\n{part['title']}")
         for name, row in part["rows"].items():
-            peak = f"  {row['peak_mib']:8.0f} MiB" if "peak_mib" in row else ""
-            print(f"  {name:<24}{row['ms']:9.1f} ms  x {row['ratio']:.3f}{peak}")
+            print(f"  {name:<24}{row['ms']:9.1f} ms  x {row['ratio']:.3f}")
 
 
 def main() -> None:
@@ -255,26 +226,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    target = device.select_device()
-    tables = []
-    for name, img_size, batch_size in STEPS[target.type]:
-        images = torch.randn(batch_size, 3, img_size, img_size, device=target)
-        labels = torch.arange(batch_size, device=target) % CLASSES
-        kinds = whole_steps(
-            build(name, img_size, target), (images.contiguous(memory_format=torch.channels_last), labels)
-        )
-        seconds = in_turn(kinds, options.repeat, target)
-        peaks = peak_mib(kinds) if target.type == "cuda" else None
-        dtype = device.best_dtype(target)
-        tables.append(table(f"step, {name}, {img_size} px, batch {batch_size}, {dtype}", seconds, peaks))
-        del kinds
-    for name in OPTIMIZER_SIDES[target.type]:
-        model = build(name, 224, target)
+    name, img_size, batch_size = STEP
+    images = torch.randn(batch_size, 3, img_size, img_size).contiguous(memory_format=torch.channels_last)
+    kinds = whole_steps(build(name, img_size), (images, torch.arange(batch_size) % CLASSES))
+    title = f"step, {name}, {img_size} px, batch {batch_size}, {device.best_dtype(CPU)[0]}"
+    tables = [table(title, in_turn(kinds, options.repeat))]
+    for name in OPTIMIZER_SIDES:
+        model = build(name, 224)
         count = sum(p.numel() for p in model.parameters()) / 1e6
-        seconds = in_turn(optimizer_sides(model), options.repeat, target)
+        seconds = in_turn(optimizer_sides(model), options.repeat)
         tables.append(table(f"optimizer's side, {name}, {count:.1f} M parameters", seconds))
     result = {
-        "device": device.describe(target),
+        "device": device.describe(CPU),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "repeat": options.repeat,

@@ -7,7 +7,7 @@ import pytest
 
 from tests.benchmarks import cost
 
-MACHINE = cost.Machine(gpus_per_node=8, in_node=100.0, networks=(("slow", 10.0),), peak=100.0, utilisation=0.5)
+MACHINE = cost.Machine(gpus_per_node=8, in_node=100.0, networks=(("slow", 10.0),), peak=100.0, memory=20.0)
 
 
 @pytest.mark.parametrize(("members", "seconds"), [(1, 0.0), (2, 8.0), (8, 14.0)])
@@ -20,8 +20,9 @@ def test_nodes_reduce_within_and_then_between_them(gpus, seconds):
     assert cost.reduction_seconds(800, gpus, 10.0, MACHINE) == pytest.approx(seconds)
 
 
-def test_a_step_is_six_forward_passes():
-    assert cost.step_seconds(10, 4, MACHINE) == pytest.approx(6 * 10 * 4 / 50)
+@pytest.mark.parametrize(("size", "seconds"), [(40, 2.4), (60, 3.0)])
+def test_a_step_is_six_forward_passes_or_what_it_moves(size, seconds):
+    assert cost.step_seconds(cost.step_flops(10, 4), size, MACHINE) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
@@ -44,13 +45,13 @@ def test_it_says_that_nothing_was_measured(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cost"])
     cost.main()
     assert capsys.readouterr().out.startswith("computed, not measured\n")
-    monkeypatch.setattr(sys, "argv", ["cost", "--json", "--utilisation", "0.3"])
+    monkeypatch.setattr(sys, "argv", ["cost", "--json"])
     cost.main()
     told = json.loads(capsys.readouterr().out)
     assert told["measured"] is False
-    assert told["machine"]["utilisation"] == 0.3
     assert [row["gpus"] for row in told["rows"]] == [8, 16, 32, 64]
     for row in told["rows"]:
+        assert row["step_ms"] == max(row["compute_ms"], row["memory_ms"])
         assert row["bytes_global"] - row["bytes_device"] == 4 * row["parameters"]
         for over in row["over"].values():
             assert 0 < over["efficiency_global"] < over["efficiency_device"] <= 1

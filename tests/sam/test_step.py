@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import pytorch_optimizer
 import timm
 import torch
 import torch.nn.functional as F
@@ -92,7 +91,7 @@ def test_twenty_steps_equal_those_of_a_published_sam(batch, optimizer, adaptive,
     options = {"lr": 0.05, "momentum": 0.9} if optimizer == "sgd" else {"lr": 0.01, "weight_decay": 0.1}
     base = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
     step = make_step(ours, base(ours.parameters(), **options), rho=0.2, adaptive=adaptive, eta=0.0)
-    published = pytorch_optimizer.SAM(
+    published = pytest.importorskip("pytorch_optimizer").SAM(
         theirs.parameters(), base, rho=0.2, adaptive=adaptive, perturb_eps=0.0, foreach=False, **options
     )
 
