@@ -345,8 +345,8 @@ class RunConfig(BaseModel):
     )
     compile: bool = _device(
         "results",
-        "translate the blocks of the model into fewer, larger kernels (torch.compile): faster steps after a first one "
-        "that takes minutes; results differ in the last digits",
+        "translate the blocks of the model into fewer, larger kernels (torch.compile) that read and write less memory; "
+        "the first steps take minutes, and results differ in the last digits",
         False,
         fixed=True,
     )

@@ -212,28 +212,30 @@ def _load_in_threads(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_
 
 
 def _load_in_processes(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Batches:
-    """Load batches in worker processes, each a whole one, or parts of large ones, which are put together here."""
+    """Load batches in worker processes. Each makes a whole one, or a part of a large one, put together here."""
     first = next(plan, None)
     if first is None:
         return
+    plan = itertools.chain([first], plan)
     _, parts = _look_ahead(dataset.bytes_of(first), workers)
+    if parts == 1:
+        yield from _in_processes(dataset, plan, workers, pin_memory)
+        return
     coming: deque[Indices] = deque()  # rows of the batches that are being made
 
     def in_parts() -> Iterator[_Key]:
-        for epoch, rows in itertools.chain([first], plan):
+        for epoch, rows in plan:
             coming.append(rows)
-            yield from ((epoch, rows[some]) for some in _divided(len(rows), parts))
+            yield from ((epoch, rows[part]) for part in _divided(len(rows), parts))
 
-    made = _in_processes(dataset, in_parts(), workers, pin_memory and parts == 1)
-    if parts == 1:
-        yield from made
-        return
-    for part in made:
+    made = _in_processes(dataset, in_parts(), workers, pin_memory=False)
+    for images, _ in made:
         rows = coming.popleft()
         batch = dataset.empty(rows, pin_memory=pin_memory)
-        for some in _divided(len(rows), parts):
-            batch[0][some] = part[0]
-            part = part if some.stop == len(rows) else next(made)
+        whole = batch[0]
+        whole[: len(images)] = images
+        for part in _divided(len(rows), parts)[1:]:
+            whole[part], _ = next(made)
         yield batch
 
 

@@ -70,7 +70,8 @@ class Pixels:
         size = self.file.stat().st_size
         if size > _MAPPED:
             return None
-        return np.memmap(self.file, np.uint8, "c") if size else np.empty(0, np.uint8)
+        # As a plain array: each view of a memmap costs as much as all else that Python does to read an image.
+        return np.asarray(np.memmap(self.file, np.uint8, "c")) if size else np.empty(0, np.uint8)
 
     @cached_property
     def _descriptor(self) -> int:

@@ -85,11 +85,12 @@ class TrainTransform:
         return batch
 
     def _resized_crop(self, images: Pictures, draws: Draws, flipped: Flags, out: torch.Tensor) -> None:
-        boxes = resized_crop_boxes(np.array([image.shape[1:] for image in images]), draws, self.scale).tolist()
-        # Views are NumPy's: those of torch cost several times as much, and Python's lock is held for them.
+        # NumPy's views: those of torch cost several times as much, during which Python's lock is held.
+        together = images.permute(0, 2, 3, 1).numpy() if isinstance(images, torch.Tensor) else None
+        pixels = list(together) if together is not None else [image.permute(1, 2, 0).numpy() for image in images]
+        boxes = resized_crop_boxes(np.array([image.shape[:2] for image in pixels]), draws, self.scale).tolist()
         for i, ((top, left, height, width), flip) in enumerate(zip(boxes, flipped.tolist(), strict=True)):
-            pixels = images[i].permute(1, 2, 0).numpy()[top : top + height, left : left + width]
-            resized = self._resize(_as_batch(pixels))
+            resized = self._resize(_as_batch(pixels[i][top : top + height, left : left + width]))
             out[i : i + 1] = resized.flip(-1) if flip else resized
 
     def _padded_crop(self, images: Pictures, draws: Draws, flipped: Flags, out: torch.Tensor) -> None:

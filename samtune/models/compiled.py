@@ -19,10 +19,10 @@ def check_compiler(device: torch.device) -> None:
     hint = "install it, or leave --compile out"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise MachineError("--compile has no compiler for the GPU", "package triton is not installed", hint)
-    names = (os.environ.get("CC"), "gcc", "clang") if device.type == "cuda" else (os.environ.get("CXX"), "g++")
-    if not any(name and shutil.which(name) for name in names):
-        cause = f"none of these is on the PATH: {', '.join(dict.fromkeys(name for name in names if name))}"
-        raise MachineError(f"--compile has no {'C' if device.type == 'cuda' else 'C++'} compiler", cause, hint)
+    language, variable, usual = ("C", "CC", ["gcc", "clang"]) if device.type == "cuda" else ("C++", "CXX", ["g++"])
+    names = [os.environ[variable]] if variable in os.environ else usual
+    if not any(map(shutil.which, names)):
+        raise MachineError(f"--compile has no {language} compiler", f"{' or '.join(names)} is not on the PATH", hint)
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from samtune import console
 from samtune.config.run_config import RunConfig
-from samtune.data.transforms import normalize
+from samtune.data.transforms import model_input
 from samtune.distributed import collectives, device
 from samtune.errors import OutOfMemory, plural
 from samtune.models.timm_format import ModelInfo
@@ -134,8 +134,6 @@ class _Rehearsal:
         return seconds
 
     def _objective(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        images = normalize(pixels, self._info.data_config)
-        if self._config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = model_input(pixels, self._info.data_config, self._config.channels_last)
         with self._autocast():
             return self._loss(self._model(images), labels)

@@ -8,6 +8,7 @@ import torch
 from samtune.config import loading
 from samtune.distributed import collectives, device
 from samtune.errors import UsageError
+from samtune.train import setup
 from samtune.train.defaults import resolve_arithmetic
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
@@ -81,6 +82,16 @@ def test_tf32_is_refused_where_there_is_none(gpu):
         resolve_arithmetic(config, GPU)
     gpu((8, 6))
     assert resolve_arithmetic(config, GPU) is config
+
+
+def test_a_run_sets_the_arithmetic_before_its_model_computes(monkeypatch, photos):
+    asked = []
+    monkeypatch.setattr(device, "set_float32_arithmetic", lambda target, dtype: asked.append((target.type, dtype)))
+    monkeypatch.setattr(setup, "build_model", lambda *_, **__: asked.append("model"))
+    small = {"model": "test_resnet", "pretrained": False, "dataset": str(photos)}
+    with contextlib.suppress(TypeError):
+        setup.build_setup(loading.load(None, small))
+    assert asked == [("cpu", "float32"), "model"]
 
 
 def test_a_log_says_which_float32_is_meant():

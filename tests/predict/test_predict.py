@@ -64,6 +64,13 @@ def files_of(photos):
 # ------------------------------------------------------------------------------------------------------------- equality
 
 
+def test_pictures_are_computed_in_the_arithmetic_of_the_run(predictor, photos, monkeypatch):
+    asked = []
+    monkeypatch.setattr("samtune.predict.predictor.set_float32_arithmetic", lambda *given: asked.append(given))
+    predictor(files_of(photos)[:2])
+    assert asked == [(torch.device("cpu"), "float32")]
+
+
 def test_predictions_of_a_runs_test_images_are_those_of_the_run_to_the_last_bit(trained, photos):
     rows = rows_of(samtune("predict", trained, photos))
     stored = pq.read_table(trained / "predictions.parquet").to_pydict()
