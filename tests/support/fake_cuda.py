@@ -44,7 +44,7 @@ _DECISION = [2.0, 1.0, 8.0, 0.0, 0.0, 3.0]
 # What a run may switch for the whole process.
 _SWITCHES = [
     *((torch.backends.cudnn, name) for name in ("benchmark", "deterministic")),
-    *((backend, "fp32_precision") for backend in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)),
+    *((backend, "allow_tf32") for backend in (torch.backends.cudnn, torch.backends.cuda.matmul)),
 ]
 
 _BASE: Mapping[str, Any] = {
