@@ -318,9 +318,10 @@ def all_reduce_sum_lists(
     """
     if world_size(group) == 1:
         return tensors
-    sums = flat_views(tensors[0].new_empty(sum(t.numel() for t in tensors)), like or tensors)
+    flat = tensors[0].new_empty(sum(t.numel() for t in tensors))
+    sums = flat_views(flat, like or tensors)
     torch._foreach_copy_(sums, tensors)
-    all_reduce_sum(sums[0]._base, group)  # type: ignore[arg-type]
+    all_reduce_sum(flat, group)
     return sums
 
 

@@ -58,9 +58,12 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         """Record the function. Threads that load images or write files may use the GPU meanwhile."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            outputs = function()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                outputs = function()
+        finally:
+            torch.cuda.set_stream(current)  # where a recording fails, torch may leave its own stream in use
         return graph.replay, outputs
 
 
