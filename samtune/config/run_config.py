@@ -141,8 +141,8 @@ class RunConfig(BaseModel):
     )
     batch_size: types.BatchSize = _data(
         "results",
-        "images per step on each device; auto: the largest power of two that fits a GPU's memory, found by trying at "
-        "the start (16 on a CPU)",
+        "images per step on each device; auto: the largest power of two that fits a GPU, found at the start; 16 on a "
+        "CPU",
         16,
         fixed=True,
     )
@@ -162,7 +162,7 @@ class RunConfig(BaseModel):
     workers: int | None = _data(
         "nothing",
         "data-loading threads (processes with --aa, --color-jitter or --reprob); 0 loads between steps; by default 1, "
-        "with a GPU one less than cores, up to 16",
+        "with a GPU one less than the cores of its rank, at most 16",
         ge=0,
         le=MOST_PROCESSES,
     )
@@ -346,7 +346,7 @@ class RunConfig(BaseModel):
     compile: bool = _device(
         "results",
         "translate the blocks of the model into fewer, larger kernels (torch.compile) that read and write less memory; "
-        "the first steps take minutes, and results differ in the last digits",
+        "the first steps are slow, and results differ in the last digits",
         False,
         fixed=True,
     )

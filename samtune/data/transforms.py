@@ -243,9 +243,9 @@ def mix(
 class EvalTransform:
     """A picture, resized and cropped as the pretrained weights were evaluated: by timm's rule, crop share and mode.
 
-    Pictures are resized as uint8, as Pillow does and with it timm's own evaluation. timm's transform of a tensor goes
-    through float32: it takes 4 to 8 times as long, and most values are the same, the others at most 1 of 255 apart.
-    (They are further apart where bicubic overshoots black or white, which uint8 cuts off after each of its two passes.)
+    Pictures are resized as uint8, as Pillow does and with it timm's own evaluation: most values are the same, the
+    others at most 2 of 255 apart. timm's transform of a tensor goes through float32, which takes several times as long;
+    values are at most 1 of 255 apart, but further where bicubic overshoots black or white, which uint8 cuts off.
     What uint8 cannot do (nearest, lanczos) is timm's transform.
 
     Of a very long picture the ends, which the central crop leaves out, are cut off before it is resized: that would
@@ -322,11 +322,6 @@ def _resize(images: torch.Tensor, size: tuple[int, int], interpolation: str) -> 
 def empty_batch(n: int, size: tuple[int, int], *, pin_memory: bool = False) -> torch.Tensor:
     """(n, 3, *size) uint8, not filled, channels last in memory. pin_memory: a GPU can copy from it by itself."""
     return torch.empty((n, *size, 3), dtype=torch.uint8, pin_memory=pin_memory).permute(0, 3, 1, 2)
-
-
-def eval_transform(data_config: Mapping[str, Any]) -> EvalTransform:
-    """The evaluation's resize and crop, as the pretrained weights want it."""
-    return EvalTransform(data_config)
 
 
 def _without_ends(image: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from samtune.errors import MachineError, OutOfMemory, UsageError, first_line, pl
 
 # What CUDA and its libraries say where memory ran out inside them, and what they say for other reasons, too.
 _NO_MEMORY = ("out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
-_CANNOT = ("unable to find an engine to execute this computation", "CUBLAS_STATUS_NOT_INITIALIZED")
+_MAYBE_NO_MEMORY = ("unable to find an engine to execute this computation", "CUBLAS_STATUS_NOT_INITIALIZED")
 
 Autocast = Callable[[], AbstractContextManager[None]]
 T = TypeVar("T")
@@ -223,7 +223,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def may_be_out_of_memory(error: BaseException) -> bool:
     """Whether memory may have run out: cuDNN and cuBLAS may say only that they cannot, for any reason."""
     text = str(error)
-    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and any(part in text for part in _CANNOT))
+    return is_out_of_memory(error) or (
+        isinstance(error, RuntimeError) and any(part in text for part in _MAYBE_NO_MEMORY)
+    )
 
 
 def retry_with_smaller_batch(attempt: Callable[[int], T], batch_size: int, shape: Sequence[int]) -> T:

@@ -17,7 +17,7 @@ from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.data.cache import Images
 from samtune.data.splits import open_run_splits
-from samtune.data.transforms import eval_transform, normalize
+from samtune.data.transforms import EvalTransform, normalize
 from samtune.errors import CheckpointError, DataError, SamtuneError, first_line
 from samtune.export import onnx_file
 from samtune.runs import checkpoint
@@ -92,7 +92,7 @@ def logits(
     exported: Compute, model: nn.Module, data_config: Mapping[str, Any], pictures: Pictures, progress: Progress
 ) -> dict[str, Any]:
     """The largest difference of logits, and the number of pictures whose class is the same."""
-    transform = eval_transform(data_config)
+    transform = EvalTransform(data_config)
     images = normalize(torch.stack([transform(pixels) for pixels in pictures.pixels]), data_config).contiguous()
     largest, same, done, n = 0.0, 0, 0, len(images)
     for batch in (images[:1], *images[1:].split(_BATCH)):  # the first of another size, which is free
@@ -118,7 +118,7 @@ def with_preprocessing(
     The logits are compared on the same pixels, because a pixel that is rounded differently may change a logit by more
     than the arithmetic does.
     """
-    session, transform = onnx_file.Session(written), eval_transform(data_config)
+    session, transform = onnx_file.Session(written), EvalTransform(data_config)
     difference = probability_difference = level = 0.0
     same = rounded = values = 0
     probabilities = []

@@ -101,7 +101,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Average the weights of the model after a step, from 1. Every call is given the same model."""
+        """Average the model's weights; every call is given the same model. step: number of the update, from 1."""
         if not self._pairs:  # listed once: to walk through all modules takes milliseconds
             self._pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
         weight = 1 - min(self.decay, 1 - step ** (-2 / 3))

@@ -112,10 +112,10 @@ def activation_bytes(setup: Setup, images: int) -> int:
 
 
 def _any_batch(setup: Setup, images: int) -> Batch:
-    """A batch of black images, as inputs of the model, and labels."""
+    """A batch of black images as the update takes it, and labels."""
     channels, height, width = setup.info.data_config["input_size"]
     black = torch.zeros((images, height, width, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
-    return loop.to_model_inputs(setup, black, torch.zeros(images, dtype=torch.int64), 1)
+    return loop.to_update_inputs(setup, black, torch.zeros(images, dtype=torch.int64), 1)
 
 
 class _Stepping:
@@ -133,7 +133,7 @@ class _Stepping:
         step = self.done % setup.total_steps + 1
         loop.set_learning_rates(setup, self.base_lrs, step)
         setup.update.sam.rho = rho
-        result = setup.update(*loop.to_model_inputs(setup, images, labels, step))
+        result = setup.update(*loop.to_update_inputs(setup, images, labels, step))
         if result.applied and setup.ema is not None:
             setup.ema.update(setup.model, step=step)
         self.done += 1

@@ -182,7 +182,7 @@ def _fits(setup: Setup, progress: measure.Progress) -> tuple[int | None, str]:
             setup.config,
             setup.info,
             most,
-            lambda images, _: progress("searching the batch that fits: tried", images, most),
+            lambda images, _: progress("searching the batch that fits: so far", images, most),
         )
     return found.images, "the largest power of two" + (" within the training images" if 2 * found.images > most else "")
 

@@ -27,7 +27,7 @@ from PIL import Image
 
 from samtune.data.decode import decode, from_pillow
 from samtune.data.inputs import Input, inputs_of
-from samtune.data.transforms import eval_transform
+from samtune.data.transforms import EvalTransform
 from samtune.distributed import collectives
 from samtune.distributed.device import (
     autocast,
@@ -111,7 +111,7 @@ class Predictor:
         model, self.data_config = load_checkpoint(weights)
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         self._model = model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
-        self._transform = eval_transform(self.data_config)
+        self._transform = EvalTransform(self.data_config)
         self._autocast = autocast(self.device, self.config.amp_dtype)
         self._tta = tta
         self.batch_size: int = 2 * self.config.device_batch

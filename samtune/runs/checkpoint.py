@@ -48,13 +48,13 @@ def save(
     about: Mapping[str, Any],
     ema: Mapping[str, torch.Tensor] | None = None,
     state: Mapping[str, Any] | None = None,
-    proceed: Callable[[], object] = lambda: None,
+    check_cut_off: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write the checkpoint of a step, read it back, and return its folder.
 
     weights, ema: state_dicts of the model and of its average. about: further entries of the manifest: the run's config,
     class_names, versions. state: tensors, numbers and texts in dicts and lists, which load without executing anything.
-    proceed: called between two files; what it raises cuts the save off, as a kill would.
+    check_cut_off: called between files; it raises to end the save there, which leaves what a kill leaves.
 
     Raises OSError, as on a full disk; then nothing of it stays behind.
     """
@@ -65,13 +65,13 @@ def save(
         unfinished.mkdir(parents=True)
         files = {}
         for name, write in _writers(weights, ema, timm_config, state):
-            proceed()
+            check_cut_off()
             files[name] = _write(unfinished / name, write)
-        proceed()
+        check_cut_off()
         _write(unfinished / "manifest.json", _text(to_json({"step": step, "files": files, **about})))
         for path in (unfinished, *(path for path in unfinished.iterdir() if path.is_dir())):
             _sync(path)
-        proceed()
+        check_cut_off()
         try:
             verify(unfinished)
         except CheckpointError as error:
@@ -79,7 +79,7 @@ def save(
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    proceed()
+    check_cut_off()
     shutil.rmtree(folder, ignore_errors=True)  # of this step, but damaged: a valid one would have been used
     unfinished.rename(folder)
     _sync(checkpoints)

@@ -24,7 +24,7 @@ _DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
 }
-_RANKS = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
+_ORDER = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 
 
 class HashedFile:
@@ -61,7 +61,7 @@ class HashedFile:
 
 def write_safetensors(weights: Mapping[str, torch.Tensor], file: HashedFile) -> None:
     """Write tensors as `safetensors.torch.save_file` does, one at a time. Those that share memory are written each."""
-    names = sorted(weights, key=lambda name: (-_RANKS[weights[name].dtype], name))
+    names = sorted(weights, key=lambda name: (-_ORDER[weights[name].dtype], name))
     header, begin = {}, 0
     for name in names:
         value = weights[name]

@@ -29,7 +29,8 @@ _COLUMNS = (
     *("step", "epoch", "split", "loss", "top1_error", "lr", "rho", "sam", "grad_norm"),
     *("images_per_second", "data_wait", "seconds"),
 )
-EVALUATION = "2"  # changes with `data.transforms.EvalTransform`: scores may differ; 1, unnamed, resized in float32
+# Raise it when `data.transforms.EvalTransform` changes scores. Runs before "2" name none, and resized in float32.
+EVALUATION_VERSION = "2"
 _HEARTBEAT = 5.0  # seconds between two updates of status.json
 State = Literal["running", "done", "stopped", "failed"]
 
@@ -245,7 +246,7 @@ def versions() -> dict[str, str]:
     """The versions of Python, of the packages that affect results, and of the evaluation's resize and crop."""
     packages = ("samtune", "torch", "torchvision", "timm", "datasets", "numpy")
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-    return versions | {"evaluation": EVALUATION}
+    return versions | {"evaluation": EVALUATION_VERSION}
 
 
 def command() -> str:

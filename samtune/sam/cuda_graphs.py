@@ -15,7 +15,7 @@ from samtune.distributed import device
 from samtune.errors import MachineError, first_line
 from samtune.sam.batch import Batch
 from samtune.sam.losses import ScalarLoss
-from samtune.sam.runner import EagerRunner, guarded
+from samtune.sam.runner import EagerRunner, nan_unless_finite
 from samtune.sam.snapshot import generator_states, set_generator_states
 
 Tensors = Sequence[torch.Tensor]
@@ -39,9 +39,9 @@ class Recorder(Protocol):
 class CudaRecorder:
     """Records on a stream of its own. All recordings share one pool of memory."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self, target: torch.device) -> None:
+        self._device = target
+        self._stream = torch.cuda.Stream(target)
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, function: Callable[[], Outputs]) -> Outputs:
@@ -127,7 +127,7 @@ class GraphRunner(EagerRunner):
 
         def run(*inputs: torch.Tensor) -> Outputs:
             value = loss(*inputs[: len(batch)])
-            total = guarded(value, value if at_w is None else inputs[-1], share)
+            total = nan_unless_finite(value, value if at_w is None else inputs[-1], share)
             return value.detach(), *torch.autograd.grad(total, self._params, allow_unused=True)
 
         inputs = batch if at_w is None else (*batch, at_w)
@@ -142,15 +142,15 @@ class GraphRunner(EagerRunner):
         self._calls.clear()
 
     def _add(self, grads: Outputs) -> None:
-        """Add gradients to `.grad`, which is this object's own room where it was None."""
-        used = [(w, g, room) for w, g, room in zip(self._params, grads, self._grads, strict=True) if g is not None]
-        first = [(g, room) for w, g, room in used if w.grad is None]
+        """Add gradients to `.grad`; where it was None, it becomes a buffer of this object that stays in its place."""
+        used = [(w, g, buffer) for w, g, buffer in zip(self._params, grads, self._grads, strict=True) if g is not None]
+        first = [(g, buffer) for w, g, buffer in used if w.grad is None]
         more = [(g, w.grad) for w, g, _ in used if w.grad is not None]
         for pairs, fused in ((first, torch._foreach_copy_), (more, torch._foreach_add_)):
             if pairs:
                 fused([total for _, total in pairs], [g for g, _ in pairs])
-        for w, _, room in used:
-            w.grad = room if w.grad is None else w.grad
+        for w, _, buffer in used:
+            w.grad = buffer if w.grad is None else w.grad
 
     def _call(self, kind: Hashable, function: Callable[..., Outputs], inputs: Batch) -> Outputs:
         """function(*inputs), by a replay if there is a recording of this kind for inputs of these shapes."""

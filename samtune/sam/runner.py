@@ -15,12 +15,12 @@ from samtune.sam.snapshot import BatchNormStats, batch_norms
 class EagerRunner:
     """Runs forward-backward passes operation by operation; cuda_graphs.GraphRunner replays recorded ones.
 
-    model: any. perturbed: the parameters whose gradient `ascend` computes. ranks: as `SAM.ranks`. reason: why passes
-    are not recorded.
+    model: any. perturbed: the parameters whose gradient `ascend` computes. ranks: as `SAM.ranks`.
     """
 
-    def __init__(self, model: nn.Module, perturbed: Sequence[nn.Parameter], ranks: Any, reason: str = "") -> None:
-        self.reason = reason
+    def __init__(self, model: nn.Module, perturbed: Sequence[nn.Parameter], ranks: Any) -> None:
+        self.reason = ""
+        """Why passes are not recorded as CUDA graphs, for reports."""
         self._perturbed = perturbed
         self._ranks = ranks
         recomputes = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
@@ -49,17 +49,17 @@ class EagerRunner:
         """
         value = loss(*batch)
         if at_w is not None:
-            guarded(value, at_w, share).backward()
+            nan_unless_finite(value, at_w, share).backward()
         else:
             with self._recomputed_stats.restored():
-                guarded(value, value, share).backward()
+                nan_unless_finite(value, value, share).backward()
         return value.detach()
 
     def release(self) -> None:
         """Free what is kept between passes: nothing."""
 
 
-def guarded(loss: torch.Tensor, at_w: torch.Tensor, share: float) -> torch.Tensor:
-    """The loss times share, whose gradient is NaN if the loss at w is not finite."""
+def nan_unless_finite(loss: torch.Tensor, at_w: torch.Tensor, share: float) -> torch.Tensor:
+    """Loss x share -> (); its gradient is NaN if the loss at w is not finite."""
     at_w = at_w.detach().to(torch.promote_types(at_w.dtype, torch.float32))  # a 16-bit share would be off by 0.4 %
     return loss * torch.where(at_w.isfinite(), torch.full_like(at_w, share), math.nan)

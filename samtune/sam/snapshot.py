@@ -34,7 +34,7 @@ def _updating(norms: Sequence[_BatchNorm]) -> list[_BatchNorm]:
 
 
 class BatchNormStats:
-    """Running statistics of batch-norm layers, with room for one copy of them, which every step uses again."""
+    """Running statistics of batch-norm layers, with one buffer for a copy of them, which every step uses again."""
 
     def __init__(self, norms: Sequence[_BatchNorm]) -> None:
         self._norms = norms
@@ -42,7 +42,7 @@ class BatchNormStats:
         self._copies: list[list[torch.Tensor]] = []
 
     @property
-    def update(self) -> bool:
+    def will_change(self) -> bool:
         """Whether the next training pass would change statistics."""
         return bool(_updating(self._norms))
 

@@ -175,9 +175,9 @@ class Step:
 
     def _rehearse(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """A backward pass on a few images that leaves no gradient, statistics or random numbers behind."""
-        stats = snapshot.BatchNormStats(snapshot.batch_norms(self.sam.model))
+        stats = snapshot.BatchNormStats(snapshot.batch_norms(self.sam.model))  # those of the step are kept already
         generators = snapshot.generator_states(images.device)
-        n = 2 if stats.update else 1  # batch norm that is not frozen needs more than one
+        n = 2 if stats.will_change else 1  # batch norm that is not frozen needs more than one
         with stats.restored(), device.oom_as_user_error(plural(n, "image")), device.uncompiled(), self.autocast():
             logits = self.sam.model(self.prepare(images[:1].expand(n, *images.shape[1:])))
             self.loss(logits, labels[:1].expand(n, *labels.shape[1:])).backward()

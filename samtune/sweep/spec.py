@@ -135,7 +135,14 @@ class Sweep:
     def config(self, settings: Mapping[str, Any]) -> RunConfig:
         """The settings of a run: the shared ones, and those of this run. Raises UsageError."""
         over = {key: (value, f"[sweep] of recipe {self.recipe}") for key, value in settings.items()}
-        return loading.load(self.recipe, self.flags, over)
+        config = loading.load(self.recipe, self.flags, over)
+        if config.batch_size == "auto":
+            raise UsageError(
+                f"batch_size = auto in recipe {self.recipe}",
+                "all runs of a sweep need the same batch, to be comparable",
+                "give a number; on a GPU `samtune plan` finds the largest",
+            )
+        return config
 
     def to_toml(self) -> str:
         """A recipe that repeats the sweep, with defaults as comments."""

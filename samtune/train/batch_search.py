@@ -23,7 +23,7 @@ SPARE = 0.1
 """Share of the free memory that stays free: a run also needs room for what the search does not see."""
 _MOST = 2**16  # images
 
-Progress = Callable[[int, float], None]  # images that fit, images per second
+Fits = Callable[[int, float], None]  # images that fit, images per second
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _show(images: int, per_second: float) -> None:
     console.info(f"batch   {plural(images, 'image')} fit: {per_second:.0f} images/s")
 
 
-def search(attempt: Callable[[int], float], most: int, progress: Progress) -> Found:
+def search(attempt: Callable[[int], float], most: int, progress: Fits) -> Found:
     """Double the number of images from 1 on, while attempt(images) returns its seconds and does not lack memory.
 
     most: of images. Other errors of the attempt are raised.
@@ -84,7 +84,7 @@ def search(attempt: Callable[[int], float], most: int, progress: Progress) -> Fo
 
 
 def largest_batch(
-    model: nn.Module, config: RunConfig, info: ModelInfo, most: int, progress: Progress, copies: int = 0
+    model: nn.Module, config: RunConfig, info: ModelInfo, most: int, progress: Fits, copies: int = 0
 ) -> Found:
     """The largest batch of a GPU that leaves a tenth of its memory free; the same on all ranks, which all call it.
 
@@ -96,17 +96,17 @@ def largest_batch(
     generators = generator_states(target)
     train_mode(model, freeze_bn=config.freeze_bn)
     with device.limited_memory(target, SPARE), BatchNormStats(batch_norms(model)).restored():
-        rehearsal = _Rehearsal(model, config, info, copies)
+        trial = _TrialPasses(model, config, info, copies)
         try:
-            found = search(rehearsal, min(_MOST, max(1, most)), progress)
+            found = search(trial, min(_MOST, max(1, most)), progress)
         finally:
-            del rehearsal
+            del trial
             set_generator_states(generators, target)
     device.free_memory()
     return min(collectives.all_gather_object(found), key=lambda of_rank: of_rank.images)
 
 
-class _Rehearsal:
+class _TrialPasses:
     """Passes of SAM on random images, with the memory in use that a run needs beside them."""
 
     def __init__(self, model: nn.Module, config: RunConfig, info: ModelInfo, copies: int) -> None:
@@ -115,7 +115,8 @@ class _Rehearsal:
         self._autocast = device.autocast(self._device, config.amp_dtype)
         self._loss = partial(cross_entropy, smoothing=config.smoothing)
         self._sam = SAM(model, config.rho, p=config.p, adaptive=config.adaptive, perturb=config.perturb)
-        self._room = [torch.empty_like(w) for w in model.parameters() if w.requires_grad for _ in range(copies)]
+        # The optimizer's state and the ranks' buffers, which do not exist yet.
+        self._run_buffers = [torch.empty_like(w) for w in model.parameters() if w.requires_grad for _ in range(copies)]
 
     def __call__(self, images: int) -> float:
         """Seconds of the passes of a step, the second time."""

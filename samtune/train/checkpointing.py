@@ -165,7 +165,7 @@ class CheckpointSaver:
 
     def _with_room(self, step: int, whole: dict[str, Any]) -> Path:
         def attempt() -> Path:
-            return write(self._setup, self._log.checkpoints, step, whole, self._proceed)
+            return write(self._setup, self._log.checkpoints, step, whole, self._check_cut_off)
 
         try:
             return attempt()
@@ -188,7 +188,7 @@ class CheckpointSaver:
             f"{rest}make room, then go on with --resume",
         )
 
-    def _proceed(self) -> None:
+    def _check_cut_off(self) -> None:
         if self._cut_off.is_set():
             raise _CutOff
 
@@ -207,7 +207,7 @@ def write(
     checkpoints: Path,
     step: int,
     content: dict[str, Any],
-    proceed: Callable[[], object] = lambda: None,
+    check_cut_off: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write the checkpoint of a step as `checkpoint.save` does, and return its folder."""
     return checkpoint.save(
@@ -221,7 +221,7 @@ def write(
             "decode": setup.rule.to_json(),
             "versions": run_log.versions(),
         },
-        proceed=proceed,
+        check_cut_off=check_cut_off,
         **content,
     )
 

@@ -28,7 +28,7 @@ def peak_lr(config: RunConfig, batch: BatchPlan) -> float:
     return float(f"{config.lr * (batch.nominal / config.lr_base_batch) ** 0.5:.3g}")
 
 
-def resolve_arithmetic(config: RunConfig, target: torch.device) -> RunConfig:
+def resolve_amp_dtype(config: RunConfig, target: torch.device) -> RunConfig:
     """Fill in --amp-dtype. Raises UsageError for arithmetic that the device does not have."""
     device.check_dtype(target, config.amp_dtype)
     return config.derive("amp_dtype", *device.best_dtype(target)) if config.amp_dtype == "auto" else config

@@ -78,7 +78,7 @@ def evaluate_checkpoint(
 
 def _notes(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Why the numbers may not be those of the run's report. manifest: the checkpoint's."""
-    if manifest.get("versions", {}).get("evaluation") != run_log.EVALUATION:
+    if manifest.get("versions", {}).get("evaluation") != run_log.EVALUATION_VERSION:
         yield "this run was made when evaluation resized pictures by another rule: its own scores may differ a little"
 
 

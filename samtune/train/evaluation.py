@@ -16,7 +16,7 @@ from samtune.data.cache import Images
 from samtune.data.loader import eval_batches
 from samtune.data.prefetch import prefetch
 from samtune.data.splits import Indices
-from samtune.data.transforms import eval_transform, model_input
+from samtune.data.transforms import EvalTransform, model_input
 from samtune.distributed import collectives, device
 from samtune.distributed.signals import Interrupted
 from samtune.errors import Diverged
@@ -112,7 +112,7 @@ def evaluate(
         loaded = eval_batches(
             images,
             np.concatenate([rows[i : i + size] for i in own]) if own else rows[:0],
-            eval_transform(data_config),
+            EvalTransform(data_config),
             batch_size=size,
             workers=config.workers or 0,
             pin_memory=target_device.type == "cuda",

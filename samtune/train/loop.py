@@ -173,7 +173,7 @@ class Trainer:
         arrived = time.perf_counter()
         set_learning_rates(setup, base_lrs, step)
         rho = setup.update.sam.rho = setup.rho(step - 1)
-        inputs, targets = to_model_inputs(setup, images, labels, step)
+        inputs, targets = to_update_inputs(setup, images, labels, step)
         collectives.seed_this_rank(config.seed, step)
         generators = generator_states(setup.device)
         micro_batch = setup.update.sam.micro_batch
@@ -358,7 +358,7 @@ def set_learning_rates(setup: Setup, base_lrs: list[float], step: int) -> None:
         group["lr"] = base_lr * cosine(step - 1, setup.total_steps) * (warmup_factor if group["name"] == "body" else 1)
 
 
-def to_model_inputs(
+def to_update_inputs(
     setup: Setup, images: torch.Tensor, labels: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch of the loader as the update takes it: on the device, and mixed if asked for."""

@@ -24,7 +24,7 @@ from samtune.sam.losses import cross_entropy, l2_penalty
 from samtune.sam.step import Step
 from samtune.train.batch_plan import BatchPlan, group_size
 from samtune.train.batch_search import resolve_batch_size
-from samtune.train.defaults import peak_lr, resolve_arithmetic, resolve_auto
+from samtune.train.defaults import peak_lr, resolve_amp_dtype, resolve_auto
 from samtune.train.run_data import DecodeFunction, Resolved, RunData, load_run_data
 from samtune.train.schedule import RhoSchedule, TrainingLength
 
@@ -99,7 +99,7 @@ def build_setup(
     device.deterministic(config.deterministic)
     target = device.select_device(config.gpus, config.processes)
     obstacle = _obstacle_to_graphs(config, target)
-    config = resolve_arithmetic(config, target)
+    config = resolve_amp_dtype(config, target)
     device.set_float32_arithmetic(target, config.amp_dtype)
     if config.compile:
         compiled.check_compiler(target)
@@ -247,8 +247,11 @@ def _obstacle_to_graphs(config: RunConfig, target: torch.device) -> str:
         "--graphs off": config.graphs == "off",
         f"device {target.type}": target.type != "cuda",
         "--shard": config.shard,
-        "several ranks": environment.rank_info() is not None,
+        # DistributedDataParallel reduces gradients by hooks, which a recorded pass does not call.
+        "ranks of a launcher": environment.rank_info() is not None,
+        # Recomputing reads and sets the generator's state, which cannot be done within a recording.
         "--grad-checkpointing": config.grad_checkpointing,
+        # A replay is not shown to be what the same operations give one by one, to the last bit.
         "--deterministic": config.deterministic,
     }
     obstacle = next((name for name, is_there in obstacles.items() if is_there), "")

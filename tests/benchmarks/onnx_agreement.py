@@ -28,7 +28,7 @@ from PIL import Image
 from samtune.data.cache import Images
 from samtune.data.decode import PLAIN
 from samtune.data.splits import open_run_splits
-from samtune.data.transforms import eval_transform, normalize
+from samtune.data.transforms import EvalTransform, normalize
 from samtune.export import export
 from samtune.models.timm_format import load_checkpoint
 from samtune.runs import checkpoint
@@ -79,7 +79,7 @@ def agreement(run: Path, scratch: Path) -> dict[str, int | float | str]:
     parts = open_run_splits(checkpoint.run_config(manifest), classes=manifest["class_names"])
     assert parts.test is not None
     model, data_config = load_checkpoint(folder)
-    transform = eval_transform(data_config)
+    transform = EvalTransform(data_config)
     evaluated = Images(parts.test, checkpoint.decode_rule(manifest))
     full_size = Images(parts.test, PLAIN)
 

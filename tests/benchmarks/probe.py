@@ -22,7 +22,7 @@ from samtune.data import source
 from samtune.data.cache import Images
 from samtune.data.loader import eval_batches
 from samtune.data.splits import train_and_validation
-from samtune.data.transforms import eval_transform, normalize
+from samtune.data.transforms import EvalTransform, normalize
 from samtune.models.build import build_model
 from samtune.report.run_report import score_line
 from samtune.train import loop
@@ -34,7 +34,7 @@ MODEL = "tf_efficientnet_lite0"
 @torch.inference_mode()
 def features(model, split, rows, data_config):
     """(n, features) of the frozen body and (n,) labels."""
-    batches = eval_batches(Images(split), rows, eval_transform(data_config), batch_size=64, workers=0, pin_memory=False)
+    batches = eval_batches(Images(split), rows, EvalTransform(data_config), batch_size=64, workers=0, pin_memory=False)
     pairs = [
         (model.forward_head(model.forward_features(normalize(x, data_config)), pre_logits=True), y) for x, y in batches
     ]

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from samtune.data import transforms
-from samtune.data.transforms import eval_transform, model_input, normalize
+from samtune.data.transforms import EvalTransform, model_input, normalize
 
 SHAPES = ((300, 200), (201, 333), (64, 64), (36, 37), (20, 11), (3, 2), (1, 1), (1, 16), (64, 96), (7, 101), (500, 40))
 CROPS = (("center", 0.875), ("center", 1.0), ("center", 1.15), ("squash", 1.0), ("squash", 0.9), ("border", 0.9))
@@ -28,7 +28,7 @@ def both(interpolation, mode, crop_pct, size):
     """Our transform and timm's."""
     settings = {"input_size": (3, *size), "interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": mode}
     mean = {"mean": NORMAL["mean"]}
-    return eval_transform(settings | mean), timm.data.create_transform(**settings, **mean, normalize=False)
+    return EvalTransform(settings | mean), timm.data.create_transform(**settings, **mean, normalize=False)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 64)], ids=["square", "wide"])

@@ -15,7 +15,7 @@ from samtune.config import loading
 from samtune.data import source
 from samtune.data.cache import Images, decode_into_cache
 from samtune.data.decode import DecodeRule, decode
-from samtune.data.transforms import eval_transform, min_side, resized_crop_boxes
+from samtune.data.transforms import EvalTransform, min_side, resized_crop_boxes
 from samtune.errors import DataError
 from tests.conftest import encode, png_header, samtune, write_image_folder
 from tests.support.data_sets import look, train_of
@@ -86,7 +86,7 @@ def test_training_and_evaluation_enlarge_no_picture_that_was_reduced(flags):
 
 def test_what_evaluation_sees_of_a_reduced_photograph_is_what_it_sees_of_the_whole():
     encoded = encode(photograph(1600, 1200), "JPEG", quality=95)
-    transform = eval_transform(DATA_CONFIG)
+    transform = EvalTransform(DATA_CONFIG)
     whole = transform(decode(encoded, str)).float()
     reduced = transform(decode(encoded, str, DecodeRule(74))).float()
     assert (whole - reduced).abs().mean() < 1  # of 255
@@ -97,7 +97,7 @@ def test_long_pictures_are_evaluated_as_timm_does_and_without_their_ends():
         image = torch.from_numpy(np.array(photograph(width, height))).permute(2, 0, 1)
         config_ = {key: DATA_CONFIG[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")}
         as_timm = timm.data.create_transform(**config_, is_training=False, normalize=False)
-        assert (eval_transform(DATA_CONFIG)(image).int() - as_timm(image).int()).abs().max() <= 1
+        assert (EvalTransform(DATA_CONFIG)(image).int() - as_timm(image).int()).abs().max() <= 1
 
 
 def peak_memory(code, *arguments):
@@ -106,7 +106,7 @@ def peak_memory(code, *arguments):
         "import resource, sys\nimport numpy as np\nfrom samtune.data import cache, source\n"
         "from samtune.data.decode import DecodeRule, decode\nfrom samtune.data.cache import Images, decode_into_cache\n"
         "from samtune.data.loader import eval_batches, train_batches\n"
-        "from samtune.data.transforms import TrainTransform, eval_transform\n"
+        "from samtune.data.transforms import TrainTransform, EvalTransform\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"{code}\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
@@ -123,7 +123,7 @@ def test_a_very_long_picture_takes_little_memory_in_evaluation():
         "import io, torch\nfrom PIL import Image\n"
         "image = torch.zeros((3, 10, 6000), dtype=torch.uint8)\n"
         "config = {'input_size': (3, 224, 224), 'interpolation': 'bicubic', 'crop_pct': 0.875, 'crop_mode': 'center'}\n"
-        "assert eval_transform(config)(image).shape == (3, 224, 224)"
+        "assert EvalTransform(config)(image).shape == (3, 224, 224)"
     )
     assert peak_memory(code) < 150
 
@@ -147,7 +147,7 @@ images = decode_into_cache(split, rows, rule=rule, limit=limit, threads=2, progr
 assert (images.pixels is not None) == (limit > 0)
 config = {'input_size': (3, 224, 224), 'interpolation': 'bicubic', 'crop_pct': 0.875, 'crop_mode': 'center'}
 options = {'batch_size': 20, 'workers': 2, 'pin_memory': False}
-assert sum(len(labels) for _, labels in eval_batches(images, rows, eval_transform(config), **options)) == len(rows)
+assert sum(len(labels) for _, labels in eval_batches(images, rows, EvalTransform(config), **options)) == len(rows)
 train = TrainTransform((224, 224), 'bicubic', (0.5, 0.5, 0.5))
 assert len(list(train_batches(images, rows, train, seed=0, total_steps=2, **options))) == 2
 """

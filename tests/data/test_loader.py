@@ -17,7 +17,7 @@ from samtune.data import transforms
 from samtune.data.cache import Images, decode_into_cache
 from samtune.data.decode import decode
 from samtune.data.loader import eval_batches, steps_per_epoch, train_batches
-from samtune.data.transforms import TrainTransform, eval_transform
+from samtune.data.transforms import EvalTransform, TrainTransform
 from samtune.errors import DataError, WorkerLost
 from tests.conftest import image_bytes, write_image_folder
 from tests.support.data_sets import train_of
@@ -109,7 +109,7 @@ def test_an_epoch_has_full_batches_and_a_small_data_set_is_one():
 
 def test_evaluation_sees_every_row_once_in_order(train_split):
     rows = np.array([3, 1, 19, 7, 7])
-    plain = eval_transform(DATA_CONFIG)
+    plain = EvalTransform(DATA_CONFIG)
     batches = eval_batches(Images(train_split), rows, plain, batch_size=2, workers=0, pin_memory=False)
     labels = torch.cat([labels for _, labels in batches])
     assert labels.tolist() == train_split.labels[rows].tolist()

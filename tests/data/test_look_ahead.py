@@ -14,7 +14,7 @@ import torch
 from samtune.data import loader
 from samtune.data.cache import Images
 from samtune.data.loader import eval_batches, train_batches
-from samtune.data.transforms import TrainTransform, eval_transform
+from samtune.data.transforms import EvalTransform, TrainTransform
 from tests.conftest import write_image_folder
 from tests.data.test_loader import DATA_CONFIG, assert_equal_batches
 from tests.support.data_sets import look, read, table, write_tables
@@ -37,7 +37,7 @@ def train(images, transform=TRANSFORMS["threads"], workers=2, pin_memory=False, 
 
 def evaluation(images, workers=2, pin_memory=False):
     options = {"batch_size": BATCH, "workers": workers, "pin_memory": pin_memory}
-    return eval_batches(images, np.arange(len(images.split)), eval_transform(DATA_CONFIG), **options)
+    return eval_batches(images, np.arange(len(images.split)), EvalTransform(DATA_CONFIG), **options)
 
 
 @pytest.mark.parametrize(

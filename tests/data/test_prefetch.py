@@ -8,7 +8,7 @@ import torch
 
 from samtune.data.loader import eval_batches
 from samtune.data.prefetch import prefetch
-from samtune.data.transforms import eval_transform
+from samtune.data.transforms import EvalTransform
 from tests.data.test_loader import DATA_CONFIG
 from tests.support.data_sets import look
 
@@ -170,7 +170,7 @@ def test_on_a_gpu_batches_arrive_whole_while_it_is_busy(split):
     images, rows = look(split), np.tile(np.arange(len(split)), 20)
 
     def loaded():
-        return eval_batches(images, rows, eval_transform(DATA_CONFIG), batch_size=16, workers=2, pin_memory=True)
+        return eval_batches(images, rows, EvalTransform(DATA_CONFIG), batch_size=16, workers=2, pin_memory=True)
 
     expected = [(pictures.clone(), labels.clone()) for pictures, labels in loaded()]
     busy = torch.randn(4096, 4096, device=GPU)

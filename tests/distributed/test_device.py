@@ -9,7 +9,7 @@ from samtune.config import loading
 from samtune.distributed import collectives, device
 from samtune.errors import UsageError
 from samtune.train import setup
-from samtune.train.defaults import resolve_arithmetic
+from samtune.train.defaults import resolve_amp_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -47,7 +47,7 @@ def gpu(monkeypatch):
 )
 def test_auto_is_the_best_arithmetic_that_a_gpu_has_with_the_reason(gpu, capability, dtype, reason):
     gpu(capability)
-    config = resolve_arithmetic(loading.load(None, {"model": "a", "dataset": "b"}), GPU)
+    config = resolve_amp_dtype(loading.load(None, {"model": "a", "dataset": "b"}), GPU)
     assert config.amp_dtype == dtype
     assert config.origins["amp_dtype"].startswith("derived: ")
     assert reason in config.origins["amp_dtype"]
@@ -76,12 +76,12 @@ def test_float32_is_ieee_on_a_gpu_unless_tf32_is_asked_for(dtype):
 def test_tf32_is_refused_where_there_is_none(gpu):
     config = loading.load(None, {"model": "a", "dataset": "b", "amp_dtype": "tf32"})
     with pytest.raises(UsageError, match="tf32 on a CPU"):
-        resolve_arithmetic(config, CPU)
+        resolve_amp_dtype(config, CPU)
     gpu((7, 5))
     with pytest.raises(UsageError, match="tf32 on GPU one"):
-        resolve_arithmetic(config, GPU)
+        resolve_amp_dtype(config, GPU)
     gpu((8, 6))
-    assert resolve_arithmetic(config, GPU) is config
+    assert resolve_amp_dtype(config, GPU) is config
 
 
 def test_a_run_sets_the_arithmetic_before_its_model_computes(monkeypatch, photos):

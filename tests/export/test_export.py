@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from samtune.data.decode import decode
-from samtune.data.transforms import eval_transform, normalize
+from samtune.data.transforms import EvalTransform, normalize
 from samtune.errors import CheckpointError, MachineError, ModelError, UsageError
 from samtune.export import compare, onnx_file
 from samtune.export import export as exporting
@@ -198,7 +198,7 @@ CROPS = (("center", 0.875), ("center", 1.0), ("squash", 1.0), ("squash", 0.9), (
 
 def check_pixels(data_config, compute):
     """compute(picture), (height, width, 3) uint8 -> pixels (3, size, size), gives exactly what the evaluation gives."""
-    transform = eval_transform(data_config)
+    transform = EvalTransform(data_config)
     for seed, (height, width) in enumerate(SHAPES):
         picture = smooth_picture(seed, height, width)
         expected = transform(torch.from_numpy(picture).permute(2, 0, 1))
@@ -249,7 +249,7 @@ def test_a_decoded_picture_in_and_probabilities_out_with_the_temperature_of_the_
         (found,) = runs.run(None, {"image": np.array(Image.open(io.BytesIO(encoded)))})
         pixels = decode(encoded, lambda: "")
         with torch.no_grad():
-            logits = model(normalize(eval_transform(data_config)(pixels)[None], data_config))[0]
+            logits = model(normalize(EvalTransform(data_config)(pixels)[None], data_config))[0]
         np.testing.assert_allclose(found, (logits / 0.25).softmax(0).numpy(), atol=5e-3)
     assert result["temperature"] == 0.25
     assert result["same_class"] == result["n"] == 12
@@ -325,9 +325,9 @@ def test_an_export_with_other_logits_is_refused_and_leaves_nothing(
 
 def test_preprocessing_with_other_pixels_is_refused_and_leaves_nothing(run, seen_through, tmp_path, monkeypatch):
     """The crop of the evaluation moves by a pixel."""
-    transform = eval_transform(seen_through[2])
+    transform = EvalTransform(seen_through[2])
     monkeypatch.setattr(exporting, "_write", lambda unfinished, *_: shutil.copyfile(seen_through[0], unfinished))
-    monkeypatch.setattr(compare, "eval_transform", lambda _: lambda pixels: transform(pixels).roll(1, -1))
+    monkeypatch.setattr(compare, "EvalTransform", lambda _: lambda pixels: transform(pixels).roll(1, -1))
     with pytest.raises(CheckpointError, match="other pixels than the evaluation"):
         exporting.export(run, "onnx", output=tmp_path / "new" / "m", with_preprocessing=True)
     assert list((tmp_path / "new").iterdir()) == []

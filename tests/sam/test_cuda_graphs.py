@@ -189,6 +189,7 @@ def test_halving_the_batch_forgets_the_recordings(plain_net, batch):
     graphed(step)
     for _ in range(3):
         step(*batch)
+    assert step.sam.runner._recordings
     room = 3
 
     def look(module, inputs, output):

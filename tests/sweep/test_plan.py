@@ -43,6 +43,14 @@ def test_a_recipe_without_a_table_is_the_papers_protocol(tmp_path):
     assert arms.points(asked, "sgd") == arms.points(asked, "sgd-2x") == [{}]
 
 
+@pytest.mark.parametrize("place", ["base", "grid"])
+def test_a_batch_that_each_run_would_find_for_itself_is_refused(tmp_path, place):
+    base = 'batch_size = "auto"' if place == "base" else ""
+    asked = load(tmp_path, "" if base else '[sweep.grid]\nbatch_size = ["auto", 8]', base)
+    with pytest.raises(UsageError, match="batch_size = auto"):
+        asked.config(arms.points(asked, "sam")[0])
+
+
 @pytest.mark.parametrize(
     ("arm", "expected"),
     [

@@ -54,7 +54,7 @@ def test_a_run_from_before_a_change_of_the_evaluation_is_scored_with_a_note(trai
     other = write_image_folder(tmp_path / "other", {"test": 1}, CLASSES)
     score(trained, other)
     assert "another rule" not in capsys.readouterr().err
-    monkeypatch.setattr(run_log, "EVALUATION", "3")
+    monkeypatch.setattr(run_log, "EVALUATION_VERSION", "3")
     score(trained, other)
     assert "resized pictures by another rule: its own scores may differ" in capsys.readouterr().err
 
