@@ -4,7 +4,9 @@ A step of a small network is bound by the launching of its kernels. Only the two
 restoring, clipping and the optimizer's step stay as they are, so that rho and the learning rate remain numbers.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,8 +31,8 @@ _EAGER_CALLS = 2
 class Recorder(Protocol):
     """Runs functions without arguments, and records them."""
 
-    def run(self, function: Callable[[], Outputs]) -> Outputs:
-        """Call the function as it will be recorded."""
+    def run(self, function: Callable[[], Outputs]) -> tuple[Outputs, str]:
+        """Call the function as it will be recorded: its outputs, and where it waits for the GPU, if anywhere."""
 
     def record(self, function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         """Record the function: what replays it, and its outputs, which every replay overwrites."""
@@ -44,17 +46,17 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(target)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, function: Callable[[], Outputs]) -> Outputs:
+    def run(self, function: Callable[[], Outputs]) -> tuple[Outputs, str]:
         """Call the function on the stream on which it will be recorded, where libraries then have their workspaces."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _waits() as waits:
             outputs = function()
         current.wait_stream(self._stream)
         for output in outputs:
             if output is not None:
                 output.record_stream(current)
-        return outputs
+        return outputs, "".join(waits[:1])
 
     def record(self, function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         """Record the function. Threads that load images or write files may use the GPU meanwhile."""
@@ -62,9 +64,41 @@ class CudaRecorder:
         try:
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 outputs = function()
-        finally:
-            torch.cuda.set_stream(current)  # where a recording fails, torch may leave its own stream in use
+        except Exception:
+            self._clean_up(current)
+            raise
         return graph.replay, outputs
+
+    def _clean_up(self, current: torch.cuda.Stream) -> None:
+        """Undo what torch may leave behind where CUDA refuses a recording.
+
+        Its stream is still the current one, memory still comes from the pool of the graphs, and the generator, whose
+        state is kept here, still counts for the recording.
+        """
+        torch.cuda.set_stream(current)
+        index = self._device.index
+        with suppress(RuntimeError):  # raised where the recording has ended in order
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
+
+
+@contextmanager
+def _waits() -> Iterator[list[str]]:
+    """The places in the block at which the CPU waits for the GPU; torch warns of them if it is asked to."""
+    places: list[str] = []
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield places
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            places += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
+    for w in caught:  # of other things; one is that torch calls the debug mode a prototype
+        if "synchroniz" not in str(w.message).lower():
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 
 @dataclass(frozen=True)
@@ -78,7 +112,8 @@ class GraphRunner(EagerRunner):
     """Runs forward-backward passes by CUDA graphs, each shape of a pass after two calls.
 
     The model must be whole on one device, and the loss a function of the tensors of a batch that never waits for the
-    GPU. Random masks are those of an EagerRunner: a replay takes the generator's state, and moves it as far.
+    GPU. Random masks are those of an EagerRunner: a replay takes the generator's state, and moves it as far. What
+    Python decides or draws by itself within a pass stays as it was when the pass was recorded.
 
     is_perturbed: whether the weights are perturbed at this moment, on which a loss may depend. required: raise
     MachineError where a pass cannot be recorded; by default the passes stay eager then.
@@ -113,14 +148,15 @@ class GraphRunner(EagerRunner):
         return f"eager ({self._refused or 'nothing is recorded yet'})"
 
     def ascend(self, loss: ScalarLoss, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """As in EagerRunner. The next call overwrites what is returned."""
+        """As in EagerRunner. The next call overwrites the gradients."""
 
         def run(*batch: torch.Tensor) -> Outputs:
             value = loss(*batch)
             return value.detach(), *torch.autograd.grad(value, self._perturbed, materialize_grads=True)
 
         value, *grads = self._call(("ascend", self._is_perturbed()), run, batch)
-        return value, grads  # type: ignore[return-value]
+        assert value is not None
+        return value.clone(), grads  # type: ignore[return-value]
 
     def descend(self, loss: ScalarLoss, batch: Batch, share: float, at_w: torch.Tensor | None = None) -> torch.Tensor:
         """As in EagerRunner. The next call overwrites what is returned."""
@@ -159,8 +195,13 @@ class GraphRunner(EagerRunner):
             return function(*inputs)
         if key not in self._recordings:
             self._calls[key] = self._calls.get(key, 0) + 1
-            if self._calls[key] <= _EAGER_CALLS or not self._record(key, function, inputs):
-                return self._recorder.run(lambda: function(*inputs))
+            if self._calls[key] <= _EAGER_CALLS:
+                outputs, wait = self._recorder.run(lambda: function(*inputs))
+                if wait and self._calls[key] == _EAGER_CALLS:  # the first call may wait for libraries
+                    self._refuse(f"a pass waits for the GPU at {wait}")
+                return outputs
+            if not self._record(key, function, inputs):
+                return function(*inputs)
         recording = self._recordings[key]
         for own, given in zip(recording.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
@@ -175,14 +216,19 @@ class GraphRunner(EagerRunner):
             replay, outputs = self._recorder.record(lambda: function(*own))
         except Exception as error:
             no_memory = device.may_be_out_of_memory(error)
-            self._refused = f"{'no memory for CUDA graphs' if no_memory else 'not recorded'}: {first_line(error)}"
+            reason = f"{'no memory for CUDA graphs' if no_memory else 'not recorded'}: {first_line(error)}"
         else:
             self._recordings[key] = _Recording(own, outputs, replay)
             return True
         # Out here the error is gone, and with it the frames that held what did not fit.
+        set_generator_states(generators, self._device)
+        self._refuse(reason)
+        return False
+
+    def _refuse(self, reason: str) -> None:
+        """Record nothing any more."""
+        self._refused = reason
         self.release()
         device.free_memory()
-        set_generator_states(generators, self._device)
         if self._required:
             raise MachineError("a step cannot be recorded as CUDA graphs", self._refused, "--graphs auto stays eager")
-        return False

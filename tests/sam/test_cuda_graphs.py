@@ -22,13 +22,13 @@ class CallingRecorder:
     what Python did while it was recorded, as whether the weights were perturbed.
     """
 
-    def __init__(self, sam, state=(), error=None):
-        self.sam, self.state, self.error = sam, list(state), error
+    def __init__(self, sam, state=(), error=None, wait=""):
+        self.sam, self.state, self.error, self.wait = sam, list(state), error, wait
         self.runs = self.records = self.replays = 0
 
     def run(self, function):
         self.runs += 1
-        return function()
+        return function(), self.wait
 
     def record(self, function):
         self.records += 1
@@ -175,12 +175,35 @@ def test_where_a_pass_cannot_be_recorded_it_stays_eager_and_says_why(error, plai
     assert ("no memory" in step.sam.runner.mode) == ("memory" in error)
 
 
-def test_where_it_must_be_recorded_it_raises(plain_net, batch):
+def test_a_pass_that_waits_for_the_gpu_is_never_recorded(plain_net, batch):
+    """CUDA would break the recording off, which leaves torch in disorder."""
     step = make_step(plain_net, sgd(plain_net))
-    graphed(step, error=RuntimeError("operation not permitted when stream is capturing"))
+    recorder = graphed(step, wait="model.py:7")
+    train(step, batch)
+    assert (recorder.records, recorder.replays) == (0, 0)
+    assert step.sam.runner.mode == "eager (a pass waits for the GPU at model.py:7)"
+
+
+@pytest.mark.parametrize("why", [{"error": RuntimeError("not permitted")}, {"wait": "model.py:7"}])
+def test_where_it_must_be_recorded_it_raises(why, plain_net, batch):
+    step = make_step(plain_net, sgd(plain_net))
+    graphed(step, **why)
     step.sam.runner._required = True
     with pytest.raises(MachineError, match="cannot be recorded"):
         train(step, batch)
+
+
+def test_the_loss_at_w_is_kept_from_later_replays(plain_net, batch):
+    """Recordings share memory, and may be replayed in another order than that in which they were made."""
+    step = make_step(plain_net, sgd(plain_net))
+    graphed(step)
+    for _ in range(3):
+        step(*batch)
+    loss = lambda *batch: torch.nn.functional.cross_entropy(plain_net(batch[0]), batch[1])  # noqa: E731
+    for _ in range(3):
+        value, _ = step.sam.runner.ascend(loss, batch)
+    recordings = step.sam.runner._recordings.values()
+    assert all(value.data_ptr() != recording.outputs[0].data_ptr() for recording in recordings)
 
 
 def test_halving_the_batch_forgets_the_recordings(plain_net, batch):
@@ -221,6 +244,23 @@ def test_on_a_gpu_replayed_steps_are_eager_steps(name, batch):
     assert [result.loss for result in results] == pytest.approx([result.loss for result in expected[0]], rel=1e-4)
     for key, value in expected[1].items():
         torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_model_that_reads_a_value_stays_eager(batch):
+    """Also the memory in use stays, and dropout goes on."""
+    model = SmallNet().cuda()
+    train_mode(model, freeze_bn=True)
+    model.fc.register_forward_hook(lambda module, inputs, output: output * (1 + 0 * output.sum().item()))
+    step = make_step(model, sgd(model))
+    step.sam.use_cuda_graphs()
+    used = []
+    for _ in range(8):
+        step(batch[0].float().cuda(), batch[1].cuda())
+        used.append(torch.cuda.memory_allocated())
+    assert "waits for the GPU" in step.sam.runner.mode
+    assert used[4] == used[-1]
 
 
 @pytest.mark.gpu

@@ -32,7 +32,10 @@ found["cudnn"] = torch.backends.cudnn.version()
 name = torch.cuda.get_device_name(0) if is_there else None
 print(json.dumps({"device": name, "versions": found}))
 """
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "datasets", "pytorch-optimizer", "triton", "nvidia-ml-py")
+_PACKAGES = (
+    *("torch", "torchvision", "timm", "numpy", "datasets", "pydantic", "filelock", "simplejpeg", "pytorch-optimizer"),
+    *("triton", "nvidia-ml-py"),
+)
 
 
 def run(command: Sequence[str], seconds: float, stop: signal.Signals) -> tuple[str, str]:
