@@ -219,7 +219,7 @@ def _load_in_processes(dataset: _Batches, plan: Iterator[_Key], workers: int, pi
     plan = itertools.chain([first], plan)
     _, parts = _look_ahead(dataset.bytes_of(first), workers)
     if parts == 1:
-        yield from _in_processes(dataset, plan, workers, pin_memory)
+        yield from _from_workers(dataset, plan, workers, pin_memory)
         return
     coming: deque[Indices] = deque()  # rows of the batches that are being made
 
@@ -228,7 +228,7 @@ def _load_in_processes(dataset: _Batches, plan: Iterator[_Key], workers: int, pi
             coming.append(rows)
             yield from ((epoch, rows[part]) for part in _divided(len(rows), parts))
 
-    made = _in_processes(dataset, in_parts(), workers, pin_memory=False)
+    made = _from_workers(dataset, in_parts(), workers, pin_memory=False)
     for images, _ in made:
         rows = coming.popleft()
         batch = dataset.empty(rows, pin_memory=pin_memory)
@@ -239,7 +239,7 @@ def _load_in_processes(dataset: _Batches, plan: Iterator[_Key], workers: int, pi
         yield batch
 
 
-def _in_processes(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Batches:
+def _from_workers(dataset: _Batches, plan: Iterator[_Key], workers: int, pin_memory: bool) -> Batches:
     """What worker processes load, in order. After the first death of one, what is missing is loaded again.
 
     A batch is a function of its key, so it is the same again. Raises WorkerLost at the second death.

@@ -8,7 +8,7 @@ from samtune.data.loader import Batch, Batches
 
 
 def prefetch(batches: Batches, target: torch.device) -> Batches:
-    """The same batches on the device, copied one ahead on a stream of their own; for a CPU the iterator itself.
+    """The same batches on the device, copied one ahead on a side stream; for a CPU the iterator itself.
 
     batches: in pinned memory, else the copies hold up this thread. What goes wrong with a batch is raised when it is
     asked for, not while the one before it is.

@@ -85,7 +85,7 @@ def _current_device() -> str:
 def best_dtype(device: torch.device) -> tuple[str, str]:
     """The value of --amp-dtype auto, and why."""
     if device.type != "cuda":
-        # bfloat16 is slower there: depthwise convolutions lack a fast kernel.
+        # On a CPU bfloat16 is slower: depthwise convolutions lack a fast kernel.
         return "float32", f"best on device {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
     has = f"a GPU of compute capability {major}.{minor} has"

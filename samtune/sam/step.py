@@ -69,7 +69,7 @@ class Step:
         self._params = [w for w in sam.model.parameters() if w.requires_grad]
         self._stats = snapshot.BatchNormStats(snapshot.batch_norms(sam.model))
         dtype = torch.promote_types(self._params[0].dtype, torch.float32)
-        # A tensor that stays in its place: a recorded pass adds to it, too.
+        # Allocated once: a recorded CUDA graph adds to this very tensor.
         self._at_w = torch.zeros(3, dtype=dtype, device=self._params[0].device)
         """Sums at w over the forward passes of a step: of the loss, of misclassified samples, of samples."""
         if penalty is not None and sam.ranks.is_sharded:
