@@ -43,6 +43,7 @@ def test_every_command_in_readme_guide_and_recipes_parses(command, monkeypatch):
         *("train.loop.run", "train.dispatch._launch", "train.eval_checkpoint.evaluate_checkpoint", "plan.plan.plan"),
         *("distributed.launch.launch", "export.export.export", "data.inputs.find", "data.check.check.check"),
         *("data.describe.describe", "runs.listing.list_runs", "report.comparison.compare", "sweep.run.check"),
+        *("train.bootstrap.run", "train.relabel.relabel"),
         *("report.run_page.write_report_page", "doctor.checks.run_all", "models.listing.describe"),
         *("models.listing.rows", "config.shipped_recipes.Recipe.about", "config.shipped_recipes.get"),
         *("cli.recipes._check", "console.print_markdown"),
@@ -90,7 +91,7 @@ def test_options_in_readme_and_guide_exist():
     known |= {"--json", "--resume", "--allow-change", "--split", "--ema", "--help"}
     known |= {"--kills", "--repeat", "--repo-type", "--signal", "--without-pip", "--python"}  # of other programs
     known |= {"--to", "--with-preprocessing", "--top", "--tta", "--embeddings", "--temperature", "--watch"}
-    known |= {"--help-all", "--install-completion"}
+    known |= {"--help-all", "--install-completion", "--probabilities"}
     known |= {"--logdir"}  # of TensorBoard
     for page in (ROOT / "README.md", *GUIDE):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z\d-]+", page.read_text())) <= known, page

@@ -36,9 +36,12 @@ def plan(config: RunConfig) -> dict[str, Any]:
     It reads, decodes and computes as the run does, in one process: of several ranks it measures the part of one,
     without communication. A few images are decoded into a folder that is removed afterwards.
 
+    Of a run with --bootstrap it measures one training, and counts two.
+
     Raises what a run raises before its first step, and UsageError for a model that is sharded.
     """
     world = _world(config)
+    stages, config = config.stages, config.derive("bootstrap", False, "a plan measures one training")
     if config.shard:
         raise UsageError(
             "--shard cannot be planned", "one process cannot measure a shard of a model", "leave --shard out"
@@ -53,7 +56,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         images = plural(setup.update.sam.effective_micro_batch(setup.batch.per_device), "image")
         images += f" of {setup.info.img_size} px"
         with device.oom_as_user_error(images):
-            return _measure(setup, sampler.found, start)
+            return _measure(setup, sampler.found, start, stages)
 
 
 def _world(config: RunConfig) -> collectives.World:
@@ -73,10 +76,10 @@ def _seconds_since_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
-def _measure(setup: Setup, decoding: list[Decoding], start: float) -> dict[str, Any]:
-    """Measure the run, and return the plan. start: seconds that the set-up took."""
+def _measure(setup: Setup, decoding: list[Decoding], start: float, stages: int) -> dict[str, Any]:
+    """Measure the run, and return the plan. start: seconds that the set-up took. stages: number of trainings."""
     config, name = setup.config, device.describe(setup.device)
-    about, length, asked = provenance.describe(setup), _length(setup), setup.update.sam.micro_batch
+    about, length, asked = provenance.describe(setup), _length(setup, stages), setup.update.sam.micro_batch
     kinds = [config.rho, 0.0] if config.rho > 0 else [0.0]
     console.info(f"measuring steps of {'SAM and ' if config.rho > 0 else ''}the plain optimizer on {name} ...")
     with console.RunProgress() as progress:
@@ -93,6 +96,7 @@ def _measure(setup: Setup, decoding: list[Decoding], start: float) -> dict[str, 
         fits, why_fits = _fits(setup, progress.count)
     sam, plain = steps[config.rho] if config.rho > 0 else None, steps[0.0]
     needed, free, folder = checkpointing.needed_bytes(setup, config.output or Path("runs"))
+    needed *= stages  # the checkpoints of the first training stay
     if free < needed:
         sizes = f"{format_bytes(free)} free, and the run's checkpoints need {format_bytes(needed)}"
         warnings.append(f"{folder} has {sizes}: it would refuse to begin")
@@ -146,7 +150,7 @@ def _measure(setup: Setup, decoding: list[Decoding], start: float) -> dict[str, 
         "disk": {
             "checkpoint_bytes": checkpoint_bytes,
             "checkpoint_seconds": checkpoint_seconds,
-            "kept": min(config.keep_checkpoints + 1, length["checkpoints"]),
+            "kept": stages * min(config.keep_checkpoints + 1, length["checkpoints"]),
             "at_once_bytes": needed,
             "free_bytes": free,
         },
@@ -187,8 +191,11 @@ def _fits(setup: Setup, progress: measure.Progress) -> tuple[int | None, str]:
     return found.images, "the largest power of two" + (" within the training images" if 2 * found.images > most else "")
 
 
-def _length(setup: Setup) -> dict[str, int | float]:
-    """Number of steps, passes, validations, and of checkpoints if each validation is the best so far."""
+def _length(setup: Setup, stages: int) -> dict[str, int | float]:
+    """Number of steps, passes, validations, and of checkpoints if each validation is the best so far.
+
+    They are those of one training, but for the passes, which are those of all.
+    """
     config, total = setup.config, setup.total_steps
     sam_steps = len(setup.rho.sam_steps)
     every = max(1, config.eval_every.steps(setup.steps_per_epoch, total))
@@ -203,7 +210,8 @@ def _length(setup: Setup) -> dict[str, int | float]:
         "steps": total,
         "warmup_steps": setup.warmup_steps,
         "sam_steps": sam_steps,
-        "passes": sam_steps * setup.update.sam.passes + (total - sam_steps),
+        "trainings": stages,
+        "passes": stages * (sam_steps * setup.update.sam.passes + (total - sam_steps)),
         "validations": len(validated),
         "checkpoints": len(saved),
     }
@@ -244,7 +252,10 @@ def _time(
     evaluating: Evaluating,
     save: float,
 ) -> dict[str, float]:
-    """Seconds of each part of the run. train_seconds: from the first step to the last, as in the report."""
+    """Seconds of each part of the run. train_seconds: from the first step to the last, as in the report.
+
+    first_training: a whole training with --bootstrap, and the prediction of the labels.
+    """
     config, devices = setup.config, setup.batch.devices
     plain, sam = steps[0.0], steps.get(config.rho, steps[0.0])
     sam_steps, total = length["sam_steps"], setup.total_steps
@@ -263,8 +274,12 @@ def _time(
     if config.save_every.unit == "minutes":  # counted from the newest one
         between = (parts["steps"] + parts["validation"]) / max(1, length["checkpoints"])
         parts["checkpoints"] += length["checkpoints"] * (between // (60 * config.save_every.amount)) * save
-    whole = sum(parts.values())
     after = one_validation + save if length["validations"] else save  # what comes after the last step
     during = parts["warm_up"] + parts["steps"] + parts["validation"] + parts["checkpoints"]
-    with_sgd = whole - parts["steps"] + total * plain.mean
-    return parts | {"total": whole, "train_seconds": max(0.0, during - after), "total_with_sgd": with_sgd}
+    training, stages = max(0.0, during - after), length["trainings"]
+    if stages > 1:
+        scored_images = len(setup.train_rows) + len(setup.val_rows)  # to predict labels, and in the place of test
+        parts["first_training"] = during + evaluating.per_image * math.ceil(scored_images / devices)
+    whole = sum(parts.values())
+    with_sgd = whole - stages * (parts["steps"] - total * plain.mean)
+    return parts | {"total": whole, "train_seconds": stages * training, "total_with_sgd": with_sgd}

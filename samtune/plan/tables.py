@@ -57,7 +57,8 @@ def _settings_rows(plan: Mapping[str, Any]) -> dict[str, str]:
         "steps": f"{length['steps']} of {plural(batch['images'], 'image')}, {length['steps_per_epoch']} an epoch; "
         f"warm-up {length['warmup_steps']}",
         "SAM": f"{run_report.sam_words(plan['sam'], length['steps'])}; in {plural(length['sam_steps'], 'step')}",
-        "passes": f"{length['passes']:,.0f} forward and backward, {length['passes'] / length['steps']:g} times SGD's",
+        "passes": f"{length['passes']:,.0f} forward and backward, {length['passes'] / length['steps']:g} times SGD's"
+        + (", in two trainings (bootstrap)" if length["trainings"] > 1 else ""),
     }
     for key, setting in plan["settings"].items():
         value = setting["value"]
@@ -113,8 +114,9 @@ def _time_rows(plan: Mapping[str, Any]) -> dict[str, str]:
         "validation": plural(length["validations"], "validation"),
         "checkpoints": f"{length['checkpoints']} checkpoints at most",
         "test": "scoring, once",
+        "first_training": "the first training (bootstrap), as long, and its predictions",
     }
-    rows = {words: _duration(parts[key]) for key, words in named.items() if parts[key] > 0}
+    rows = {words: _duration(parts[key]) for key, words in named.items() if parts.get(key, 0) > 0}
     rows["whole run"] = f"about {_duration(parts['total'])}; {_duration(parts['total_with_sgd'])} without SAM"
     return rows
 

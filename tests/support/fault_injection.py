@@ -36,6 +36,7 @@ POINTS = {
     "step at a batch size": "samtune.sam.step:Step._attempt",
     "eval batch to device": "samtune.train.evaluation:to_device",
     "evaluate": "samtune.train.loop:evaluate",
+    "predict labels": "samtune.train.eval_checkpoint:evaluate",
     "train step": "samtune.train.loop:Trainer._step",
     "preflight": "samtune.train.preflight:check_before_slow_work",
     "build setup": "samtune.train.setup:build_setup",
