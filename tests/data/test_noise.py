@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from samtune.config import loading
 from samtune.data import noise, source
 from samtune.data.encoded import FileImages
 from samtune.data.source import Split
@@ -134,6 +136,22 @@ def test_rows_that_are_held_out_keep_their_own_labels(tmp_path):
     assert changes.n == 2
 
 
+def test_rows_that_are_not_trained_on_need_no_label(tmp_path):
+    path = write_labels(tmp_path / "l.parquet", {"index": [3, 2, 1, 0], "label": ["a", None, "c", "d"]})
+    noisy, _ = labels_of(path, rows=[0, 1, 3])
+    assert noisy.labels.tolist() == [3, 2, 2, 0]
+    with pytest.raises(DataError, match="row 1 of .* has the label None"):
+        labels_of(path, rows=[1, 2])
+
+
+def test_a_file_has_labels_for_validation_too_where_that_is_trained_on(tmp_path):
+    train, rows = a_split([0, 1, 2, 3]), np.arange(4)
+    for given, expected in (([9, 8], [9, 8, 2, 3]), ([9, 8, 7, 6], [9, 8, 7, 6])):
+        path = write_labels(tmp_path / "l.csv", {"label": given})
+        noisy, _ = noise.from_file(train, rows, TEN, path=path, key="label", labelled=2)
+        assert noisy.labels.tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("name", "columns", "said"),
     [
@@ -217,7 +235,6 @@ def test_validation_test_and_eval_see_clean_labels(noisy_run, folder_data):
 
 def test_a_run_learns_the_noisy_labels_and_not_the_clean_ones(folder_data, tmp_path):
     """With every label of two classes flipped, what is learnt is the opposite."""
-    from samtune.config import loading
     from samtune.train import setup
 
     given = {"model": "test_resnet", "pretrained": False, "dataset": str(folder_data), "img_size": 32}
@@ -227,6 +244,32 @@ def test_a_run_learns_the_noisy_labels_and_not_the_clean_ones(folder_data, tmp_p
     assert (flipped.train.split.labels[rows] == 1 - clean.train.split.labels[rows]).all()
     assert (flipped.val.split.labels == clean.val.split.labels).all()
     assert clean.noise is None
+
+
+def test_both_passes_of_sam_see_the_same_mixture_of_the_noisy_labels(folder_data):
+    """The shares of mixup with its neighbour add up to the labels of the batch, class by class."""
+    from samtune.train import loop, setup
+
+    given = {"model": "test_resnet", "pretrained": False, "dataset": str(folder_data), "img_size": 32, "drop": 0.0}
+    given |= {"mixup": 8.0, "label_noise": 0.4, "rho": 0.1, "batch_size": 16, "val_fraction": 0.2}
+    run = setup.build_setup(loading.load(None, given))
+    images = torch.stack([run.train[row] for row in run.train_rows[:16]])
+    images = torch.nn.functional.interpolate(images.float(), 32).to(torch.uint8)
+    labels = torch.from_numpy(run.train.split.labels[run.train_rows[:16]])
+    clean = torch.from_numpy(source.open_source(str(folder_data)).splits["train"].labels[run.train_rows[:16]])
+    assert not torch.equal(labels, clean)
+    inputs, targets, seen = *loop.to_update_inputs(run, images, labels, step=1), []
+    loss = run.update.loss
+    run.update.loss = lambda logits, shares: seen.append(shares.clone()) or loss(logits, shares)
+    pictures = []
+    run.model.register_forward_pre_hook(lambda _, args: pictures.append(args[0].clone()))
+    run.update.sam.rho = 0.1
+    assert run.update(inputs, targets).passes == 2
+    assert len(seen) == len(pictures) == 2
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(pictures[0], pictures[1])
+    assert ((seen[0] > 0).sum(1) == 2).any()
+    torch.testing.assert_close(seen[0].sum(0), torch.bincount(labels, minlength=2).float())
 
 
 def test_a_run_without_noise_says_nothing_of_it_and_one_with_a_file_names_it(folder_data, tmp_path):
