@@ -140,7 +140,7 @@ def test_rows_that_are_not_trained_on_need_no_label(tmp_path):
     path = write_labels(tmp_path / "l.parquet", {"index": [3, 2, 1, 0], "label": ["a", None, "c", "d"]})
     noisy, _ = labels_of(path, rows=[0, 1, 3])
     assert noisy.labels.tolist() == [3, 2, 2, 0]
-    with pytest.raises(DataError, match="row 1 of .* has the label None"):
+    with pytest.raises(DataError, match=r"row 1 of .* has the label None"):
         labels_of(path, rows=[1, 2])
 
 
