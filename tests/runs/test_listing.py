@@ -57,6 +57,17 @@ def test_what_status_says_decides_the_state_and_what_to_do_next(tmp_path, writte
     assert row["error"] == ("step 3: loss nan" if written.get("error") else None)
 
 
+def test_the_first_of_two_trainings_is_no_run_of_its_own_and_its_steps_are_those_of_the_run(tmp_path):
+    write_run(tmp_path / "r", "stopped", step=0, total_steps=0)
+    write_run(tmp_path / "r" / "bootstrap", "stopped", step=3, total_steps=8)
+    row = only(tmp_path)
+    assert (row["path"], row["step"], row["total_steps"]) == (str(tmp_path / "r"), 3, 8)
+    assert row["next"] == f"samtune run --resume --output {tmp_path / 'r'}"
+    assert listing.read_step(tmp_path / "r") == (3, 8)
+    write_run(tmp_path / "x" / "bootstrap", step=8)  # the name alone says nothing
+    assert len(listing.list_runs(tmp_path)) == 2
+
+
 def test_a_run_that_is_done_is_done_before_its_process_has_ended(tmp_path):
     folder = write_run(tmp_path / "r")
     with another_process(folder):
