@@ -279,7 +279,8 @@ class SAM:
                 # The gradient of what enters the loss linearly, or not at all, has no derivative.
                 pairs = [(g, share * v) for g, v in zip(grads, vector, strict=True) if g.requires_grad]
                 if pairs:
-                    torch.autograd.backward(*zip(*pairs, strict=True))
+                    tensors, vectors = zip(*pairs, strict=True)
+                    torch.autograd.backward(tensors, vectors)
 
     @contextmanager
     def _own_grads(self) -> Iterator[None]:
@@ -300,6 +301,7 @@ class SAM:
 
     def _random_direction(self) -> list[torch.Tensor]:
         """Normal random numbers in the place of g1; of ranks that share a perturbation the sum, which is normal too."""
+        assert not self.ranks.is_sharded
         return self.ranks.reduce_ascent([torch.randn_like(w, requires_grad=False) for w in self._params])
 
     def _mean_loss(self, loss: ScalarLoss, batch: Batch) -> torch.Tensor:

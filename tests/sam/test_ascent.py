@@ -53,7 +53,7 @@ def test_a_random_direction_is_gaussian(batch):
     """Then each half of the weights has its share of rho squared; a corner of a cube, say, would have it exactly."""
     torch.manual_seed(1)
     model = SmallNet(drop=0.0)
-    z = torch.cat(perturbations(model, (batch[0].float(), batch[1]), calls=200)).double()
+    z = torch.cat(perturbations(model, (batch[0].float(), batch[1]), calls=60)).double()
     z = z / z.std()
     assert abs(z.mean()) < 4 / math.sqrt(len(z))
     assert z.pow(4).mean() == pytest.approx(3, abs=4 * math.sqrt(96 / len(z)))
@@ -108,6 +108,26 @@ def test_pieces_draw_directions_of_their_own_and_micro_batches_share_one(plain_n
     torch.manual_seed(1)
     split = gradient(plain_net, cross_entropy_of(plain_net), *batch, ascent="random", micro_batch=3)
     torch.testing.assert_close(split, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_weights_optimizer_and_generator_are_all_the_state_of_a_run_with_random_directions(batch):
+    def steps(model, optimizer, count):
+        step = make_step(model, optimizer, ascent="random", rho=0.5)
+        return [step(*batch).grad_norm for _ in range(count)]
+
+    torch.manual_seed(0)
+    model = SmallNet().double()
+    optimizer = sgd(model)
+    steps(model, optimizer, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()))
+    expected = steps(model, optimizer, 2)
+    resumed = SmallNet().double()
+    resumed.load_state_dict(saved[0])
+    its_optimizer = sgd(resumed)
+    its_optimizer.load_state_dict(saved[1])
+    torch.set_rng_state(saved[2])
+    assert steps(resumed, its_optimizer, 2) == expected
+    assert_same(resumed.state_dict(), model.state_dict())
 
 
 def test_a_loss_at_w_that_is_not_finite_makes_the_whole_gradient_nan(plain_net, batch):
@@ -186,13 +206,15 @@ def test_with_the_second_order_term_it_is_the_gradient_of_the_whole_expression(c
 def test_with_the_second_order_term_it_is_the_slope_of_the_perturbed_loss(freeze_bn, adaptive, batch):
     """By finite differences of L(w + e(w)) along random directions, with `Perturbation.plain` for e.
 
-    Without a ReLU, at whose kinks e jumps.
+    Without a ReLU, at whose kinks e jumps, and with no weight near 0, where |w| has its own.
     """
     torch.manual_seed(0)
     layers = (torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.BatchNorm2d(4), torch.nn.Tanh(), torch.nn.Flatten())
     model = torch.nn.Sequential(*layers, torch.nn.Linear(64, 3)).double()
     train_mode(model, freeze_bn=freeze_bn)
     params = list(model.parameters())
+    with torch.no_grad():
+        torch._foreach_add_(params, [w.sign() / 50 for w in params])
     ball = Perturbation(params, adaptive=[adaptive and w.ndim > 1 for w in params])
     loss = cross_entropy_of(model)
 
@@ -366,11 +388,11 @@ def flops(model, images, **options):
 def test_the_cost_that_is_reported_is_that_of_the_arithmetic(options, passes):
     """Of a deep net; the first layer needs no gradient for its inputs, which makes a plain pass a little cheaper."""
     torch.manual_seed(0)
-    layers = [layer for _ in range(30) for layer in (torch.nn.Linear(16, 16), torch.nn.Tanh())]
-    model, images = torch.nn.Sequential(*layers), torch.randn(8, 16)
+    layers = [layer for _ in range(15) for layer in (torch.nn.Linear(8, 8), torch.nn.Tanh())]
+    model, images = torch.nn.Sequential(*layers), torch.randn(8, 8)
     plain = flops(model, images, rho=0.0)
     assert SAM(model, 0.1, **options).passes == pytest.approx(passes)
-    assert flops(model, images, rho=0.1, **options) / plain == pytest.approx(passes, rel=0.03)
+    assert flops(model, images, rho=0.1, **options) / plain == pytest.approx(passes, rel=0.04)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_the_report_has_what_its_readers_rely_on(finished):
             "end",
             "every",
         ),
-        *("schedule", "final", "warmup_steps", "ascent_fraction", "ascent_steps"),
+        *("schedule", "final", "warmup_steps", "ascent_fraction", "ascent_steps", "ascent", "second_order"),
     }
     assert {
         "split",
@@ -274,6 +274,8 @@ VARIANTS = {
     "with_lr": ({"rho_schedule": "lr"}, 2),
     "half_a_batch": ({"ascent_fraction": 0.5}, 1.5),
     "three_ascents": ({"ascent_steps": 3}, 4),
+    "random_direction": ({"ascent": "random"}, 4 / 3),
+    "second_order": ({"second_order": True, "m": 4}, 5),
     "l2_in_loss": ({"l2_in_loss": True}, 2),
     "float16": ({"amp_dtype": "float16"}, 2),
     "deterministic": ({"deterministic": True}, 2),
