@@ -84,9 +84,7 @@ def measure(root: Path) -> list[dict[str, Any]]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         print(f"{name}: {seconds:.1f} s, {cpu:.1f} s of them computing, {peak:.0f} MiB", file=sys.stderr)
-        rows.append(
-            {"part": name, "seconds": seconds, "cpu": cpu, "peak_mib": peak, "pictures_opened": pictures}
-        )
+        rows.append({"part": name, "seconds": seconds, "cpu": cpu, "peak_mib": peak, "pictures_opened": pictures})
         return result
 
     def batch(data: Any) -> None:
@@ -136,11 +134,8 @@ def main() -> None:
         return
     print(f"{asked.classes * (asked.train + asked.val):,} pictures, made in {made:.0f} s")
     for row in rows:
-        print(
-            "{part:<28} {seconds:7.1f} s ({cpu:.1f} s computing)  {peak_mib:7.0f} MiB at most  {pictures_opened:6d} pictures opened".format(
-                **row
-            )
-        )
+        times = "{part:<28} {seconds:7.1f} s, {cpu:6.1f} s of them computing".format(**row)
+        print(times, "{peak_mib:7.0f} MiB at most, {pictures_opened} pictures opened".format(**row), sep=", ")
 
 
 if __name__ == "__main__":
