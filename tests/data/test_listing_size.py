@@ -8,9 +8,8 @@ import tracemalloc
 import pytest
 
 from samtune.config import loading
-from samtune.data import tables
 from samtune.data.loader import train_batches
-from samtune.data.splits import open_run_splits, stratified_split, stratified_subset
+from samtune.data.splits import open_run_splits
 from samtune.data.transforms import TrainTransform
 from samtune.train.run_data import load_run_data
 from tests.benchmarks.listing import make_folder
