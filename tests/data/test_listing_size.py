@@ -4,10 +4,12 @@ import builtins
 import io
 import os
 import tracemalloc
+from collections import Counter
 
 import pytest
 
 from samtune.config import loading
+from samtune.data import folder_tree, path_source, tables
 from samtune.data.loader import train_batches
 from samtune.data.splits import open_run_splits
 from samtune.data.transforms import TrainTransform
@@ -94,3 +96,18 @@ def test_reading_a_folder_takes_less_than_600_bytes_a_picture(folders):
         tracemalloc.stop()
     (few, many), (peak, larger_peak) = folders, peaks
     assert (larger_peak - peak) / (many - few) < 600
+
+
+def test_a_class_folder_is_listed_once(folders, monkeypatch):
+    """Whether it holds tables, its first entries tell."""
+    root, listed, plain = folders[CLASSES * 150], Counter(), folder_tree.sorted_entries
+
+    def listing(folder):
+        listed[os.path.relpath(folder, root)] += 1
+        return plain(folder)
+
+    for module in (folder_tree, path_source, tables):
+        monkeypatch.setattr(module, "sorted_entries", listing)
+    open_run_splits(settings(root))
+    classes = [str(folder.relative_to(root)) for folder in (root / "train").iterdir()]
+    assert [listed[folder] for folder in classes] == [1] * CLASSES
