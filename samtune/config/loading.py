@@ -147,6 +147,7 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
             "a compiled block would need its weights whole",
             "leave one out",
         )
+    _check_ascent(config)
     if config.batch_size == "auto":
         _check_batch_can_be_found(config)
     elif isinstance(config.m, int) and config.global_batch_size is None and config.m > config.batch_size:
@@ -157,6 +158,36 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         )
     config._origins = {key: given[key][1] if key in given else "default" for key in RunConfig.model_fields}
     return config
+
+
+def _check_ascent(config: RunConfig) -> None:
+    """Raise UsageError for settings that do not go with a random direction, or with the second-order term."""
+    why_random = "a direction that is drawn has no gradient to follow, and each rank draws it for a whole model"
+    why_second = "the derivative of the perturbation is computed for p 2, one gradient, and a whole model on one device"
+    steps = f"--ascent-steps {config.ascent_steps}"
+    for given_as, is_given, cause, others in (
+        (
+            "--ascent random",
+            config.ascent == "random",
+            why_random,
+            {steps: config.ascent_steps > 1, "--second-order": config.second_order, "--shard": config.shard},
+        ),
+        (
+            "--second-order",
+            config.second_order,
+            why_second,
+            {
+                f"--p {config.p:g}": config.p != 2,
+                steps: config.ascent_steps > 1,
+                "--compile": config.compile,
+                "--shard": config.shard,
+                "--batch-size auto": config.batch_size == "auto",
+            },
+        ),
+    ):
+        other = next((name for name, is_there in others.items() if is_given and is_there), None)
+        if other is not None:
+            raise UsageError(f"{given_as} and {other} contradict each other", cause, "leave one out")
 
 
 def _check_batch_can_be_found(config: RunConfig) -> None:

@@ -325,6 +325,18 @@ class RunConfig(BaseModel):
         le=1,
     )
     ascent_steps: int = _sam("results", "passes that look for the perturbation, of rho / n each", 1, ge=1)
+    ascent: Literal["gradient", "random"] = _sam(
+        "results",
+        "where the perturbation points: gradient, that of the first pass; random, a Gaussian direction of norm rho, "
+        "for comparison: the first pass is then a forward pass",
+        "gradient",
+    )
+    second_order: bool = _sam(
+        "results",
+        "add the derivative of the perturbation to the gradient, which SAM leaves out: a step is then the work of five "
+        "plain ones, and needs more memory; one device, p 2",
+        False,
+    )
 
     gpus: types.Gpus = _device(
         "nothing",

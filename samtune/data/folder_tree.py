@@ -118,8 +118,8 @@ def _read_tree(path: str, key: str, relative: str, unpacked: Mapping[str, str], 
     for entry in sorted_entries(path):
         if is_ignored(entry.name):
             continue
-        below = os.path.join(relative, readable(entry.name))
         if entry.path in unpacked:
+            below = os.path.join(relative, readable(entry.name))
             stem = archive_stem(entry.name)
             if any(other.key == stem and other.count for other in folder.folders):
                 raise DataError(f"archive {below} has the name of another beside it", hint="keep one of them")
@@ -127,6 +127,7 @@ def _read_tree(path: str, key: str, relative: str, unpacked: Mapping[str, str], 
             folder.folders.append(_read_tree(content, stem, below, unpacked, ancestors))
         elif is_folder(entry):
             if not leads_back(entry, ancestors):
+                below = os.path.join(relative, readable(entry.name))
                 folder.folders.append(_read_tree(entry.path, entry.name, below, unpacked, ancestors))
         elif is_readable(entry.name):
             folder.pictures.append(entry.name)

@@ -10,7 +10,6 @@ import zipfile
 import zlib
 from functools import cache
 from importlib.util import find_spec
-from pathlib import PurePath
 
 # Of the formats that Pillow reads those of pictures: no films, documents, icons or tables of numbers.
 _FORMATS = {
@@ -99,7 +98,7 @@ def register_plugins() -> None:
 
 
 def _ending(name: str) -> str:
-    return PurePath(name).suffix.lower()
+    return os.path.splitext(name)[1].lower()
 
 
 @cache

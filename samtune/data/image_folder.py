@@ -267,10 +267,10 @@ class _FolderReader:
 
     def _check_copies(self, classes: Sequence[Folder]) -> None:
         """Raise DataError for a class whose folders have the names of the classes beside it: so has a copy of all."""
-        for folder in classes:
-            siblings = {other.name for other in classes if other is not folder}
+        names = [folder.name for folder in classes]
+        for i, folder in enumerate(classes):
             below = [child.name for child in folder.branches]
-            if len(below) > 1 and set(below) <= siblings:
+            if len(below) > 1 and set(below) <= {*names[:i], *names[i + 1 :]}:
                 copied = f"may be a class or a copy of those beside it: it holds {shorten(below)}, too"
                 raise self._unclear(f"{folder.shown_path} {copied}")
 

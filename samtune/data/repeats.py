@@ -57,19 +57,29 @@ def shared(raw: RawSplits, parts: Mapping[str, Sequence[str]]) -> list[str]:
 
     A folder is the same under each of its names, as where test/cat is a link to train/cat.
     """
-    role_of: dict[str, str] = {}
     real = cache(os.path.realpath)  # of folders, which are few
+    listed = [
+        (role, images.paths)
+        for role in ROLES
+        for images in (raw[name][0] for name in parts.get(role, ()))
+        if isinstance(images, FileImages)
+    ]
+    roles_of: dict[str, set[str]] = {}  # of the pictures in a folder
+    for role, paths in listed:
+        for folder in set(map(os.path.dirname, paths)):
+            roles_of.setdefault(real(folder), set()).add(role)
+    in_common = {folder for folder, roles in roles_of.items() if len(roles) > 1}
+    role_of: dict[str, str] = {}
     notes = []
-    for role in (role for role in ROLES if role in parts):
-        for images in (raw[name][0] for name in parts[role]):
-            paths = images.paths if isinstance(images, FileImages) else []
-            files = [os.path.join(real(os.path.dirname(path)), os.path.basename(path)) for path in paths]
-            again = [file for file in files if role_of.setdefault(file, role) != role]
-            if again:
-                notes.append(
-                    f"{plural(len(again), 'picture')} of {role_of[again[0]]} in {role}, too: its score is better than "
-                    f"it should be; keep each in one split ({shorten([readable(file) for file in again])})"
-                )
+    for role, paths in listed if in_common else []:
+        places = ((real(os.path.dirname(path)), os.path.basename(path)) for path in paths)
+        files = [os.path.join(folder, name) for folder, name in places if folder in in_common]
+        again = [file for file in files if role_of.setdefault(file, role) != role]
+        if again:
+            notes.append(
+                f"{plural(len(again), 'picture')} of {role_of[again[0]]} in {role}, too: its score is better than "
+                f"it should be; keep each in one split ({shorten([readable(file) for file in again])})"
+            )
     return notes
 
 

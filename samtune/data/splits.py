@@ -1,8 +1,9 @@
 """The rows that a run trains on, validates on and tests on: seeded held-out parts and subsets."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,14 @@ from samtune.errors import DataError, UsageError, shorten
 Indices = npt.NDArray[np.int64]
 
 
+def _rows_by_class(labels: Indices) -> Iterator[tuple[int, Indices]]:
+    """Each label, ascending, with its rows, ascending; by one sort, since there may be many of both."""
+    order = np.argsort(labels, kind="stable")
+    classes, starts = np.unique(labels[order], return_index=True)
+    for label, (start, end) in zip(classes.tolist(), pairwise([*starts.tolist(), len(order)]), strict=True):
+        yield label, order[start:end]
+
+
 def stratified_split(labels: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
     """Hold out the same share of every class: (rows to train on, rows to validate on), both ascending.
 
@@ -22,12 +31,11 @@ def stratified_split(labels: Indices, fraction: float, seed: int) -> tuple[Indic
     The choice depends only on (labels, fraction, seed).
     """
     held_out = []
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
+    for label, rows in _rows_by_class(labels):
         if len(rows) < 2:
             continue
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-        held_out.append(np.random.default_rng([seed, int(label)]).permutation(rows)[:count])
+        held_out.append(np.random.default_rng([seed, label]).permutation(rows)[:count])
     validation = np.sort(np.concatenate(held_out)) if held_out else np.empty(0, dtype=np.int64)
     return np.setdiff1d(np.arange(len(labels)), validation), validation
 
@@ -38,9 +46,8 @@ def stratified_subset(labels: Indices, count: int, seed: int) -> Indices:
     A smaller subset lies within a larger one. The choice depends only on (labels, count, seed).
     """
     rank = np.empty(len(labels))  # of a row in a random order of its class, in [0, 1)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        rank[rows] = np.random.default_rng([seed, int(label), 1]).permutation(len(rows)) / len(rows)
+    for label, rows in _rows_by_class(labels):
+        rank[rows] = np.random.default_rng([seed, label, 1]).permutation(len(rows)) / len(rows)
     ties = np.random.default_rng([seed, 1]).permutation(len(labels))
     return np.sort(np.lexsort((ties, rank))[:count])
 

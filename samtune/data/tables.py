@@ -133,14 +133,21 @@ def _parquet_files(root: Path) -> dict[Path, dict[str, list[str]]]:
 
 def _below(root: Path, ending: str) -> Iterator[Path]:
     """Files with this ending in a folder and below; not in folders of many pictures. A logo may lie beside tables."""
-    entries = sorted_entries(root)
-    if sum(is_readable(entry.name) for entry in entries) > _MOST_PICTURES:
+    if _has_many_pictures(root):
         return
-    for entry in entries:
+    for entry in sorted_entries(root):
         if entry.name.lower().endswith(ending) and os.path.isfile(entry.path):
             yield Path(entry.path)
         elif not entry.name.startswith(".") and not entry.is_symlink() and is_folder(entry):
             yield from _below(Path(entry.path), ending)
+
+
+def _has_many_pictures(folder: Path) -> bool:
+    """Whether it holds too many pictures to be a folder of tables. It is not listed further than that takes."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        pictures = (entry for entry in entries if is_readable(entry.name))
+        return next(itertools.islice(pictures, _MOST_PICTURES, None), None) is not None
+    return False
 
 
 def metadata(root: Path) -> list[Path]:

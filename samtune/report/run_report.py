@@ -215,6 +215,8 @@ def sam_words(sam: Mapping[str, Any], steps: int) -> str:
         f"until step {sam['end']}": sam["end"] < steps,
         f"every {sam['every']} steps": sam["every"] > 1,
         f"{sam['ascent_steps']} ascent steps": sam["ascent_steps"] > 1,
+        "random direction": sam.get("ascent") == "random",
+        "second-order": sam.get("second_order", False),
         f"on {100 * sam['ascent_fraction']:g} % of the batch": sam["ascent_fraction"] < 1,
     }
     parts = [f"SAM rho {sam['rho']:g}", f"p {float(sam['p']):g}", f"m {sam['m']}"]

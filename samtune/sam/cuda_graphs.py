@@ -158,6 +158,12 @@ class GraphRunner(EagerRunner):
         assert value is not None
         return value.clone(), grads  # type: ignore[return-value]
 
+    def evaluate(self, loss: ScalarLoss, batch: Batch) -> torch.Tensor:
+        """As in EagerRunner."""
+        (value,) = self._call("evaluate", lambda *batch: (loss(*batch).detach(),), batch)
+        assert value is not None
+        return value.clone()
+
     def descend(self, loss: ScalarLoss, batch: Batch, share: float, at_w: torch.Tensor | None = None) -> torch.Tensor:
         """As in EagerRunner. The next call overwrites what is returned."""
 

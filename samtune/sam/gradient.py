@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samtune.distributed import collectives, ddp
 from samtune.sam.batch import Batch, check_divisible, chunk, head, num_samples, split
@@ -17,10 +18,19 @@ from samtune.sam.perturbation import Perturbation
 from samtune.sam.runner import EagerRunner
 from samtune.sam.snapshot import batch_norms, bn_stats_frozen, generator_states, set_generator_states
 
+Ascent = Literal["gradient", "random"]
 
-def sam_passes(ascent_steps: int, ascent_fraction: float) -> float:
+# A backward pass is about twice the work of the forward pass, and the pass through it twice its own: a product with the
+# Hessian, which goes forward, back, and back through both, is the work of three forward-backward passes.
+_FORWARD_PASS, _HESSIAN_PASS = 1 / 3, 3
+
+
+def sam_passes(
+    ascent_steps: int, ascent_fraction: float, ascent: Ascent = "gradient", second_order: bool = False
+) -> float:
     """Forward-backward passes over the batch in a step of SAM."""
-    return 1 + ascent_steps * ascent_fraction
+    before = _FORWARD_PASS if ascent == "random" else ascent_steps + _HESSIAN_PASS * second_order
+    return 1 + before * ascent_fraction
 
 
 class SAM:
@@ -60,6 +70,13 @@ class SAM:
             ranks together. A process group: the batches of its ranks together.
         ascent_fraction: share of the samples that pass 1 uses, the first ones.
         ascent_steps: passes that look for the perturbation, each adding rho / ascent_steps along its dual gradient.
+        ascent: "gradient"; or "random", a Gaussian direction of the same norm in the place of the gradient g1 (an
+            ablation of Foret et al. 2021): for p = 2, e = rho z / ||z||_2 with z ~ N(0, 1) for each perturbed weight.
+            Each perturbation draws its own z from torch's generator. Pass 1 is then a forward pass, whose loss is
+            returned, and in which batch-norm statistics update.
+        second_order: add the term that Algorithm 1 drops: the exact gradient of w -> L(w + e(w)), by a third pass whose
+            gradient is differentiated again. For p = 2, one ascent step and one process. Attention is computed by its
+            plain formula, since the fused kernels have no second derivative.
         micro_batch: the most samples that pass through the model at once; None: all that share a perturbation. It
             bounds memory and changes nothing else: the samples of m still share one perturbation, made of their mean
             gradient. But each micro-batch draws its own dropout and drop-path masks (the same in all passes, not those
@@ -83,6 +100,8 @@ class SAM:
         m: Literal["device", "global"] | int | collectives.Group = "device",
         ascent_fraction: float = 1.0,
         ascent_steps: int = 1,
+        ascent: Ascent = "gradient",
+        second_order: bool = False,
         micro_batch: int | None = None,
     ) -> None:
         if not 0 < ascent_fraction <= 1:
@@ -91,17 +110,27 @@ class SAM:
             raise ValueError(f"ascent_steps {ascent_steps}, m {m}: must be at least 1")
         if m is None or (isinstance(m, str) and m not in ("device", "global")):
             raise ValueError(f'm {m!r}: must be "device", "global", a number of samples or a process group')
+        if ascent not in get_args(Ascent):
+            raise ValueError(f'ascent {ascent!r}: must be "gradient" or "random"')
+        if ascent == "random" and (ascent_steps > 1 or second_order):
+            raise ValueError("ascent random: a direction that was drawn has no further ascent steps, and no derivative")
+        if second_order and (p != 2 or ascent_steps > 1 or collectives.is_initialized()):
+            raise ValueError("second_order: only for p = 2, one ascent step and one process")
         self.model = model
         self._inner = unwrapped(model)
         self.rho = rho
         self.m = m
         self.micro_batch = micro_batch
         self.ascent_fraction, self.ascent_steps = ascent_fraction, ascent_steps
+        self.ascent, self.second_order = ascent, second_order
         self.perturbed = False
-        """Whether the weights are w + e at this moment: False in pass 1, for a loss that wants to know."""
+        """Whether the weights are w + e at this moment, for a loss that wants to know: False in pass 1. True also in
+        the pass for the Hessian, which is at w again, so that what a loss notes of pass 1 it notes once."""
         named = select_parameters(self._inner, perturb)
         self._params = list(named.values())
         self.ranks = ddp.ranks_of(model, self._inner, self._params, m)
+        if ascent == "random" and self.ranks.is_sharded:
+            raise ValueError("ascent random: not for a sharded model, of which no rank draws a whole direction")
         """The part of this that concerns other ranks."""
         self._perturbation = Perturbation(
             self.ranks.parts(self._params),
@@ -153,7 +182,9 @@ class SAM:
     @property
     def passes(self) -> float:
         """Forward-backward passes over the batch in one call."""
-        return sam_passes(self.ascent_steps, self.ascent_fraction) if self.rho > 0 else 1
+        if self.rho == 0:
+            return 1
+        return sam_passes(self.ascent_steps, self.ascent_fraction, self.ascent, self.second_order)
 
     def backward(self, loss: Loss, *batch: Any) -> torch.Tensor:
         """Add the gradient of the loss at w + e to `.grad` of all parameters of the model; w is as it was.
@@ -187,10 +218,11 @@ class SAM:
         pieces = split(batch, together) if self.rho > 0 else self._split(batch, self.effective_micro_batch(n))
         at_w = []
         with self.ranks.during_backward(self.ascent_steps if self.rho > 0 else 0), explain_second_backward():
+            backward = self._second_order_backward if self.second_order and self.rho > 0 else self._backward
             for piece in pieces:
                 share = (num_samples(piece) or n) / n
                 with nullcontext() if piece is pieces[-1] else self.ranks.no_sync():
-                    at_w.append(share * self._backward(scalar_loss, piece, share))
+                    at_w.append(share * backward(scalar_loss, piece, share))
         return torch.stack(at_w).sum()
 
     def _backward(self, loss: ScalarLoss, batch: Batch, share: float) -> torch.Tensor:
@@ -198,12 +230,13 @@ class SAM:
         if self.rho == 0:
             return self.runner.descend(loss, batch, share)
 
+        # Drawn before the masks, whose random numbers pass 2 draws again.
+        direction = self._random_direction() if self.ascent == "random" else None
         masks = generator_states(self._device)
-        n = num_samples(batch) or 1
-        part = batch if self.ascent_fraction == 1 else head(batch, math.ceil(self.ascent_fraction * n))
+        part = self._ascent_part(batch)
         radius = self.rho / self.ascent_steps
         # Pass 1, at w: batch-norm statistics update here, if they update at all.
-        at_w, g1 = self._ascent_gradient(loss, part)
+        at_w, g1 = self._ascent_gradient(loss, part) if direction is None else (self._mean_loss(loss, part), direction)
         # e = rho * dual(g1)
         with self._perturb(g1, radius):
             # Further ascent steps, if any, each from where the last one ended.
@@ -213,11 +246,74 @@ class SAM:
                 torch.clear_autocast_cache()  # the weights moved again
             # Pass 2, at w + e: same samples, same masks; statistics stay as pass 1 left them.
             set_generator_states(masks, self._device)
-            micro_batches = self._micro_batches(batch)
-            for micro, of_batch in micro_batches:
-                with nullcontext() if micro is micro_batches[-1][0] else self.ranks.no_sync():
-                    self.runner.descend(loss, micro, share * of_batch, at_w)
+            self._descend(loss, batch, share, at_w)
         return at_w
+
+    def _second_order_backward(self, loss: ScalarLoss, batch: Batch, share: float) -> torch.Tensor:
+        """`_backward` with the derivative of e: add the gradient of L(w + e(w)), times share, to `.grad`.
+
+        It is g2 + (de/dw)^T g2, with g2 the gradient at w + e. e depends on w by g1, whose derivative is the Hessian at
+        w; pass 3 multiplies it by a vector (Pearlmutter 1994).
+        """
+        masks = generator_states(self._device)
+        part = self._ascent_part(batch)
+        with sdpa_kernel(SDPBackend.MATH), self._own_grads():
+            at_w, g1 = self._ascent_gradient(loss, part)
+            with self._perturb(list(g1), self.rho):
+                set_generator_states(masks, self._device)
+                self._descend(loss, batch, share, at_w)
+            g2 = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._params]
+            by_g1, by_w = self._perturbation.transposed_derivatives(g1, g2, self.rho)
+            # Pass 3, at w: same samples and masks as in pass 1.
+            set_generator_states(masks, self._device)
+            self._add_hessian_product(loss, part, by_g1)
+            for w, term in zip(self._params, by_w, strict=True):
+                w.grad = term if w.grad is None else w.grad + term
+        return at_w
+
+    def _add_hessian_product(self, loss: ScalarLoss, batch: Batch, vector: list[torch.Tensor]) -> None:
+        """Add H v to `.grad`: H has a row for each parameter, and a column for each perturbed one, as v has."""
+        with self._after_pass_1():
+            for micro, share in self._micro_batches(batch):
+                grads = torch.autograd.grad(loss(*micro), self._params, create_graph=True, materialize_grads=True)
+                # The gradient of what enters the loss linearly, or not at all, has no derivative.
+                pairs = [(g, share * v) for g, v in zip(grads, vector, strict=True) if g.requires_grad]
+                if pairs:
+                    tensors, vectors = zip(*pairs, strict=True)
+                    torch.autograd.backward(tensors, vectors)
+
+    @contextmanager
+    def _own_grads(self) -> Iterator[None]:
+        """In the block `.grad` is that of the block only; afterwards what was there before is added."""
+        before = {w: w.grad for w in self._inner.parameters() if w.grad is not None}
+        for w in before:
+            w.grad = None
+        try:
+            yield
+        finally:
+            for w, grad in before.items():
+                w.grad = grad if w.grad is None else grad.add_(w.grad)
+
+    def _ascent_part(self, batch: Batch) -> Batch:
+        """The samples of pass 1."""
+        n = num_samples(batch) or 1
+        return batch if self.ascent_fraction == 1 else head(batch, math.ceil(self.ascent_fraction * n))
+
+    def _random_direction(self) -> list[torch.Tensor]:
+        """Normal random numbers in the place of g1; of ranks that share a perturbation the sum, which is normal too."""
+        assert not self.ranks.is_sharded
+        return self.ranks.reduce_ascent([torch.randn_like(w, requires_grad=False) for w in self._params])
+
+    def _mean_loss(self, loss: ScalarLoss, batch: Batch) -> torch.Tensor:
+        """Mean loss at the present weights, detached."""
+        return torch.stack([share * self.runner.evaluate(loss, x) for x, share in self._micro_batches(batch)]).sum()
+
+    def _descend(self, loss: ScalarLoss, batch: Batch, share: float, at_w: torch.Tensor) -> None:
+        """Add the gradient at the present weights, times share, to `.grad`. at_w: as in EagerRunner.descend."""
+        micro_batches = self._micro_batches(batch)
+        for micro, of_batch in micro_batches:
+            with nullcontext() if micro is micro_batches[-1][0] else self.ranks.no_sync():
+                self.runner.descend(loss, micro, share * of_batch, at_w)
 
     def _ascent_gradient(self, loss: ScalarLoss, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Loss and gradient at the present weights, detached; the gradient of all ranks that share a perturbation."""
@@ -258,15 +354,23 @@ class SAM:
         """
         guard = self._inner.register_state_dict_pre_hook(_refuse_to_save)
         try:
-            with self._perturbation.perturbed(g1, radius), bn_stats_frozen(self._batch_norms):
+            with self._perturbation.perturbed(g1, radius), self._after_pass_1():
                 g1.clear()
+                yield
+        finally:
+            guard.remove()
+
+    @contextmanager
+    def _after_pass_1(self) -> Iterator[None]:
+        """Inside the block batch-norm statistics stay, and `perturbed` tells losses that pass 1 is over."""
+        try:
+            with bn_stats_frozen(self._batch_norms):
                 self.perturbed = True
                 torch.clear_autocast_cache()  # 16-bit copies of w, where a caller's autocast is around all passes
                 yield
         finally:
             self.perturbed = False
             torch.clear_autocast_cache()
-            guard.remove()
 
 
 def _refuse_to_save(*_: Any) -> None:

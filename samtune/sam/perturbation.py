@@ -170,14 +170,36 @@ class Perturbation:
 
         rho: radius in weight units.
         """
-        # s = rho_g T: the half-axes of the ball
-        s = [
-            rho * factor * (w.abs() + self.eta if adaptive else torch.ones_like(w))
-            for w, factor, adaptive in zip(self.params, self.factors, self.adaptive, strict=True)
-        ]
+        s = self._half_axes(self.params, rho)
         # e = s dual_p(s g)
         u = dual([a * g for a, g in zip(s, grads, strict=True)], self.p)
         return [a * b for a, b in zip(s, u, strict=True)]
+
+    def _half_axes(self, params: Tensors, rho: float) -> list[torch.Tensor]:
+        """The half-axes s = rho_g T of the ball around these parameters."""
+        return [
+            rho * factor * (w.abs() + self.eta if adaptive else torch.ones_like(w))
+            for w, factor, adaptive in zip(params, self.factors, self.adaptive, strict=True)
+        ]
+
+    def transposed_derivatives(
+        self, grads: Tensors, vectors: Tensors, rho: float
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(de/dg)^T v and (de/dw)^T v at the present w, for vectors v: two lists of tensors, shaped like w.
+
+        The second is what T, which depends on w, adds; zero where the radius is not adaptive. Only for p = 2, where
+        e = s (s g) / ||s g||_2. For zero g, where e has no derivative, both are zero.
+        """
+        g = [x.detach().requires_grad_() for x in grads]
+        w = [x.detach().requires_grad_() for x in self.params]
+        with torch.enable_grad():
+            s = self._half_axes(w, rho)
+            h = [a * b for a, b in zip(s, g, strict=True)]
+            norm = torch.linalg.vector_norm(torch.cat([x.double().reshape(-1) for x in h]))
+            norm = torch.where(norm == 0, math.inf, norm)
+            e = [a * (b / norm).to(a.dtype) for a, b in zip(s, h, strict=True)]
+        derivatives = torch.autograd.grad(e, [*g, *w], list(vectors), materialize_grads=True)
+        return list(derivatives[: len(g)]), list(derivatives[len(g) :])
 
     @torch.no_grad()
     def add_(self, grads: Tensors, rho: float) -> None:

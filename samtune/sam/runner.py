@@ -42,6 +42,11 @@ class EagerRunner:
         with self._recomputed_stats.restored():
             return value.detach(), list(torch.autograd.grad(value, self._perturbed, materialize_grads=True))
 
+    def evaluate(self, loss: ScalarLoss, batch: Batch) -> torch.Tensor:
+        """Loss at the present weights, detached, by a forward pass only."""
+        with self._ranks.no_sync():
+            return loss(*batch).detach()
+
     def descend(self, loss: ScalarLoss, batch: Batch, share: float, at_w: torch.Tensor | None = None) -> torch.Tensor:
         """Add the gradient of the loss, times share, to `.grad`; return the loss, detached.
 

@@ -59,7 +59,7 @@ class Plan:
         settings |= {"rho": point.get("rho", 0.0) if kind == "sam" else 0.0}
         settings |= {"sam_start": "0%", "sam_end": "100%", "sam_every": 1, "rho_schedule": "constant"}
         config = self.sweep.config(settings)
-        passes = sam_passes(config.ascent_steps, config.ascent_fraction) if kind == "sam" else 1
+        passes = _sam_passes(config) if kind == "sam" else 1
         steps = max(2 * _PROBE_PART, round(_PROBE_PASSES / passes))
         settings |= {"epochs": f"{steps} steps", "eval_every": f"{_PROBE_PART} steps", "max_eval": 1}
         settings |= {"bootstrap": False} if config.bootstrap else {}
@@ -100,7 +100,7 @@ class Plan:
         self, budget: Budget, arm: str, point: Point, settings: Mapping[str, Any], paces: Mapping[str, float]
     ) -> int:
         config = self.sweep.config(settings)
-        plain, sam = 1.0, sam_passes(config.ascent_steps, config.ascent_fraction)
+        plain, sam = 1.0, _sam_passes(config)
         if budget.unit == "seconds":
             plain = paces[_probe_id("plain", point)]
             sam = paces[_probe_id("sam", point)] if arms.has_sam(arm) else plain
@@ -126,7 +126,7 @@ class Plan:
         config = self.sweep.config(settings)
         length = self._length(config)
         sam_steps = len(length.rho.sam_steps)
-        passes = length.total_steps - sam_steps + sam_steps * sam_passes(config.ascent_steps, config.ascent_fraction)
+        passes = length.total_steps - sam_steps + sam_steps * _sam_passes(config)
         passes *= config.stages
         return Run(run_id, stage, budget, arm, point, seed, settings, length.total_steps, passes)
 
@@ -135,6 +135,10 @@ class Plan:
         batch = BatchPlan.of(config, 1, images)
         batch.sharing(config.m)
         return TrainingLength.of(config, batch, images)
+
+
+def _sam_passes(config: RunConfig) -> float:
+    return sam_passes(config.ascent_steps, config.ascent_fraction, config.ascent, config.second_order)
 
 
 def _step_settings(point: Point) -> dict[str, Any]:

@@ -87,6 +87,8 @@ def describe(setup: Setup) -> dict[str, Any]:
             "warmup_steps": setup.rho.warmup_steps,
             "ascent_fraction": config.ascent_fraction,
             "ascent_steps": config.ascent_steps,
+            "ascent": config.ascent,
+            "second_order": config.second_order,
         },
         "bad_images": setup.bad_images,
         "warnings": [*_warnings(setup)],

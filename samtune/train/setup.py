@@ -96,6 +96,12 @@ def build_setup(
     images; by default all of them into the cache. world: the ranks that share the run, by default those that are
     running. Raises DataError, ModelError or CheckpointError.
     """
+    if config.second_order and environment.rank_info() is not None:
+        raise UsageError(
+            "--second-order on several devices",
+            "the derivative of the perturbation is computed on one",
+            "give --gpus 1, or leave one out",
+        )
     device.deterministic(config.deterministic)
     target = device.select_device(config.gpus, config.processes)
     obstacle = _obstacle_to_graphs(config, target)
@@ -234,6 +240,8 @@ def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan) -> SAM:
             micro_batch=micro_batch,
             ascent_fraction=config.ascent_fraction,
             ascent_steps=config.ascent_steps,
+            ascent=config.ascent,
+            second_order=config.second_order,
         )
     except ValueError as error:  # what only the model can tell
         raise UsageError(
@@ -251,6 +259,8 @@ def _obstacle_to_graphs(config: RunConfig, target: torch.device) -> str:
         "ranks of a launcher": environment.rank_info() is not None,
         # Recomputing reads and sets the generator's state, which cannot be done within a recording.
         "--grad-checkpointing": config.grad_checkpointing,
+        # Its passes are differentiated twice.
+        "--second-order": config.second_order,
         # A replay is not shown to be what the same operations give one by one, to the last bit.
         "--deterministic": config.deterministic,
     }

@@ -138,6 +138,34 @@ def test_a_group_of_ranks_shares_a_perturbation(ranks):
         )
 
 
+def random_directions(m):
+    """What two calls add to the weights of this rank; ranks draw from generators of their own."""
+    ddp = DistributedDataParallel(make_model())
+    torch.manual_seed(dist.get_rank())
+    weights = list(ddp.parameters())
+    before, moves = [w.detach().clone() for w in weights], []
+
+    def loss(images, labels):
+        if sam.perturbed:
+            moves.append(torch.cat([(w - b).reshape(-1) for w, b in zip(weights, before, strict=True)]).tolist())
+        return F.cross_entropy(ddp(images), labels)
+
+    sam = SAM(ddp, RHO, m=m, ascent="random")
+    for _ in range(2):
+        sam.backward(loss, *my_share()[:2])
+    return moves
+
+
+@pytest.mark.parametrize("m", ["device", "global"])
+def test_ranks_that_share_a_perturbation_move_in_one_random_direction_and_others_in_their_own(ranks, m):
+    first, *others = ranks(random_directions, m)
+    assert torch.tensor(first, dtype=torch.float64).norm(dim=1).tolist() == pytest.approx([RHO, RHO], rel=1e-9)
+    assert first[0] != first[1]
+    for other in others:
+        assert (other == first) == (m == "global")
+        assert (other[0] == first[0]) == (m == "global")
+
+
 def wrapped():
     """Names are those of the model inside, which refuses to be saved too."""
     ddp = DistributedDataParallel(make_model())

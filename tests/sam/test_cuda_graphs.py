@@ -82,6 +82,8 @@ SETTINGS = {
     "half of the batch": {"ascent_fraction": 0.5},
     "norm parameters": {"perturb": "norm"},
     "adaptive": {"adaptive": True},
+    "random direction": {"ascent": "random"},
+    "random direction, micro-batches": {"ascent": "random", "micro_batch": 3},
 }
 
 

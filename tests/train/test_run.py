@@ -15,9 +15,11 @@ import timm
 import torch
 
 from samtune.config import loading
+from samtune.distributed import environment
+from samtune.errors import UsageError
 from samtune.report import run_report
 from samtune.runs.metrics import best_key, collapse_warning, epoch_means
-from samtune.train import loop
+from samtune.train import loop, setup
 from tests.conftest import SMALL_MODEL, image_bytes, samtune, write_image_folder
 
 LITE0 = "tf_efficientnet_lite0"
@@ -121,7 +123,7 @@ def test_the_report_has_what_its_readers_rely_on(finished):
             "end",
             "every",
         ),
-        *("schedule", "final", "warmup_steps", "ascent_fraction", "ascent_steps"),
+        *("schedule", "final", "warmup_steps", "ascent_fraction", "ascent_steps", "ascent", "second_order"),
     }
     assert {
         "split",
@@ -274,6 +276,8 @@ VARIANTS = {
     "with_lr": ({"rho_schedule": "lr"}, 2),
     "half_a_batch": ({"ascent_fraction": 0.5}, 1.5),
     "three_ascents": ({"ascent_steps": 3}, 4),
+    "random_direction": ({"ascent": "random"}, 4 / 3),
+    "second_order": ({"second_order": True, "m": 4}, 5),
     "l2_in_loss": ({"l2_in_loss": True}, 2),
     "float16": ({"amp_dtype": "float16"}, 2),
     "deterministic": ({"deterministic": True}, 2),
@@ -296,6 +300,10 @@ def test_a_variant_runs_costs_what_it_should_and_is_reported(name, folder_data, 
     assert reported["enabled"] == (name != "no_sam")
     for key in reported.keys() & given.keys():
         assert reported[key] == ("inf" if given[key] == math.inf else given[key])
+    words = {"three_ascents": "3 ascent steps", "random_direction": "random direction", "second_order": "second-order"}
+    assert [said for said in words.values() if said in run_report.sam_words(reported, 8)] == [
+        words[n] for n in words if n == name
+    ]
     if name == "late":
         assert (reported["start"], reported["end"]) == (4, 8)
     assert result["optimizer"]["l2_in_loss"] == (name == "l2_in_loss")
@@ -409,3 +417,12 @@ def test_on_a_gpu_a_killed_run_goes_on_to_the_same_end(folder_data, tmp_path):
     assert run(folder_data, tmp_path / "r", "--deterministic", faults=[fault]).returncode == -signal.SIGKILL
     assert resume(tmp_path / "r").returncode == 0
     assert fingerprint(tmp_path / "r") == fingerprint(tmp_path / "whole")
+
+
+def test_the_second_order_term_is_refused_on_several_devices_and_in_graphs(folder_data, monkeypatch):
+    base = {"model": "test_resnet", "pretrained": False, "dataset": str(folder_data), "second_order": True}
+    with pytest.raises(UsageError, match="--graphs on with --second-order"):
+        setup._obstacle_to_graphs(loading.load(None, base | {"graphs": "on"}), torch.device("cuda"))
+    monkeypatch.setattr(environment, "rank_info", lambda: "rank 0 of 2")
+    with pytest.raises(UsageError, match="--second-order on several devices"):
+        setup.build_setup(loading.load(None, base))
