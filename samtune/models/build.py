@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from samtune import console, hub
 from samtune.errors import ModelError, UsageError, first_line
 from samtune.models.head import describe_replaced_head, has_classifier, head_names, reset_head, zero_head
-from samtune.models.names import nearest, pretraining_data
+from samtune.models.names import from_scratch, nearest, pretraining_data
 from samtune.models.timm_format import PARTS, ModelInfo, ModelSource, look_up
 from samtune.models.weights import load, read, read_lite
 
@@ -63,6 +63,12 @@ def build_model(
             pretraining = "not stated (a file)"
         elif resolved.startswith("hf-hub:"):
             pretraining = "not stated (a model of the hub)"
+    if not origin and resolved in from_scratch():
+        raise ModelError(
+            f"model {resolved} has no pretrained weights",
+            "it is trained from scratch",
+            "start at random with --no-pretrained, or give --weights PATH",
+        )
     if not origin:
         raise ModelError(
             f"model {resolved} has no pretrained weights",

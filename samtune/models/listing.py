@@ -14,7 +14,7 @@ from samtune import hub
 from samtune.errors import DataError, ModelError, first_line
 from samtune.models.build import build_on_meta, multiply_accumulates, weights_origin
 from samtune.models.head import head_names
-from samtune.models.names import ALIASES, nearest, pretraining_data
+from samtune.models.names import ALIASES, from_scratch, nearest, pretraining_data
 from samtune.models.timm_format import ModelSource, look_up
 from samtune.sam import filters
 
@@ -47,7 +47,7 @@ def top1(table: Path | None = None) -> dict[str, float]:
 
 
 def find(pattern: str) -> list[str]:
-    """Aliases and pretrained names that match a pattern: a glob over the whole name, or a part of it.
+    """Of `all_names`, those that match a pattern: a glob over the whole name, or a part of it.
 
     A name whose alias is in the list is left out. Raises ModelError with the nearest names where none matches.
     """
@@ -58,14 +58,14 @@ def find(pattern: str) -> list[str]:
         if fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.partition(".")[0], glob)
     ]
     if not matches:
-        raise ModelError(f"no pretrained model's name matches {pattern!r}", hint=nearest(pattern.strip("*")))
+        raise ModelError(f"no model's name matches {pattern!r}", hint=nearest(pattern.strip("*")))
     with_alias = {ALIASES[name] for name in matches if name in ALIASES}
     return [name for name in matches if name not in with_alias]
 
 
 def all_names() -> list[str]:
-    """All aliases, and all names that timm has pretrained weights for."""
-    return [*ALIASES, *timm.list_pretrained()]
+    """All aliases, all names that timm has pretrained weights for, and the networks that samtune adds to timm."""
+    return [*ALIASES, *timm.list_pretrained(), *from_scratch()]
 
 
 def rows(names: Sequence[str], accuracy: Mapping[str, float], *, count: bool) -> list[dict[str, Any]]:

@@ -70,17 +70,28 @@ def resolve(name: str) -> str:
     return f"{architecture}.{tag}" if tag else architecture
 
 
+def from_scratch() -> list[str]:
+    """The networks that samtune adds to those of timm; there are no weights of them."""
+    names: list[str] = timm.list_models(module=["cifar_resnet", "shaken"])
+    return names
+
+
 def nearest(architecture: str) -> str:
-    """A hint: the pretrained names most like this one, or how to list all of them."""
+    """A hint: the pretrained names and the networks of samtune most like this one, or how to list all of them."""
     names = list(ALIASES) + [full.partition(".")[0] for full in timm.list_pretrained()]
     near = similar_names(architecture, names, 4, cutoff=0.5)
-    if not near:
+    own = similar_names(architecture, from_scratch(), 2, cutoff=0.7)
+    if not near and not own:
         return "`samtune models --all` lists all names, `samtune models PART` those with a part"
-    return "nearest pretrained: " + ", ".join(f"{name} ({ALIASES[name]})" if name in ALIASES else name for name in near)
+    hints = [f"nearest without weights: {', '.join(own)}"] if own else []
+    pretrained = [f"{name} ({ALIASES[name]})" if name in ALIASES else name for name in near]
+    return "; ".join(hints + ([f"nearest pretrained: {', '.join(pretrained)}"] if near else []))
 
 
 def pretraining_data(resolved: str) -> str:
-    """The data that weights were trained on, by the tag of their name, or "not stated"."""
+    """The data that weights were trained on, by the tag of their name; "not stated", or "nothing" without weights."""
+    if resolved in from_scratch():
+        return "nothing"
     tag = resolved.partition(".")[2]
     data = [name for part in tag.split("_") for start, name in _PRETRAINING.items() if part.startswith(start)]
     return " + ".join(dict.fromkeys(data)) or "not stated"

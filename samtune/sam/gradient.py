@@ -16,6 +16,7 @@ from samtune.sam.filters import first_match, select_parameters, unwrapped
 from samtune.sam.losses import Loss, ScalarLoss, as_scalar, explain_second_backward
 from samtune.sam.perturbation import Perturbation
 from samtune.sam.runner import EagerRunner
+from samtune.sam.shaking import shaking_modules, true_gradient
 from samtune.sam.snapshot import batch_norms, bn_stats_frozen, generator_states, set_generator_states
 
 Ascent = Literal["gradient", "random"]
@@ -144,6 +145,7 @@ class SAM:
             self._perturbation.allocate_backup()
         self._device = self._params[0].device
         self._batch_norms = batch_norms(model)
+        self._shaking = shaking_modules(model)
         self.runner = EagerRunner(model, self._params, self.ranks)
         """How forward-backward passes are run."""
 
@@ -318,22 +320,23 @@ class SAM:
     def _ascent_gradient(self, loss: ScalarLoss, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Loss and gradient at the present weights, detached; the gradient of all ranks that share a perturbation."""
         micro_batches = self._micro_batches(batch)
-        if self.ranks.is_sharded:
-            return self.ranks.ascent_gradient(
-                loss, micro_batches, self._params, self.runner.descend, over_replicas=self.m == "global"
-            )
-        if len(micro_batches) == 1:
-            mean, grads = self.runner.ascend(loss, batch)
-        else:
-            mean, grads = torch.zeros((), device=self._device), []
-            for micro, share in micro_batches:
-                value, more = self.runner.ascend(loss, micro)
-                mean = mean + share * value
-                if grads:
-                    torch._foreach_add_(grads, more, alpha=share)
-                else:
-                    grads = list(torch._foreach_mul(more, share))
-                del more  # before the next one needs the memory
+        with true_gradient(self._shaking):
+            if self.ranks.is_sharded:
+                return self.ranks.ascent_gradient(
+                    loss, micro_batches, self._params, self.runner.descend, over_replicas=self.m == "global"
+                )
+            if len(micro_batches) == 1:
+                mean, grads = self.runner.ascend(loss, batch)
+            else:
+                mean, grads = torch.zeros((), device=self._device), []
+                for micro, share in micro_batches:
+                    value, more = self.runner.ascend(loss, micro)
+                    mean = mean + share * value
+                    if grads:
+                        torch._foreach_add_(grads, more, alpha=share)
+                    else:
+                        grads = list(torch._foreach_mul(more, share))
+                    del more  # before the next one needs the memory
         return mean, self.ranks.reduce_ascent(grads)
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Batch, float]]:

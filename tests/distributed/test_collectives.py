@@ -3,6 +3,7 @@
 import contextlib
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -487,3 +488,39 @@ def test_one_rank_of_a_machine_goes_first_and_the_others_find_what_it_has_fetche
     order = (tmp_path / "order").read_text().split()
     assert len(order) == 3 * ranks.world
     assert order[:: ranks.world] == ["0"] * 3
+
+
+# ------------------------------------------------------------------------------------------------------ shaken branches
+
+
+def shaken_step():
+    """On one rank: the coefficients of pass 1 and of pass 2 at step 3 of a run, and the weights after it."""
+    torch.manual_seed(0)
+    model = timm.create_model("shake26_2x96d", blocks=1, width=4).double().train()
+    wrapped = ddp.data_parallel(model, torch.device("cpu"))
+    seen = []
+
+    def keep(_module, inputs, out):
+        a, b = inputs
+        seen.append((((out - b) * (a - b)).sum((1, 2, 3)) / ((a - b) ** 2).sum((1, 2, 3))).tolist())
+
+    model.stages[0][0].shake.register_forward_hook(keep)
+    step = make_step(wrapped, sgd(model))
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    step.sam.ranks.settle(lambda: step._rehearse(images, torch.arange(4)))
+    seen.clear()
+    collectives.seed_this_rank(7, 3)
+    step(images, torch.arange(4))
+    return seen, whole(model)
+
+
+def test_each_rank_draws_its_own_coefficients_the_same_in_both_passes_and_again_after_a_resume(ranks):
+    """A run seeds its ranks anew in each step, so that the generators of others need not be in a checkpoint."""
+    results = ranks(shaken_step)
+    coefficients = [seen for seen, _ in results]
+    for pass_1, pass_2 in coefficients:
+        assert pass_1 == pytest.approx(pass_2)
+    for other, _ in coefficients[1:]:
+        assert min(abs(a - b) for a, b in zip(coefficients[0][0], other, strict=True)) > 1e-6
+    assert all(weights == results[0][1] for _, weights in results)
+    assert ranks(shaken_step) == results
