@@ -275,7 +275,7 @@ class SAM:
 
     def _add_hessian_product(self, loss: ScalarLoss, batch: Batch, vector: list[torch.Tensor]) -> None:
         """Add H v to `.grad`: H has a row for each parameter, and a column for each perturbed one, as v has."""
-        with self._after_pass_1():
+        with self._after_pass_1(), true_gradient(self._shaking):
             for micro, share in self._micro_batches(batch):
                 grads = torch.autograd.grad(loss(*micro), self._params, create_graph=True, materialize_grads=True)
                 # The gradient of what enters the loss linearly, or not at all, has no derivative.
