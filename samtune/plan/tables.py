@@ -112,7 +112,7 @@ def _time_rows(plan: Mapping[str, Any]) -> dict[str, str]:
         "steps": plural(length["steps"], "step"),
         "validation": plural(length["validations"], "validation"),
         "checkpoints": f"{length['checkpoints']} checkpoints at most",
-        "test": "scoring, once",
+        "test": "scoring at the end, at most",
     }
     rows = {words: _duration(parts[key]) for key, words in named.items() if parts[key] > 0}
     rows["whole run"] = f"about {_duration(parts['total'])}; {_duration(parts['total_with_sgd'])} without SAM"

@@ -224,7 +224,7 @@ def test_a_folder_without_a_train_split_says_what_it_has(tmp_path):
 
 
 def test_a_column_cannot_be_asked_of_idx_files(tmp_path):
-    with pytest.raises(UsageError, match="--label-key kind: .* has no such column"):
+    with pytest.raises(UsageError, match=r"--label-key kind: .* has no such column"):
         read(write_set(tmp_path), label_key="kind")
 
 
