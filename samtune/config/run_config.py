@@ -230,8 +230,12 @@ class RunConfig(BaseModel):
         "symmetric",
         fixed=True,
     )
-    noise_seed: types.Seed = _data(
-        "update", "seed of the flips; it does not follow --seed, so that runs have the same wrong labels", 0, fixed=True
+    noise_seed: types.SeedOrAuto = _data(
+        "update",
+        "seed of the flips; it does not follow --seed, so that runs have the same wrong labels; auto: it does, so that "
+        "each has its own",
+        0,
+        fixed=True,
     )
     train_labels: types.PathField | None = _data(
         "results",
@@ -394,9 +398,13 @@ class RunConfig(BaseModel):
         30.0,
         ge=0,
     )
-    test: bool = _run("results", "score the test split once, at the end", True)
+    test: bool = _run(
+        "results",
+        "score the test split at the end: the last checkpoint, and the one that is best on validation, each once",
+        True,
+    )
     select: Literal["last", "best"] = _run(
-        "results", "the checkpoint to score: the last, or the best on validation", "last"
+        "results", "the checkpoint whose scores are the result: the last, or the best on validation", "last"
     )
     track: types.TrackerNames = _run(
         "nothing",
@@ -430,6 +438,11 @@ class RunConfig(BaseModel):
         """batch_size as a number. Only before a run has chosen it is it "auto"."""
         assert self.batch_size != "auto"
         return self.batch_size
+
+    @property
+    def flip_seed(self) -> int:
+        """noise_seed as a number. "auto" stays in the settings, so that a repeated recipe follows its --seed."""
+        return self.seed if self.noise_seed == "auto" else self.noise_seed
 
     def derive(self, key: str, value: Any, reason: str) -> "RunConfig":
         """A copy with a derived value for a setting, with the reason as its origin."""

@@ -19,7 +19,9 @@ def arm_rows(report: Report) -> Rows:
         row = _budget_cell(report, entry) | {"arm": entry["arm"], "chosen": entry["label"], "n": entry["n"]}
         row["test error %"] = _format_mean(entry["mean_error"], entry["mean_error_ci95"])
         if has_checkpoints(report):
-            row |= {f"{name} epoch %": _format_mean(entry["by_checkpoint"].get(name), None) for name in ("last", "best")}
+            row |= {
+                f"{name} epoch %": _format_mean(entry["by_checkpoint"].get(name), None) for name in ("last", "best")
+            }
         row |= {"passes": format_cost(entry["passes"]), "seconds": format_cost(entry["seconds"])}
         row[f"minus {baseline}"] = _format_mean(difference["mean"], difference["ci95"], "+.2f")
         rows.append(row)
