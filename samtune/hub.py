@@ -33,7 +33,7 @@ class Repository:
     """A repository of the hub.
 
     label: what the user asked for; alternative: where else it may come from. Both are for messages. revision: a branch
-    or a commit; None is the main branch.
+    or a commit; None is the main branch. part: the folder of the tables that are used; "" for all of them.
     """
 
     id: str
@@ -41,6 +41,7 @@ class Repository:
     label: str
     alternative: str
     revision: str | None = None
+    part: str = ""
 
     @property
     def download_command(self) -> str:
@@ -122,7 +123,8 @@ def load(repository: Repository, read: Callable[[bool], T]) -> T:
 def snapshot(repository: Repository, *, online: bool) -> Path:
     """The folder of the cache that holds a data set's files, after downloading those that are missing.
 
-    Only tables, where the repository has some; else all files: pictures, archives, WebDataset shards.
+    Only tables, and only those of its part, where the repository has some; else all files: pictures, archives,
+    WebDataset shards.
     """
 
     def download(patterns: list[str] | None) -> Path:
@@ -135,8 +137,8 @@ def snapshot(repository: Repository, *, online: bool) -> Path:
         )
         return Path(folder)
 
-    folder = download(["*.parquet", "README.md", "dataset_infos.json"])
-    return folder if any(folder.rglob("*.parquet")) else download(None)
+    folder = download([f"{repository.part}*.parquet", "README.md", "dataset_infos.json"])
+    return folder if any((folder / repository.part).rglob("*.parquet")) else download(None)
 
 
 def _hub_error(repository: Repository) -> Exception | None:

@@ -293,6 +293,36 @@ def test_configurations_of_the_hub_are_named_and_chosen(hub, online, tmp_path, m
     online(*RANDOM, "--dataset", "somebody/two:b", "--output", tmp_path / "r", *FEW)
 
 
+def test_svhn_extra_trains_and_validates_on_train_and_extra_and_fetches_no_other_configuration(
+    hub, online, offline, tmp_path, monkeypatch
+):
+    """The hub's layout: two configurations, and a split extra beside train and test."""
+    place = tmp_path / "svhn"
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    card = ["---", "configs:"]
+    for config in ("cropped_digits", "full_numbers"):
+        card += [f"- config_name: {config}", "  data_files:"]
+        for number, (split, rows) in enumerate({"train": 20, "test": 10, "extra": 40}.items()):
+            images = [{"bytes": image_bytes(100 * number + row, mode="RGB"), "path": None} for row in range(rows)]
+            table = {"image": images, "label": [row % 10 for row in range(rows)]}
+            file = place / config / f"{split}-00000-of-00001.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_dict(table, features=features).to_parquet(file)
+            card += [f"  - split: {split}", f"    path: {config}/{split}-*"]
+    (place / "README.md").write_text("\n".join([*card, "---", ""]))
+    monkeypatch.setitem(hub.repositories, ("dataset", "ufldl-stanford/svhn"), place)
+    command = (*RANDOM, "--dataset", "svhn_extra", "--val-fraction", 0.5, "--json", *FEW[:-1])
+    done, _ = online(*command, "--output", tmp_path / "a")
+    found = json.loads(done.stdout)
+    assert [found["dataset"][key] for key in ("train", "val", "test", "classes")] == [30, 30, 10, 10]
+    assert not [path for _, path, _ in hub.requests if path.endswith(".parquet") and "full_numbers" in path]
+    assert [path for _, path, _ in hub.requests if path.endswith(".parquet") and "cropped_digits/extra" in path]
+    again, _ = offline(*command, "--no-test", "--output", tmp_path / "b")
+    assert json.loads(again.stdout)["val"] == found["val"]
+    validated = pq.read_table(tmp_path / "b" / "predictions.parquet")["index"].to_pylist()
+    assert min(validated) < 20 <= max(validated) < 60  # of train, and of extra behind it
+
+
 def test_a_model_of_the_hub_is_named_as_timm_spells_it(hub, folder, online, tmp_path, monkeypatch):
     """Also one whose configuration tells its number of classes, which is not that of the new head."""
     model = timm.create_model(SMALL.partition(".")[0], num_classes=5)

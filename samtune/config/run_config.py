@@ -230,8 +230,12 @@ class RunConfig(BaseModel):
         "symmetric",
         fixed=True,
     )
-    noise_seed: types.Seed = _data(
-        "update", "seed of the flips; it does not follow --seed, so that runs have the same wrong labels", 0, fixed=True
+    noise_seed: types.SeedOrAuto = _data(
+        "update",
+        "seed of the flips; it does not follow --seed, so that runs have the same wrong labels; auto: it does, so that "
+        "each has its own",
+        0,
+        fixed=True,
     )
     train_labels: types.PathField | None = _data(
         "results",
@@ -413,9 +417,13 @@ class RunConfig(BaseModel):
         30.0,
         ge=0,
     )
-    test: bool = _run("results", "score the test split once, at the end", True)
+    test: bool = _run(
+        "results",
+        "score the test split at the end: the last checkpoint, and the one that is best on validation, each once",
+        True,
+    )
     select: Literal["last", "best"] = _run(
-        "results", "the checkpoint to score: the last, or the best on validation", "last"
+        "results", "the checkpoint whose scores are the result: the last, or the best on validation", "last"
     )
     track: types.TrackerNames = _run(
         "nothing",
@@ -454,6 +462,11 @@ class RunConfig(BaseModel):
     def stages(self) -> int:
         """How many trainings the run has, each of --epochs."""
         return 2 if self.bootstrap else 1
+
+    @property
+    def flip_seed(self) -> int:
+        """noise_seed as a number. "auto" stays in the settings, so that a repeated recipe follows its --seed."""
+        return self.seed if self.noise_seed == "auto" else self.noise_seed
 
     def derive(self, key: str, value: Any, reason: str) -> "RunConfig":
         """A copy with a derived value for a setting, with the reason as its origin."""

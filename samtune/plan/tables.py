@@ -113,7 +113,7 @@ def _time_rows(plan: Mapping[str, Any]) -> dict[str, str]:
         "steps": plural(length["steps"], "step"),
         "validation": plural(length["validations"], "validation"),
         "checkpoints": f"{length['checkpoints']} checkpoints at most",
-        "test": "scoring, once",
+        "test": "scoring at the end, at most",
         "first_training": "the first training (bootstrap), as long, and its predictions",
     }
     rows = {words: _duration(parts[key]) for key, words in named.items() if parts.get(key, 0) > 0}

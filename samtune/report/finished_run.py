@@ -31,8 +31,9 @@ class FinishedRun:
     """A run that is done.
 
     settings: all that decide the result, except the seed. circumstances: weights, machine and versions. scores: the
-    report's entry of test, or of validation where test was not scored. predictions: of that split; None where the file
-    is missing or does not agree with the report.
+    report's entry of test, or of validation where test was not scored. test_errors: top-1 error on test in percent of
+    "last" and "best", the checkpoints, as far as they were scored. predictions: of the split of scores; None where the
+    file is missing or does not agree with the report.
     """
 
     label: str
@@ -42,6 +43,7 @@ class FinishedRun:
     settings: Mapping[str, Any]
     circumstances: Mapping[str, Any]
     scores: Mapping[str, Any]
+    test_errors: Mapping[str, float]
     cost: Mapping[str, Any]
     predictions: Predictions | None
 
@@ -94,6 +96,7 @@ def read(folder: Path, label: str) -> FinishedRun:
                 **{f"{package} version": version for package, version in report["versions"].items()},
             },
             scores={key: scores[key] for key in ("split", "n", "wrong", "top1_error", "top1_error_ci95")},
+            test_errors={name: of["top1_error"] for name, of in report.get("test_by_checkpoint", {}).items()},
             cost=costs(report),
             predictions=_read_predictions(folder / "predictions.parquet", scores),
         )

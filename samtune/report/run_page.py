@@ -84,6 +84,7 @@ def content(folder: Path, report: Report, splits: run_charts.Splits | None = Non
         sections["errors"] = "Errors"
     sections |= {"settings": "Settings", "provenance": "Provenance"}
     scores = {**report, **{f"ema.{split}": found for split, found in (report["ema"] or {}).items()}}
+    tested = run_report.tested_checkpoints(report)
     epochs = f"{report['epochs']:.4g} epoch{'' if report['epochs'] == 1 else 's'}"
     started = report["started"].replace("T", " ").rstrip("Z")
     return {
@@ -92,7 +93,8 @@ def content(folder: Path, report: Report, splits: run_charts.Splits | None = Non
         f"{epochs}, {plural(report['steps'], 'step')}, seed {report['seed']}; started {started} UTC.",
         "sections": sections,
         "scored": scored,
-        "score_paths": {name: path for path, name in _SCORES.items() if scores.get(path)},
+        "score_paths": {name: path for path, name in _SCORES.items() if scores.get(path)}
+        | {f"test, {words}": f"test_by_checkpoint.{name}" for name, words in tested.items()},
         "reading": _reading(report, scored),
         "warnings": state(folder) + _incidents(report) + list(report["warnings"]),
         "cost": _cost(report),

@@ -1,6 +1,6 @@
 """The report of a run, report.json and report.md, from the files of its folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from samtune.runs.folder import BOOTSTRAP, holds_run, read_provenance, read_repo
 from samtune.runs.metrics import best_key, collapse_warning, epoch_means, read_metrics
 
 SCHEMA_VERSION = 1
+Row = Mapping[str, Any]
 _SCORES = ("split", "n", "wrong", "top1_error", "top1_error_ci95", "top5_error", "mean_per_class_error", "loss")
 
 
@@ -64,6 +65,8 @@ def build(folder: Path) -> dict[str, Any]:
 
     Errors are in percent, intervals are Wilson's at 95 %, times in seconds. train_seconds is the time from the first
     step to the last, with validations and checkpoints, without pauses; images_per_second counts training only.
+    test and predictions.parquet are of the selected checkpoint; test_by_checkpoint has the same of "last" and "best", as
+    far as they were scored, with their step; they are equal where the last step was the best on validation.
     cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. With
     --bootstrap, passes and train_seconds are those of both trainings; cost.bootstrap_passes and cost.bootstrap_seconds
     are those of the first. Values that missing rows of metrics leave open are null.
@@ -82,6 +85,7 @@ def build(folder: Path) -> dict[str, Any]:
     images = sum(row["n"] for row in train)
     seconds = sum(row["n"] / row["images_per_second"] for row in train)
     steps = max((row["step"] for row in rows), default=0)
+    tested = _by_checkpoint(test, config["select"], steps, best)
     whole_record = 0 < steps == sum(row["steps"] for row in train)
     passes = sum(row["passes"] for row in train) if whole_record else None
     train_seconds = train[-1]["seconds"] if train else None
@@ -111,7 +115,8 @@ def build(folder: Path) -> dict[str, Any]:
         "devices": provenance["devices"],
         "world_size": provenance.get("world_size", 1),
         "precision": config["amp_dtype"],
-        "test": _scores(test[-1]) if test else None,
+        "test": _scores(tested[config["select"]]) if config["select"] in tested else None,
+        "test_by_checkpoint": {name: _scores(row) | {"step": row["step"]} for name, row in tested.items()},
         "val": _scores(chosen) if chosen else None,
         "ema": {
             "decay": config["model_ema_decay"],
@@ -160,7 +165,10 @@ def score_line(scores: Mapping[str, Any]) -> str:
 
 def summary(report: Mapping[str, Any]) -> dict[str, str]:
     """The main results of a run, by name."""
-    rows = {f"{split} top-1 error": score_line(report[split]) for split in ("test", "val") if report[split]}
+    rows = {"test top-1 error": score_line(report["test"])} if report["test"] else {}
+    for name, words in tested_checkpoints(report).items():
+        rows[f"test top-1 error, {words}"] = score_line(report["test_by_checkpoint"][name])
+    rows |= {"val top-1 error": score_line(report["val"])} if report["val"] else {}
     model, sam, cost = report["model"], report["sam"], report["cost"]
     time = count = "not known: rows of metrics.jsonl are missing"
     if report["train_seconds"] is not None:
@@ -223,7 +231,27 @@ def sam_words(sam: Mapping[str, Any], steps: int) -> str:
     return ", ".join(parts + [text for text, is_set in options.items() if is_set])
 
 
-def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
+def tested_checkpoints(report: Mapping[str, Any]) -> dict[str, str]:
+    """Key in test_by_checkpoint -> its words, where the last and the best checkpoint are two; {} for older runs."""
+    scored = report.get("test_by_checkpoint", {})
+    if len({scores["step"] for scores in scored.values()}) < 2:
+        return {}
+    words = {"last": "last epoch", "best": "best epoch on validation"}
+    return {name: f"{words[name]} ({scores['epoch']})" for name, scores in scored.items()}
+
+
+def _by_checkpoint(test: Sequence[Row], selected: str, steps: int, best: Row | None) -> dict[str, Row]:
+    """The rows of test by "last" and "best"; those of older runs are of the selected one.
+
+    One row is of both where the last step was the best one on validation. best: the row of that.
+    """
+    rows = {str(row.get("checkpoint", selected)): row for row in test}
+    if len(rows) == 1 and best is not None and best["step"] == steps:
+        return dict.fromkeys(("last", "best"), *rows.values())
+    return {name: rows[name] for name in ("last", "best") if name in rows}
+
+
+def _scores(row: Row) -> dict[str, Any]:
     return {key: row[key] for key in _SCORES} | {"epoch": row["epoch"]}
 
 

@@ -88,11 +88,20 @@ class RunLog:
 
     @classmethod
     def reopen(
-        cls, folder: Path, held: lock.Lock, total_steps: int, *, step: int, seconds: float, metrics_bytes: int
+        cls,
+        folder: Path,
+        held: lock.Lock,
+        total_steps: int,
+        *,
+        step: int,
+        seconds: float,
+        metrics_bytes: int,
+        keep_tests: bool = False,
     ) -> "RunLog":
         """Open the folder of a run that resumes after a step; rows of metrics.jsonl of later steps are cut off.
 
-        metrics_bytes: length of metrics.jsonl up to that step.
+        metrics_bytes: length of metrics.jsonl up to that step. keep_tests: keep the whole rows behind it, which are
+        those of test where all steps are done.
         """
         log = cls(folder, held, total_steps, seconds)
         log.step = step
@@ -105,8 +114,10 @@ class RunLog:
             log._metrics_bytes = min(length, metrics_bytes)
             if length < metrics_bytes:
                 raise OSError("rows of steps that are done are missing")
+            if keep_tests:
+                log._metrics_bytes = max(metrics_bytes, metrics.read_bytes().rfind(b"\n") + 1)
             if metrics.exists():
-                os.truncate(metrics, metrics_bytes)
+                os.truncate(metrics, log._metrics_bytes)
         (folder / "diagnostics.json").unlink(missing_ok=True)  # of the divergence that interrupted the run
         log.status("running", None)
         return log

@@ -38,6 +38,7 @@ def content(folder: Path, report: Report) -> dict[str, Any]:
         "sections": {name: title for name, (title, is_shown) in sections.items() if is_shown},
         "budgets": report["asked"]["budgets"] != [None],
         "baseline": tables.baseline_arm(report),
+        "checkpoints": ["last", "best"] if tables.has_checkpoints(report) else [],
         "comparison_of": _comparison_of(report),
         "spread": _spread(report) if has_results else None,
         "forest": _forest(report) if report["comparisons"] else None,

@@ -238,9 +238,11 @@ def _ends(chosen: Entry, tried: Sequence[Entry]) -> Iterator[dict[str, Any]]:
 def _final(arm: Entry, group: Group | None) -> dict[str, Any]:
     """An arm on test. n: number of scored seeds, of those in `asked_seeds`; images: of test, the same for all.
 
-    lost_seeds: seeds that failed. unscored_seeds: seeds that are done, on data without test images.
+    lost_seeds: seeds that failed. unscored_seeds: seeds that are done, on data without test images. by_checkpoint: mean
+    error of the last and the best checkpoint; {} where the runs did not validate.
     """
     runs = group.runs if group else []
+    has_both = bool(runs) and all({"last", "best"} <= run.test_errors.keys() for run in runs)
     summary = group.summary if group else dict.fromkeys(("mean_error", "mean_error_ci95", "no_interval"))
     return {
         "budget": arm["budget"],
@@ -257,6 +259,7 @@ def _final(arm: Entry, group: Group | None) -> dict[str, Any]:
         "images": runs[0].scores["n"] if runs else None,
         "wrong": [run.scores["wrong"] for run in runs],
         "test_errors": [run.scores["top1_error"] for run in runs],
+        "by_checkpoint": {name: fmean(run.test_errors[name] for run in runs) for name in ("last", "best") if has_both},
         **(summary if group else summary | finished_run.mean_costs([])),
     }
 

@@ -18,10 +18,19 @@ def arm_rows(report: Report) -> Rows:
         difference = differences.get((entry["budget"], entry["arm"])) or {"mean": None, "ci95": None}
         row = _budget_cell(report, entry) | {"arm": entry["arm"], "chosen": entry["label"], "n": entry["n"]}
         row["test error %"] = _format_mean(entry["mean_error"], entry["mean_error_ci95"])
+        if has_checkpoints(report):
+            row |= {
+                f"{name} epoch %": _format_mean(entry["by_checkpoint"].get(name), None) for name in ("last", "best")
+            }
         row |= {"passes": format_cost(entry["passes"]), "seconds": format_cost(entry["seconds"])}
         row[f"minus {baseline}"] = _format_mean(difference["mean"], difference["ci95"], "+.2f")
         rows.append(row)
     return rows
+
+
+def has_checkpoints(report: Report) -> bool:
+    """Whether there are test errors of the last and the best checkpoint of some arm."""
+    return any(entry["by_checkpoint"] for entry in report["final"])
 
 
 def baseline_arm(report: Report) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,21 +77,11 @@ def run(
             saver.update_links(state)  # a kill may have come before the links
             trainer.train()
             try:
-                scored = trainer.score_selected()
+                trainer.score_checkpoints()
             except signals.Interrupted:
                 stop.raise_stopped()
             if collectives.rank() > 0:
                 return None
-            if scored is not None:
-                with log.best_effort("predictions.parquet"):
-                    predictions.write(
-                        log.folder / "predictions.parquet",
-                        split=scored.split,
-                        rows=scored.rows,
-                        labels=scored.labels,
-                        predicted=scored.predictions,
-                        probability=scored.probability,
-                    )
             result = run_report.build(log.folder)
             with log.best_effort("report"):
                 run_report.write(log.folder, result)
@@ -340,27 +331,74 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ test, once
 
-    def score_selected(self) -> Evaluation | None:
-        """Score the selected checkpoint on test, once; without a test split, or with --no-test, on validation again.
+    def score_checkpoints(self) -> None:
+        """Score the last checkpoint and the one that is best on validation on test, each once, and note the results.
 
-        None in the first training of a run with --bootstrap --no-val, which has nothing to be scored on.
+        The selected one comes at the end; predictions.parquet is its. A run that was interrupted here scores what is
+        missing. Without a test split, or with --no-test, the selected one is scored on validation again. The first
+        training of a run with --bootstrap --no-val has nothing to be scored on.
         """
-        setup = self.setup
-        if not setup.config.test and not setup.config.val:
-            return None
-        # Rank 0 has written it, so rank 0 knows where it is.
-        folder = collectives.broadcast_from_rank0(lambda: resolve_checkpoint(self.log.checkpoints, setup.config.select))
-        step = int(collectives.broadcast_from_rank0(lambda: checkpoint.verify(folder)["step"]))
-        checkpoint.load_weights(partial(setup.load, setup.model), folder / "model.safetensors")
-        if setup.test is None or not setup.config.test:
-            return self._score(setup.model, setup.val, setup.val_rows, "val")
-        scored = self._score(setup.model, setup.test, setup.test_rows, "test")
-        self.log.metrics(step=step, epoch=setup.epoch(step), **scored.summary())
-        if setup.ema is not None:
-            checkpoint.load_weights(partial(setup.load, setup.ema.module), folder / "ema" / "model.safetensors")
-            averaged = self._score(setup.ema.module, setup.test, setup.test_rows, "test_ema")
-            self.log.metrics(step=step, epoch=setup.epoch(step), **averaged.summary())
-        return scored
+        setup, config = self.setup, self.setup.config
+        if not config.test and not config.val:
+            return
+        if setup.test is None or not config.test:
+            folder, _ = collectives.broadcast_from_rank0(lambda: self._checkpoint(config.select))
+            checkpoint.load_weights(partial(setup.load, setup.model), folder / "model.safetensors")
+            self._write_predictions(self._score(setup.model, setup.val, setup.val_rows, "val"))
+            return
+        for name, folder, step, missing in collectives.broadcast_from_rank0(self._checkpoints_to_test):
+            row = {"step": step, "epoch": setup.epoch(step), "checkpoint": name}
+            if "test" in missing:
+                checkpoint.load_weights(partial(setup.load, setup.model), folder / "model.safetensors")
+                scored = self._score(setup.model, setup.test, setup.test_rows, "test")
+                if name == config.select:  # before its row, which says that nothing is missing
+                    self._write_predictions(scored)
+                self.log.metrics(**row, **scored.summary())
+            if "test_ema" in missing:
+                assert setup.ema is not None
+                checkpoint.load_weights(partial(setup.load, setup.ema.module), folder / "ema" / "model.safetensors")
+                averaged = self._score(setup.ema.module, setup.test, setup.test_rows, "test_ema")
+                self.log.metrics(**row, **averaged.summary())
+
+    def _checkpoint(self, name: str) -> tuple[Path, int]:
+        """Folder and step of the last or the best checkpoint. Only rank 0, which has written it, knows where it is."""
+        folder = resolve_checkpoint(self.log.checkpoints, name)
+        return folder, int(checkpoint.verify(folder)["step"])
+
+    def _checkpoints_to_test(self) -> list[tuple[str, Path, int, set[str]]]:
+        """Name, folder, step and splits to score of the last and the best checkpoint, the selected one at the end.
+
+        One that is both is there once, as the selected one. The averaged weights are scored of the selected one only.
+        """
+        config = self.setup.config
+        folder, step = self._checkpoint(config.select)
+        chosen = [(config.select, folder, step, {"test"} | ({"test_ema"} if config.model_ema else set()))]
+        if config.val:
+            other = "last" if config.select == "best" else "best"
+            try:
+                folder, other_step = self._checkpoint(other)
+                chosen[:0] = [(other, folder, other_step, {"test"})] if other_step != step else []
+            except CheckpointError as error:  # the run has a result without it
+                self.log.warn(f"the {other} checkpoint is not scored: {error.message}")
+        scored = {(row["step"], row["split"]) for row in read_metrics(self.log.folder) if "checkpoint" in row}
+        if not (self.log.folder / "predictions.parquet").is_file():
+            scored.discard((step, "test"))
+        return [
+            (name, folder, step, {split for split in splits if (step, split) not in scored})
+            for name, folder, step, splits in chosen
+        ]
+
+    def _write_predictions(self, scored: Evaluation) -> None:
+        if collectives.rank() == 0:
+            with self.log.best_effort("predictions.parquet"):
+                predictions.write(
+                    self.log.folder / "predictions.parquet",
+                    split=scored.split,
+                    rows=scored.rows,
+                    labels=scored.labels,
+                    predicted=scored.predictions,
+                    probability=scored.probability,
+                )
 
 
 def set_learning_rates(setup: Setup, base_lrs: list[float], step: int) -> None:

@@ -81,6 +81,7 @@ def _resume(
             step=state.step,
             seconds=state.seconds,
             metrics_bytes=state.metrics_bytes,
+            keep_tests=state.step == setup.total_steps and not resumed.changed,
         )
         with log.best_effort("provenance.json"):
             run_log.note_resume(folder, setup.config.to_toml() if changed else None, entry, about)

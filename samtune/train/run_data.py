@@ -139,6 +139,6 @@ def _add_label_noise(config: RunConfig, parts: RunSplits, rows: Indices) -> tupl
         return noise.from_file(train, rows, class_names, path=file, key=key, labelled=labelled)
     if config.label_noise > 0:
         return noise.flip(
-            train, rows, class_names, fraction=config.label_noise, kind=config.noise_kind, seed=config.noise_seed
+            train, rows, class_names, fraction=config.label_noise, kind=config.noise_kind, seed=config.flip_seed
         )
     return train, None

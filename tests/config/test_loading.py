@@ -63,6 +63,9 @@ def test_a_recipe_may_carry_its_claim(tmp_path):
         ("batch_size", 0, "from 1 on"),
         ("batch_size", 1.5, "whole number"),
         ("batch_size", "large", 'or "auto"'),
+        ("noise_seed", "other", 'or "auto"'),
+        ("noise_seed", -1, "from 0 on"),
+        ("noise_seed", 2**63, "less than 2.63"),
         ("opt", "sdg", "'sgd' or 'adamw'"),
         ("p", 0.5, "from 1 on"),
         ("p", "two", "from 1 on"),
@@ -186,7 +189,7 @@ def limits(field):
 
 def test_every_number_has_a_least_and_a_largest_value_that_float32_holds():
     for key, field, kind in numeric_fields():
-        if key in ("p", "m", "batch_size"):  # they have kinds of their own
+        if key in ("p", "m", "batch_size", "noise_seed"):  # they have kinds of their own
             continue
         least, largest = limits(field)
         assert least is not None, key

@@ -14,7 +14,10 @@ from samtune.data.encoded import FileImages
 from samtune.data.source import Split
 from samtune.data.splits import train_and_validation
 from samtune.errors import DataError
+from samtune.report import finished_run
+from samtune.train.run_data import load_run_data
 from tests.conftest import samtune, write_image_folder
+from tests.support.run_folders import write_run
 
 TEN = tuple("abcdefghij")
 SMALL = ("--model", "test_resnet", "--no-pretrained", "--img-size", 32, "--epochs", 1, "--lr", 0.01, "--workers", 0)
@@ -219,6 +222,30 @@ def test_a_run_with_noise_stores_the_flips_and_reports_them(noisy_run, folder_da
     assert "13 of 32 training labels changed" in said
     assert "13 of 32 training labels changed" in (folder / "report.md").read_text()
     assert "a stratified 20 % of train" in said
+
+
+def test_auto_noise_follows_the_seed_also_where_a_stored_recipe_is_repeated_with_another(tmp_path, folder_data):
+    flags = {"model": "test_resnet", "dataset": str(folder_data), "label_noise": 0.4}
+
+    def changed(recipe=None, **more):
+        return load_run_data(loading.load(recipe, flags | more)).noise
+
+    by_seed = [changed(noise_seed="auto", seed=seed) for seed in (3, 4)]
+    assert by_seed[0].rows.tolist() == changed(noise_seed=3, seed=9).rows.tolist()
+    assert by_seed[0].rows.tolist() != by_seed[1].rows.tolist()
+    assert [noise.about["seed"] for noise in by_seed] == [3, 4]
+    assert changed(seed=3).rows.tolist() == changed(seed=4).rows.tolist()  # by default all runs have the same
+    recipe = tmp_path / "config.toml"
+    recipe.write_text(loading.load(None, flags | {"noise_seed": "auto", "seed": 3}).to_toml())
+    assert changed(recipe).rows.tolist() == by_seed[0].rows.tolist()
+    assert changed(recipe, seed=4).rows.tolist() == by_seed[1].rows.tolist()
+
+
+def test_runs_whose_noise_follows_the_seed_are_repetitions_of_one_setting(tmp_path):
+    flags = {"label_noise": 0.4, "noise_seed": "auto"}
+    runs = [write_run(tmp_path / f"r{seed}", seed=seed, **flags) for seed in (0, 1)]
+    first, second = (finished_run.read(run, run.name) for run in runs)
+    assert first.settings == second.settings
 
 
 def test_validation_test_and_eval_see_clean_labels(noisy_run, folder_data):

@@ -127,6 +127,29 @@ def undisturbed() -> dict:
 
 
 @row(3)
+def test_a_run_that_goes_on_scores_what_is_missing_and_nothing_twice(photos, tmp_path):
+    """Stopped between the best checkpoint and the last, then killed when both are scored."""
+    often = ("--eval-every", "1 steps", "--lr", "0.3", "--model-ema-decay", "0.9")
+    second_test = {"at": "evaluate", "call": 2 * 15 + 2, "do": "SIGTERM"}  # after 15 validations of two models each
+    ended = run(photos, tmp_path / "r", *often, faults=[second_test])
+    assert ended.returncode == 75, ended.stderr
+    third = {"at": "evaluate", "call": 3, "do": "SIGKILL"}  # the last checkpoint, its averaged weights, and no more
+    killed = resume(tmp_path / "r", faults=[third, {"at": "build report", "call": 1, "do": "SIGKILL"}])
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "r" / "predictions.parquet").is_file()
+    done = resume(tmp_path / "r", "--json", faults=[{"at": "evaluate", "call": 1, "do": "SIGKILL"}])
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    scored = [(row["split"], row["checkpoint"]) for row in rows if row["split"].startswith("test")]
+    assert scored == [("test", "best"), ("test", "last"), ("test_ema", "last")]
+    for name, scores in json.loads(done.stdout)["test_by_checkpoint"].items():
+        again = json.loads(samtune("eval", tmp_path / "r", "--checkpoint", name, "--json").stdout)
+        assert {key: again[key] for key in ("wrong", "loss", "step")} == {
+            key: scores[key] for key in ("wrong", "loss", "step")
+        }
+
+
+@row(3)
 @pytest.mark.parametrize(("evaluation", "saved"), [(3, 10), (4, 10), (7, 15)])
 def test_a_signal_ends_an_evaluation_too(evaluation, saved, photos, uninterrupted, tmp_path):
     """The validation after step 10 of the last weights, of the averaged ones, and the test."""

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from samtune.config import loading
 from samtune.report import run_report
 from samtune.report.stats import wilson_interval
+from samtune.runs.metrics import best_key
 from samtune.sweep import arms, ledger
 from samtune.sweep.ledger import Run
 from samtune.sweep.plan import Plan
@@ -31,6 +32,7 @@ def write_run(
     val: bool = True,
     test: bool = True,
     ema: bool = False,
+    both: bool = False,
     sam_start: int = 0,
     not_finite: Sequence[int] = (),
     right: float = 0.7,
@@ -42,7 +44,8 @@ def write_run(
     provenance: dict[str, Any] | None = None,
     **flags: Any,
 ) -> Path:
-    """The folder of a run that is done. images: of each scored split. not_finite: epochs without a finite train loss.
+    """The folder of a run that is done. images: of each scored split. both: the last and the best checkpoint are scored
+    on test, as runs with validation do; else the selected one, as older runs did. not_finite: epochs without a finite train loss.
 
     right: share of right predictions; wrong: which images, at the end, are wrong. passes: of an epoch. status,
     provenance: fields of these files that differ. flags: settings.
@@ -77,7 +80,12 @@ def write_run(
     if wrong is not None:
         predicted = np.where(np.isin(np.arange(images), list(wrong)), (labels + 1) % len(classes), labels)
     if test:
-        rows.append({"step": steps, "epoch": epochs} | _scores("test", labels, predicted))
+        best = min((row for row in rows if row["split"] == "val"), key=best_key) if both else None
+        if best is not None and best["step"] != steps:
+            scores = _scores("test", *_predict(draw, len(classes), images, right))
+            rows.append({"step": best["step"], "epoch": best["epoch"], "checkpoint": "best"} | scores)
+        name = {"checkpoint": "last"} if both else {}
+        rows.append({"step": steps, "epoch": epochs} | name | _scores("test", labels, predicted))
     elif val:  # what is scored at last is the last validation again
         rows[-1 - ema] |= _scores("val", labels, predicted)
     lines = (json.dumps(dict.fromkeys(_COLUMNS) | row | {"seconds": float(i + 1)}) for i, row in enumerate(rows))
@@ -126,7 +134,8 @@ def _write_run_of(folder: Path, run: Run, wrong: Collection[int] | int | None, i
     if wrong is None:
         return
     made: dict[str, Any] = {"epochs": max(1, run.steps // STEPS_PER_EPOCH), "images": images, "seed": run.seed}
-    made |= {"val": run.stage == "select", "test": run.stage == "final"}
+    made |= {"val": run.settings["val"], "test": run.stage == "final"}
+    made["both"] = made["val"] and made["test"]
     made |= {key: value for key, value in run.settings.items() if key not in (*made, "epochs", "sam_start")}
     output = ledger.run_folder(folder, run.id)
     if isinstance(wrong, int):

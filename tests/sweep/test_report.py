@@ -8,6 +8,9 @@ import pytest
 from scipy import optimize, stats
 
 from samtune.errors import CheckpointError, UsageError
+from samtune.report import html
+from samtune.runs.folder import read_report
+from samtune.sweep import page as sweep_page
 from samtune.sweep import tables
 from samtune.sweep.report import build
 from tests.conftest import samtune
@@ -56,6 +59,22 @@ def test_errors_over_seeds_have_students_interval(done):
     assert (entry["arm"], entry["label"], entry["n"], entry["images"]) == ("sam", "rho 0.05", 3, N)
     assert entry["test_errors"] == pytest.approx(list(errors))
     assert [entry["mean_error"], *entry["mean_error_ci95"]] == pytest.approx([errors.mean(), low, high])
+
+
+def test_arms_have_the_errors_of_both_checkpoints_where_their_runs_validate(done, tmp_path):
+    folder = write_sweep(tmp_path / "s", f"refit = false\n{RECIPE}", usual)
+    report = build(folder)
+    for entry in report["final"]:
+        stored = [read_report(folder / "runs" / run)["test_by_checkpoint"] for run in entry["runs"]]
+        means = {name: np.mean([both[name]["top1_error"] for both in stored]) for name in ("last", "best")}
+        assert entry["by_checkpoint"] == pytest.approx(means)
+        assert entry["by_checkpoint"]["last"] == pytest.approx(entry["mean_error"])
+    best = f"{report['final'][0]['by_checkpoint']['best']:.2f}"
+    assert tables.arm_rows(report)[0]["best epoch %"] == best
+    page = html.render("sweep.html", sweep_page.content(folder, report))
+    assert 'data-path="final.0.by_checkpoint.best"' in page
+    assert [entry["by_checkpoint"] for entry in done[1]["final"]] == [{}] * 3  # trained on the validation images, too
+    assert "best epoch %" not in tables.arm_rows(done[1])[0]
 
 
 def test_arms_are_compared_in_pairs_of_seeds(done):

@@ -87,6 +87,7 @@ def test_a_run_without_validation_trains_on_all_is_scored_on_test_and_says_so(da
     assert (result["dataset"]["train"], result["dataset"]["val"]) == (20, 0)
     assert (result["val"], result["best_epoch"], result["ema"]["val"]) == (None, None, None)
     assert result["test"]["n"] == result["ema"]["test"]["n"] == 4
+    assert result["test_by_checkpoint"] == {"last": result["test"] | {"step": result["steps"]}}
     assert "val 0 (trained on, too)" in done.stderr
     splits = [json.loads(line)["split"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert splits == ["train", "test", "test_ema"]

@@ -159,7 +159,8 @@ def test_the_run_folder_is_whole(finished):
     keys |= {"images_per_second", "data_wait", "seconds"}
     assert all(keys <= row.keys() for row in rows)
     assert all(row[key] is not None for row in train for key in keys)
-    assert [row["split"] for row in rows] == ["train", "val", "train", "val", "test"]
+    assert [row["split"] for row in rows if row["split"] != "test"] == ["train", "val", "train", "val"]
+    assert rows[-1]["split"] == "test"
 
 
 def test_results_go_to_stdout_and_everything_else_to_stderr_without_escape_codes(finished):
@@ -205,9 +206,10 @@ def test_best_on_validation_is_what_select_best_scores(folder_data, tmp_path):
     best = min((row for row in rows if row["split"] == "val"), key=best_key)
     manifest = json.loads((tmp_path / "r" / "checkpoints" / "best" / "manifest.json").read_text())
     assert manifest["step"] == best["step"] == rows[-1]["step"]
+    result = json.loads(done.stdout)
+    assert result["test_by_checkpoint"]["best"] == result["test"] | {"step": best["step"]}
     again = json.loads(samtune("eval", tmp_path / "r", "--json").stdout)
-    assert again["wrong"] == json.loads(done.stdout)["test"]["wrong"]
-    assert again["loss"] == json.loads(done.stdout)["test"]["loss"]
+    assert (again["wrong"], again["loss"]) == (result["test"]["wrong"], result["test"]["loss"])
 
 
 def test_predictions_are_those_of_the_selected_checkpoint_and_name_their_rows(folder_data, tmp_path):
