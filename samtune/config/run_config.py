@@ -360,6 +360,11 @@ class RunConfig(BaseModel):
         "scales the loss); auto: bfloat16, on older GPUs float16, on a CPU float32",
         "auto",
     )
+    variant: str | None = _run(
+        "nothing",
+        "of a recipe with variants, one option of each axis at most (cutout,cifar100); an axis that is not named has "
+        "its first, and `samtune recipes show` lists them",
+    )
     seed: types.Seed = _run("results", "seed of order, augmentation and dropout", 0, fixed=True)
     eval_every: types.Interval = _run(
         "results", 'how often to validate: 1, "500 steps" or "5%" of the run', Duration(1, "epochs")
