@@ -24,6 +24,9 @@ _FROM_SCRATCH = {
     "freeze_bn": (False, "from scratch: there are no pretrained statistics to keep"),
     "head_lr_factor": (1.0, "from scratch: the head is as new as the body"),
     "warmup_epochs": ("5%", "from scratch: there are no pretrained weights to protect"),
+    "clip_grad": (5.0, "from scratch: as in the SAM paper's code; random weights have larger gradients"),
+    "drop": (0.0, "from scratch: as the SAM paper's networks on small images"),
+    "smoothing": (0.0, "from scratch: as the SAM paper's networks on small images"),
 }
 # Keys of a recipe that are no settings. expected: the measured result, for readers and tests. sweep: the table of
 # `samtune sweep`.
