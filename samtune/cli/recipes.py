@@ -7,7 +7,7 @@ import typer
 
 from samtune.cli.help import Command, Json, new_group
 from samtune.config import shipped_recipes
-from samtune.errors import MachineError, SamtuneError, UsageError
+from samtune.errors import MachineError, SamtuneError, UsageError, plural
 
 recipes_app = new_group(
     "The recipes that come with samtune, and a look at one's own: `samtune run NAME` finds one by its name."
@@ -19,7 +19,7 @@ _Name = Annotated[str, typer.Argument(help="Of `samtune recipes ls`: quick/pets,
 
 @recipes_app.command(name="ls", cls=Command, short_help="list the recipes, and what each is for")
 def list_recipes(as_json: Json = False) -> None:
-    """List the recipes that come with samtune: run or sweep, model, data set, and what each is for.
+    """List the recipes that come with samtune: run or sweep, model, data set, variants, and what each is for.
 
     Example: samtune recipes ls --json
     """
@@ -29,13 +29,17 @@ def list_recipes(as_json: Json = False) -> None:
     if as_json:
         console.print_json(rows)
         return
-    console.print_rows("Recipes", [{key: row[key] for key in ("name", "kind", "about")} for row in rows])
+    shown = [
+        {"name": row["name"], "kind": row["kind"], "variants": _count(row["variants"]), "about": row["about"]}
+        for row in rows
+    ]
+    console.print_rows("Recipes", shown, droppable=("variants",))
     console.print_prose(["`samtune recipes show NAME` prints one, `samtune run NAME` runs it"])
 
 
 @recipes_app.command(cls=Command, short_help="print a recipe as it is")
 def show(name: _Name, as_json: Json = False) -> None:
-    """Print a recipe as it is: its claim, its settings, what was measured.
+    """Print a recipe as it is: its claim, its settings, what was measured. Its variants are listed on stderr.
 
     Example: samtune recipes show flowers102-b7
     """
@@ -46,6 +50,8 @@ def show(name: _Name, as_json: Json = False) -> None:
         console.print_json({**recipe.about(), "path": str(recipe.path), "text": recipe.text})
     else:
         console.print_lines(recipe.text.splitlines())
+        if axes := recipe.variants.describe():
+            console.info(f"--variant takes one of each: {axes}")
 
 
 @recipes_app.command(name="cp", cls=Command, short_help="copy a recipe, to change it")
@@ -88,7 +94,7 @@ def validate(
     ],
     as_json: Json = False,
 ) -> None:
-    """Check the keys and values of recipes, as a run or a sweep would. Looks at no data set, and loads no model.
+    """Check the keys and values of recipes, of all variants, as a run or a sweep would; no data set, no model is read.
 
     Example: samtune recipes validate mine.toml
 
@@ -114,15 +120,25 @@ def validate(
         raise typer.Exit(UsageError.exit_code)
 
 
+def _count(variants: dict[str, list[str]]) -> str | None:
+    """The number of options of each axis: 5 x 3 x 2."""
+    return " x ".join(str(len(options)) for options in variants.values()) or None
+
+
 def _check(recipe: Path) -> str:
     """What a valid recipe is for, in words. Raises UsageError as `samtune run` and `samtune sweep` would."""
     path = shipped_recipes.find(recipe)
     from samtune.config import loading
 
-    loading.load(path)
-    if not loading.sweep_table(path):
-        return "run"
-    from samtune.sweep import spec as sweeps
+    cells: list[dict[str, Any]] = [{"variant": cell} for cell in loading.variants(path).cells()]
+    for flags in cells or [{}]:
+        loading.load(path, flags)
+    if any(loading.sweep_table(path, flags.get("variant")) for flags in cells or [{}]):
+        from samtune.sweep import spec as sweeps
 
-    sweeps.load(path, {})
-    return "run, sweep"
+        for flags in cells or [{}]:
+            sweeps.load(path, flags)
+        kind = "run, sweep"
+    else:
+        kind = "run"
+    return f"{kind}; {plural(len(cells), 'variant')}" if cells else kind

@@ -30,7 +30,9 @@ def sweep(
     *,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder of the sweep; by default sweeps/ and the recipe's name."),
+        typer.Option(
+            "--output", "-o", help="Folder of the sweep; by default sweeps/ and the recipe's name and variant."
+        ),
     ] = None,
     jobs: Annotated[
         int, typer.Option(min=1, help="Runs at a time: on each GPU of --gpus, or on the CPU, whose cores they share.")
@@ -76,7 +78,7 @@ def sweep(
         _check_address(address, engine)
     recipe = shipped_recipes.find(recipe)
     asked = sweeps.load(recipe, flags, budgets=budget, seeds=seeds)
-    folder = output or Path("sweeps") / recipe.stem
+    folder = output or Path("sweeps") / asked.name
     ledger.check_usable(folder)
     preflight.check_inputs(asked.base)
     preflight.check_apart(folder, asked.base.dataset)

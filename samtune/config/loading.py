@@ -1,7 +1,8 @@
 """Flags, a recipe and defaults -> RunConfig.
 
-A value is taken from the flag, else the recipe, else the data set's defaults, else the default. Invalid settings raise
-UsageError with key, origin and allowed range.
+A value is taken from the flag, else the recipe, else the data set's defaults, else the default. A recipe's variants are
+resolved here: a config has the settings of one cell (samtune/config/variants.py). Invalid settings raise UsageError
+with key, origin and allowed range.
 """
 
 import tomllib
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from samtune.config.dataset_defaults import DATASET_DEFAULTS
 from samtune.config.run_config import RunConfig, flag_name
 from samtune.config.types import gpu_choice
+from samtune.config.variants import TABLES, Variants
 from samtune.errors import UsageError, did_you_mean
 from samtune.files import readable
 
@@ -22,7 +24,13 @@ _FROM_SCRATCH = {
     "freeze_bn": (False, "from scratch: there are no pretrained statistics to keep"),
     "head_lr_factor": (1.0, "from scratch: the head is as new as the body"),
     "warmup_epochs": ("5%", "from scratch: there are no pretrained weights to protect"),
+    "clip_grad": (5.0, "from scratch: as in the SAM paper's code; random weights have larger gradients"),
+    "drop": (0.0, "from scratch: as the SAM paper's networks on small images"),
+    "smoothing": (0.0, "from scratch: as the SAM paper's networks on small images"),
 }
+# Keys of a recipe that are no settings. expected: the measured result, for readers and tests. sweep: the table of
+# `samtune sweep`.
+_NO_SETTINGS = ("expected", "sweep", *TABLES)
 _KINDS: dict[Any, str] = {float: "a number", int: "a whole number"}
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
@@ -49,10 +57,11 @@ def load_over(
 ) -> tuple[RunConfig, RunConfig, set[str]]:
     """The settings of a resumed run, flag > recipe > stored: (now, before, keys that differ).
 
-    origins: of the stored values. "auto" keeps what the run chose. Raises UsageError as `load` does.
+    origins: of the stored values. "auto" keeps what the run chose, and a recipe without --variant has the variant that
+    the run began with. Raises UsageError as `load` does.
     """
     stored_values = {key: (value, origins.get(key, "the run's own settings")) for key, value in stored.items()}
-    given = _with_origins(recipe, flags)
+    given = _with_origins(recipe, flags, stored.get("variant"))
     for key in ("amp_dtype", "batch_size"):
         if given.get(key, ("",))[0] == "auto":
             del given[key]
@@ -75,12 +84,38 @@ def check_devices(gpus: str, processes: int | None) -> None:
         raise UsageError(f"--gpus {gpus}: {error}") from None
 
 
-def _with_origins(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, tuple[Any, str]]:
+def _with_origins(
+    recipe: Path | None, flags: Mapping[str, Any] | None, variant: str | None = None
+) -> dict[str, tuple[Any, str]]:
+    """variant: of the recipe, if no flag chooses one."""
+    flags = flags or {}
     values: dict[str, tuple[Any, str]] = {}
-    if recipe is not None:
-        others = ("expected", "sweep")  # the measured result, for readers and tests; the table of `samtune sweep`
-        values = {k: (value, f"recipe {recipe}") for k, value in _read_toml(recipe).items() if k not in others}
-    return _merge(values, {key: (value, "flag") for key, value in (flags or {}).items()})
+    for origin, settings in _layers(recipe, flags.get("variant"), variant):
+        values |= {key: (value, origin) for key, value in settings.items() if key not in _NO_SETTINGS}
+    return _merge(values, {key: (value, "flag") for key, value in flags.items() if key != "variant"})
+
+
+def _layers(recipe: Path | None, asked: str | None, default: str | None = None) -> list[tuple[str, Mapping[str, Any]]]:
+    """A recipe and what its variant adds, as (origin, settings) by precedence, lowest first.
+
+    asked: the value of --variant. default: what is asked for without one.
+    """
+    if recipe is None:
+        if asked is not None:
+            raise UsageError(
+                f"--variant {asked} without a recipe", "a recipe has variants", "name one, or leave it out"
+            )
+        return []
+    content = _read_toml(recipe)
+    variants = Variants.of(content, recipe)
+    own = (f"recipe {recipe}", content)
+    if not variants.axes:
+        if asked is not None:
+            raise UsageError(f"--variant {asked}: recipe {recipe} has no variants", hint="leave it out")
+        return [own]
+    cell = variants.cell(asked if asked is not None else default)
+    chosen = ("flag" if asked is not None else f"recipe {recipe}", {"variant": " ".join(cell)})
+    return [own, chosen, *variants.layers(cell)]
 
 
 def _merge(values: dict[str, tuple[Any, str]], overrides: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
@@ -206,12 +241,22 @@ def _check_batch_can_be_found(config: RunConfig) -> None:
         )
 
 
-def sweep_table(path: Path) -> dict[str, Any]:
-    """The table [sweep] of a recipe; {} without one."""
-    table = _read_toml(path).get("sweep", {})
-    if not isinstance(table, dict):
-        raise UsageError(f"sweep = {table!r} in recipe {path}", "it is a table", "write [sweep], and its keys below")
-    return table
+def variants(path: Path) -> Variants:
+    """The variants of a recipe. Raises UsageError for a file that is no recipe."""
+    return Variants.of(_read_toml(path), path)
+
+
+def sweep_table(path: Path, variant: str | None = None) -> dict[str, Any]:
+    """The table [sweep] of a recipe, with the keys that its variant has there; {} without one."""
+    merged: dict[str, Any] = {}
+    for origin, settings in _layers(path, variant):
+        table = settings.get("sweep", {})
+        if not isinstance(table, dict):
+            raise UsageError(f"sweep = {table!r} in {origin}", "it is a table", "write [sweep], and its keys below")
+        for key, value in table.items():
+            before = merged.get(key)
+            merged[key] = before | value if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class RunConfig(BaseModel):
         le=16384,
         fixed=True,
     )
-    drop: float = _model("update", "dropout before the classifier", 0.2, ge=0, lt=1)
+    drop: float = _model("update", "dropout before the classifier; with --no-pretrained none", 0.2, ge=0, lt=1)
     drop_path: float = _model("update", "stochastic depth (drop-connect)", 0.0, ge=0, lt=1)
     freeze_bn: bool = _model(
         "results",
@@ -268,7 +268,8 @@ class RunConfig(BaseModel):
     momentum: float = _optimizer("update", "momentum of sgd", 0.9, ge=0, lt=1)
     weight_decay: float | None = _optimizer(
         "update",
-        "decay of weights (not of biases and norm parameters); by default 1 / training images, at most 0.002",
+        "decay of weights (not of biases and norm parameters); by default 1 / training images, at most 0.002, and "
+        "0.0005 with --no-pretrained and sgd",
         ge=0,
     )
     l2_in_loss: bool = _optimizer(
@@ -284,11 +285,12 @@ class RunConfig(BaseModel):
     )
     clip_grad: float = _optimizer(
         "update",
-        "largest global norm of the final gradient (the default rates belong to 1); 0 does not clip",
+        "largest global norm of the final gradient (the default rates belong to 1; with --no-pretrained it is 5); 0 "
+        "does not clip",
         1.0,
         ge=0,
     )
-    smoothing: float = _optimizer("update", "label smoothing", 0.1, ge=0, lt=1)
+    smoothing: float = _optimizer("update", "label smoothing; with --no-pretrained none", 0.1, ge=0, lt=1)
 
     rho: float = _sam("update", "radius of the perturbation in weight units; 0 is the plain optimizer", 0.05, ge=0)
     p: types.NormOrder = _sam("results", "norm of that radius, from 1 to inf", 2.0)
@@ -382,6 +384,11 @@ class RunConfig(BaseModel):
         "arithmetic of the forward pass (weights stay float32; tf32 rounds what a GPU multiplies to 10 bits; float16 "
         "scales the loss); auto: bfloat16, on older GPUs float16, on a CPU float32",
         "auto",
+    )
+    variant: str | None = _run(
+        "nothing",
+        "of a recipe with variants, one option of each axis at most (cutout,cifar100); an axis that is not named has "
+        "its first, and `samtune recipes show` lists them",
     )
     seed: types.Seed = _run("results", "seed of order, augmentation and dropout", 0, fixed=True)
     eval_every: types.Interval = _run(

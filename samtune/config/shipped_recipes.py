@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from samtune.config.variants import Variants
 from samtune.errors import UsageError, similar_names
 
 _HERE = Path(__file__).parents[1]
@@ -26,13 +27,21 @@ class Recipe:
         """The content of the file."""
         return self.path.read_text(encoding="utf-8")
 
-    def about(self) -> dict[str, Any]:
-        """name, kind, model, dataset, and about: the first sentence of the file.
+    @property
+    def variants(self) -> Variants:
+        """The variants of the file."""
+        return Variants.of(tomllib.loads(self.text), self.path)
 
-        kind: the command that its first lines give, run or sweep; of a run that has a table [sweep] both.
+    def about(self) -> dict[str, Any]:
+        """name, kind, model, dataset, variants, and about: the first sentence of the file.
+
+        kind: the command that its first lines give, run or sweep; of a run that has a table [sweep] both. model,
+        dataset: of the first variant. variants: axis -> options.
         """
-        text = self.text
+        text, variants = self.text, self.variants
         content = tomllib.loads(text)
+        for _, settings in variants.layers(variants.cell(None)):
+            content |= settings
         command = _COMMAND.search(text)
         kind = command[1] if command else "run"
         return {
@@ -40,6 +49,7 @@ class Recipe:
             "kind": "run, sweep" if kind == "run" and "sweep" in content else kind,
             "model": content.get("model"),
             "dataset": content.get("dataset"),
+            "variants": {axis: list(options) for axis, options in variants.axes.items()},
             "about": _first_sentence(text),
         }
 

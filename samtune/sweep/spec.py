@@ -68,6 +68,8 @@ def _grid(grid: Any) -> Any:
             raise ValueError(f"unknown setting {key}: {did_you_mean(key, RunConfig.model_fields)}".removesuffix(": "))
         if key in OWN:
             raise ValueError(f"{key} cannot vary: {OWN[key]}")
+        if key == "variant":
+            raise ValueError("variant cannot vary: a sweep is of one; an arm or a grid has its settings")
         if RunConfig.metadata(key)["affects"] == "rows":
             raise ValueError(f"{key} cannot vary: the errors would be of different images")
         if not isinstance(values, list) or not values or any(isinstance(v, list | dict) for v in values):
@@ -132,6 +134,11 @@ class Sweep:
     base: RunConfig
     table: SweepSpec
 
+    @property
+    def name(self) -> str:
+        """The name of the recipe and of its variant, for a folder."""
+        return "-".join((self.recipe.stem, *(self.base.variant or "").split()))
+
     def config(self, settings: Mapping[str, Any]) -> RunConfig:
         """The settings of a run: the shared ones, and those of this run. Raises UsageError."""
         over = {key: (value, f"[sweep] of recipe {self.recipe}") for key, value in settings.items()}
@@ -165,7 +172,7 @@ def load(
                 f"{key} = {getattr(base, key)} in recipe {recipe}: each run of a sweep is on one device",
                 hint="leave it out; --gpus all has a run on each GPU, --jobs so many on a CPU",
             )
-    given = loading.sweep_table(recipe)
+    given = loading.sweep_table(recipe, flags.get("variant"))
     origins = dict.fromkeys(given, f"[sweep] of recipe {recipe}")
     if budgets:
         given, origins["budgets"] = given | {"budgets": budgets}, "flag --budget"

@@ -18,6 +18,9 @@ _BASE_BATCH = 32
 # few hundred images fit in many ways; for 50,000 images it is near the paper's 1e-5. Clipping shrinks the gradient but
 # not the decay, so that more than this takes over.
 _MAX_WEIGHT_DECAY = 0.002
+# From random weights the whole network is drawn by the data, and images do not bound it: what the SAM paper's networks
+# have for 50,000 images.
+_WEIGHT_DECAY_FROM_SCRATCH = 5e-4
 
 
 def peak_lr(config: RunConfig, batch: BatchPlan) -> float:
@@ -46,6 +49,9 @@ def resolve_auto(
         reason = f"{base:g} x sqrt({plural(batch.nominal, 'image')} a step / {_BASE_BATCH})"
         reason += "" if config.pretrained else ", from scratch"
         config = config.derive("lr", float(f"{lr:.3g}"), reason)
+    if config.weight_decay is None and not config.pretrained and config.opt == "sgd":
+        reason = "from scratch: as the SAM paper's networks on CIFAR"
+        config = config.derive("weight_decay", _WEIGHT_DECAY_FROM_SCRATCH, reason)
     if config.weight_decay is None:
         decay = min(_MAX_WEIGHT_DECAY, 1 / train_images)
         config = config.derive(

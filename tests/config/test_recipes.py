@@ -5,12 +5,15 @@ import re
 import statistics
 import subprocess
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
 import timm
 
+from samtune import api
 from samtune.config import loading
+from samtune.config.duration import Duration
 from samtune.config.run_config import RunConfig
 from samtune.data import source
 from samtune.data.catalog import CATALOG
@@ -19,13 +22,13 @@ from samtune.report import stats
 from samtune.sweep import arms
 from samtune.sweep.plan import Plan
 from samtune.sweep.spec import load
-from samtune.train import loop
 from samtune.train.batch_plan import BatchPlan
 from tests.conftest import ROOT, write_image_folder
 from tests.test_docs import RECIPES, SCRIPTS
 
 FOLDER = ROOT / "recipes"
-PAPER, QUICK = (sorted((FOLDER / group).iterdir()) for group in ("paper", "quick"))
+PAPER = sorted([*FOLDER.glob("paper/b7-*"), *FOLDER.glob("paper/l2-*")])
+QUICK = sorted((FOLDER / "quick").iterdir())
 PAGE = (FOLDER / "README.md").read_text()
 
 # Foret et al. 2021, Table 3 (Table 10 for rho 0.05): top-1 error in % and half of its 95 % interval over 5 runs.
@@ -39,6 +42,44 @@ TABLE_3 = {
     "cifar100": ((7.44, 0.06), 7.56, (7.68, 0.06), (3.92, 0.06), (4.07, 0.08)),
     "birdsnap": ((13.64, 0.15), 13.64, (14.30, 0.18), (9.93, 0.15), (10.31, 0.15)),
     "food101": ((7.02, 0.02), 7.06, (7.17, 0.03), (3.82, 0.01), (3.97, 0.03)),
+}
+# The same, of training from scratch. Table 1: network and length -> CIFAR-10, CIFAR-100, each with the basic
+# augmentation, with cutout, and with AutoAugment and cutout: with SAM / without.
+TABLE_1 = {
+    "wrn28_10": "2.7/3.5 2.3/2.6 2.1/2.3 16.5/18.8 14.9/16.9 13.6/15.8",
+    "wrn28_10_1800": "2.4/3.5 2.1/2.7 1.6/2.2 16.3/19.1 14.0/17.4 12.8/16.1",
+    "shake26_2x96d": "2.3/2.7 2.0/2.3 1.6/1.9 15.1/17.0 14.2/15.7 12.8/14.1",
+    "pyramidnet272_a200": "2.7/4.0 1.9/2.5 1.6/1.9 14.6/19.7 12.6/16.4 11.6/14.6",
+    "pyramidnet272_a200_shakedrop": "2.1/2.5 1.6/1.9 1.4/1.6 13.3/14.5 11.3/11.8 10.3/10.6",
+}
+# ImageNet, 100, 200 and 400 epochs.
+TABLE_2 = {
+    "resnet50": "22.5/22.9 21.4/22.3 20.9/22.3",
+    "resnet101": "20.2/21.2 19.4/20.9 19.0/22.3",
+    "resnet152": "19.2/20.4 18.5/20.3 18.4/20.9",
+}
+# CIFAR-10 with 20, 40, 60 and 80 % wrong labels: accuracy on the clean test split.
+TABLE_4 = {
+    "sgd": "84.8 68.8 48.2 26.2",
+    "mixup": "93.0 90.0 83.8 70.2",
+    "bootstrap-mixup": "93.3 92.0 87.6 72.0",
+    "sam": "95.1 93.4 90.5 77.9",
+    "bootstrap-sam": "95.4 94.2 91.8 79.9",
+}
+# SVHN, Fashion-MNIST, each basic and with AutoAugment.
+TABLE_5 = {
+    "wrn28_10": "1.42/1.58 0.99/1.14 3.98/4.57 3.61/3.86",
+    "shake26_2x96d": "1.44/1.58 1.07/1.03 3.97/4.37 3.59/3.76",
+}
+# Errors by the number of ascent steps.
+INNER_STEPS = {"steps1": "2.77", "steps2": "2.76", "steps3": "2.73", "steps5": "2.77"}
+TABLES = {"table1": TABLE_1, "table2": TABLE_2, "table4": TABLE_4, "table5": TABLE_5, "ablations": INNER_STEPS}
+# A cell of each of them, and of their miniatures, that has more to it than the first.
+RUN_CELLS = {
+    "table1": "autoaugment",
+    "table4": "bootstrap-sam",
+    "table5": "svhn,autoaugment",
+    "ablations": "second-order",
 }
 MEASURED = {"n", "train_seconds", "machine", "date", "versions"}
 OF_A_RUN = {"passes", "top1_error", "wrong", "ci95"}
@@ -57,22 +98,35 @@ def read(recipe: Path) -> dict:
     return tomllib.loads(recipe.read_text())
 
 
-def passes(settings: RunConfig) -> int:
-    """Forward-backward passes of a run: one in each step, and another where SAM is on."""
-    rows = settings.max_train or 3600  # of the demo, which alone has a length in epochs: 4000 images without validation
-    steps = settings.epochs.steps(rows // settings.batch_size)
-    return steps + steps - settings.sam_start.steps(0, steps)
+def cells(recipe: Path) -> list[dict[str, str]]:
+    """Flags for each variant of a recipe; of one without variants no flags."""
+    return [{"variant": cell} for cell in loading.variants(recipe).cells()] or [{}]
+
+
+def of_cell(by_options: dict, cell: str) -> list:
+    """The entries whose options a cell has."""
+    return [value for key, value in by_options.items() if set(key.split()) <= set(cell.split())]
+
+
+def passes(settings: RunConfig) -> float:
+    """Forward-backward passes of a run: one in each step, and those that SAM adds where it is on."""
+    rows = settings.max_train or int((1 - settings.val_fraction) * CATALOG[settings.dataset].counts.get("train", 0))
+    steps = settings.epochs.steps(rows // (settings.global_batch_size or settings.batch_size))
+    added = 1 / 3 if settings.ascent == "random" else settings.ascent_steps + 3 * settings.second_order
+    with_sam = steps - settings.sam_start.steps(0, steps) if settings.rho else 0
+    return (1 + settings.bootstrap) * (steps + added * with_sam)
 
 
 @each
 def test_every_recipe_loads_and_names_things_that_exist(recipe):
-    settings = loading.load(recipe)
-    resolved = resolve(settings.model)
-    source.locate(settings.dataset)
-    said = re.search(r"-> (\S+), (\d+) px", recipe.read_text())
-    assert said is not None or settings.img_size is not None
-    if said is not None:
-        assert (said[1], int(said[2])) == (resolved, timm.get_pretrained_cfg(resolved).input_size[1])
+    for flags in cells(recipe):
+        settings = loading.load(recipe, flags)
+        resolved = resolve(settings.model)
+        source.locate(settings.dataset)
+        said = re.search(r"-> (\S+), (\d+) px", recipe.read_text())
+        assert said is not None or settings.img_size is not None
+        if said is not None:
+            assert (said[1], int(said[2])) == (resolved, timm.get_pretrained_cfg(resolved).input_size[1])
 
 
 @each
@@ -118,8 +172,11 @@ def test_the_page_has_the_means_and_intervals_that_follow_from_the_counts_of_a_m
 
 @pytest.mark.parametrize("recipe", RUN, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_the_cost_that_a_recipe_states_is_that_of_its_settings(recipe):
-    settings, claim = loading.load(recipe), read(recipe)["expected"]
-    assert claim["passes"] == passes(settings)
+    claim = read(recipe)["expected"]
+    for flags in cells(recipe):
+        settings = loading.load(recipe, flags)
+        stated = claim["passes"] if isinstance(claim["passes"], int) else of_cell(claim["passes"], settings.variant)
+        assert stated in (round(passes(settings)), [round(passes(settings))])
     if recipe in QUICK:
         assert f"an hour at {claim['passes'] * settings.batch_size / 3600:.0f} images/s" in recipe.read_text()
 
@@ -131,7 +188,7 @@ def test_every_recipe_has_a_row_on_the_page_with_its_figures(recipe):
     if claim["measured"] and recipe not in SWEPT:
         assert f"{claim['top1_error']:.2f} %" in row
         assert f"{claim['wrong']} of {claim['n']}" in row
-    if "paper" in claim:
+    if recipe in PAPER:
         figures = claim["paper"]
         assert f"{figures['top1_error']:.2f} ± {figures['ci95']:.2f}" in row
         assert f"{figures['no_sam']:.2f} ± {figures['no_sam_ci95']:.2f}" in row
@@ -188,19 +245,116 @@ def test_any_number_of_devices_computes_the_papers_batch_with_its_perturbations(
         assert batch.parts * devices == cores
 
 
+@pytest.mark.parametrize("table", TABLES)
+def test_the_figures_of_every_cell_are_those_of_its_table_and_stand_on_the_page(table):
+    recipe = FOLDER / "paper" / f"{table}.toml"
+    section = next(part for part in re.split("^##+ ", PAGE, flags=re.M) if f"](paper/{table}.toml)" in part)
+    figures = {}
+    for row, errors in TABLES[table].items():
+        assert f"| `{row}` | {' | '.join(errors.split())} |".replace("/", " / ") in section
+        own = [cell for each in cells(recipe) if (cell := each["variant"]).split()[0] == row]
+        for cell, error in zip(own, errors.split(), strict=True):
+            with_sam, _, without = error.partition("/")
+            name = "top1_accuracy" if table == "table4" else "top1_error"
+            figures[cell] = {name: float(with_sam)} | ({"no_sam": float(without)} if without else {})
+    assert read(recipe)["expected"]["paper"] == figures
+
+
+FROM_SCRATCH = [path for path in RECIPES if loading.variants(path).axes]
+each_from_scratch = pytest.mark.parametrize("recipe", FROM_SCRATCH, ids=lambda path: f"{path.parent.name}-{path.stem}")
+
+
+def test_no_miniature_has_a_published_figure_beside_it():
+    miniatures = [path for path in FROM_SCRATCH if path.parent.name == "mini"]
+    assert {path.stem for path in miniatures} <= set(TABLES)
+    for recipe in miniatures:
+        assert recipe.read_text().startswith(f"# A miniature of {recipe.stem}: ")
+        assert "paper" not in read(recipe)["expected"]
+
+
 @pytest.mark.parametrize(
-    "recipe", [path for path in RECIPES if "sweep" in read(path)], ids=lambda path: str(path.relative_to(FOLDER))
+    ("table", "cell", "expected"),
+    [
+        ("table1", "wrn28_10 cifar10", ("200 epochs", 0.1, 5e-4, 0.05)),
+        ("table1", "wrn28_10 cifar100", ("200 epochs", 0.1, 5e-4, 0.1)),
+        ("table1", "wrn28_10_1800 cifar10", ("1800 epochs", 0.05, 1e-3, 0.05)),
+        ("table1", "wrn28_10_1800 cifar100", ("1800 epochs", 0.05, 1e-3, 0.1)),
+        ("table1", "shake26_2x96d cifar10", ("1800 epochs", 0.02, 1e-3, 0.02)),
+        ("table1", "shake26_2x96d cifar100", ("1800 epochs", 0.02, 1e-3, 0.05)),
+        ("table1", "pyramidnet272_a200 cifar10", ("1800 epochs", 0.05, 5e-4, 0.05)),
+        ("table1", "pyramidnet272_a200 cifar100", ("1800 epochs", 0.05, 5e-4, 0.2)),
+        ("table1", "pyramidnet272_a200_shakedrop cifar10", ("1800 epochs", 0.02, 5e-4, 0.05)),
+        ("table1", "pyramidnet272_a200_shakedrop cifar100", ("1800 epochs", 0.05, 5e-4, 0.05)),
+        ("table2", "resnet152 epochs400", ("400 epochs", 1.0, 1e-4, 0.05)),
+        ("table4", "sgd noise40", ("200 epochs", 0.1, 5e-4, 0)),
+        ("table4", "sam noise60", ("200 epochs", 0.1, 5e-4, 0.1)),
+        ("table4", "bootstrap-sam noise80", ("200 epochs", 0.1, 5e-4, 0.05)),
+        ("table5", "wrn28_10 svhn", ("160 epochs", 0.01, 5e-4, 0.01)),
+        ("table5", "shake26_2x96d svhn", ("160 epochs", 0.01, 5e-4, 0.01)),
+        ("table5", "wrn28_10 fashion_mnist", ("200 epochs", 0.1, 5e-4, 0.05)),
+        ("table5", "shake26_2x96d fashion_mnist", ("200 epochs", 0.1, 5e-4, 0.02)),
+    ],
+)
+def test_the_settings_of_a_cell_are_those_of_the_papers_code(table, cell, expected):
+    settings = loading.load(FOLDER / "paper" / f"{table}.toml", {"variant": cell})
+    assert (str(settings.epochs), settings.lr, settings.weight_decay, settings.rho) == expected
+
+
+@each_from_scratch
+def test_every_cell_trains_from_scratch_as_the_papers_code_does(recipe):
+    of_paper = recipe.parent.name == "paper"
+    for flags in cells(recipe):
+        settings = loading.load(recipe, flags)
+        expected = {
+            **{"pretrained": False, "freeze_bn": False, "opt": "sgd", "momentum": 0.9, "clip_grad": 5, "drop": 0},
+            **{"head_lr_factor": 1, "smoothing": 0.1 if recipe.stem == "table2" else 0},
+            **({"l2_in_loss": True} if of_paper else {}),
+        }
+        assert {key: getattr(settings, key) for key in expected} == expected
+        assert settings.warmup_epochs.amount == (0 if of_paper else 5)
+        batch = {"table2": 4096, "table4": 128}.get(recipe.stem, 256) if of_paper else 32
+        assert (settings.global_batch_size or settings.batch_size) == batch
+
+
+@cache
+def as_read(recipe: Path, key: str, values: tuple) -> list:
+    """These values of a setting, as a run of the recipe has them."""
+    return [getattr(loading.load(recipe, {key: value}), key) for value in values]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [path for path in RECIPES if any(loading.sweep_table(path, flags.get("variant")) for flags in cells(path))],
+    ids=lambda path: str(path.relative_to(FOLDER)),
 )
 def test_a_sweep_varies_settings_that_exist_within_their_range(recipe):
-    sweep = read(recipe)["sweep"]
-    assert sweep.keys() <= {"seeds", "selection_seeds", "refit", "budgets", "arms", "grid"} | ARMS
-    assert len(set(sweep["arms"])) == len(sweep["arms"])
-    assert set(sweep["arms"]) <= ARMS
-    assert sweep.keys() & ARMS <= set(sweep["arms"])
-    for grid in (sweep["grid"], *(sweep[arm] for arm in sweep.keys() & ARMS)):
-        for key, values in grid.items():
-            found = [getattr(loading.load(recipe, {key: value}), key) for value in values]
-            assert key not in read(recipe) or getattr(loading.load(recipe), key) in found
+    for flags in cells(recipe):
+        sweep = loading.sweep_table(recipe, flags.get("variant"))
+        assert sweep.keys() <= {"seeds", "selection_seeds", "refit", "budgets", "arms", "grid"} | ARMS
+        assert len(set(sweep["arms"])) == len(sweep["arms"])
+        assert set(sweep["arms"]) <= ARMS
+        assert sweep.keys() & ARMS <= set(sweep["arms"])
+        of_run = loading.load(recipe, flags)
+        for grid in (sweep["grid"], *(sweep[arm] for arm in sweep.keys() & ARMS)):
+            for key, values in grid.items():
+                tried = as_read(recipe, key, tuple(values))
+                is_given = of_run.origins[key].startswith("recipe")
+                is_used = any(map(arms.has_sam, sweep["arms"])) or RunConfig.metadata(key)["panel"] != "SAM"
+                assert not (is_given and is_used) or getattr(of_run, key) in tried
+
+
+@pytest.mark.parametrize("recipe", [FOLDER / "paper" / "table4.toml", FOLDER / "mini" / "table4.toml"], ids=str)
+def test_each_arm_of_label_noise_is_searched_at_as_many_rates_and_never_refits_on_clean_labels(recipe):
+    searched = set()
+    for flags in cells(recipe):
+        asked = load(recipe, flags)
+        assert not asked.table.refit
+        assert (asked.base.rho > 0) == ("sam" in asked.table.arms)
+        (arm,) = (arm for arm in asked.table.arms if arm in ("sam", "sgd"))
+        points = arms.points(asked, arm)
+        assert {point["mixup"] for point in points if "mixup" in point} >= ({1, 8, 32} if asked.base.mixup else set())
+        searched.add(len({(point["lr"], point.get("weight_decay")) for point in points}))
+    assert len(searched) == 1
 
 
 def test_the_recipes_that_show_what_sam_gains_have_a_sweep():
@@ -232,15 +386,19 @@ def test_every_recipe_runs_in_miniature(recipe, tmp_path, small_data):
 
     A batch for many devices is computed by one, in as many parts as there are images for.
     """
+    chosen = {"variant": RUN_CELLS[recipe.stem]} if recipe in FROM_SCRATCH and recipe.stem in RUN_CELLS else {}
+    meant = loading.load(recipe, chosen)
     small = {
         **{"model": "test_efficientnet", "pretrained": False, "img_size": 32, "epochs": "2 steps"},
-        **{"dataset": str(small_data(loading.load(recipe).dataset)), "processes": 1, "workers": 0},
+        **{"dataset": str(small_data(meant.dataset)), "processes": 1, "workers": 0},
     }
-    report = loop.run(loading.load(recipe, small | {"output": tmp_path / "run"}))
-    ran, meant = loading.load(tmp_path / "run" / "config.toml"), loading.load(recipe)
-    kept = read(recipe).keys() - small.keys() - {"expected", "sweep"}
+    report = api.run(recipe, output=tmp_path / "run", **chosen, **small)
+    ran = loading.load(tmp_path / "run" / "config.toml")
+    kept = {key for key in RunConfig.model_fields if meant.origins[key].startswith("recipe")} - small.keys()
     assert {key: getattr(ran, key) for key in kept} == {key: getattr(meant, key) for key in kept}
-    assert report["cost"]["forward_backward_passes"] == (3 if meant.sam_start.amount else 4)
+    assert ran.variant == meant.variant
+    two_steps = passes(meant.model_copy(update={"epochs": Duration(2, "steps"), "max_train": 10**6}))
+    assert report["cost"]["forward_backward_passes"] == pytest.approx(two_steps)
     assert (report["test"] is None) == (meant.dataset == "birdsnap")
 
 

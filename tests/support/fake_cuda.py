@@ -60,6 +60,9 @@ _BASE: Mapping[str, Any] = {
     "freeze_bn": True,
     "head_lr_factor": 35.0,
     "warmup_epochs": 0,
+    "drop": 0.2,
+    "smoothing": 0.1,
+    "clip_grad": 1.0,
     "graphs": "off",
 }
 SETTINGS: Mapping[str, Mapping[str, Any]] = {

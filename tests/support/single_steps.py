@@ -83,6 +83,7 @@ def write_pictures(folder: Path, images: int, classes: int) -> Callable[..., lis
 def prepare(folder: Path, decode: Callable[..., list[Images]], **settings: Any) -> Setup:
     """A run that never ends, from random weights with frozen batch norm, on the data set in the folder."""
     always = {"pretrained": False, "freeze_bn": True, "epochs": "1000000 steps", "warmup_epochs": 0, "lr": 1e-4}
+    always |= {"drop": 0.2, "smoothing": 0.1, "clip_grad": 1.0}  # as for pretrained weights
     config = loading.load(flags={"dataset": str(folder), **always, **settings})
     return build_setup(config, decode=decode)
 

@@ -9,6 +9,7 @@ from tests.conftest import samtune
 SETTINGS = (
     *("--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--epochs", "3", "--lr", "0.01"),
     *("--batch-size", "8", "--workers", "0", "--model-ema", "--save-every", "2 steps"),
+    *("--drop", "0.2"),  # random numbers of the steps, which a resumed run repeats
 )  # 15 steps, validated after 5, 10 and 15
 
 

@@ -14,20 +14,33 @@ from tests.support.fault_matrix import row
 
 NAME = "resnet10t"
 SMALL = ("--model", NAME, "--no-pretrained", "--img-size", 32, "--epochs", "3 steps", "--workers", 0)
-BY_HAND = ("--no-freeze-bn", "--head-lr-factor", 1, "--warmup-epochs", "5%")
+BY_HAND = (
+    *("--no-freeze-bn", "--head-lr-factor", 1, "--warmup-epochs", "5%", "--clip-grad", 5, "--drop", 0),
+    *("--smoothing", 0, "--weight-decay", 5e-4),
+)
 
 
 def load(**given):
     return loading.load(None, {"model": NAME, "dataset": "d"} | given)
 
 
+FROM_SCRATCH = {  # setting: (from scratch, with pretrained weights)
+    "freeze_bn": (False, True),
+    "head_lr_factor": (1.0, 35.0),
+    "warmup_epochs": ("5%", "20%"),
+    "clip_grad": (5.0, 1.0),
+    "drop": (0.0, 0.2),
+    "smoothing": (0.0, 0.1),
+}
+
+
 def test_what_is_for_pretrained_weights_alone_has_other_defaults_with_their_origin():
-    settings = load(pretrained=False)
-    assert (settings.freeze_bn, settings.head_lr_factor, str(settings.warmup_epochs)) == (False, 1.0, "5%")
-    for key in ("freeze_bn", "head_lr_factor", "warmup_epochs"):
+    settings, pretrained = load(pretrained=False), load()
+    for key, (from_scratch, otherwise) in FROM_SCRATCH.items():
+        stored = [each.model_dump(mode="json")[key] for each in (settings, pretrained)]
+        assert stored == [from_scratch, otherwise]
         assert settings.origins[key].startswith("derived: from scratch")
-    pretrained = load()
-    assert (pretrained.freeze_bn, pretrained.head_lr_factor, str(pretrained.warmup_epochs)) == (True, 35.0, "20%")
+        assert pretrained.origins[key] == "default"
 
 
 def test_flags_and_recipes_take_precedence(tmp_path):
@@ -51,6 +64,7 @@ def test_the_settings_of_a_run_are_those_that_are_given_by_hand_and_are_kept(tmp
     assert reports[0]["test"] == reports[1]["test"]
     stored = (tmp_path / "a" / "config.toml").read_text()
     assert "freeze_bn = false" in stored
+    assert "derived: from scratch: as the SAM paper's networks on CIFAR" in stored
     assert "derived: 0.07 x sqrt(16 images a step / 32), from scratch" in stored
 
 

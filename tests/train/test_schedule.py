@@ -1,9 +1,13 @@
 """Durations, the learning rate and rho."""
 
+import itertools
+
 import pytest
 
+from samtune.config import loading
 from samtune.config.duration import Duration
-from samtune.train.schedule import RhoSchedule, cosine, warmup
+from samtune.train.batch_plan import BatchPlan
+from samtune.train.schedule import RhoSchedule, TrainingLength, cosine, warmup
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,21 @@ def test_the_cosine_falls_from_one_to_zero():
     assert factors[50] == pytest.approx(0.5)
     assert factors[100] == pytest.approx(0)
     assert factors == sorted(factors, reverse=True)
+
+
+def test_a_run_of_1800_epochs_is_one_cosine_whose_rate_at_a_step_follows_from_the_step_alone():
+    """So a run that is resumed after any epoch has the rates of one that was not interrupted."""
+    config = loading.load(None, {"model": "m", "dataset": "d", "epochs": 1800, "batch_size": 256, "warmup_epochs": 0})
+    length = TrainingLength.of(config, BatchPlan.of(config, 1, 45_000), 45_000)
+    assert (length.steps_per_epoch, length.total_steps, length.warmup_steps) == (175, 315_000, 0)
+    assert len(length.rho.sam_steps) == length.total_steps
+    epochs = [cosine(epoch * 175, length.total_steps) for epoch in range(1801)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(epochs))
+    assert epochs[900] == pytest.approx(0.5)
+    assert epochs[1800] == 0
+    last = [cosine(step, length.total_steps) for step in range(314_990, 315_000)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(last))
+    assert last[-1] > 0
 
 
 def test_a_warmup_rises_evenly_from_its_first_step_and_stays():
