@@ -186,7 +186,7 @@ def test_a_sweep_has_it_as_a_setting_of_an_arm_and_counts_both_trainings(photos,
         more="\n[sweep.sam]\nbootstrap = [true, false]\n",
     )
     planned = json.loads(samtune("sweep", recipe, "--dry-run", "--json").stdout)
-    assert [(stage["stage"], stage["arm"], stage["passes"]) for stage in planned["stages"]] == [
+    assert [(stage["stage"], stage["arm"], stage["passes"]) for stage in planned] == [
         ("select", "sam", "8 to 16"),
         ("final", "sam", "16"),
         ("final", "sgd", "4"),

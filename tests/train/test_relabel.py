@@ -145,6 +145,7 @@ def test_what_cannot_be_done_is_said_in_one_line(noisy_run, tmp_path, data):
     assert len(pq.read_table(there)) == 36
 
 
+@pytest.mark.slow
 def test_images_without_a_label_or_that_cannot_be_decoded_get_none(tmp_path):
     data = write_image_folder(tmp_path / "pets", {"train": 6, "test": 2})
     (data / "train" / "cat" / "2.png").write_bytes(b"no image")
