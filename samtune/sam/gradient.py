@@ -176,7 +176,12 @@ class SAM:
         return min(n, self.m if isinstance(self.m, int) else n, self.micro_batch or n)
 
     def use_cuda_graphs(self, *, required: bool = False) -> None:
-        """Record the passes as CUDA graphs; see cuda_graphs.GraphRunner, also for `required`."""
+        """Record the passes as CUDA graphs; see cuda_graphs.GraphRunner, also for `required`.
+
+        Raises ValueError with second_order: a gradient that was recorded cannot be differentiated.
+        """
+        if self.second_order:
+            raise ValueError("second_order: its passes cannot be recorded as CUDA graphs")
         self.runner = GraphRunner(
             self._inner, self._params, self.ranks, is_perturbed=lambda: self.perturbed, required=required
         )

@@ -85,8 +85,8 @@ def test_reading_a_folder_opens_no_picture_at_all(folders, opened):
     assert opened == []
 
 
-def test_reading_a_folder_takes_less_than_600_bytes_a_picture(folders):
-    """So 1.33 million take less than 0.8 GB, on top of some 0.8 GB that torch and its libraries take."""
+def test_reading_a_folder_takes_less_than_300_bytes_a_picture(folders):
+    """So 1.33 million take less than 0.4 GB, on top of some 0.8 GB that torch and its libraries take."""
     peaks = []
     for root in folders.values():
         open_run_splits(settings(root))  # what is loaded once is loaded
@@ -95,7 +95,7 @@ def test_reading_a_folder_takes_less_than_600_bytes_a_picture(folders):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     (few, many), (peak, larger_peak) = folders, peaks
-    assert (larger_peak - peak) / (many - few) < 600
+    assert (larger_peak - peak) / (many - few) < 300
 
 
 def test_a_class_folder_is_listed_once(folders, monkeypatch):

@@ -408,3 +408,8 @@ def test_the_cost_that_is_reported_is_that_of_the_arithmetic(options, passes):
 def test_what_does_not_go_together_is_refused(small_net, options, message):
     with pytest.raises(ValueError, match=message):
         SAM(small_net, **options)
+
+
+def test_a_second_order_gradient_is_not_recorded(small_net):
+    with pytest.raises(ValueError, match="CUDA graphs"):
+        SAM(small_net, second_order=True).use_cuda_graphs()
