@@ -41,9 +41,11 @@ def list_models(
 
     Example: samtune models show tf_efficientnet_lite0
 
+    Example: samtune models wrn
+
     The parameters are with the head of the pretrained weights. Weights are in a package, in the cache of the hub, or
     have to come from the hub. `show` tells licence, normalisation, stages with their output, and what --perturb lets
-    through.
+    through. Networks for CIFAR, such as wrn28_10, have no weights; they are for --no-pretrained.
     """
     if pattern == "show" and name is None:
         raise UsageError("models show: no NAME is given", hint="samtune models show tf_efficientnet_lite0")

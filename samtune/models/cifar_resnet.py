@@ -19,7 +19,7 @@ from torch import nn
 
 
 def cifar_cfg(paper: str) -> dict[str, Any]:
-    """timm's description of a network for CIFAR that has no weights. paper: its number on arXiv."""
+    """Timm's description of a network for CIFAR that has no weights. paper: its number on arXiv."""
     return {
         "num_classes": 10,
         "input_size": (3, 32, 32),
@@ -156,7 +156,9 @@ class WideResNet(CifarNetwork):
     is what batch norm does for deep ResNets at the start, and that they train with it alone.
     """
 
-    def __init__(self, blocks: int, widths: Sequence[int], stem: int = 16, *, norm: bool = True, **options: Any) -> None:
+    def __init__(
+        self, blocks: int, widths: Sequence[int], stem: int = 16, *, norm: bool = True, **options: Any
+    ) -> None:
         stages: list[list[nn.Module]] = []
         in_chs = stem
         for stage, out_chs in enumerate(widths):

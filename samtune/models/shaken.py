@@ -8,7 +8,6 @@ step of SAM draw the same numbers, and what holds for dropout masks on ranks, in
 for them.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch

@@ -311,7 +311,9 @@ def test_a_network_is_built_and_taken_apart_as_timms_own(name):
     assert model.get_submodule(config["first_conv"]).in_channels == 1
     assert model.get_submodule(config["classifier"]) is model.fc
     assert (config["input_size"], config["crop_pct"], config["num_classes"]) == ((3, 32, 32), 1.0, 10)
-    assert not torch.equal(model.train().forward_head(torch.ones(1, model.num_features, 2, 2), pre_logits=True), features)
+    assert not torch.equal(
+        model.train().forward_head(torch.ones(1, model.num_features, 2, 2), pre_logits=True), features
+    )
     model.reset_classifier(0)
     assert torch.equal(model.eval()(x), features)
     model.reset_classifier(0, "")
