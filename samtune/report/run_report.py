@@ -65,8 +65,8 @@ def build(folder: Path) -> dict[str, Any]:
 
     Errors are in percent, intervals are Wilson's at 95 %, times in seconds. train_seconds is the time from the first
     step to the last, with validations and checkpoints, without pauses; images_per_second counts training only.
-    test and predictions.parquet are of the selected checkpoint; test_by_checkpoint has the same of "last" and "best", as
-    far as they were scored, with their step; they are equal where the last step was the best on validation.
+    test and predictions.parquet are of the selected checkpoint; test_by_checkpoint has the scores of "last" and "best",
+    and their steps, as far as they were scored: one result where the last step was the best on validation.
     cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. With
     --bootstrap, passes and train_seconds are those of both trainings; cost.bootstrap_passes and cost.bootstrap_seconds
     are those of the first. Values that missing rows of metrics leave open are null.

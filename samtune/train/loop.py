@@ -372,7 +372,8 @@ class Trainer:
         """
         config = self.setup.config
         folder, step = self._checkpoint(config.select)
-        chosen = [(config.select, folder, step, {"test"} | ({"test_ema"} if config.model_ema else set()))]
+        splits = {"test", "test_ema"} if config.model_ema else {"test"}
+        chosen: list[tuple[str, Path, int, set[str]]] = [(config.select, folder, step, splits)]
         if config.val:
             other = "last" if config.select == "best" else "best"
             try:

@@ -44,8 +44,10 @@ def write_run(
     provenance: dict[str, Any] | None = None,
     **flags: Any,
 ) -> Path:
-    """The folder of a run that is done. images: of each scored split. both: the last and the best checkpoint are scored
-    on test, as runs with validation do; else the selected one, as older runs did. not_finite: epochs without a finite train loss.
+    """The folder of a run that is done. images: of each scored split. not_finite: epochs without a finite train loss.
+
+    both: the last and the best checkpoint are scored on test, as in runs with validation; else the selected one, as in
+    older runs.
 
     right: share of right predictions; wrong: which images, at the end, are wrong. passes: of an epoch. status,
     provenance: fields of these files that differ. flags: settings.
