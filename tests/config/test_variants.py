@@ -19,6 +19,7 @@ lr = 0.1
 [sweep]
 arms = ["sam", "sgd"]
 grid.rho = [0.05, 0.1]
+grid.momentum = [0.9]
 [variants.network.thin]
 [variants.network.wide]
 model = "resnet10t"
@@ -152,7 +153,7 @@ def test_a_resumed_run_keeps_its_variant_and_another_one_differs(recipe):
 def test_a_sweep_is_of_one_cell_whose_options_change_its_table(recipe, tmp_path):
     plain, mixed = spec.load(recipe, {}), spec.load(recipe, {"variant": "mixup,wide"})
     assert (arms.arms(plain), arms.arms(mixed)) == (["sam", "sgd"], ["sgd"])
-    assert arms.points(mixed, "sgd") == [{"mixup": 1.0}, {"mixup": 8.0}]
+    assert arms.points(mixed, "sgd") == [{"momentum": 0.9, "mixup": alpha} for alpha in (1.0, 8.0)]
     assert mixed.config({"mixup": 8.0}).model == "resnet10t"
     stored = tmp_path / "sweep.toml"
     stored.write_text(mixed.to_toml())
