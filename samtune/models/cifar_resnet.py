@@ -1,9 +1,9 @@
 """Residual networks for pictures of 32 px, registered with timm: Wide ResNets and the thin ResNets of He et al.
 
-They are those of the experiments of Foret et al. 2021 from scratch, as in that paper's code. Wherever a shortcut changes
+They are those of the experiments of Foret et al. 2021 from scratch, as in that paper's code. Where a shortcut changes
 its shape, it has no parameters: Zagoruyko and Komodakis have a convolution there, so that their counts are higher by
-0.5 to 1.5 %. The networks take pictures of any size. Convolutions start normal with variance 2 / fan_out, the classifier
-uniform in +-1 / sqrt(classes) with bias 0.
+0.5 to 1.5 %. The networks take pictures of any size. Convolutions start normal with variance 2 / fan_out, and the
+classifier uniform in +-1 / sqrt(classes) with bias 0.
 """
 
 import math
@@ -152,8 +152,8 @@ class WideResNet(CifarNetwork):
 
     The first block's normalisation stands before the branches part. norm: with False there is no normalisation. Then
     the last convolution of each block starts smaller by the square root of the number of blocks, so that variance grows
-    by a factor below e over all of them, in place of 2 in each: De and Smith 2020 (arXiv 2002.10444) show that this
-    is what batch norm does for deep ResNets at the start, and that they train with it alone.
+    by a factor below e over all of them, in place of 2 in each: De and Smith 2020 (arXiv 2002.10444) show that this is
+    what batch norm does for deep ResNets at the start, and that they train with it alone.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class WideResNet(CifarNetwork):
 
 
 class BasicBlock(nn.Module):
-    """Conv-norm-ReLU-conv-norm beside a shortcut, and ReLU; the shortcut skips pixels and pads (option A of He et al.)."""
+    """Conv-norm-ReLU-conv-norm beside a shortcut, then ReLU; the shortcut skips pixels (He et al., option A)."""
 
     def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ def resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def resnet32_wide(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The ResNet-32 of the protocol for label noise (Jiang et al. 2020): pre-activation, four and eight times as wide."""
+    """The ResNet-32 of the protocol for label noise (Jiang et al. 2020), of wide pre-activation blocks."""
     args = {"blocks": 5, "widths": (128, 256, 512), "stem": 64} | kwargs
     model: nn.Module = build_model_with_cfg(WideResNet, "resnet32_wide", pretrained, **args)
     return model

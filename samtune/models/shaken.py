@@ -1,11 +1,11 @@
 """Networks for pictures of 32 px whose branches are shaken, registered with timm: Shake-Shake, PyramidNet, ShakeDrop.
 
-In training a shaken branch is multiplied by a random coefficient in the forward pass, and its gradient by another one in
+In training a shaken branch is multiplied by a random coefficient in the forward pass, and its gradient by another in
 the backward pass. SAM's ascent passes set `true_gradient` on all such modules: then the gradient is multiplied by the
-forward pass's coefficient, which makes it the derivative of what was computed, as in the code of Foret et al. 2021. Both
-coefficients are drawn in every forward pass, for each image, from torch's generator of the device. So all passes of a
-step of SAM draw the same numbers, and what holds for dropout masks on ranks, in micro-batches and after a resume holds
-for them.
+forward pass's coefficient, which makes it the derivative of what was computed, as in the code of Foret et al. 2021.
+Both coefficients are drawn in every forward pass, for each image, from torch's generator of the device. So all passes
+of a step of SAM draw the same numbers, and what holds for dropout masks on ranks, in micro-batches and after a resume
+holds for them.
 """
 
 from typing import Any
@@ -63,7 +63,7 @@ class ShakeShake(Shaking):
 
 
 class ShakeDrop(Shaking):
-    """A branch that is kept, or multiplied by alpha in [-1, 1], and its gradient by beta in [0, 1] (Yamada et al. 2018).
+    """Keeps a branch, or multiplies it by alpha in [-1, 1], its gradient by beta in [0, 1] (Yamada et al. 2018).
 
     keep: probability that the branch of an image is kept. In evaluation mode it is multiplied by its mean coefficient,
     which is `keep`.
@@ -87,7 +87,7 @@ class ShakeDrop(Shaking):
 
 
 class ShiftedShortcut(nn.Module):
-    """Two halves of the channels by 1x1 convolutions on every second pixel, the second one pixel further on each axis."""
+    """Half of the channels by a 1x1 convolution on every second pixel, half by one that starts a pixel further."""
 
     def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class PyramidNet(CifarNetwork):
     """PyramidNet with bottlenecks (Han et al. 2017, arXiv 1610.02915): each block is wider than the one before.
 
     blocks: of each of three stages. alpha: how much wider than 16 the last of all bottlenecks is; widths are rounded.
-    shake_drop: the largest probability of ShakeDrop, that of the last block; it grows from the first one in equal steps.
+    shake_drop: the largest probability of ShakeDrop, that of the last block; it grows by the same amount in each block.
     """
 
     def __init__(self, blocks: int, alpha: float, *, shake_drop: float = 0.0, **options: Any) -> None:
