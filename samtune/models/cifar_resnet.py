@@ -143,8 +143,9 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H / stride, W / stride)."""
         activated = F.relu(self.norm1(x))
-        branch = self.conv2(F.relu(self.norm2(self.conv1(activated))))
-        return branch + pool_and_pad(activated if self.shares_activation else x, self.out_chs, self.stride)
+        branch: torch.Tensor = self.conv2(F.relu(self.norm2(self.conv1(activated))))
+        shortcut = pool_and_pad(activated if self.shares_activation else x, self.out_chs, self.stride)
+        return branch + shortcut
 
 
 class WideResNet(CifarNetwork):
@@ -174,9 +175,9 @@ class WideResNet(CifarNetwork):
         super().__init__([("conv", conv)], stages, last, in_chs, **options)
         if not norm:
             with torch.no_grad():
-                for block in self.stages.modules():
-                    if isinstance(block, PreActivationBlock):
-                        block.conv2.weight /= math.sqrt(blocks * len(widths))
+                for module in self.stages.modules():
+                    if isinstance(module, PreActivationBlock):
+                        module.conv2.weight /= math.sqrt(blocks * len(widths))
 
 
 class BasicBlock(nn.Module):
@@ -226,15 +227,19 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def build(network: type[CifarNetwork], variant: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
+    """A network that timm knows the description of. args: those of the network."""
+    model: nn.Module = build_model_with_cfg(network, variant, pretrained, **args)
+    return model
+
+
 def _wide_resnet(variant: str, pretrained: bool, given: dict[str, Any], depth: int, k: int, **args: Any) -> nn.Module:
     args = {"blocks": (depth - 4) // 6, "widths": (16 * k, 32 * k, 64 * k)} | args | given
-    model: nn.Module = build_model_with_cfg(WideResNet, variant, pretrained, **args)
-    return model
+    return build(WideResNet, variant, pretrained, args)
 
 
 def _thin_resnet(variant: str, pretrained: bool, given: dict[str, Any], depth: int) -> nn.Module:
-    model: nn.Module = build_model_with_cfg(ThinResNet, variant, pretrained, **{"blocks": (depth - 2) // 6} | given)
-    return model
+    return build(ThinResNet, variant, pretrained, {"blocks": (depth - 2) // 6} | given)
 
 
 @register_model
@@ -295,5 +300,4 @@ def resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def resnet32_wide(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The ResNet-32 of the protocol for label noise (Jiang et al. 2020), of wide pre-activation blocks."""
     args = {"blocks": 5, "widths": (128, 256, 512), "stem": 64} | kwargs
-    model: nn.Module = build_model_with_cfg(WideResNet, "resnet32_wide", pretrained, **args)
-    return model
+    return build(WideResNet, "resnet32_wide", pretrained, args)

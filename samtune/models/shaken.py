@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from samtune.models.cifar_resnet import CifarNetwork, cifar_cfg, conv3x3, pool_and_pad
+from samtune.models.cifar_resnet import CifarNetwork, build, cifar_cfg, conv3x3, pool_and_pad
 
 
 class _Scale(torch.autograd.Function):
@@ -30,7 +30,7 @@ class _Scale(torch.autograd.Function):
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return grad * ctx.saved_tensors[0], None, None
 
 
@@ -120,7 +120,8 @@ class ShakeShakeBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H / stride, W / stride)."""
         mixed: torch.Tensor = self.shake(self.branch1(x), self.branch2(x))
-        return mixed + self.shortcut(x)
+        shortcut: torch.Tensor = self.shortcut(x)
+        return shortcut + mixed
 
 
 class ShakeShakeNet(CifarNetwork):
@@ -192,25 +193,20 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _build(network: type[CifarNetwork], variant: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
-    model: nn.Module = build_model_with_cfg(network, variant, pretrained, **args)
-    return model
-
-
 @register_model
 def shake26_2x96d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Shake-Shake (26 2x96d)."""
-    return _build(ShakeShakeNet, "shake26_2x96d", pretrained, {"blocks": 4, "width": 96} | kwargs)
+    return build(ShakeShakeNet, "shake26_2x96d", pretrained, {"blocks": 4, "width": 96} | kwargs)
 
 
 @register_model
 def pyramidnet272_a200(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PyramidNet of depth 272 and alpha 200, with bottlenecks."""
-    return _build(PyramidNet, "pyramidnet272_a200", pretrained, {"blocks": 30, "alpha": 200} | kwargs)
+    return build(PyramidNet, "pyramidnet272_a200", pretrained, {"blocks": 30, "alpha": 200} | kwargs)
 
 
 @register_model
 def pyramidnet272_a200_shakedrop(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PyramidNet with ShakeDrop: a block's branch is kept with probability 1 - 0.5 l / L."""
     args = {"blocks": 30, "alpha": 200, "shake_drop": 0.5} | kwargs
-    return _build(PyramidNet, "pyramidnet272_a200_shakedrop", pretrained, args)
+    return build(PyramidNet, "pyramidnet272_a200_shakedrop", pretrained, args)
