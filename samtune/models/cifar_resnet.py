@@ -1,9 +1,9 @@
 """Residual networks for pictures of 32 px, registered with timm: Wide ResNets and the thin ResNets of He et al.
 
-They are those of the experiments of Foret et al. 2021 from scratch, as in that paper's code. Wherever a shortcut changes
+They are those of the experiments of Foret et al. 2021 from scratch, as in that paper's code. Where a shortcut changes
 its shape, it has no parameters: Zagoruyko and Komodakis have a convolution there, so that their counts are higher by
-0.5 to 1.5 %. The networks take pictures of any size. Convolutions start normal with variance 2 / fan_out, the classifier
-uniform in +-1 / sqrt(classes) with bias 0.
+0.5 to 1.5 %. The networks take pictures of any size. Convolutions start normal with variance 2 / fan_out, and the
+classifier uniform in +-1 / sqrt(classes) with bias 0.
 """
 
 import math
@@ -143,8 +143,9 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H / stride, W / stride)."""
         activated = F.relu(self.norm1(x))
-        branch = self.conv2(F.relu(self.norm2(self.conv1(activated))))
-        return branch + pool_and_pad(activated if self.shares_activation else x, self.out_chs, self.stride)
+        branch: torch.Tensor = self.conv2(F.relu(self.norm2(self.conv1(activated))))
+        shortcut = pool_and_pad(activated if self.shares_activation else x, self.out_chs, self.stride)
+        return branch + shortcut
 
 
 class WideResNet(CifarNetwork):
@@ -152,8 +153,8 @@ class WideResNet(CifarNetwork):
 
     The first block's normalisation stands before the branches part. norm: with False there is no normalisation. Then
     the last convolution of each block starts smaller by the square root of the number of blocks, so that variance grows
-    by a factor below e over all of them, in place of 2 in each: De and Smith 2020 (arXiv 2002.10444) show that this
-    is what batch norm does for deep ResNets at the start, and that they train with it alone.
+    by a factor below e over all of them, in place of 2 in each: De and Smith 2020 (arXiv 2002.10444) show that this is
+    what batch norm does for deep ResNets at the start, and that they train with it alone.
     """
 
     def __init__(
@@ -174,13 +175,13 @@ class WideResNet(CifarNetwork):
         super().__init__([("conv", conv)], stages, last, in_chs, **options)
         if not norm:
             with torch.no_grad():
-                for block in self.stages.modules():
-                    if isinstance(block, PreActivationBlock):
-                        block.conv2.weight /= math.sqrt(blocks * len(widths))
+                for module in self.stages.modules():
+                    if isinstance(module, PreActivationBlock):
+                        module.conv2.weight /= math.sqrt(blocks * len(widths))
 
 
 class BasicBlock(nn.Module):
-    """Conv-norm-ReLU-conv-norm beside a shortcut, and ReLU; the shortcut skips pixels and pads (option A of He et al.)."""
+    """Conv-norm-ReLU-conv-norm beside a shortcut, then ReLU; the shortcut skips pixels (He et al., option A)."""
 
     def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
         super().__init__()
@@ -226,15 +227,19 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def build(network: type[CifarNetwork], variant: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
+    """A network that timm knows the description of. args: those of the network."""
+    model: nn.Module = build_model_with_cfg(network, variant, pretrained, **args)
+    return model
+
+
 def _wide_resnet(variant: str, pretrained: bool, given: dict[str, Any], depth: int, k: int, **args: Any) -> nn.Module:
     args = {"blocks": (depth - 4) // 6, "widths": (16 * k, 32 * k, 64 * k)} | args | given
-    model: nn.Module = build_model_with_cfg(WideResNet, variant, pretrained, **args)
-    return model
+    return build(WideResNet, variant, pretrained, args)
 
 
 def _thin_resnet(variant: str, pretrained: bool, given: dict[str, Any], depth: int) -> nn.Module:
-    model: nn.Module = build_model_with_cfg(ThinResNet, variant, pretrained, **{"blocks": (depth - 2) // 6} | given)
-    return model
+    return build(ThinResNet, variant, pretrained, {"blocks": (depth - 2) // 6} | given)
 
 
 @register_model
@@ -293,7 +298,6 @@ def resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def resnet32_wide(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The ResNet-32 of the protocol for label noise (Jiang et al. 2020): pre-activation, four and eight times as wide."""
+    """The ResNet-32 of the protocol for label noise (Jiang et al. 2020), of wide pre-activation blocks."""
     args = {"blocks": 5, "widths": (128, 256, 512), "stem": 64} | kwargs
-    model: nn.Module = build_model_with_cfg(WideResNet, "resnet32_wide", pretrained, **args)
-    return model
+    return build(WideResNet, "resnet32_wide", pretrained, args)

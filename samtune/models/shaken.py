@@ -1,21 +1,21 @@
 """Networks for pictures of 32 px whose branches are shaken, registered with timm: Shake-Shake, PyramidNet, ShakeDrop.
 
-In training a shaken branch is multiplied by a random coefficient in the forward pass, and its gradient by another one in
+In training a shaken branch is multiplied by a random coefficient in the forward pass, and its gradient by another in
 the backward pass. SAM's ascent passes set `true_gradient` on all such modules: then the gradient is multiplied by the
-forward pass's coefficient, which makes it the derivative of what was computed, as in the code of Foret et al. 2021. Both
-coefficients are drawn in every forward pass, for each image, from torch's generator of the device. So all passes of a
-step of SAM draw the same numbers, and what holds for dropout masks on ranks, in micro-batches and after a resume holds
-for them.
+forward pass's coefficient, which makes it the derivative of what was computed, as in the code of Foret et al. 2021.
+Both coefficients are drawn in every forward pass, for each image, from torch's generator of the device. So all passes
+of a step of SAM draw the same numbers, and what holds for dropout masks on ranks, in micro-batches and after a resume
+holds for them.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from samtune.models.cifar_resnet import CifarNetwork, cifar_cfg, conv3x3, pool_and_pad
+from samtune.models.cifar_resnet import CifarNetwork, build, cifar_cfg, conv3x3, pool_and_pad
 
 
 class _Scale(torch.autograd.Function):
@@ -30,7 +30,7 @@ class _Scale(torch.autograd.Function):
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return grad * ctx.saved_tensors[0], None, None
 
 
@@ -63,7 +63,7 @@ class ShakeShake(Shaking):
 
 
 class ShakeDrop(Shaking):
-    """A branch that is kept, or multiplied by alpha in [-1, 1], and its gradient by beta in [0, 1] (Yamada et al. 2018).
+    """Keeps a branch, or multiplies it by alpha in [-1, 1], its gradient by beta in [0, 1] (Yamada et al. 2018).
 
     keep: probability that the branch of an image is kept. In evaluation mode it is multiplied by its mean coefficient,
     which is `keep`.
@@ -87,7 +87,7 @@ class ShakeDrop(Shaking):
 
 
 class ShiftedShortcut(nn.Module):
-    """Two halves of the channels by 1x1 convolutions on every second pixel, the second one pixel further on each axis."""
+    """Half of the channels by a 1x1 convolution on every second pixel, half by one that starts a pixel further."""
 
     def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
         super().__init__()
@@ -120,7 +120,8 @@ class ShakeShakeBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H / stride, W / stride)."""
         mixed: torch.Tensor = self.shake(self.branch1(x), self.branch2(x))
-        return mixed + self.shortcut(x)
+        shortcut: torch.Tensor = self.shortcut(x)
+        return shortcut + mixed
 
 
 class ShakeShakeNet(CifarNetwork):
@@ -166,7 +167,7 @@ class PyramidNet(CifarNetwork):
     """PyramidNet with bottlenecks (Han et al. 2017, arXiv 1610.02915): each block is wider than the one before.
 
     blocks: of each of three stages. alpha: how much wider than 16 the last of all bottlenecks is; widths are rounded.
-    shake_drop: the largest probability of ShakeDrop, that of the last block; it grows from the first one in equal steps.
+    shake_drop: the largest probability of ShakeDrop, that of the last block; it grows by the same amount in each block.
     """
 
     def __init__(self, blocks: int, alpha: float, *, shake_drop: float = 0.0, **options: Any) -> None:
@@ -192,25 +193,20 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _build(network: type[CifarNetwork], variant: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
-    model: nn.Module = build_model_with_cfg(network, variant, pretrained, **args)
-    return model
-
-
 @register_model
 def shake26_2x96d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Shake-Shake (26 2x96d)."""
-    return _build(ShakeShakeNet, "shake26_2x96d", pretrained, {"blocks": 4, "width": 96} | kwargs)
+    return build(ShakeShakeNet, "shake26_2x96d", pretrained, {"blocks": 4, "width": 96} | kwargs)
 
 
 @register_model
 def pyramidnet272_a200(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PyramidNet of depth 272 and alpha 200, with bottlenecks."""
-    return _build(PyramidNet, "pyramidnet272_a200", pretrained, {"blocks": 30, "alpha": 200} | kwargs)
+    return build(PyramidNet, "pyramidnet272_a200", pretrained, {"blocks": 30, "alpha": 200} | kwargs)
 
 
 @register_model
 def pyramidnet272_a200_shakedrop(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PyramidNet with ShakeDrop: a block's branch is kept with probability 1 - 0.5 l / L."""
     args = {"blocks": 30, "alpha": 200, "shake_drop": 0.5} | kwargs
-    return _build(PyramidNet, "pyramidnet272_a200_shakedrop", pretrained, args)
+    return build(PyramidNet, "pyramidnet272_a200_shakedrop", pretrained, args)

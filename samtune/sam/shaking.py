@@ -1,4 +1,4 @@
-"""Models that multiply gradients by other random coefficients than they multiply activations: Shake-Shake, ShakeDrop."""
+"""Models that multiply gradients by other random coefficients than activations: Shake-Shake, ShakeDrop."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,8 @@
 Learned is: less than 5 % training error in evaluation mode, looked at after every epoch of 20 steps of 50 images. By
 default each network is trained as a CPU can, at 8 px: the narrow ones as they are, of the others siblings of the same
 depth and an eighth of the width (of PyramidNet with 12 of its 90 blocks). With --full it is every network itself at
-32 px, on a GPU if there is one. The learning rate rises over the first 40 steps and then stays; Nesterov momentum 0.9, gradients clipped
-at norm 5; no augmentation and no weight decay.
+32 px, on a GPU if there is one. The learning rate rises over the first 40 steps and then stays; Nesterov momentum 0.9,
+gradients clipped at norm 5; no augmentation and no weight decay.
 """
 
 import argparse
