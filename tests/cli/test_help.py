@@ -110,7 +110,7 @@ def test_a_shell_gets_its_completions_from_the_command(tmp_path):
         asked = {"_SAMTUNE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
         return samtune(env=asked, cwd=tmp_path).stdout.split()
 
-    assert complete("samtune re") == ["recipes", "report"]
+    assert complete("samtune re") == ["recipes", "report", "relabel"]
     assert complete("samtune run --model efficientnet_b7") == ["efficientnet_b7"]
     assert "flowers102" in complete("samtune run --dataset flow")
     assert "--rho" in complete("samtune run --rh")
