@@ -13,9 +13,9 @@ from tests.support.fingerprint import fingerprint
 from tests.support.small_run import resume, run
 
 SIBLINGS = {
-    "shake26_2x96d": {"blocks": 1, "width": 4},
-    "pyramidnet272_a200_shakedrop": {"blocks": 1, "alpha": 6},
-    "wrn28_10": {"blocks": 1, "widths": [4, 6, 8]},
+    "shake26_2x96d": {"blocks": 1, "width": 16},
+    "pyramidnet272_a200_shakedrop": {"blocks": 1, "alpha": 48},
+    "wrn28_10": {"blocks": 1, "widths": [16, 32, 64]},
 }
 
 
