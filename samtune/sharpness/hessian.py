@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samtune.distributed import collectives
 from samtune.distributed.collectives import flat_views
@@ -51,14 +52,16 @@ class Hessian:
         product = torch.zeros_like(v)
         sums = flat_views(product, self._params)
         along = flat_views(v, self._params)
-        for batch, share in zip(self._batches, self._shares, strict=True):
-            grads = torch.autograd.grad(self._loss(*batch), self._params, create_graph=True, materialize_grads=True)
-            # A part of the gradient that does not depend on the parameters, such as a constant, has no derivative.
-            moving = [(g, d) for g, d in zip(grads, along, strict=True) if g.requires_grad]
-            more = torch.autograd.grad(
-                [g for g, _ in moving], self._params, [d for _, d in moving], materialize_grads=True
-            )
-            torch._foreach_add_(sums, list(more), alpha=share)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+            for batch, share in zip(self._batches, self._shares, strict=True):
+                loss = self._loss(*batch)
+                grads = torch.autograd.grad(loss, self._params, create_graph=True, materialize_grads=True)
+                # A gradient that is constant, such as that of a linear loss, has no derivative.
+                moving = [(g, d) for g, d in zip(grads, along, strict=True) if g.requires_grad]
+                if moving:
+                    outputs, directions = zip(*moving, strict=True)
+                    more = torch.autograd.grad(outputs, self._params, directions, materialize_grads=True)
+                    torch._foreach_add_(sums, list(more), alpha=share)
         self.products += 1
         return collectives.all_reduce_sum(product)
 
