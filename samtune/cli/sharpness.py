@@ -28,7 +28,9 @@ def sharpness(
     *,
     m: Annotated[
         str | None,
-        typer.Option(help="m-sharpness: sizes of the groups that share a perturbation, as 1,16,256.", show_default=False),
+        typer.Option(
+            help="m-sharpness: sizes of the groups that share a perturbation, as 1,16,256.", show_default=False
+        ),
     ] = None,
     rho: Annotated[float, typer.Option(min=0, help="Radius of its ball, in weight units.")] = 0.05,
     p: Annotated[float, typer.Option(min=1, help="Norm of its ball, from 1 to inf.")] = 2.0,
@@ -38,7 +40,9 @@ def sharpness(
     ascent_steps: Annotated[
         int, typer.Option(min=1, help="Steps of the search for the maximum; 1 is SAM's own step alone.")
     ] = 20,
-    starts: Annotated[int, typer.Option(min=0, help="Random directions from which it starts, besides the gradient.")] = 1,
+    starts: Annotated[
+        int, typer.Option(min=0, help="Random directions from which it starts, besides the gradient.")
+    ] = 1,
     top: Annotated[
         int | None, typer.Option(min=1, help="So many of the largest eigenvalues of the Hessian.", show_default=False)
     ] = None,
@@ -70,7 +74,9 @@ def sharpness(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder for the files; by default the folder of the run, or of the sweep.",
+            "--output",
+            "-o",
+            help="Folder for the files; by default the folder of the run, or of the sweep.",
             show_default=False,
         ),
     ] = None,

@@ -58,9 +58,7 @@ class Lanczos:
 
     def ritz(self) -> tuple[Floats, Floats]:
         """Eigenvalues of T in ascending order, (k,), and its eigenvectors in the columns of (k, k)."""
-        values, vectors = np.linalg.eigh(
-            np.diag(self.alpha) + np.diag(self.beta[:-1], 1) + np.diag(self.beta[:-1], -1)
-        )
+        values, vectors = np.linalg.eigh(np.diag(self.alpha) + np.diag(self.beta[:-1], 1) + np.diag(self.beta[:-1], -1))
         return values, vectors
 
     def vector(self, coefficients: Floats) -> torch.Tensor:

@@ -38,7 +38,7 @@ def group_sharpness(
     micro_batch: int | None = None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> GroupSharpness:
-    """max over ||e||_p <= rho of L(w + e) - L(w), where L is the mean loss of the group.
+    """Max over ||e||_p <= rho of L(w + e) - L(w), where L is the mean loss of the group.
 
     The one-step value uses e = rho dual(g) at w, by the code of the SAM step. The ascent repeats it: its next e is
     rho dual(gradient at w + e), the point of the ball that gains most along the last gradient. For a convex loss no
@@ -48,6 +48,7 @@ def group_sharpness(
     Args:
         loss: (*batch) -> (), the mean over the samples it is given; the model in evaluation mode.
         perturbation: the parameters and their ball.
+        group: the samples.
         rho: radius in weight units.
         steps: of the ascent, from each start; 1 is the one-step value alone.
         starts: further starts, each a direction (a tensor for each parameter) in the place of the first gradient.

@@ -1,4 +1,4 @@
-"""What `samtune sharpness` measures of one model: loss, m-sharpness, Hessian spectrum, slices, as numbers for a report."""
+"""What `samtune sharpness` measures of one model: loss, m-sharpness, spectrum of the Hessian, slices, as numbers."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,7 +85,7 @@ class Subject:
         return logits
 
     def parts(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's share of the images, in parts of `size`."""
+        """The images of this rank, in parts of `size`."""
         both = list(zip(self.images.split(size), self.labels.split(size), strict=True))
         return both[collectives.rank() :: collectives.world_size()]
 
@@ -210,7 +210,9 @@ def _density(found: Spectrum, measures: Measures) -> dict[str, Any]:
     at = found.grid()
     width = (at[-1] - at[0]) / 100
     curves = found.density(at, width)
-    moments = {f"moment_{power}": dict(zip(("mean", "standard_error"), found.moment(power), strict=True)) for power in (1, 2)}
+    moments = {
+        f"moment_{power}": dict(zip(("mean", "standard_error"), found.moment(power), strict=True)) for power in (1, 2)
+    }
     for moment in moments.values():
         moment["standard_error"] = moment["standard_error"] if math.isfinite(moment["standard_error"]) else None  # type: ignore[assignment]
     return {

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from samtune.errors import plural
 from samtune.report import html, svg_charts
 from samtune.report.html import Chart, Column, Table
 from samtune.report.svg_charts import Heading, Series
@@ -71,8 +72,9 @@ def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, str | float | 
         if "density" in one
     ]
     correlation = [
-        {"m": entry["m"], "tau": entry["tau"], "from": entry["ci95"][0], "to": entry["ci95"][1], "runs": entry["runs"]}
-        for entry in result.get("correlation", ())
+        {key: one[key] for key in ("m", "runs", "tau")}
+        | dict(zip(("from", "to"), one["ci95"] or (None, None), strict=True))
+        for one in result.get("correlation", ())
     ]
     found["m-sharpness (nats)"] = sharpness
     found["Eigenvalues of the Hessian"] = eigenvalues
@@ -98,15 +100,16 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     if measures["m"]:
         ball = f"rho {measures['rho']:g}, p {measures['p']:g}" + (", adaptive" if measures["adaptive"] else "")
         lines.append(
-            f"m-sharpness: the mean over groups of m images of the rise of their loss in the ball of {ball}. One step is "
-            f"that of SAM's own perturbation; the maximum is the best of {measures['ascent_steps']} steps of ascent from "
-            f"the gradient and from {measures['starts']} random directions, a lower bound where it has not converged."
+            f"m-sharpness: the mean over groups of m images of the rise of their loss in the ball of {ball}. One step "
+            f"is that of SAM's own perturbation; the maximum is the best of {measures['ascent_steps']} steps of ascent "
+            f"from the gradient and from {plural(measures['starts'], 'random direction')}, a lower bound where it has "
+            "not converged."
         )
     hessians = [one["hessian"] for one in result["checkpoints"] if "hessian" in one]
     if hessians:
         lines.append(
-            f"Hessian of {hessians[0]['parameters']:,} parameters ({measures['params']}): an eigenvalue lies within its "
-            "residual of the one stated."
+            f"Hessian of {hessians[0]['parameters']:,} parameters ({measures['params']}): an eigenvalue lies within "
+            "its residual of the one stated."
         )
     if any(not one["converged"] for one in hessians):
         lines.append(f"Not all eigenvalues have converged in {measures['max_steps']} products: see their residuals.")
@@ -168,7 +171,9 @@ def _m_sharpness(result: Mapping[str, Any]) -> Chart | None:
     series, rows = [], []
     for one in models:
         by_m = {entry["m"]: entry for entry in one["m_sharpness"]}
-        series.append(Series(one["label"], range(len(sizes)), [by_m[m]["maximum"] if m in by_m else None for m in sizes]))
+        series.append(
+            Series(one["label"], range(len(sizes)), [by_m[m]["maximum"] if m in by_m else None for m in sizes])
+        )
         rows += [[one["label"], m, by_m[m]["one_step"], by_m[m]["maximum"]] for m in sizes if m in by_m]
     svg = svg_charts.lines(
         Heading("chart-m", "m-sharpness", f"Of {len(models)} models, for m from {sizes[0]} to {sizes[-1]}."),
@@ -179,7 +184,9 @@ def _m_sharpness(result: Mapping[str, Any]) -> Chart | None:
         bars=True,
     )
     columns = [Column("model"), Column("m", "d"), Column("one step", ".4g"), Column("maximum", ".4g")]
-    return Chart(svg, "The largest rise found, in the mean over groups of m images.", Table("m-sharpness", columns, rows))
+    return Chart(
+        svg, "The largest rise found, in the mean over groups of m images.", Table("m-sharpness", columns, rows)
+    )
 
 
 def _densities(result: Mapping[str, Any]) -> Chart | None:
@@ -200,11 +207,9 @@ def _densities(result: Mapping[str, Any]) -> Chart | None:
         from_zero=False,
         log=True,
     )
-    rows = [
-        [one["label"], *values]
-        for one in models
-        for values in list(zip(*(one["density"][key] for key in ("eigenvalues", "mean", "low", "high")), strict=True))[::8]
-    ]
+    keys = ("eigenvalues", "mean", "low", "high")
+    points = {one["label"]: list(zip(*(one["density"][key] for key in keys), strict=True)) for one in models}
+    rows = [[label, *values] for label, of_model in points.items() for values in of_model[::8]]
     columns = [Column("model"), *(Column(name, ".4g") for name in ("eigenvalue", "density", "lowest", "highest"))]
     caption = "Stochastic Lanczos quadrature, smoothed by a Gaussian; the band spans the probes."
     return Chart(svg, caption, Table("every eighth point of the density", columns, rows))
@@ -238,8 +243,14 @@ def _over_training(result: Mapping[str, Any]) -> Chart | None:
     return Chart(svg, "The largest eigenvalue at each checkpoint.", Table("eigenvalues over training", columns, rows))
 
 
+def _sliced(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [one for one in result["checkpoints"] if "slices" in one]
+
+
 def _slices(result: Mapping[str, Any]) -> Chart | None:
-    models = [one for one in result["checkpoints"] if "slices" in one and not isinstance(one["slices"]["loss"][0], list)]
+    models = [
+        one for one in result["checkpoints"] if "slices" in one and not isinstance(one["slices"]["loss"][0], list)
+    ]
     if not models:
         return None
     curves = {one["label"]: one["slices"] for one in models}
@@ -270,7 +281,7 @@ def _curves(id: str, title: str, curves: Mapping[str, Mapping[str, Any]], x_labe
 
 
 def _planes(result: Mapping[str, Any]) -> Chart | None:
-    models = [one for one in result["checkpoints"] if "slices" in one and isinstance(one["slices"]["loss"][0], list)]
+    models = [one for one in _sliced(result) if isinstance(one["slices"]["loss"][0], list)]
     if not models:
         return None
     at = models[0]["slices"]["at"]
@@ -287,5 +298,8 @@ def _planes(result: Mapping[str, Any]) -> Chart | None:
         for b, loss in zip(at, of_row, strict=True)
     ]
     columns = [Column("model"), Column("first", ".3g"), Column("second", ".3g"), Column("loss", ".4g")]
-    caption = "Lines of equal loss on the plane of two random directions; the point is the model. All panels have the same levels."
+    caption = (
+        "Lines of equal loss on the plane of two random directions; the point is the model. All panels have the same "
+        "levels."
+    )
     return Chart(svg, caption, Table("loss on the plane", columns, rows))

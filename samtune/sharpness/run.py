@@ -1,7 +1,7 @@
 """`samtune sharpness`: from checkpoints and their data to sharpness.json and its page."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -147,9 +147,7 @@ def _subject(loaded: LoadedCheckpoint, max_images: int, seed: int, dtype: Dtype)
     rows = loaded.rows
     order = np.random.default_rng(seed).permutation(len(rows))[:max_images]
     transform = EvalTransform(loaded.data_config)
-    batches = list(
-        eval_batches(loaded.images, rows[order], transform, batch_size=256, workers=0, pin_memory=False)
-    )
+    batches = list(eval_batches(loaded.images, rows[order], transform, batch_size=256, workers=0, pin_memory=False))
     target = next(loaded.model.parameters()).device
     model = loaded.model.to(getattr(torch, dtype)).eval()
     return Subject(
@@ -163,7 +161,7 @@ def _subject(loaded: LoadedCheckpoint, max_images: int, seed: int, dtype: Dtype)
 
 def _correlation(
     targets: Sequence[Target], checkpoints: Sequence[Mapping[str, Any]], measures: Measures
-) -> Iterator[dict[str, Any]] | list[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """For each m, Kendall's tau between m-sharpness and the gap of test and train error, over runs.
 
     The paper's Figure 3 has mutual information in place of tau. Runs without a test error are left out.
@@ -176,9 +174,8 @@ def _correlation(
             measured.append({entry["m"]: entry["maximum"] for entry in one["m_sharpness"]})
     if len(gaps) < 4:
         return []
-    return [
-        {"m": m, **kendall([values[m] for values in measured], gaps, seed=measures.seed)} for m in measures.m
-    ]
+    found = {m: kendall([values[m] for values in measured], gaps, seed=measures.seed) for m in measures.m}
+    return [{"m": m, "runs": len(gaps), **one._asdict()} for m, one in found.items()]
 
 
 def check_same_architecture(targets: Sequence[Target], line_to: OpenedCheckpoint | None) -> None:

@@ -38,9 +38,7 @@ def line_to(model: nn.Module, other: Mapping[str, torch.Tensor]) -> dict[str, to
 
 
 @contextmanager
-def moved(
-    model: nn.Module, directions: Sequence[Mapping[str, torch.Tensor]], at: Sequence[float]
-) -> Iterator[None]:
+def moved(model: nn.Module, directions: Sequence[Mapping[str, torch.Tensor]], at: Sequence[float]) -> Iterator[None]:
     """Inside the block the model is at w + sum_i at_i direction_i; afterwards it is at w again, bit for bit."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     names = list(dict.fromkeys(name for direction in directions for name in direction))
