@@ -56,7 +56,7 @@ def operator(net, images, labels, sizes=(12,)):
     return Hessian(loss_of(net), list(net.parameters()), batches)
 
 
-@pytest.mark.parametrize("sizes", [(12,), (4, 4, 4), (5, 7), (1,) * 12])
+@pytest.mark.parametrize("sizes", [(12,), (5, 7)])
 def test_products_are_those_of_the_dense_hessian_whatever_the_batches(sizes):
     net = small_net()
     matrix = dense(net, *samples())

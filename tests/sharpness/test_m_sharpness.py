@@ -69,9 +69,9 @@ def test_smaller_groups_are_at_least_as_sharp():
     net, (images, labels) = small_net(), samples(16)
     perturbation = Perturbation(list(net.parameters()))
     maxima = []
-    for m in (16, 8, 4, 2, 1):
+    for m in (16, 4, 1):
         groups = [
-            group_sharpness(loss_of(net), perturbation, (images[i : i + m], labels[i : i + m]), 0.1, steps=60)
+            group_sharpness(loss_of(net), perturbation, (images[i : i + m], labels[i : i + m]), 0.1, steps=30)
             for i in range(0, 16, m)
         ]
         maxima.append(mean_over_groups(m, groups).maximum)

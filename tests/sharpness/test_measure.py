@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from samtune.distributed import collectives, signals
 from samtune.sharpness.measure import Measures, Subject, measure, measure_line
@@ -17,10 +17,10 @@ PLAIN = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 def subject(seed=0, n=8):
     torch.manual_seed(seed)
-    model = timm.create_model("test_resnet", num_classes=3)
-    images = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
+    images = torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8)
     for _ in range(5):
-        model(torch.randn(8, 3, 16, 16))  # running statistics that are not 0 and 1
+        model(torch.randn(8, 3, 4, 4))  # running statistics that are not 0 and 1
     return Subject(model.double().eval(), images, torch.arange(n) % 3, PLAIN, channels_last=False)
 
 
