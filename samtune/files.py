@@ -4,6 +4,8 @@ import os
 import re
 import socket
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -38,15 +40,26 @@ def first_existing_parent(path: Path) -> Path:
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
-def write_atomic(path: Path, content: str, *, durable: bool = False) -> None:
-    """Replace a file: a reader finds the old one or the new one, whole, also where several processes write it.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The path of a file to write in this block, which replaces `path` at its end; after an error it is removed.
 
-    durable: also after a loss of power. Raises OSError.
+    A reader finds the old file or the new one, whole, also where several processes write it. Raises OSError.
     """
     part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
-    with part.open("w", encoding="utf-8", errors="replace") as file:  # a file's name may be any bytes
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, content: str, *, durable: bool = False) -> None:
+    """Replace a file by this text, as `replacing` does. durable: also after a loss of power. Raises OSError."""
+    with replacing(path) as part, part.open("w", encoding="utf-8", errors="replace") as file:  # names may be any bytes
         file.write(content)
         if durable:
             file.flush()
             os.fsync(file.fileno())
-    part.replace(path)

@@ -38,6 +38,7 @@ class _Samtune(Commands):
         },
         "Use": {
             "predict": ("samtune.cli.predict", "predict", "classify pictures: class names and probabilities"),
+            "relabel": ("samtune.cli.relabel", "relabel", "predict the labels of training images, to train on them"),
             "export": ("samtune.cli.export", "export", "a timm folder, ONNX, or a torch program; checked"),
         },
     }

@@ -240,6 +240,13 @@ class RunConfig(BaseModel):
         fixed=True,
     )
     train_labels_key: str = _data("results", "column of that file: class names, or numbers from 0", "label", fixed=True)
+    bootstrap: bool = _data(
+        "update",
+        "two trainings: the first on the labels as they are, the second from scratch on the labels that the first then "
+        "predicts for the training images",
+        False,
+        fixed=True,
+    )
 
     opt: Literal["sgd", "adamw"] = _optimizer("results", "sgd has Nesterov momentum", "sgd", fixed=True)
     lr: float | None = _optimizer(
@@ -433,6 +440,11 @@ class RunConfig(BaseModel):
         """batch_size as a number. Only before a run has chosen it is it "auto"."""
         assert self.batch_size != "auto"
         return self.batch_size
+
+    @property
+    def stages(self) -> int:
+        """How many trainings the run has, each of --epochs."""
+        return 2 if self.bootstrap else 1
 
     def derive(self, key: str, value: Any, reason: str) -> "RunConfig":
         """A copy with a derived value for a setting, with the reason as its origin."""

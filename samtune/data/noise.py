@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from samtune.data.source import Split
 from samtune.data.splits import Indices
-from samtune.errors import DataError, first_line, shorten
+from samtune.errors import CheckpointError, DataError, first_line, shorten
 
 _ROW_COLUMN = "index"
 _READERS: Mapping[str, Callable[[Path], pa.Table]] = {
@@ -31,9 +31,9 @@ _READERS: Mapping[str, Callable[[Path], pa.Table]] = {
 class LabelNoise:
     """Which training labels were changed, and how.
 
-    kind: symmetric, pair or file. fraction: flipped / n, of the n training rows. seed: None for labels from a file.
-    source: "random", or "FILE, column KEY". rows: (flipped,) into the train split, ascending. labels, noisy_labels:
-    (flipped,) int64, what they were and what they became.
+    kind: symmetric, pair, file, or bootstrap for a file that the run made. fraction: flipped / n, of the n training
+    rows. seed: None for labels from a file. source: "random", or "FILE, column KEY". rows: (flipped,) into the train
+    split, ascending. labels, noisy_labels: (flipped,) int64, what they were and what they became.
     """
 
     kind: str
@@ -59,6 +59,18 @@ class LabelNoise:
     def write(self, path: Path) -> None:
         """A parquet file with one row per changed label: index into the train split, label, noisy_label."""
         pq.write_table(pa.table({_ROW_COLUMN: self.rows, "label": self.labels, "noisy_label": self.noisy_labels}), path)
+
+
+def read_changes(path: Path) -> tuple[Indices, Indices]:
+    """(rows, noisy labels) of a file that `LabelNoise.write` made. Raises CheckpointError if it is not readable."""
+    try:
+        table = pq.read_table(path)
+        rows, noisy = (table.column(name).to_numpy().astype(np.int64) for name in (_ROW_COLUMN, "noisy_label"))
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise CheckpointError(
+            f"{path} cannot be read", first_line(error), "it has the labels that the run was trained on: put it back"
+        ) from None
+    return rows, noisy
 
 
 def flip(
@@ -88,9 +100,10 @@ def from_file(
 ) -> tuple[Split, LabelNoise]:
     """The train split with the labels of a file for these rows, and which of them differ from its own.
 
-    The file has a label for every row of the train split, in its order, or in any order with a column `index`.
-    labelled: where a validation split was joined to train (--no-val), the rows before it; the others keep their labels.
-    Raises DataError that names the row.
+    The file has a label for every row of the train split, in its order, or in any order with a column `index`. Rows
+    that are not trained on may have none (null).
+    labelled: where a validation split was joined to train (--no-val), the rows before it; if the file ends there, the
+    others keep their labels. Raises DataError that names the row.
     """
     labelled = len(train) if labelled is None else labelled
     table = _read(path)
@@ -101,26 +114,28 @@ def from_file(
             "name one of them by --train-labels-key",
         )
     values = table[key].to_pylist()
-    if len(values) != labelled:
+    if len(values) not in (labelled, len(train)):
         message = f"--train-labels {path} has {len(values)} rows, and split train has {labelled}"
         raise DataError(message, hint="give one label for every row of the split, validation part included")
+    row_of = np.arange(len(values))  # of each row of the file, in the split
+    if _ROW_COLUMN in table.column_names:
+        row_of = np.array(table[_ROW_COLUMN].to_pylist())
+        if not np.array_equal(np.sort(row_of), np.arange(len(values))):
+            message = f"column {_ROW_COLUMN} of --train-labels {path} is not each row of split train once"
+            raise DataError(message, hint=f"number the rows from 0 to {len(values) - 1}, or remove the column")
     meaning = _meaning(class_names)
     given = np.array([meaning.get(v, -1) if isinstance(v, str | int) else -1 for v in values], dtype=np.int64)
-    if (given < 0).any():
-        row = int(np.flatnonzero(given < 0)[0])
+    is_needed = np.isin(row_of, rows) | np.array([v is not None for v in values])
+    if ((given < 0) & is_needed).any():
+        row = int(np.flatnonzero((given < 0) & is_needed)[0])
         raise DataError(
             f"row {row} of --train-labels {path} has the {key} {values[row]!r}, which is no class",
             f"there are {len(class_names)} classes: {shorten(class_names)}",
             "give class names, or numbers that count from 0",
         )
-    if _ROW_COLUMN in table.column_names:
-        index = np.array(table[_ROW_COLUMN].to_pylist())
-        if not np.array_equal(np.sort(index), np.arange(labelled)):
-            message = f"column {_ROW_COLUMN} of --train-labels {path} is not each row of split train once"
-            raise DataError(message, hint=f"number the rows from 0 to {labelled - 1}, or remove the column")
-        given = given[np.argsort(index)]
+    given = given[np.argsort(row_of)]
     noisy = train.labels.copy()
-    in_file = rows[rows < labelled]
+    in_file = rows[rows < len(given)]
     noisy[in_file] = given[in_file]
     return _changed(train, noisy, rows, "file", None, f"{path}, column {key}")
 

@@ -23,6 +23,7 @@ from samtune.predict.ranking import Floats, ranked
 FORMATS = ("csv", "jsonl", "json", "parquet")
 EMBEDDINGS = (".safetensors", ".npy")
 _RUN_FILES = {"predictions.parquet", "report.json", "provenance.json", "status.json", "metrics.jsonl"}
+_RUN_FILES |= {"label_noise.parquet"}
 _GROUP_ROWS = 8192  # rows of a row group of a parquet file
 
 

@@ -156,7 +156,7 @@ def _cost(report: Report) -> list[tuple[str, Markup]]:
     def line(text: str, path: str, form: str, factor: float = 1) -> Markup:
         return Markup(text).format(number(report, path, form, factor))
 
-    return [
+    rows = [
         ("passes", line("{} forward-backward passes", "cost.forward_backward_passes", ",.0f")),
         ("against plain SGD", line("{} times the passes of as many steps", "cost.sgd_equivalents", ".3g")),
         ("time", line("{} s, validation and checkpoints included, pauses left out", "train_seconds", ",.1f")),
@@ -164,6 +164,10 @@ def _cost(report: Report) -> list[tuple[str, Markup]]:
         ("waiting for data", line("{} % of the time of training", "data_wait", ".1f", 100)),
         ("peak memory", line("{} GiB", "peak_memory_bytes", ".2f", 2**-30)),
     ]
+    if "bootstrap_passes" in report["cost"]:
+        first = "{} of these passes, on the labels as they were"
+        rows.insert(1, ("first training", line(first, "cost.bootstrap_passes", ",.0f")))
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------ learning curves

@@ -6,7 +6,7 @@ from typing import Any
 
 from samtune.errors import CheckpointError, UsageError, plural
 from samtune.report import html
-from samtune.runs.folder import holds_run, read_provenance, read_settings
+from samtune.runs.folder import BOOTSTRAP, holds_run, read_provenance, read_report, read_settings
 from samtune.runs.metrics import best_key, collapse_warning, epoch_means, read_metrics
 
 SCHEMA_VERSION = 1
@@ -64,10 +64,12 @@ def build(folder: Path) -> dict[str, Any]:
 
     Errors are in percent, intervals are Wilson's at 95 %, times in seconds. train_seconds is the time from the first
     step to the last, with validations and checkpoints, without pauses; images_per_second counts training only.
-    cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. Values that
-    missing rows of metrics leave open are null.
+    cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. With
+    --bootstrap, passes and train_seconds are those of both trainings; cost.bootstrap_passes and cost.bootstrap_seconds
+    are those of the first. Values that missing rows of metrics leave open are null.
     """
     config, _ = read_settings(folder)
+    first = read_report(folder / BOOTSTRAP) if config.get("bootstrap") else None
     provenance = read_provenance(folder)
     rows = read_metrics(folder)
     train = [row for row in rows if row["split"] == "train"]
@@ -82,6 +84,12 @@ def build(folder: Path) -> dict[str, Any]:
     steps = max((row["step"] for row in rows), default=0)
     whole_record = 0 < steps == sum(row["steps"] for row in train)
     passes = sum(row["passes"] for row in train) if whole_record else None
+    train_seconds = train[-1]["seconds"] if train else None
+    cost = {}
+    if first is not None:
+        first_passes, first_seconds = first["cost"]["forward_backward_passes"], first["train_seconds"]
+        passes, train_seconds = _sum(passes, first_passes), _sum(train_seconds, first_seconds)
+        cost = {"bootstrap_passes": first_passes, "bootstrap_seconds": first_seconds}
     classes = provenance["dataset"]["classes"]
     per_epoch = provenance["steps_per_epoch"]
     errors = epoch_means(train, "top1_error")
@@ -114,11 +122,15 @@ def build(folder: Path) -> dict[str, Any]:
         else None,
         "selected": config["select"],
         "best_epoch": best["epoch"] if best else None,
-        "train_seconds": train[-1]["seconds"] if train else None,
+        "train_seconds": train_seconds,
         "images_per_second": images / seconds if train else None,
         "data_wait": sum(row["data_wait"] * row["n"] for row in train) / images if train else None,
         "peak_memory_bytes": max((row["peak_memory_bytes"] for row in train), default=None),
-        "cost": {"forward_backward_passes": passes, "sgd_equivalents": passes / steps if passes is not None else None},
+        "cost": {
+            "forward_backward_passes": passes,
+            "sgd_equivalents": passes / steps if passes is not None else None,
+            **cost,
+        },
         "checkpoints": [f"checkpoints/{name}" for name in ("last", "best") if (folder / "checkpoints" / name).exists()],
         "warnings": provenance["warnings"]
         + ([] if whole_record else ["rows of metrics.jsonl are missing: what was to be counted from them is not known"])
@@ -131,6 +143,12 @@ def build(folder: Path) -> dict[str, Any]:
         "started": provenance["started"],
         "command": provenance["command"],
     }
+
+
+def _sum(*numbers: float | None) -> float | None:
+    """None if one of them is not known."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
 
 
 def score_line(scores: Mapping[str, Any]) -> str:
@@ -150,6 +168,9 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
         time = f"{report['train_seconds']:.0f} s, {speed}"
     if cost["sgd_equivalents"] is not None:
         count = f"{cost['forward_backward_passes']:.0f} passes, {cost['sgd_equivalents']:g} times plain SGD's"
+        if "bootstrap_passes" in cost:
+            count += f"; {cost['bootstrap_passes']:.0f} of them, and {cost['bootstrap_seconds']:.0f} s, in the first "
+            count += "training (bootstrap)"
     scored = report["test"] or report["val"]
     if scored:
         rows["top-5, mean per class"] = (
@@ -174,7 +195,11 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
 def noise_words(noise: Mapping[str, Any]) -> str:
     """How many training labels are changed, and by what."""
     origin = noise["source"] if noise["seed"] is None else f"{noise['kind']}, seed {noise['seed']}"
-    return f"{noise['flipped']} of {noise['n']} training labels changed, {100 * noise['fraction']:.3g} % ({origin})"
+    words = f"{noise['flipped']} of {noise['n']} training labels changed, {100 * noise['fraction']:.3g} % ({origin})"
+    if "first_training" in noise:
+        before = noise["first_training"]
+        words += f"; in the first training, {noise_words(before) if before else 'none changed'}"
+    return words
 
 
 def sam_words(sam: Mapping[str, Any], steps: int) -> str:

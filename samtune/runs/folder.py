@@ -7,6 +7,9 @@ status.json       state (running, done, stopped, failed), exit_code, step, total
 metrics.jsonl     one object a line, append-only
 log.txt           what the terminal said; log-rank1.txt and so on: the same of the other ranks
 checkpoints/      see samtune/runs/checkpoint.py
+bootstrap/        with --bootstrap: the folder of the first training, a run of its own, and labels.parquet, its
+                  predictions for the training images. Until those are there, the run has only config.toml and
+                  status.json
 """
 
 import json
@@ -29,6 +32,8 @@ _RUN_FILES = (
     *("config.toml", "status.json", "metrics.jsonl", "report.json", "report.md", "report.html", "predictions.parquet"),
     *("diagnostics.json", "sweep.toml", "ledger.json"),
 )
+BOOTSTRAP = "bootstrap"
+BOOTSTRAP_LABELS = "labels.parquet"
 
 
 def holds_run(folder: Path) -> bool:

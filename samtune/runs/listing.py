@@ -9,7 +9,7 @@ from typing import Any
 
 from samtune.errors import UsageError, first_line
 from samtune.runs import lock
-from samtune.runs.folder import read_report, read_status
+from samtune.runs.folder import BOOTSTRAP, read_report, read_status
 from samtune.runs.metrics import read_metrics
 
 DROPPABLE = ("updated (UTC)", "progress", "val %")
@@ -28,7 +28,8 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         raise UsageError(
             f"there is no folder {folder}", hint="give the folder that holds the runs: samtune runs FOLDER"
         )
-    rows = [_row(path.parent) for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}status.json")]
+    found = [path.parent for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}status.json")]
+    rows = [_row(path) for path in found if not (path.name == BOOTSTRAP and path.parent in found)]
     return sorted(rows, key=lambda row: (row["updated"] or "", row["path"]), reverse=True)
 
 
@@ -66,9 +67,11 @@ def is_running(folder: Path) -> bool:
 
 
 def read_step(folder: Path) -> tuple[int, int] | None:
-    """(step, total steps) of status.json; None where it cannot be read."""
+    """(step, total steps) of status.json, of the first of two trainings until that is done; None if unreadable."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         status = read_status(folder)
+        if status["total_steps"] == 0:  # its first training is not done
+            status = read_status(folder / BOOTSTRAP)
         return int(status["step"]), int(status["total_steps"])
     return None
 
@@ -94,6 +97,8 @@ def _row(folder: Path) -> dict[str, Any]:
         return row | {"error": f"status.json cannot be read: {first_line(error)}"}
     for key, kind in (("exit_code", int), ("step", int), ("total_steps", int), ("pid", int), ("degraded", bool)):
         row[key] = status[key] if isinstance(status.get(key), kind) else row[key]
+    if row["total_steps"] == 0:
+        row["step"], row["total_steps"] = read_step(folder) or (None, None)
     for key in ("host", "updated"):
         row[key] = status[key] if isinstance(status.get(key), str) else row[key]
     # Again, for a run that began in between.

@@ -55,14 +55,29 @@ class RunLog:
         self._unwritten: list[str] = []  # rows of metrics that wait for room
 
     @classmethod
-    def create(cls, folder: Path, config_toml: str, provenance: Mapping[str, Any], total_steps: int) -> "RunLog":
-        """Create a run folder. Raises UsageError or MachineError as `check_free` does."""
-        check_free(folder)
+    def create(
+        cls,
+        folder: Path,
+        config_toml: str,
+        provenance: Mapping[str, Any] | None,
+        total_steps: int,
+        *,
+        is_new: bool = True,
+    ) -> "RunLog":
+        """Create a run folder. Raises UsageError or MachineError as `check_free` does.
+
+        provenance: None in the first training of --bootstrap. is_new: whether the folder must not have files of a run;
+        not after that training.
+        """
+        if is_new:
+            check_free(folder)
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             log = cls(folder, lock.acquire(folder), total_steps)
-            check_empty(folder)  # another process may have been here a moment ago
-            write_atomic(folder / "provenance.json", to_json(provenance), durable=True)
+            if is_new:
+                check_empty(folder)  # another process may have been here a moment ago
+            if provenance is not None:
+                write_atomic(folder / "provenance.json", to_json(provenance), durable=True)
             write_atomic(folder / "config.toml", config_toml, durable=True)
         except OSError as error:
             raise MachineError(

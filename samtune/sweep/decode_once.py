@@ -37,6 +37,7 @@ def count_listed(config: RunConfig) -> int:
 
 def count_decoded(config: RunConfig) -> int:
     """Number of images a run trains on; decodes all images into the cache."""
+    config = config.derive("bootstrap", False, "both of its trainings have the same images")
     return len(load_run_data(config).train_rows)
 
 

@@ -22,7 +22,7 @@ from samtune.config import loading
 from samtune.errors import DataError, Diverged, Stopped, UsageError
 from samtune.files import write_atomic
 from samtune.runs import lock
-from samtune.runs.folder import check_free, read_status
+from samtune.runs.folder import BOOTSTRAP, check_free, read_status
 from samtune.runs.resume import finished_report
 
 SCHEMA_VERSION = 1
@@ -34,7 +34,8 @@ State = Literal["waiting", "running", "done", "stopped", "failed"]
 class Run:
     """A run of the plan. point: settings that its arm tries; settings: all that differ from the shared ones.
 
-    budget, arm: None for a probe. steps: optimizer steps; passes: forward-backward passes in them.
+    budget, arm: None for a probe. steps: optimizer steps of a training; passes: forward-backward passes of the run, of
+    both trainings with --bootstrap.
     """
 
     id: str
@@ -117,7 +118,9 @@ def write_exit_code(folder: Path, run: str, code: int) -> None:
 def drop_checkpoints(folder: Path, run: Run) -> None:
     """Delete the checkpoints of a run, unless it is a final run."""
     if run.stage != "final":
-        shutil.rmtree(run_folder(folder, run.id) / "checkpoints", ignore_errors=True)
+        output = run_folder(folder, run.id)
+        for trained in (output, output / BOOTSTRAP):
+            shutil.rmtree(trained / "checkpoints", ignore_errors=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- choice

@@ -62,6 +62,7 @@ class Plan:
         passes = sam_passes(config.ascent_steps, config.ascent_fraction) if kind == "sam" else 1
         steps = max(2 * _PROBE_PART, round(_PROBE_PASSES / passes))
         settings |= {"epochs": f"{steps} steps", "eval_every": f"{_PROBE_PART} steps", "max_eval": 1}
+        settings |= {"bootstrap": False} if config.bootstrap else {}
         return self._run(_probe_id(kind, point), "probe", None, None, point, 0, settings | {"val": True, "test": False})
 
     def selections(self, budget: Budget | None, arm: str, paces: Mapping[str, float]) -> list[list[Run]]:
@@ -103,6 +104,7 @@ class Plan:
         if budget.unit == "seconds":
             plain = paces[_probe_id("plain", point)]
             sam = paces[_probe_id("sam", point)] if arms.has_sam(arm) else plain
+        plain, sam = config.stages * plain, config.stages * sam  # each step is taken in each training
 
         def sam_steps(steps: int) -> int:
             return len(self._length(config.model_copy(update={"epochs": Duration(steps, "steps")})).rho.sam_steps)
@@ -125,6 +127,7 @@ class Plan:
         length = self._length(config)
         sam_steps = len(length.rho.sam_steps)
         passes = length.total_steps - sam_steps + sam_steps * sam_passes(config.ascent_steps, config.ascent_fraction)
+        passes *= config.stages
         return Run(run_id, stage, budget, arm, point, seed, settings, length.total_steps, passes)
 
     def _length(self, config: RunConfig) -> TrainingLength:

@@ -56,9 +56,9 @@ def start_or_resume(
     if environment.wants_launch(settings.gpus, settings.processes, settings.nnodes):
         return _launch(settings, stop, arguments)
 
-    from samtune.train import loop
+    from samtune.train import bootstrap, loop
 
-    return loop.run(settings, resumed)
+    return bootstrap.run(settings, resumed, stop) if settings.bootstrap else loop.run(settings, resumed)
 
 
 def _launch(settings: RunConfig, stop: signals.StopRequest, arguments: Sequence[str]) -> Mapping[str, Any] | None:
@@ -150,3 +150,44 @@ def score_checkpoint(
         weights = Path(about["checkpoint"]) / ("ema" if ema else "")
         result["temperature"] = collectives.broadcast_from_rank0(lambda: fit_and_store(scored, weights))
     return result
+
+
+def relabel(
+    run_or_checkpoint: Path,
+    output: Path,
+    *,
+    checkpoint: str | None,
+    ema: bool,
+    dataset: str | None,
+    probabilities: bool,
+    gpus: str,
+    processes: int | None,
+    stop: signals.StopRequest,
+    arguments: Sequence[str],
+) -> Mapping[str, Any] | None:
+    """Write a run's predictions for its training images: the summary, or None on a rank that has none.
+
+    arguments: the command line that starts each rank.
+    """
+    loading.check_devices(gpus, processes)
+    environment.check_processes(processes)
+    if environment.wants_launch(gpus, processes):
+        from samtune.distributed import launch
+
+        return launch.launch(arguments, launch.LaunchSpec(launch.local_rank_count(gpus, processes)), stop)
+
+    from samtune.distributed import collectives
+    from samtune.train import relabel
+
+    with console.RunProgress() as progress, collectives.connection_errors():
+        return relabel.relabel(
+            run_or_checkpoint,
+            output,
+            name=checkpoint,
+            progress=progress.score,
+            ema=ema,
+            dataset=dataset,
+            probabilities=probabilities,
+            gpus=gpus,
+            processes=processes,
+        )

@@ -1,6 +1,6 @@
 """Score a checkpoint of a run on the run's own data, or on other data."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -54,26 +54,16 @@ def evaluate_checkpoint(
         DataError: the run's data set is gone or is another one now, or none of the classes of other data are known.
         UsageError: the data set has no such split.
     """
-    folder = checkpoint.locate(path, name)
-    manifest = checkpoint.verify(folder)
-    config = checkpoint.run_config(manifest)
-    weights = checkpoint.weights(folder, config, ema=ema)
-    target = device.select_device(gpus, processes)
-    collectives.init(target)
-    with collectives.local_main_process_first():
-        model, data_config = load_checkpoint(weights)
-        selected = _select(folder, config, manifest, split, dataset, selection)
-        for note in (*selected.notes, *_notes(manifest)):
-            console.info(note)
-        images = selected.decode()
-        if selected.on_bad_image == "error":
-            raise_if_undecodable(undecodable_rows(images, selected.rows))
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
-    rows = drop_undecodable(images, selected.rows)
-    evaluation = evaluate(model, images, rows, selected.name, config, data_config, progress, keep_logits=keep_logits)
-    about = {"checkpoint": str(folder), "step": manifest["step"], "ema": ema, "dataset": selected.origin}
-    return evaluation, about | {"unknown_classes": dict(selected.split.unknown)}
+    opened = OpenedCheckpoint.of(path, name, ema=ema)
+    selected, evaluations = opened.score(
+        lambda: [_select(opened.folder, opened.config, opened.manifest, split, dataset, selection)],
+        progress,
+        gpus=gpus,
+        processes=processes,
+        keep_logits=keep_logits,
+    )
+    about = {"dataset": selected[0].origin, "unknown_classes": dict(selected[0].split.unknown)}
+    return evaluations[0], opened.about | about
 
 
 def _notes(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -83,7 +73,7 @@ def _notes(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Selected:
     """The rows that are scored. name: of the split, for the result. decode: decodes them into the cache."""
 
     name: str
@@ -95,6 +85,75 @@ class _Rows:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint that was found to be whole. weights: the folder of its last or its averaged weights."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    config: RunConfig
+    weights: Path
+    ema: bool
+
+    @classmethod
+    def of(cls, path: Path, name: str | None, *, ema: bool) -> "OpenedCheckpoint":
+        """The checkpoint that a path and a name mean, as in `evaluate_checkpoint`. Raises CheckpointError."""
+        folder = checkpoint.locate(path, name)
+        manifest = checkpoint.verify(folder)
+        config = checkpoint.run_config(manifest)
+        return cls(folder, manifest, config, checkpoint.weights(folder, config, ema=ema), ema)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The entries of a result."""
+        return {"checkpoint": str(self.folder), "step": self.manifest["step"], "ema": self.ema}
+
+    def score(
+        self,
+        select: Callable[[], Sequence[Selected]],
+        progress: Progress,
+        *,
+        gpus: str,
+        processes: int | None,
+        keep_logits: bool = False,
+        stop_requested: Callable[[], bool] = bool,
+    ) -> tuple[Sequence[Selected], list[Evaluation]]:
+        """Load the model, select rows, decode them, and score each selection. All ranks call it.
+
+        select: reads the data set. gpus, processes: as in a run. keep_logits, stop_requested: as in `evaluate`.
+        """
+        config = self.config
+        target = device.select_device(gpus, processes)
+        collectives.init(target)
+        with collectives.local_main_process_first():
+            model, data_config = load_checkpoint(self.weights)
+            selections = select()
+            notes = dict.fromkeys(note for selected in selections for note in selected.notes)
+            for note in (*notes, *_notes(self.manifest)):
+                console.info(note)
+            decoded = [selected.decode() for selected in selections]
+            for selected, images in zip(selections, decoded, strict=True):
+                if selected.on_bad_image == "error":
+                    raise_if_undecodable(undecodable_rows(images, selected.rows))
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
+        evaluations = [
+            evaluate(
+                model,
+                images,
+                drop_undecodable(images, selected.rows),
+                selected.name,
+                config,
+                data_config,
+                progress,
+                stop_requested=stop_requested,
+                keep_logits=keep_logits,
+            )
+            for selected, images in zip(selections, decoded, strict=True)
+        ]
+        return selections, evaluations
+
+
 def _select(
     folder: Path,
     config: RunConfig,
@@ -102,18 +161,11 @@ def _select(
     split: str | None,
     dataset: str | None,
     selection: DataSelection | None,
-) -> _Rows:
+) -> Selected:
     """Rows of the run's own data, wherever they are now, or of other data. folder: the checkpoint's."""
     if dataset is None:
-        _check_dataset_exists(config, folder)
-        own = open_run_splits(config, classes=manifest["class_names"])
-        if manifest.get("dataset", own.data.fingerprint) != own.data.fingerprint:
-            raise DataError(
-                f"data set {config.dataset} is not the one that the run was made with",
-                f"its pictures or labels are others than those of {folder}",
-                f"--dataset PATH says where the run's own is now; --dataset {config.dataset} scores this one as others",
-            )
-        return _rows_of_run(config, manifest, split or "test", own)
+        others = f"; --dataset {config.dataset} scores this one as others"
+        return rows_of_run(config, manifest, split or "test", open_own_data(folder, config, manifest, hint=others))
     try:
         parts = open_run_splits(config, dataset, manifest["class_names"])
     except (DataError, UsageError):
@@ -123,10 +175,29 @@ def _select(
         and selection is None
         and manifest.get("dataset", parts.data.fingerprint) == parts.data.fingerprint
     ):
-        return _rows_of_run(config, manifest, split or "test", parts)
+        return rows_of_run(config, manifest, split or "test", parts)
     return _rows_of_other(
         config, manifest, split, source.open_source(dataset, selection, manifest["class_names"]), selection
     )
+
+
+def open_own_data(
+    folder: Path, config: RunConfig, manifest: Mapping[str, Any], dataset: str | None = None, hint: str = ""
+) -> RunSplits:
+    """The data of the run that made a checkpoint, with its rows. folder: of the checkpoint.
+
+    dataset: where it is now, if it has moved. hint: what else may help where it is another one now. Raises DataError.
+    """
+    if dataset is None:
+        _check_dataset_exists(config, folder)
+    own = open_run_splits(config, dataset, manifest["class_names"])
+    if manifest.get("dataset", own.data.fingerprint) != own.data.fingerprint:
+        raise DataError(
+            f"data set {dataset or config.dataset} is not the one that the run was made with",
+            f"its pictures or labels are others than those of {folder}",
+            f"--dataset PATH says where the run's own is now{hint}",
+        )
+    return own
 
 
 def _check_dataset_exists(config: RunConfig, folder: Path) -> None:
@@ -143,7 +214,8 @@ def _check_dataset_exists(config: RunConfig, folder: Path) -> None:
         )
 
 
-def _rows_of_run(config: RunConfig, manifest: Mapping[str, Any], split: str, parts: RunSplits) -> _Rows:
+def rows_of_run(config: RunConfig, manifest: Mapping[str, Any], split: str, parts: RunSplits) -> Selected:
+    """The rows of a split as the run took it. parts: the run's data. Raises UsageError."""
     data, rule = parts.data, checkpoint.decode_rule(manifest)
     if split == "val" and not config.val:
         raise UsageError(
@@ -151,7 +223,7 @@ def _rows_of_run(config: RunConfig, manifest: Mapping[str, Any], split: str, par
         )
     if split == "train":
         decode = partial(decode_train, config, parts, rule)
-        return _Rows(split, data.origin, parts.train, parts.train_rows, decode, config.on_bad_image)
+        return Selected(split, data.origin, parts.train, parts.train_rows, decode, config.on_bad_image)
     if split == "val":
         selected, rows = parts.val, parts.val_rows
     elif split == "test" and parts.test is not None:
@@ -160,7 +232,7 @@ def _rows_of_run(config: RunConfig, manifest: Mapping[str, Any], split: str, par
         selected, rows = data.splits[split], data.splits[split].labelled
     else:
         raise _no_split(data, split, ["val"])
-    return _Rows(split, data.origin, selected, rows, _decoder(config, selected, rows, rule), config.on_bad_image)
+    return Selected(split, data.origin, selected, rows, decoder(config, selected, rows, rule), config.on_bad_image)
 
 
 def _rows_of_other(
@@ -169,7 +241,7 @@ def _rows_of_other(
     split: str | None,
     data: LabelledDataset,
     selection: DataSelection | None,
-) -> _Rows:
+) -> Selected:
     if not data.splits:
         raise DataError(f"data set {data.origin} has no labelled pictures", "; ".join(data.notes))
     role = {"val": "validation"}.get(split or "test", split or "test")
@@ -194,11 +266,14 @@ def _rows_of_other(
             "classes are matched by their names: name the folders or labels as the model does",
         )
     on_bad_image = selection.on_bad_image if selection is not None else config.on_bad_image
-    decode = _decoder(config, selected, rows, checkpoint.decode_rule(manifest))
-    return _Rows(name, data.origin, selected, rows, decode, on_bad_image, (*data.notes, note) if note else data.notes)
+    decode = decoder(config, selected, rows, checkpoint.decode_rule(manifest))
+    return Selected(
+        name, data.origin, selected, rows, decode, on_bad_image, (*data.notes, note) if note else data.notes
+    )
 
 
-def _decoder(config: RunConfig, split: Split, rows: Indices, rule: DecodeRule) -> Callable[[], Images]:
+def decoder(config: RunConfig, split: Split, rows: Indices, rule: DecodeRule) -> Callable[[], Images]:
+    """What decodes these rows of a split into the cache."""
     return lambda: decode_splits(config, [(split, rows)], rule)[0]
 
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,14 +47,20 @@ _MAX_SKIPPED = 20
 _MAX_ROLLBACKS = 3
 
 
-def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | None:
+def run(
+    config: RunConfig, resumed: Resumed | None = None, stop: signals.StopRequest | None = None
+) -> dict[str, Any] | None:
     """Fine-tune as the config says, leave a run folder, and return its report and its path, "folder".
 
-    resumed: resume that run. Each rank of a launch calls this; rank 0 writes and returns the report, the others None.
+    resumed: resume that run. stop: of a caller that listens to signals itself. Each rank of a launch calls this; rank 0
+    writes and returns the report, the others None.
 
     Raises a SamtuneError for what the user can fix, Stopped after a signal; status.json says so too.
     """
-    with signals.listening() as stop, collectives.connection_errors():
+    with (
+        signals.listening() if stop is None else nullcontext(stop) as stop,
+        collectives.connection_errors(),
+    ):
         opened = start_run(config) if resumed is None else resume_run(config, resumed, stop)
         setup, log, newest, state = opened
         with (
@@ -74,15 +81,16 @@ def run(config: RunConfig, resumed: Resumed | None = None) -> dict[str, Any] | N
                 stop.raise_stopped()
             if collectives.rank() > 0:
                 return None
-            with log.best_effort("predictions.parquet"):
-                predictions.write(
-                    log.folder / "predictions.parquet",
-                    split=scored.split,
-                    rows=scored.rows,
-                    labels=scored.labels,
-                    predicted=scored.predictions,
-                    probability=scored.probability,
-                )
+            if scored is not None:
+                with log.best_effort("predictions.parquet"):
+                    predictions.write(
+                        log.folder / "predictions.parquet",
+                        split=scored.split,
+                        rows=scored.rows,
+                        labels=scored.labels,
+                        predicted=scored.predictions,
+                        probability=scored.probability,
+                    )
             result = run_report.build(log.folder)
             with log.best_effort("report"):
                 run_report.write(log.folder, result)
@@ -332,9 +340,14 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ test, once
 
-    def score_selected(self) -> Evaluation:
-        """Score the selected checkpoint on test, once; without a test split, or with --no-test, on validation again."""
+    def score_selected(self) -> Evaluation | None:
+        """Score the selected checkpoint on test, once; without a test split, or with --no-test, on validation again.
+
+        None in the first training of a run with --bootstrap --no-val, which has nothing to be scored on.
+        """
         setup = self.setup
+        if not setup.config.test and not setup.config.val:
+            return None
         # Rank 0 has written it, so rank 0 knows where it is.
         folder = collectives.broadcast_from_rank0(lambda: resolve_checkpoint(self.log.checkpoints, setup.config.select))
         step = int(collectives.broadcast_from_rank0(lambda: checkpoint.verify(folder)["step"]))

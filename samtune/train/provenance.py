@@ -12,6 +12,7 @@ from samtune.distributed import collectives, device
 from samtune.errors import plural
 from samtune.report import run_report
 from samtune.runs import run_log
+from samtune.runs.folder import BOOTSTRAP, read_provenance
 from samtune.train.setup import Setup
 
 
@@ -93,6 +94,9 @@ def describe(setup: Setup) -> dict[str, Any]:
     }
     if setup.noise is not None:
         content["dataset"]["label_noise"] = setup.noise.about
+    if config.bootstrap and config.output is not None:
+        first = read_provenance(config.output / BOOTSTRAP)["dataset"]
+        content["dataset"]["label_noise"]["first_training"] = first.get("label_noise")
     return content
 
 

@@ -15,6 +15,7 @@ from samtune.data.splits import Indices, RunSplits, open_run_splits
 from samtune.data.transforms import min_side
 from samtune.distributed import collectives, device
 from samtune.models.timm_format import look_up
+from samtune.runs.folder import BOOTSTRAP, BOOTSTRAP_LABELS
 
 # (config, pairs of split and rows, rule) -> the images of each pair
 DecodeFunction = Callable[[RunConfig, Iterable[tuple[Split, Indices]], DecodeRule], list[Images]]
@@ -127,6 +128,11 @@ def decode_splits(config: RunConfig, parts: Iterable[tuple[Split, Indices]], rul
 def _add_label_noise(config: RunConfig, parts: RunSplits, rows: Indices) -> tuple[Split, LabelNoise | None]:
     """The train split with the labels to train on; another split object than the one that validation may share."""
     train, class_names = parts.train, parts.data.class_names
+    if config.bootstrap:
+        assert config.output is not None  # its first training is there
+        file = config.output / BOOTSTRAP / BOOTSTRAP_LABELS
+        predicted, changes = noise.from_file(train, rows, class_names, path=file, key="label")
+        return predicted, replace(changes, kind="bootstrap", source="predicted by the first training")
     if config.train_labels is not None:
         labelled = len(parts.data.splits["train"])
         file, key = config.train_labels, config.train_labels_key

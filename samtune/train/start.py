@@ -26,7 +26,8 @@ def start_run(config: RunConfig) -> tuple[Setup, RunLog, None, TrainState]:
     def create() -> RunLog:
         try:
             checkpointing.check_disk_space(setup, folder)
-            return RunLog.create(folder, setup.config.to_toml(), about, setup.total_steps)
+            is_new = not config.bootstrap  # else its first training has been here
+            return RunLog.create(folder, setup.config.to_toml(), about, setup.total_steps, is_new=is_new)
         except SamtuneError:
             if setup.config.origins["output"].startswith("derived"):
                 with suppress(OSError):
@@ -57,7 +58,8 @@ def log_startup(setup: Setup, log: RunLog, about: dict[str, Any]) -> None:
     if setup.noise is not None:
         if collectives.rank() == 0:
             setup.noise.write(log.folder / "label_noise.parquet")
-        log.info(f"noise   {run_report.noise_words(setup.noise.about)}; what is scored keeps clean labels")
+        words = run_report.noise_words(about["dataset"]["label_noise"])
+        log.info(f"noise   {words}; what is scored keeps clean labels")
     for note in setup.data.notes:
         log.log(note)
     if setup.data.test is None:
@@ -67,12 +69,19 @@ def log_startup(setup: Setup, log: RunLog, about: dict[str, Any]) -> None:
 @contextmanager
 def recording_outcome(setup: Setup, log: RunLog) -> Iterator[None]:
     """Record in status.json how the block ended; errors of disk, memory and connections become SamtuneErrors."""
-    try:
+    with recording_errors(log):
         images = plural(setup.update.sam.effective_micro_batch(setup.batch.per_device), "image")
         images += f" of {setup.info.img_size} px"
         with disk_errors(log.folder), device.oom_as_user_error(images), collectives.connection_errors():
             yield
         log.status("done", 0)
+
+
+@contextmanager
+def recording_errors(log: RunLog) -> Iterator[None]:
+    """Record in status.json the error that ended the block, and close the log at its end."""
+    try:
+        yield
     except (SamtuneError, Stopped) as error:
         log.log(str(error))
         log.status("stopped" if isinstance(error, Stopped) else "failed", error.exit_code, error)
