@@ -123,11 +123,11 @@ def sharpness(
         result = run.measure_or_launch(
             checkpoints,
             measures,
-            checkpoint=checkpoint,
+            name=checkpoint,
             ema=ema,
             split=split,
             max_images=max_images,
-            direction_to=direction_to,
+            line_to=direction_to,
             dtype=dtype,
             gpus=gpus,
             processes=processes,

@@ -105,9 +105,10 @@ def measure(
     loss, error = _score(subject, measures.micro_batch)
     progress("loss", n)
     yield {"loss": loss, "top1_error": error}
+    by_m: list[dict[str, Any]] = []
     for m in measures.m:
-        check_stop()
-        yield {"m_sharpness": [_m_sharpness(subject, measures, m, progress, check_stop)]}
+        by_m.append(_m_sharpness(subject, measures, m, progress, check_stop))
+        yield {"m_sharpness": by_m}
     params = list(select_parameters(subject.model, measures.params).values())
     hessian = Hessian(subject.loss, params, subject.parts(measures.micro_batch))
 

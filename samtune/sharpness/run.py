@@ -11,16 +11,18 @@ import safetensors.torch
 import torch
 
 from samtune import console
+from samtune.config import loading
 from samtune.console.live import duration
 from samtune.data.loader import eval_batches
 from samtune.data.transforms import EvalTransform
-from samtune.distributed import collectives, device, signals
+from samtune.distributed import collectives, device, environment, launch, signals
 from samtune.errors import CheckpointError, UsageError
 from samtune.report.stats import kendall
-from samtune.runs import checkpoint
-from samtune.runs.folder import read_report
+from samtune.runs import checkpoint, run_log
+from samtune.runs.folder import read_report, result_folder
+from samtune.sharpness import report
 from samtune.sharpness.measure import Measures, Subject, measure, measure_line
-from samtune.train.eval_checkpoint import LoadedCheckpoint, OpenedCheckpoint
+from samtune.train.eval_checkpoint import OpenedCheckpoint, Selected, open_own_data, rows_of_run
 
 Dtype = Literal["float32", "float64"]
 
@@ -41,7 +43,7 @@ def find_targets(paths: Sequence[Path], name: str | None, *, ema: bool) -> list[
     """
     folders: list[Path] = []
     for path in paths:
-        if (path / "sweep.toml").is_file():
+        if is_sweep(path):
             finals = sorted(file.parent for file in (path / "runs").glob("final*/**/report.json"))
             if not finals:
                 raise CheckpointError(f"sweep {path} has no final run that is done", hint="let it finish first")
@@ -65,10 +67,59 @@ def find_targets(paths: Sequence[Path], name: str | None, *, ema: bool) -> list[
     return targets
 
 
-def measure_checkpoints(
-    targets: Sequence[Target],
+def measure_or_launch(
+    paths: Sequence[Path],
     measures: Measures,
     *,
+    name: str | None,
+    ema: bool,
+    split: str,
+    max_images: int,
+    line_to: Path | None,
+    dtype: Dtype,
+    gpus: str,
+    processes: int | None,
+    output: Path | None,
+    stop: signals.StopRequest,
+    arguments: Sequence[str],
+) -> Mapping[str, Any] | None:
+    """Measure, write the files, and return the result; None on a rank that has none. Everything is checked first.
+
+    paths, name: see find_targets. line_to: another run or checkpoint, to which the loss is followed from the first.
+    output: the folder of the files; None: of the first run, or of the sweep. arguments: the command line that starts
+    each rank.
+    """
+    loading.check_devices(gpus, processes)
+    environment.check_processes(processes)
+    targets = find_targets(paths, name, ema=ema)
+    other = None if line_to is None else OpenedCheckpoint.of(line_to, None, ema=False)
+    if other is not None:
+        _check_same_architecture(targets[0], other)
+    if output is None:
+        folder = targets[0].opened.folder.absolute()
+        in_run = folder.parent.name == "checkpoints"
+        output = paths[0] if is_sweep(paths[0]) else folder.parents[1] if in_run else folder
+    if environment.wants_launch(gpus, processes):
+        return launch.launch(arguments, launch.LaunchSpec(launch.local_rank_count(gpus, processes)), stop)
+    with collectives.connection_errors():
+        result = _measure(targets, measures, split, max_images, other, dtype, gpus, processes, stop)
+        if is_sweep(paths[0]):
+            result["correlation"] = _correlation(targets, result["checkpoints"], measures)
+        if collectives.rank() == 0:
+            with result_folder(output):
+                page = report.write(output, result)
+            console.info(f"page    {page}")
+    return result
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a path is the folder of a sweep."""
+    return (path / "sweep.toml").is_file()
+
+
+def _measure(
+    targets: Sequence[Target],
+    measures: Measures,
     split: str,
     max_images: int,
     line_to: OpenedCheckpoint | None,
@@ -76,87 +127,90 @@ def measure_checkpoints(
     gpus: str,
     processes: int | None,
     stop: signals.StopRequest,
-    is_sweep: bool = False,
 ) -> dict[str, Any]:
-    """Measure each checkpoint on the same images: the content of sharpness.json. All ranks call it.
-
-    split: val, train or test of the first one's run. max_images: drawn from it by the seed of the measures. line_to: a
-    checkpoint to which the loss is followed from the first. is_sweep: add the correlation of m-sharpness with the gap
-    between test and train error over the runs. After a signal the result holds what was found, and says so.
-    """
+    """The content of sharpness.json. After a signal it holds what was found so far, and says so."""
+    checkpoints: list[dict[str, Any]] = []
     result: dict[str, Any] = {
         "schema_version": 1,
         "split": split,
         "measures": asdict(measures),
         "dtype": dtype,
-        "checkpoints": [],
+        "checkpoints": checkpoints,
         "interrupted": False,
     }
     started = time.perf_counter()
-    stop.is_deferred = True
 
     def check_stop() -> None:
         if collectives.any_rank_true(stop.is_requested())[0]:
             raise signals.Interrupted
 
     with console.RunProgress() as progress:
-        try:
-            for i, target in enumerate(targets):
-                loaded = target.opened.load(split, gpus=gpus, processes=processes)
-                subject = _subject(loaded, max_images, measures.seed, dtype)
-                n = len(subject.labels)
-                result |= {"images": n, "dataset": loaded.selected.origin, "device": str(subject.images.device)}
-                entry: dict[str, Any] = {"run": target.run, "label": target.label, **target.opened.about}
-                result["checkpoints"].append(entry)
-                counter = _Counter(progress, target.label, measures.work(n), i, len(targets))
+        for target in targets:
+            subject, origin = _load(target.opened, split, max_images, measures.seed, dtype, gpus, processes)
+            result |= {"images": len(subject.labels), "dataset": origin, "device": str(subject.images.device)}
+            label = f"{target.label} ({len(checkpoints) + 1} of {len(targets)})" if len(targets) > 1 else target.label
+            counter = _Counter(progress, label, measures.work(len(subject.labels)))
+            stop.is_deferred = True
+            try:
+                found = {"run": target.run, "label": target.label, **target.opened.about}
+                checkpoints.append(found)
                 with device.oom_as_user_error(f"{measures.micro_batch} images of a second derivative"):
                     for part in measure(subject, measures, counter.add, check_stop):
-                        for key, value in part.items():
-                            entry[key] = [*entry[key], *value] if key == "m_sharpness" and key in entry else value
-                    if line_to is not None and i == 0:
+                        found |= part
+                    if line_to is not None and target is targets[0]:
                         other = safetensors.torch.load_file(line_to.weights / "model.safetensors")
                         line = measure_line(subject, other, measures, counter.add, check_stop)
                         result["line"] = {"from": target.label, "to": str(line_to.folder), **line}
-        except signals.Interrupted:
-            result["interrupted"] = True
-            result["checkpoints"] = [one for one in result["checkpoints"] if "loss" in one]
-    if is_sweep:
-        result["correlation"] = _correlation(targets, result["checkpoints"], measures)
-    return result | {"seconds": time.perf_counter() - started}
+            except signals.Interrupted:
+                result["interrupted"] = True
+                break
+    return result | {"seconds": time.perf_counter() - started, "versions": run_log.versions()}
+
+
+def _load(
+    opened: OpenedCheckpoint,
+    split: str,
+    max_images: int,
+    seed: int,
+    dtype: Dtype,
+    gpus: str,
+    processes: int | None,
+) -> tuple[Subject, str]:
+    """A model on its device with images that are drawn from a split of its run, and where the data set comes from."""
+
+    def select() -> list[Selected]:
+        own = open_own_data(opened.folder, opened.config, opened.manifest)
+        return [rows_of_run(opened.config, opened.manifest, split, own)]
+
+    loaded = opened.load(select, gpus=gpus, processes=processes)
+    (images,), (rows,), (selected,) = loaded.images, loaded.rows, loaded.selections
+    drawn = np.random.default_rng(seed).permutation(len(rows))[:max_images]
+    transform = EvalTransform(loaded.data_config)
+    batches = list(eval_batches(images, rows[drawn], transform, batch_size=256, workers=0, pin_memory=False))
+    target = next(loaded.model.parameters()).device
+    subject = Subject(
+        loaded.model.to(getattr(torch, dtype)),
+        torch.cat([pixels for pixels, _ in batches]).to(target),
+        torch.cat([labels for _, labels in batches]).to(target),
+        loaded.data_config,
+        opened.config.channels_last,
+    )
+    return subject, selected.origin
 
 
 class _Counter:
     """Counts images that went through a model, and shows them with the time that is left."""
 
-    def __init__(self, progress: console.RunProgress, label: str, total: int, number: int, of: int) -> None:
-        self._progress, self._total = progress, total
-        self._label = label if of == 1 else f"{label} ({number + 1} of {of})"
+    def __init__(self, progress: console.RunProgress, label: str, total: int) -> None:
+        self._progress, self._label, self._total = progress, label, total
         self._done = 0
         self._started = time.perf_counter()
 
     def add(self, what: str, images: int) -> None:
-        """Count images. What converged early leaves the rest out, so that the time left is an upper bound."""
+        """Count images. What converges early leaves the rest out, so that the time left is an upper bound."""
         self._done = min(self._total, self._done + images)
         left = (time.perf_counter() - self._started) / max(1, self._done) * (self._total - self._done)
-        name = f"{self._label}: {what}, at most {duration(left)} left"
-        self._progress.count(name, self._done, self._total)
-
-
-def _subject(loaded: LoadedCheckpoint, max_images: int, seed: int, dtype: Dtype) -> Subject:
-    """A model on its device, with images that are drawn from the selected rows."""
-    rows = loaded.rows
-    order = np.random.default_rng(seed).permutation(len(rows))[:max_images]
-    transform = EvalTransform(loaded.data_config)
-    batches = list(eval_batches(loaded.images, rows[order], transform, batch_size=256, workers=0, pin_memory=False))
-    target = next(loaded.model.parameters()).device
-    model = loaded.model.to(getattr(torch, dtype)).eval()
-    return Subject(
-        model,
-        torch.cat([images for images, _ in batches]).to(target),
-        torch.cat([labels for _, labels in batches]).to(target),
-        loaded.data_config,
-        loaded.config.channels_last,
-    )
+        self._progress.count(f"{self._label}: {what}, at most {duration(left)} left", self._done, self._total)
 
 
 def _correlation(
@@ -168,9 +222,9 @@ def _correlation(
     """
     gaps, measured = [], []
     for target, one in zip(targets, checkpoints, strict=False):
-        report = read_report(target.opened.folder.parents[1])
-        if report.get("test") and len(one.get("m_sharpness", ())) == len(measures.m):
-            gaps.append(report["test"]["top1_error"] - one["top1_error"])
+        of_run = read_report(target.opened.folder.parents[1])
+        if of_run.get("test") and len(one.get("m_sharpness", ())) == len(measures.m):
+            gaps.append(of_run["test"]["top1_error"] - one["top1_error"])
             measured.append({entry["m"]: entry["maximum"] for entry in one["m_sharpness"]})
     if len(gaps) < 4:
         return []
@@ -178,17 +232,15 @@ def _correlation(
     return [{"m": m, "runs": len(gaps), **one._asdict()} for m, one in found.items()]
 
 
-def check_same_architecture(targets: Sequence[Target], line_to: OpenedCheckpoint | None) -> None:
-    """Raise UsageError where a line is asked for between models whose weights differ in name or shape."""
-    if line_to is None:
-        return
+def _check_same_architecture(target: Target, other: OpenedCheckpoint) -> None:
+    """Raise UsageError where the weights of two checkpoints differ in name or shape."""
     shapes = []
-    for opened in (targets[0].opened, line_to):
+    for opened in (target.opened, other):
         with safetensors.safe_open(opened.weights / "model.safetensors", framework="pt") as file:
             shapes.append({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
     if shapes[0] != shapes[1]:
         raise UsageError(
-            f"--direction-to {line_to.folder}: its weights are not those of the model {targets[0].label}",
+            f"--direction-to {other.folder}: its weights are not those of the model {target.label}",
             "names or shapes differ",
             "a line needs two checkpoints of one architecture and the same number of classes",
         )
