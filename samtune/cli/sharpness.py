@@ -143,7 +143,7 @@ def sharpness(
             if as_json:
                 console.print_json(shown)
             else:
-                for title, rows in report.tables(shown).items():
+                for title, rows in report.text_tables(shown).items():
                     console.print_rows(title, rows)
                 console.print_prose(report.notes(shown))
         if result is not None and result["interrupted"]:

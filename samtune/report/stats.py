@@ -190,7 +190,7 @@ class Correlation(NamedTuple):
 
 
 def kendall(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Correlation:
-    """Kendall's tau-b of pairs, with the percentile interval of 2,000 bootstrap samples of them (Efron 1979).
+    """Kendall's tau-b of pairs, with the percentile interval of 1,000 bootstrap samples of them (Efron 1979).
 
     Without spread in one of them, or of less than three pairs, it is not defined.
     """
@@ -200,7 +200,7 @@ def kendall(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Correla
     def tau(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
         return float(scipy.stats.kendalltau(x, y).statistic)
 
-    resampled = np.random.default_rng(seed).integers(0, len(a), (2000, len(a)))
+    resampled = np.random.default_rng(seed).integers(0, len(a), (1000, len(a)))
     pairs = np.array([a, b], dtype=np.float64)
     taus = [tau(*pairs[:, rows]) for rows in resampled if all(map(_has_spread, pairs[:, rows]))]
     low, high = np.quantile(taus, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])

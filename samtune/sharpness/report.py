@@ -83,6 +83,14 @@ def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, str | float | 
     return {title: rows for title, rows in found.items() if rows}
 
 
+def text_tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, str | float | None]]]:
+    """`tables` with four digits of each number: values of very different size stand side by side."""
+    return {
+        title: [{key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+        for title, rows in tables(result).items()
+    }
+
+
 def _first_eigenvalues(one: Mapping[str, Any]) -> dict[str, str | float | None]:
     if "hessian" not in one:
         return {}
@@ -147,7 +155,7 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": f"Sharpness of {', '.join(labels[:3])}" + (f" and {len(labels) - 3} more" if len(labels) > 3 else ""),
         "sections": sections | {id: names[id] for id in drawn},
-        "tables": tables(result),
+        "tables": text_tables(result),
         "numbers": [_as_table(title, rows) for title, rows in tables(result).items()],
         "charts": [(id, names[id], chart) for id, chart in drawn.items()],
         "notes": notes(result),

@@ -1,5 +1,6 @@
 """`samtune sharpness`: from checkpoints and their data to sharpness.json and its page."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from samtune.errors import CheckpointError, UsageError
 from samtune.report.stats import kendall
 from samtune.runs import checkpoint, run_log
 from samtune.runs.folder import read_report, result_folder
+from samtune.sam.filters import select_parameters
 from samtune.sharpness import report
 from samtune.sharpness.measure import Measures, Subject, measure, measure_line
 from samtune.train.eval_checkpoint import OpenedCheckpoint, Selected, open_own_data, rows_of_run
@@ -147,6 +149,7 @@ def _measure(
     with console.RunProgress() as progress:
         for target in targets:
             subject, origin = _load(target.opened, split, max_images, measures.seed, dtype, gpus, processes)
+            _check_pattern(subject, measures.params)
             result |= {"images": len(subject.labels), "dataset": origin, "device": str(subject.images.device)}
             label = f"{target.label} ({len(checkpoints) + 1} of {len(targets)})" if len(targets) > 1 else target.label
             counter = _Counter(progress, label, measures.work(len(subject.labels)))
@@ -230,6 +233,15 @@ def _correlation(
         return []
     found = {m: kendall([values[m] for values in measured], gaps, seed=measures.seed) for m in measures.m}
     return [{"m": m, "runs": len(gaps), **one._asdict()} for m, one in found.items()]
+
+
+def _check_pattern(subject: Subject, params: str) -> None:
+    """Raise UsageError for a pattern that is none, or that no parameter has."""
+    try:
+        select_parameters(subject.model, params)
+    except (ValueError, re.error) as error:
+        names = list(dict.fromkeys(name.partition(".")[0] for name, _ in subject.model.named_parameters()))
+        raise UsageError(f"--params {params}", str(error), f"names begin with {', '.join(names)}") from None
 
 
 def _check_same_architecture(target: Target, other: OpenedCheckpoint) -> None:
