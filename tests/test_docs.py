@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from samtune.cli.main import app
 from samtune.config.run_config import RunConfig, flag_name
@@ -92,6 +93,8 @@ def test_options_in_readme_and_guide_exist():
     known |= {"--kills", "--repeat", "--repo-type", "--signal", "--without-pip", "--python"}  # of other programs
     known |= {"--to", "--with-preprocessing", "--top", "--tta", "--embeddings", "--temperature", "--watch"}
     known |= {"--help-all", "--install-completion", "--probabilities"}
+    known |= {"--checkpoint", "--density", "--slices", "--direction-to", "--max-images", "--starts", "--probes"}
+    known |= {"--lanczos-steps", "--params"}
     known |= {"--logdir"}  # of TensorBoard
     for page in (ROOT / "README.md", *GUIDE):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z\d-]+", page.read_text())) <= known, page
@@ -135,10 +138,19 @@ def test_the_python_example_in_the_guide_runs_on_a_checkpoint(tmp_path, monkeypa
 
 
 def test_every_python_block_is_run_by_a_test():
-    assert {page for page, blocks in EXAMPLES.items() if blocks} == {"README", "python"}
+    assert {page for page, blocks in EXAMPLES.items() if blocks} == {"README", "python", "sharpness"}
     assert EXAMPLES["README"] == LOOPS[:1]
     assert len(LOOPS) == 4
     assert all("sam.backward(" in loop for loop in LOOPS)
+
+
+def test_the_python_example_of_sharpness_in_the_guide_runs():
+    torch.manual_seed(0)
+    (example,) = EXAMPLES["sharpness"]
+    names = {"model": SmallNet().eval(), "images": torch.randn(8, 3, 6, 6), "labels": torch.arange(8) % 3, "F": F}
+    exec(example, names)
+    assert names["largest"].values == sorted(names["largest"].values, reverse=True)
+    assert len(names["density"].nodes) == 2
 
 
 def test_the_loops_in_the_guide_train(tmp_path):

@@ -12,7 +12,7 @@ ORDER = (
     {"cli"},
     {"api", "doctor"},
     {"sweep"},
-    {"plan", "predict", "export"},
+    {"plan", "predict", "export", "sharpness"},
     {"train"},
     {"report"},
     {"models"},

@@ -399,6 +399,9 @@ class RunConfig(BaseModel):
         'how often to save, besides where validation is better than ever and at the end: "10 minutes", "200 steps", 1',
         Duration(10, "minutes"),
     )
+    keep_at: types.Durations | None = _run(
+        "nothing", 'checkpoints to keep to the end of the run, as for `samtune sharpness`: "1 epochs,50%,100%"'
+    )
     keep_checkpoints: int = _run("nothing", "how many of the newest checkpoints stay, besides the best", 2, ge=1)
     model_ema: bool = _run(
         "results",

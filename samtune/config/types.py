@@ -105,6 +105,12 @@ DurationField = Annotated[_AnyDuration, _no_minutes]
 RunLength = Annotated[DurationField, _whole_run]
 Interval = Annotated[DurationField, _interval]
 SaveInterval = Annotated[_AnyDuration, _interval]
+Durations = Annotated[
+    tuple[Interval, ...],
+    BeforeValidator(lambda given: tuple(given.split(",")) if isinstance(given, str) else given),
+    PlainSerializer(lambda durations: ", ".join(duration.to_recipe() for duration in durations)),
+    Strict(False),
+]
 PathField = Annotated[Path, Strict(False), PlainSerializer(str)]
 NormOrder = Annotated[
     float, AllowInfNan(True), BeforeValidator(_norm_order), PlainSerializer(lambda p: "inf" if math.isinf(p) else p)

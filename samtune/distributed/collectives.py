@@ -327,7 +327,7 @@ def all_reduce_sum_lists(
 
 def flat_views(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Consecutive parts of a one-dimensional tensor, each with the shape and layout of one of these tensors."""
-    views, start = [], 0
+    views, start = [], int(flat.storage_offset())
     for t in like:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
         stride = t.stride() if extent == t.numel() else torch.empty(t.shape, device="meta").stride()  # not dense

@@ -5,7 +5,7 @@ from pathlib import Path
 from samtune.errors import UsageError, did_you_mean
 
 FOLDER = Path(__file__).parent
-_ORDER = ("data", "training", "sam", "resume", "devices", "sweep", "reports", "python", "contributing")
+_ORDER = ("data", "training", "sam", "resume", "devices", "sweep", "reports", "sharpness", "python", "contributing")
 
 
 def topics() -> dict[str, str]:

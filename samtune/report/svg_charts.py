@@ -102,10 +102,13 @@ def lines(
     whole: bool = False,
     bars: bool = False,
     ticks: Sequence[str] | None = None,
+    from_zero: bool = True,
+    log: bool = False,
 ) -> str:
     """Lines over x from 0. whole: ticks of x only at whole numbers.
 
     bars: intervals as bars, not as bands, and y not from 0. ticks: names of x = 0, 1, ..., for x that is no number.
+    from_zero: whether both axes start at 0. log: y on a logarithmic scale.
     """
     shift = 0.08 if ticks else 0.0  # between the series, in ticks
 
@@ -132,9 +135,11 @@ def lines(
         if ticks is not None:
             axes.set_xticks(range(len(ticks)), [_label(tick) for tick in ticks])
             axes.set_xlim(-0.5, len(ticks) - 0.5)
-        else:
+        elif from_zero:
             axes.set_xlim(left=0)
-        if not bars:
+        if log:
+            axes.set_yscale("log")
+        elif from_zero and not bars:
             axes.set_ylim(bottom=0)
         if whole and ticks is None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -213,6 +218,30 @@ def heatmap(heading: Heading, counts: npt.NDArray[np.int64], names: Sequence[str
                 axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=9)
 
     return _drawn(heading, 330 * scale, draw, scale * _WIDTH)
+
+
+def contours(
+    heading: Heading, at: Sequence[float], panels: Sequence[tuple[str, Sequence[Sequence[float]]]], *, label: str
+) -> str:
+    """Contour lines of values on a plane, a panel for each name, all at the same levels.
+
+    at: positions along both directions. panels: name and values (len(at), len(at)), the first direction along rows.
+    label: what the values are.
+    """
+    surfaces = [np.array(values, dtype=np.float64).T for _, values in panels]
+    finite = np.concatenate([values[np.isfinite(values) & (values > 0)] for values in surfaces])
+    levels = np.geomspace(finite.min(), finite.max(), 12) if len(finite) and finite.min() < finite.max() else [0.0, 1.0]
+
+    def draw(figure: Figure) -> None:
+        for i, ((name, _), values) in enumerate(zip(panels, surfaces, strict=True)):
+            axes = figure.add_subplot(len(panels), 1, 1 + i)
+            drawn = axes.contour(at, at, values, levels=levels, colors=[_SERIES[i % len(_SERIES)]], linewidths=1)
+            axes.clabel(drawn, levels=list(levels[::3]), fmt="%.2g", fontsize=8, colors=_INK)
+            axes.plot(0, 0, "o", color=_INK, markersize=4)
+            axes.set(xlabel="first direction", ylabel=f"second direction, {label}", aspect="equal")
+            axes.set_title(_label(name), fontsize=10)
+
+    return _drawn(heading, 300 * len(panels), draw)
 
 
 def reliability(heading: Heading, bins: Sequence[ReliabilityBin]) -> str:

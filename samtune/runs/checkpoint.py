@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -195,13 +195,16 @@ def adopt_copies(checkpoints: Path) -> None:
         update_link(checkpoints, name, folder)
 
 
-def prune(checkpoints: Path, newest: Path, keep: int) -> list[Path]:
-    """Delete checkpoints, except the `keep` newest up to `newest`, last and best; returns the deleted folders.
+def prune(checkpoints: Path, newest: Path, keep: int, kept_steps: Collection[int] = ()) -> list[Path]:
+    """Delete checkpoints, except the `keep` newest up to `newest`, last, best and those of kept_steps.
+
+    Returns the deleted folders.
 
     Those newer than `newest` are deleted too: they were damaged, or the run went back to before them.
     """
     by_step = steps(checkpoints)
     kept = {by_step[step] for step in sorted(step for step in by_step if step <= _step(newest))[-keep:]}
+    kept |= {by_step[step] for step in kept_steps if step in by_step and step <= _step(newest)}
     kept |= {resolve_checkpoint(checkpoints, name).resolve() for name in _NAMES}
     deleted = [path for path in by_step.values() if path not in kept and path.resolve() not in kept]
     for path in deleted:

@@ -46,6 +46,7 @@ class CheckpointSaver:
         every = setup.config.save_every
         self._minutes = every.amount if every.unit == "minutes" else None
         self._steps = None if self._minutes else max(1, every.steps(setup.steps_per_epoch, setup.total_steps))
+        self._kept_steps = kept_steps(setup)
         self._host_copy = HostCopy()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._written: Future[Path] | None = None
@@ -68,7 +69,9 @@ class CheckpointSaver:
             self._thread.shutdown()
 
     def due(self, step: int) -> bool:
-        """Whether --save-every asks for a checkpoint after this step."""
+        """Whether --save-every or --keep-at asks for a checkpoint after this step."""
+        if step in self._kept_steps:
+            return True
         if self._minutes is not None:
             passed = time.monotonic() - self._saved_at >= 60 * self._minutes
             # All ranks have a part in the checkpoint of a sharded model, but not the same clock.
@@ -158,7 +161,7 @@ class CheckpointSaver:
             checkpoint.update_link(self._log.checkpoints, "best", self._folder(best_step))
 
     def _prune(self, newest: Path) -> None:
-        checkpoint.prune(self._log.checkpoints, newest, self._setup.config.keep_checkpoints)
+        checkpoint.prune(self._log.checkpoints, newest, self._setup.config.keep_checkpoints, self._kept_steps)
 
     def _folder(self, step: int) -> Path:
         return self._log.checkpoints / f"step-{step:06d}"
@@ -226,12 +229,19 @@ def write(
     )
 
 
+def kept_steps(setup: Setup) -> set[int]:
+    """The steps whose checkpoints --keep-at keeps."""
+    every, total = setup.steps_per_epoch, setup.total_steps
+    return {min(total, max(1, duration.steps(every, total))) for duration in setup.config.keep_at or ()}
+
+
 def needed_bytes(setup: Setup, folder: Path) -> tuple[int, int, Path]:
     """Bytes that the checkpoints of a run need at once, bytes that are free, and the folder whose disk has them."""
     tensors = [*setup.model.parameters(), *setup.model.buffers()] * (1 if setup.ema is None else 2)
     slots = 2 if isinstance(setup.optimizer, torch.optim.AdamW) else int(setup.config.momentum > 0)
     tensors += [w for group in setup.optimizer.param_groups for w in group["params"]] * slots
-    at_once = setup.config.keep_checkpoints + 2  # the best, and one that is being written
+    # Those to keep, the newest, the best, and one that is being written.
+    at_once = len(kept_steps(setup)) + setup.config.keep_checkpoints + 2
     needed = at_once * sum(w.numel() * w.element_size() for w in tensors)
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return needed, shutil.disk_usage(parent).free, parent
@@ -243,6 +253,6 @@ def check_disk_space(setup: Setup, folder: Path) -> None:
     if free < needed:
         raise MachineError(
             f"{parent} has {free / 2**20:.0f} MiB free, and the run's checkpoints need {needed / 2**20:.0f} MiB",
-            f"--keep-checkpoints {setup.config.keep_checkpoints}, the best, and one that is being written",
+            f"--keep-checkpoints {setup.config.keep_checkpoints}, those of --keep-at, the best and one more",
             "make room, lower --keep-checkpoints, or give another --output",
         )

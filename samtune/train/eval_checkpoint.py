@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from samtune import console
 from samtune.config.run_config import RunConfig
@@ -118,9 +119,31 @@ class OpenedCheckpoint:
         keep_logits: bool = False,
         stop_requested: Callable[[], bool] = bool,
     ) -> tuple[Sequence[Selected], list[Evaluation]]:
-        """Load the model, select rows, decode them, and score each selection. All ranks call it.
+        """Load the model and images as `load` does, and score each selection. All ranks call it.
 
-        select: reads the data set. gpus, processes: as in a run. keep_logits, stop_requested: as in `evaluate`.
+        keep_logits, stop_requested: as in `evaluate`.
+        """
+        loaded = self.load(select, gpus=gpus, processes=processes)
+        evaluations = [
+            evaluate(
+                loaded.model,
+                images,
+                rows,
+                selected.name,
+                self.config,
+                loaded.data_config,
+                progress,
+                stop_requested=stop_requested,
+                keep_logits=keep_logits,
+            )
+            for selected, images, rows in zip(loaded.selections, loaded.images, loaded.rows, strict=True)
+        ]
+        return loaded.selections, evaluations
+
+    def load(self, select: Callable[[], Sequence[Selected]], *, gpus: str, processes: int | None) -> "LoadedCheckpoint":
+        """Load the model, select rows and decode their images. All ranks call it.
+
+        select: reads the data set. gpus, processes: as in a run.
         """
         config = self.config
         target = device.select_device(gpus, processes)
@@ -137,21 +160,19 @@ class OpenedCheckpoint:
                     raise_if_undecodable(undecodable_rows(images, selected.rows))
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model = model.to(device=target, memory_format=layout)  # type: ignore[call-overload]
-        evaluations = [
-            evaluate(
-                model,
-                images,
-                drop_undecodable(images, selected.rows),
-                selected.name,
-                config,
-                data_config,
-                progress,
-                stop_requested=stop_requested,
-                keep_logits=keep_logits,
-            )
-            for selected, images in zip(selections, decoded, strict=True)
-        ]
-        return selections, evaluations
+        rows = [drop_undecodable(images, selected.rows) for selected, images in zip(selections, decoded, strict=True)]
+        return LoadedCheckpoint(model, data_config, selections, decoded, rows)
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A model in evaluation mode on its device, and of each selection the images, and the rows that can be decoded."""
+
+    model: nn.Module
+    data_config: Mapping[str, Any]
+    selections: Sequence[Selected]
+    images: Sequence[Images]
+    rows: Sequence[Indices]
 
 
 def _select(

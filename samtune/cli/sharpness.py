@@ -1,0 +1,163 @@
+"""`samtune sharpness`: parse, measure, print."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from samtune.cli import completion
+from samtune.cli.arguments import Ema
+from samtune.cli.config_flags import Gpus, Processes
+from samtune.cli.help import Json
+from samtune.cli.ranks import result_to_print
+from samtune.distributed import rank_status, signals
+from samtune.errors import UsageError
+
+
+def sharpness(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run folders or checkpoints, shown on one scale; or one sweep, for all of its final runs.",
+            metavar="RUN_OR_CHECKPOINT...",
+            autocompletion=completion.runs,
+        ),
+    ],
+    *,
+    m: Annotated[
+        str | None,
+        typer.Option(
+            help="m-sharpness: sizes of the groups that share a perturbation, as 1,16,256.", show_default=False
+        ),
+    ] = None,
+    rho: Annotated[float, typer.Option(min=0, help="Radius of its ball, in weight units.")] = 0.05,
+    p: Annotated[float, typer.Option(min=1, help="Norm of its ball, from 1 to inf.")] = 2.0,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="The ball of ASAM, in units of the weights' size; it wants a larger rho.")
+    ] = False,
+    ascent_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the search for the maximum; 1 is SAM's own step alone.")
+    ] = 20,
+    starts: Annotated[
+        int, typer.Option(min=0, help="Random directions from which it starts, besides the gradient.")
+    ] = 1,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="So many of the largest eigenvalues of the Hessian.", show_default=False)
+    ] = None,
+    density: Annotated[bool, typer.Option("--density", help="The density of all eigenvalues.")] = False,
+    probes: Annotated[int, typer.Option(min=1, help="Random vectors that the density is estimated from.")] = 2,
+    lanczos_steps: Annotated[int, typer.Option(min=2, help="Products with the Hessian for each of them.")] = 40,
+    slices: Annotated[
+        Literal["1", "2"] | None,
+        typer.Option(help="Loss along a random direction (1), or on the plane of two (2).", show_default=False),
+    ] = None,
+    points: Annotated[int, typer.Option(min=3, help="Points along each direction.")] = 21,
+    direction_to: Annotated[
+        Path | None,
+        typer.Option(help="Loss on the line from the first model to this run or checkpoint.", show_default=False),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, val or test, as the run took them.")] = "train",
+    max_images: Annotated[int, typer.Option(min=1, help="Images that are drawn from it.")] = 256,
+    params: Annotated[
+        str, typer.Option(help="What is moved: all, norm, no-norm, or a pattern for the names of parameters.")
+    ] = "all",
+    dtype: Annotated[Literal["float32", "float64"], typer.Option(help="Precision.")] = "float32",
+    micro_batch: Annotated[int, typer.Option(min=1, help="Images that pass through the model at once.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the images and of all random vectors.")] = 0,
+    checkpoint: Annotated[
+        Literal["last", "best", "all"] | None,
+        typer.Option(help="Which one of a run; all that it has kept, for a curve over training.", show_default=False),
+    ] = None,
+    ema: Ema = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the files; by default the folder of the run, or of the sweep.",
+            show_default=False,
+        ),
+    ] = None,
+    gpus: Gpus = "auto",
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how sharp a minimum is: m-sharpness, the Hessian's eigenvalues and density, slices of the loss.
+
+    Example: samtune sharpness runs/r1
+
+    Example: samtune sharpness runs/sgd runs/sam --m 1,16,256 --density --slices 1
+
+    Example: samtune sharpness runs/r1 --checkpoint all --top 5
+
+    Without a choice: --m 16 --top 5. It writes sharpness.json, sharpness.md and the page sharpness.html.
+
+    Sharpness is a diagnostic and no score: in fine-tuning it says little about which model generalises better.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the data of the run are here
+    from samtune.sharpness import run
+    from samtune.sharpness.measure import Measures
+
+    if not (m or top or density or slices or direction_to):
+        m, top = "16", 5
+    measures = Measures(
+        m=_sizes(m),
+        rho=rho,
+        p=p,
+        adaptive=adaptive,
+        ascent_steps=ascent_steps,
+        starts=starts,
+        top=top or 0,
+        probes=probes if density else 0,
+        lanczos_steps=lanczos_steps,
+        slices=int(slices or 0),
+        points=points,
+        params=params,
+        seed=seed,
+        micro_batch=micro_batch,
+    )
+    with signals.listening() as stop:
+        rank_status.report_ready()
+        result = run.measure_or_launch(
+            checkpoints,
+            measures,
+            name=checkpoint,
+            ema=ema,
+            split=split,
+            max_images=max_images,
+            line_to=direction_to,
+            dtype=dtype,
+            gpus=gpus,
+            processes=processes,
+            output=output,
+            stop=stop,
+            arguments=sys.argv[1:],
+        )
+        shown = result_to_print(result)
+        if shown is not None:
+            from samtune import console
+            from samtune.sharpness import report
+
+            if as_json:
+                console.print_json(shown)
+            else:
+                for title, rows in report.text_tables(shown).items():
+                    console.print_rows(title, rows)
+                console.print_prose(report.notes(shown))
+        if result is not None and result["interrupted"]:
+            stop.raise_stopped()
+
+
+def _sizes(m: str | None) -> tuple[int, ...]:
+    """The sizes of --m. Raises UsageError."""
+    if m is None:
+        return ()
+    try:
+        sizes = tuple(dict.fromkeys(int(part) for part in m.split(",")))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise UsageError(f"--m {m}: must be numbers of images, as 1,16,256")
+    return sizes

@@ -1,0 +1,78 @@
+"""The Hessian of a mean loss as an operator: products with vectors, without the matrix."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from samtune.distributed import collectives
+from samtune.distributed.collectives import flat_views
+from samtune.sam.batch import Batch, num_samples
+from samtune.sam.losses import Loss, as_scalar
+
+
+class Hessian:
+    """The Hessian H of the mean loss over all samples of all ranks, by all given parameters together.
+
+    A product H v goes forward and backward twice through every batch (Pearlmutter 1994). The model's mode is the
+    caller's: in evaluation mode neither batch norm nor dropout make the loss random, and no buffer changes.
+
+    Args:
+        loss: (*batch) -> (), the mean over the samples it is given.
+        params: what the loss is differentiated by, all on one device and of one dtype.
+        batches: the samples of this rank, in parts that fit into memory.
+    """
+
+    def __init__(self, loss: Loss, params: Sequence[nn.Parameter], batches: Sequence[Batch]) -> None:
+        self._loss = as_scalar(loss)
+        self._params = list(params)
+        self._batches = list(batches)
+        counts = [num_samples(batch) or 1 for batch in self._batches]
+        total = torch.tensor([sum(counts)], dtype=torch.float64)
+        self.samples = int(collectives.all_reduce_sum(total).item())
+        """Samples of all ranks."""
+        self._shares = [count / self.samples for count in counts]
+        self.products = 0
+        """Products that were computed so far."""
+
+    @property
+    def dim(self) -> int:
+        """Number of parameters."""
+        return sum(w.numel() for w in self._params)
+
+    def draw(self, seed: int) -> torch.Tensor:
+        """A vector from N(0, I), the same on every rank and device: (dim,)."""
+        w = self._params[0]
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.dim, generator=generator, dtype=torch.float64).to(w)
+
+    def __matmul__(self, v: torch.Tensor) -> torch.Tensor:
+        """H v: (dim,) -> (dim,)."""
+        product = torch.zeros_like(v)
+        sums = flat_views(product, self._params)
+        along = flat_views(v, self._params)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+            for batch, share in zip(self._batches, self._shares, strict=True):
+                loss = self._loss(*batch)
+                grads = torch.autograd.grad(loss, self._params, create_graph=True, materialize_grads=True)
+                # A gradient that is constant, such as that of a linear loss, has no derivative.
+                moving = [(g, d) for g, d in zip(grads, along, strict=True) if g.requires_grad]
+                if moving:
+                    outputs, directions = zip(*moving, strict=True)
+                    more = torch.autograd.grad(outputs, self._params, directions, materialize_grads=True)
+                    torch._foreach_add_(sums, list(more), alpha=share)
+        self.products += 1
+        return collectives.all_reduce_sum(product)
+
+    def gradient(self) -> tuple[float, torch.Tensor]:
+        """The mean loss, and its gradient: (dim,)."""
+        gradient = self._params[0].new_zeros(self.dim)
+        sums = flat_views(gradient, self._params)
+        loss = torch.zeros(1, dtype=torch.float64)
+        for batch, share in zip(self._batches, self._shares, strict=True):
+            value = self._loss(*batch)
+            grads = torch.autograd.grad(value, self._params, materialize_grads=True)
+            torch._foreach_add_(sums, list(grads), alpha=share)
+            loss += share * float(value.detach())
+        return float(collectives.all_reduce_sum(loss)), collectives.all_reduce_sum(gradient)

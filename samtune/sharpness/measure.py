@@ -1,0 +1,266 @@
+"""What `samtune sharpness` measures of one model: loss, m-sharpness, spectrum of the Hessian, slices, as numbers."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from samtune.data.transforms import model_input
+from samtune.distributed import collectives
+from samtune.sam.filters import select_parameters
+from samtune.sam.perturbation import Perturbation
+from samtune.sharpness import slices
+from samtune.sharpness.hessian import Hessian
+from samtune.sharpness.lanczos import Spectrum, spectrum, top_eigenpairs
+from samtune.sharpness.m_sharpness import group_sharpness, mean_over_groups, random_directions
+
+Progress = Callable[[str, int], None]  # what, and images that went forward and backward for it since the last call
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What to measure; all of it is of the same images.
+
+    m: sizes of the groups of m-sharpness; none leaves it out. rho, p, adaptive, eta: their ball, as of a run.
+    ascent_steps: of the search for the maximum, from the gradient and from `starts` random directions.
+    top: number of eigenvalues; 0 leaves them out. tolerance: of their residuals, in units of the largest.
+    max_steps: products that may look for them. probes, lanczos_steps: of the density; no probes leave it out.
+    slices: 1 for a line, 2 for a plane, 0 for none; points: along each direction; reach: how far, in units of the
+    weights' own norm, filter by filter. params: a pattern of the parameters that sharpness and Hessian are of. seed: of
+    all random vectors. micro_batch: images that pass through the model at once.
+    """
+
+    m: tuple[int, ...] = ()
+    rho: float = 0.05
+    p: float = 2.0
+    adaptive: bool = False
+    eta: float = 0.01
+    ascent_steps: int = 20
+    starts: int = 1
+    top: int = 0
+    tolerance: float = 1e-3
+    max_steps: int = 100
+    probes: int = 0
+    lanczos_steps: int = 40
+    slices: int = 0
+    points: int = 21
+    reach: float = 1.0
+    params: str = "all"
+    seed: int = 0
+    micro_batch: int = 32
+
+    def work(self, n: int) -> int:
+        """Images that go forward and backward for all of it, at most, if there are n: for progress."""
+        each = sum(1 + (1 + self.starts) * self.ascent_steps for _ in self.m)
+        each += 2 * (self.max_steps + self.top if self.top else 0)
+        each += 2 * self.probes * self.lanczos_steps
+        return n * (1 + each) + n * _slice_points(self) // 3
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode and the images that its loss is taken over, on its device.
+
+    images: (n, 3, h, w) uint8. labels: (n,). data_config: normalisation of the weights.
+    """
+
+    model: nn.Module
+    images: torch.Tensor
+    labels: torch.Tensor
+    data_config: Mapping[str, Any]
+    channels_last: bool
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy in nats, without label smoothing."""
+        return F.cross_entropy(self.logits(images), labels)
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, classes) in the precision of the weights."""
+        inputs = model_input(images, self.data_config, self.channels_last)
+        logits: torch.Tensor = self.model(inputs.to(next(self.model.parameters()).dtype))
+        return logits
+
+    def parts(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The images of this rank, in parts of `size`."""
+        both = list(zip(self.images.split(size), self.labels.split(size), strict=True))
+        return both[collectives.rank() :: collectives.world_size()]
+
+
+def measure(
+    subject: Subject,
+    measures: Measures,
+    progress: Progress = lambda what, images: None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Iterator[dict[str, Any]]:
+    """Measure part after part: yields entries of the report as they are found, loss and error first.
+
+    check_stop: called on all ranks at the same points; what it raises ends the measurement. Losses are in nats, errors
+    in percent, eigenvalues in nats per squared unit of weight.
+    """
+    n = len(subject.labels)
+    loss, error = _score(subject, measures.micro_batch)
+    progress("loss", n)
+    yield {"loss": loss, "top1_error": error}
+    by_m: list[dict[str, Any]] = []
+    for m in measures.m:
+        by_m.append(_m_sharpness(subject, measures, m, progress, check_stop))
+        yield {"m_sharpness": by_m}
+    params = list(select_parameters(subject.model, measures.params).values())
+    hessian = Hessian(subject.loss, params, subject.parts(measures.micro_batch))
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        check_stop()
+        progress("Hessian", 2 * n)
+        return hessian @ v
+
+    if measures.top:
+        yield {"hessian": {"parameters": hessian.dim, **_eigenvalues(hessian, product, measures)}}
+    if measures.probes:
+        probes = [hessian.draw(measures.seed + 1 + i) for i in range(measures.probes)]
+        yield {"density": _density(spectrum(product, probes, measures.lanczos_steps), measures)}
+    if measures.slices:
+        directions = [
+            slices.filter_normalised_direction(subject.model, measures.seed + i) for i in range(measures.slices)
+        ]
+        at = _steps(-measures.reach, measures.reach, measures.points)
+        yield {"slices": _surface(subject, measures, directions, at, progress, check_stop)}
+
+
+def measure_line(
+    subject: Subject,
+    other: Mapping[str, torch.Tensor],
+    measures: Measures,
+    progress: Progress = lambda what, images: None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Loss and error along the line from a model, at 0, to another state_dict, at 1, and a quarter beyond both."""
+    at = _steps(-0.25, 1.25, 2 * ((measures.points * 3) // 4) + 1)
+    return _surface(subject, measures, [slices.line_to(subject.model, other)], at, progress, check_stop)
+
+
+@torch.no_grad()
+def _score(subject: Subject, size: int) -> tuple[float, float]:
+    """Mean loss and top-1 error in percent over all images."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for images, labels in subject.parts(size):
+        logits = subject.logits(images)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        wrong = (logits.argmax(1) != labels).sum()
+        sums += torch.stack([loss.double(), wrong.double(), loss.new_tensor(len(labels)).double()]).cpu()
+    total, wrong, n = collectives.all_reduce_sum(sums).tolist()
+    return total / n, 100 * wrong / n
+
+
+def _m_sharpness(
+    subject: Subject, measures: Measures, m: int, progress: Progress, check_stop: Callable[[], None]
+) -> dict[str, Any]:
+    named = select_parameters(subject.model, measures.params)
+    params = list(named.values())
+    adaptive = [measures.adaptive and w.ndim > 1 for w in params]
+    perturbation = Perturbation(params, p=measures.p, adaptive=adaptive, eta=measures.eta)
+    starts = [random_directions(params, measures.seed + i) for i in range(measures.starts)]
+    groups = list(zip(subject.images.split(m), subject.labels.split(m), strict=True))
+    rank, world = collectives.rank(), collectives.world_size()
+    found = []
+    for turn in range(math.ceil(len(groups) / world)):
+        check_stop()
+        if turn * world + rank < len(groups):
+            group = groups[turn * world + rank]
+            found.append(
+                group_sharpness(
+                    subject.loss,
+                    perturbation,
+                    group,
+                    measures.rho,
+                    steps=measures.ascent_steps,
+                    starts=starts,
+                    micro_batch=measures.micro_batch,
+                    heartbeat=lambda group=group: progress(f"m-sharpness, m {m}", world * len(group[1])),  # type: ignore[misc]
+                )
+            )
+    of_all = [group for of_rank in collectives.all_gather_object(found) for group in of_rank]
+    return asdict(mean_over_groups(m, of_all))
+
+
+def _eigenvalues(
+    hessian: Hessian, product: Callable[[torch.Tensor], torch.Tensor], measures: Measures
+) -> dict[str, Any]:
+    found = top_eigenpairs(
+        product,
+        hessian.draw(measures.seed),
+        measures.top,
+        tolerance=measures.tolerance,
+        max_steps=measures.max_steps,
+    )
+    fifth = found.values[4] if len(found.values) > 4 else None
+    return {
+        "eigenvalues": found.values,
+        "residuals": found.residuals,
+        "converged": found.converged,
+        "products": found.steps,
+        "ratio_1_to_5": found.values[0] / fifth if fifth else None,
+    }
+
+
+def _density(found: Spectrum, measures: Measures) -> dict[str, Any]:
+    """Curves of the density: mean, lowest and highest over the probes. The kernel is a hundredth of the range wide."""
+    at = found.grid()
+    width = (at[-1] - at[0]) / 100
+    curves = found.density(at, width)
+    moments = {
+        f"moment_{power}": dict(zip(("mean", "standard_error"), found.moment(power), strict=True)) for power in (1, 2)
+    }
+    for moment in moments.values():
+        moment["standard_error"] = moment["standard_error"] if math.isfinite(moment["standard_error"]) else None  # type: ignore[assignment]
+    return {
+        "probes": measures.probes,
+        "lanczos_steps": measures.lanczos_steps,
+        "kernel_width": width,
+        "eigenvalues": at.tolist(),
+        "mean": curves.mean(0).tolist(),
+        "low": curves.min(0).tolist(),
+        "high": curves.max(0).tolist(),
+        **moments,
+    }
+
+
+def _surface(
+    subject: Subject,
+    measures: Measures,
+    directions: Sequence[Mapping[str, torch.Tensor]],
+    at: Sequence[float],
+    progress: Progress,
+    check_stop: Callable[[], None],
+) -> dict[str, Any]:
+    """Loss and error on a line (points,) or a plane (points, points), the first direction along rows."""
+    n = len(subject.labels)
+
+    def row(fixed: Sequence[float]) -> list[tuple[float, float]]:
+        found = []
+        for distance in at:
+            check_stop()
+            with slices.moved(subject.model, directions, [*fixed, distance]):
+                found.append(_score(subject, measures.micro_batch))
+            progress("slices", n // 3)
+        return found
+
+    rows = [row([])] if len(directions) == 1 else [row([distance]) for distance in at]
+    losses, errors = ([[pair[i] for pair in one] for one in rows] for i in (0, 1))
+    flat = len(directions) == 1
+    return {
+        "at": list(at),
+        "loss": losses[0] if flat else losses,
+        "top1_error": errors[0] if flat else errors,
+    }
+
+
+def _steps(low: float, high: float, points: int) -> list[float]:
+    return [round(low + (high - low) * i / (points - 1), 12) for i in range(points)]
+
+
+def _slice_points(measures: Measures) -> int:
+    return int(measures.points**measures.slices) if measures.slices else 0

@@ -1,0 +1,151 @@
+"""Hessian products against the dense Hessian of torch.func, in float64."""
+
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from samtune.distributed import collectives
+from samtune.distributed.collectives import flat_views
+from samtune.sharpness.hessian import Hessian
+from samtune.sharpness.lanczos import top_eigenpairs
+from tests.support.rank_processes import Ranks
+
+
+def small_net():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 3)
+    )
+    for _ in range(3):
+        net(torch.randn(8, 2, 4, 4))  # running statistics that are not 0 and 1
+    return net.double().eval()
+
+
+def samples(n=12):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(n, 2, 4, 4, generator=generator, dtype=torch.float64)
+    return images, torch.randint(0, 3, (n,), generator=generator)
+
+
+def loss_of(net):
+    return lambda images, labels: F.cross_entropy(net(images), labels)
+
+
+def dense(net, images, labels):
+    """The Hessian as a matrix, by forward over reverse mode: another way than the operator's."""
+    params = dict(net.named_parameters())
+    sizes = [w.numel() for w in params.values()]
+
+    def loss(flat):
+        parts = zip(params.items(), flat.split(sizes), strict=True)
+        weights = {name: part.view_as(w) for (name, w), part in parts}
+        return F.cross_entropy(torch.func.functional_call(net, weights, (images,)), labels)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, when it loads the transform
+        return torch.func.hessian(loss)(torch.cat([w.detach().flatten() for w in params.values()]))
+
+
+def operator(net, images, labels, sizes=(12,)):
+    batches = list(zip(images.split(list(sizes)), labels.split(list(sizes)), strict=True))
+    return Hessian(loss_of(net), list(net.parameters()), batches)
+
+
+@pytest.mark.parametrize("sizes", [(12,), (5, 7)])
+def test_products_are_those_of_the_dense_hessian_whatever_the_batches(sizes):
+    net = small_net()
+    matrix = dense(net, *samples())
+    hessian = operator(net, *samples(), sizes)
+    products = torch.stack([hessian @ unit for unit in torch.eye(len(matrix), dtype=torch.float64)])
+    assert torch.allclose(products, matrix, atol=1e-12)
+    assert hessian.products == hessian.dim == len(matrix)
+
+
+def test_the_largest_eigenvalues_are_those_of_the_dense_hessian():
+    net = small_net()
+    hessian = operator(net, *samples(), (5, 7))
+    found = top_eigenpairs(hessian.__matmul__, hessian.draw(0), 5, tolerance=1e-10)
+    exact = np.linalg.eigvalsh(dense(net, *samples()).numpy())[::-1][:5]
+    assert found.values == pytest.approx(exact, abs=1e-8)
+
+
+def test_the_hessian_of_a_quadratic_is_its_matrix():
+    a = torch.tensor([[2.0, 1.0], [1.0, 5.0]], dtype=torch.float64)
+    w = nn.Parameter(torch.tensor([3.0, -1.0], dtype=torch.float64))
+    hessian = Hessian(lambda x: 0.5 * (w @ a @ w) * x.mean(), [w], [(torch.ones(3, dtype=torch.float64),)])
+    assert torch.equal(torch.stack([hessian @ unit for unit in torch.eye(2, dtype=torch.float64)]), a)
+    loss, gradient = hessian.gradient()
+    assert loss == pytest.approx(0.5 * float(w.detach() @ a @ w.detach()))
+    assert torch.allclose(gradient, a @ w.detach())
+
+
+def test_a_parameter_that_the_loss_does_not_see_has_rows_of_zeros():
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    hessian = Hessian(lambda x: (used**3).sum() * x.mean(), [used, unused], [(torch.ones(4),)])
+    assert torch.equal(hessian @ torch.ones(5), torch.tensor([6.0, 6.0, 0.0, 0.0, 0.0]))
+
+
+def test_a_linear_loss_has_no_curvature():
+    w = nn.Parameter(torch.ones(2))
+    hessian = Hessian(lambda x: w.sum() * x.mean(), [w], [(torch.ones(4),)])
+    assert torch.equal(hessian @ torch.ones(2), torch.zeros(2))
+
+
+def test_products_leave_weights_gradients_and_statistics_as_they_were():
+    net = small_net()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    hessian = operator(net, *samples())
+    _ = hessian @ hessian.draw(0)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(w.grad is None for w in net.parameters())
+
+
+def test_curvature_along_a_direction_does_not_depend_on_the_memory_layout_of_the_weights():
+    torch.manual_seed(0)
+    net = timm.create_model("test_resnet", num_classes=3).double().eval()
+    images, labels = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    direction = [torch.randn_like(w) for w in net.parameters()]
+
+    def curvature():
+        params = list(net.parameters())
+        hessian = Hessian(loss_of(net), params, [(images, labels)])
+        v = torch.empty(hessian.dim, dtype=torch.float64)
+        for view, d in zip(flat_views(v, params), direction, strict=True):
+            view.copy_(d)
+        return float(v @ (hessian @ v))
+
+    contiguous = curvature()
+    net.to(memory_format=torch.channels_last)
+    images = images.to(memory_format=torch.channels_last)
+    assert curvature() == pytest.approx(contiguous, rel=1e-9)
+
+
+def product_on_a_rank():
+    """The product with a rank's own part of the samples: 5 on the first, 7 on the second."""
+    net, (images, labels) = small_net(), samples()
+    own = slice(0, 5) if collectives.rank() == 0 else slice(5, 12)
+    hessian = operator(net, images[own], labels[own], (len(labels[own]),))
+    return (hessian @ hessian.draw(0)).numpy()
+
+
+def test_the_sum_over_ranks_is_the_product_of_one_process(tmp_path):
+    net = small_net()
+    hessian = operator(net, *samples())
+    with Ranks(2, tmp_path) as ranks:
+        first, second = ranks(product_on_a_rank)
+    assert (first == second).all()
+    assert first == pytest.approx((hessian @ hessian.draw(0)).numpy(), abs=1e-14)
+
+
+def test_attention_has_second_derivatives():
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit", num_classes=3, img_size=32, patch_size=16).eval()
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 2])
+    hessian = Hessian(loss_of(net), list(net.parameters()), [(images, labels)])
+    v, w = hessian.draw(0), hessian.draw(1)
+    assert float(w @ (hessian @ v)) == pytest.approx(float(v @ (hessian @ w)), rel=1e-3)

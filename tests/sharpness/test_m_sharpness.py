@@ -1,0 +1,105 @@
+"""m-sharpness against closed forms, and what must hold for every loss."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from samtune.sam.perturbation import Perturbation
+from samtune.sharpness.m_sharpness import group_sharpness, mean_over_groups, random_directions
+from tests.sharpness.test_hessian import loss_of, samples, small_net
+
+H = torch.tensor([[4.0, 1.0, 0.0], [1.0, 3.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+LARGEST = float(torch.linalg.eigvalsh(H)[-1])
+
+
+def quadratic(at):
+    """The loss w'Hw / 2 of any samples, and its parameter."""
+    w = nn.Parameter(torch.tensor(at, dtype=torch.float64))
+    return (lambda x: 0.5 * (w @ H @ w) * x.mean()), w
+
+
+def ones(n=4):
+    return (torch.ones(n, dtype=torch.float64),)
+
+
+def test_at_the_minimum_of_a_quadratic_the_maximum_is_half_rho_squared_times_the_largest_eigenvalue():
+    loss, w = quadratic([0.0, 0.0, 0.0])
+    found = group_sharpness(loss, Perturbation([w]), ones(), 0.3, steps=60, starts=[random_directions([w], 1)])
+    assert found.maximum == pytest.approx(0.5 * 0.3**2 * LARGEST, rel=1e-12)
+    assert found.one_step == 0  # no gradient, no perturbation
+
+
+def test_one_step_of_a_quadratic_is_worked_by_hand():
+    loss, w = quadratic([1.0, -2.0, 0.5])
+    e = 0.1 * (H @ w.detach()) / (H @ w.detach()).norm()
+    rise = float((H @ w.detach()) @ e + 0.5 * e @ H @ e)
+    assert group_sharpness(loss, Perturbation([w]), ones(), 0.1, steps=1).one_step == pytest.approx(rise, rel=1e-12)
+
+
+def test_the_maximum_on_a_sphere_away_from_the_minimum_is_that_of_a_fine_search():
+    loss, w = quadratic([0.3, -0.2, 0.1])
+    found = group_sharpness(loss, Perturbation([w]), ones(), 0.5, steps=200)
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(200_000, 3))
+    points *= 0.5 / np.linalg.norm(points, axis=1, keepdims=True)
+    moved = points + w.detach().numpy()
+    searched = (0.5 * np.einsum("ni,ij,nj->n", moved, H.numpy(), moved)).max() - found.loss
+    assert found.maximum == pytest.approx(searched, rel=1e-3)
+    assert found.maximum >= searched
+    assert found.last_rise < 1e-9
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_maximum_is_at_least_the_value_of_one_step_and_weights_come_back(p, adaptive):
+    net, batch = small_net(), samples()
+    params = list(net.parameters())
+    before = [w.detach().clone() for w in params]
+    perturbation = Perturbation(params, p=p, adaptive=[adaptive and w.ndim > 1 for w in params])
+    found = group_sharpness(loss_of(net), perturbation, batch, 0.05, steps=8, starts=[random_directions(params, 0)])
+    assert found.maximum >= found.one_step
+    assert found.maximum > 0
+    assert all(torch.equal(w, old) for w, old in zip(params, before, strict=True))
+
+
+def test_smaller_groups_are_at_least_as_sharp():
+    net, (images, labels) = small_net(), samples(16)
+    perturbation = Perturbation(list(net.parameters()))
+    maxima = []
+    for m in (16, 4, 1):
+        groups = [
+            group_sharpness(loss_of(net), perturbation, (images[i : i + m], labels[i : i + m]), 0.1, steps=30)
+            for i in range(0, 16, m)
+        ]
+        maxima.append(mean_over_groups(m, groups).maximum)
+    assert maxima == sorted(maxima)
+    assert maxima[-1] > 1.5 * maxima[0]
+
+
+def test_micro_batches_do_not_change_the_value():
+    net, batch = small_net(), samples()
+    perturbation = Perturbation(list(net.parameters()))
+    whole, parts = (
+        group_sharpness(loss_of(net), perturbation, batch, 0.1, steps=5, micro_batch=size) for size in (None, 5)
+    )
+    assert parts.maximum == pytest.approx(whole.maximum, rel=1e-10)
+    assert parts.one_step == pytest.approx(whole.one_step, rel=1e-10)
+
+
+def test_a_group_that_still_rises_is_said_not_to_have_converged():
+    loss, w = quadratic([1e-9, 0.0, 0.0])
+    short = group_sharpness(loss, Perturbation([w]), ones(), 0.3, steps=2)
+    long = group_sharpness(loss, Perturbation([w]), ones(), 0.3, steps=60)
+    assert mean_over_groups(4, [short, long]).not_converged == 0.5
+
+
+def test_the_mean_over_groups_weighs_them_by_their_samples():
+    loss, w = quadratic([1.0, 0.0, 0.0])
+    perturbation = Perturbation([w])
+    groups = [group_sharpness(loss, perturbation, ones(n), rho, steps=1) for n, rho in ((3, 0.1), (1, 0.4))]
+    mean = mean_over_groups(3, groups)
+    assert mean.one_step == pytest.approx((3 * groups[0].one_step + groups[1].one_step) / 4)
+    assert (mean.groups, mean.m) == (2, 3)
