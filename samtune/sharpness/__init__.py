@@ -1,7 +1,7 @@
 """Sharpness of a loss around a model's weights: m-sharpness, the Hessian's spectrum, slices of the loss.
 
-What is exported here takes a loss over data and parameters, as of any training loop; Lanczos takes only products with
-vectors. `samtune.sharpness.run` applies them to checkpoints.
+The functions take a loss, data and parameters, of any training loop; Lanczos takes only products with vectors.
+`samtune.sharpness.run` applies them to checkpoints.
 """
 
 from samtune.sharpness.hessian import Hessian

@@ -15,12 +15,12 @@ from samtune.sam.losses import Loss, as_scalar
 class Hessian:
     """The Hessian H of the mean loss over all samples of all ranks, by all given parameters together.
 
-    A product H v goes forward and backward twice through every batch (Pearlmutter 1994). The model's mode is the
-    caller's: in evaluation mode neither batch norm nor dropout make the loss random, and no buffer changes.
+    A product H v differentiates the gradient of every batch again (Pearlmutter 1994). The caller chooses the model's
+    mode: in evaluation mode neither batch norm nor dropout makes the loss random, and no buffer changes.
 
     Args:
         loss: (*batch) -> (), the mean over the samples it is given.
-        params: what the loss is differentiated by, all on one device and of one dtype.
+        params: the parameters that the loss is differentiated by, all on one device and of one dtype.
         batches: the samples of this rank, in parts that fit into memory.
     """
 
@@ -34,7 +34,7 @@ class Hessian:
         """Samples of all ranks."""
         self._shares = [count / self.samples for count in counts]
         self.products = 0
-        """Products that were computed so far."""
+        """Number of products computed so far."""
 
     @property
     def dim(self) -> int:

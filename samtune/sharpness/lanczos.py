@@ -1,6 +1,6 @@
-"""Eigenvalues and spectral density of a symmetric operator, from products with vectors alone (Lanczos 1950).
+"""Eigenvalues and spectral density of a symmetric operator, from products with vectors only (Lanczos 1950).
 
-Nothing here knows of networks: an operator is a function v -> A v for vectors of shape (dim,).
+The code knows no networks: an operator is a function v -> A v for vectors of shape (dim,).
 """
 
 import math
@@ -22,7 +22,7 @@ class Lanczos:
     Each new vector is orthogonalised twice against all earlier ones, since rounding would otherwise bring converged
     eigenvalues back as copies ("full reorthogonalisation"). Memory: one vector for each step.
 
-    matvec: the operator. start: (dim,), any but zero; its dtype and device are those of the basis.
+    matvec: the operator. start: (dim,), not zero; the basis has its dtype and device.
     """
 
     def __init__(self, matvec: Matvec, start: torch.Tensor) -> None:
@@ -31,13 +31,13 @@ class Lanczos:
         self._basis: list[torch.Tensor] = []
         self.alpha: list[float] = []
         self.beta: list[float] = []
-        """beta[j]: what couples step j to step j + 1, the norm of what was left of A q_j."""
+        """beta[j] couples step j to step j + 1: the norm of A q_j after orthogonalisation."""
         self.is_exhausted = False
-        """Whether the space is invariant: the eigenvalues of T are then eigenvalues of the operator, all of them that
-        the start vector has a part in."""
+        """Whether the Krylov space is invariant: the eigenvalues of T are then exactly those eigenvalues of the operator
+        whose eigenvectors the start vector has a part in."""
 
     def __len__(self) -> int:
-        """Number of steps that were taken."""
+        """Number of steps taken."""
         return len(self.alpha)
 
     def step(self) -> None:
@@ -73,9 +73,9 @@ class Lanczos:
 class Eigenpairs:
     """The largest eigenvalues of an operator, the largest first.
 
-    values: (k,). vectors: k of shape (dim,), of norm 1. residuals: (k,) ||A v - value v||. An eigenvalue of the
-    operator lies within its residual. steps: products that were needed, without those for the residuals.
-    converged: whether every residual is below the tolerance.
+    values: (k,). vectors: k of shape (dim,), of norm 1. residuals: (k,) ||A v - value v||; the operator has an
+    eigenvalue within this distance of the value. steps: number of Lanczos steps, without the products for the
+    residuals. converged: whether every residual is at most twice the tolerance.
     """
 
     values: list[float]
@@ -96,10 +96,11 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """The k algebraically largest eigenvalues, with vectors and residuals.
 
-    start: (dim,) a random vector. tolerance: of a residual, in units of the largest |eigenvalue|. At most max_steps
-    products look for them, and k more measure the residuals. progress: called with the number of steps so far.
+    start: (dim,), a random vector. tolerance: of a residual, in units of the largest |eigenvalue|. max_steps: the most
+    Lanczos steps, each one product; k further products measure the residuals. progress: called with the number of
+    steps so far.
 
-    An eigenvalue that occurs several times is found once: a Krylov space holds one of its vectors.
+    A multiple eigenvalue is found once: a Krylov space holds one of its eigenvectors.
     """
     process = Lanczos(matvec, start)
     k = min(k, len(start))
@@ -170,7 +171,7 @@ def spectrum(
     *,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> Spectrum:
-    """The density of an operator from these start vectors, each (dim,) and drawn from N(0, I).
+    """The spectral density of an operator, from probes of shape (dim,) drawn from N(0, I).
 
     Takes len(probes) x steps products. progress: called with the number of products so far.
     """

@@ -13,11 +13,11 @@ from samtune.sam.perturbation import Perturbation
 
 @dataclass(frozen=True)
 class GroupSharpness:
-    """The rise of one group's loss, in nats if the loss is.
+    """The rise of one group's loss, in the unit of the loss.
 
     samples: m, or what was left for the last group. loss: at w. one_step: L(w + e) - L(w) for the e of SAM's step.
-    maximum: the largest rise that the ascent found; at least one_step. last_rise: what the ascent's last step added
-    to it: where that is not small, the maximum is a lower bound.
+    maximum: the largest rise that the ascent found; at least one_step. last_rise: what the last step of the ascent
+    added to it. The maximum is a lower bound; it has converged where last_rise is small.
     """
 
     samples: int
@@ -50,9 +50,9 @@ def group_sharpness(
         perturbation: the parameters and their ball.
         group: the samples.
         rho: radius in weight units.
-        steps: of the ascent, from each start; 1 is the one-step value alone.
-        starts: further starts, each a direction (a tensor for each parameter) in the place of the first gradient.
-        micro_batch: the most samples that pass through the model at once.
+        steps: number of ascent steps from each start.
+        starts: further starts: directions that replace the first gradient, each with a tensor for each parameter.
+        micro_batch: the most samples that pass through the model at once; None: the whole group.
         heartbeat: called after each forward-backward pass over the group.
     """
     scalar_loss = as_scalar(loss)
@@ -118,6 +118,6 @@ def mean_over_groups(m: int, groups: Sequence[GroupSharpness]) -> MSharpness:
 
 
 def random_directions(params: Sequence[nn.Parameter], seed: int) -> list[torch.Tensor]:
-    """Directions from N(0, I), one tensor for each parameter, the same on every device."""
+    """A direction from N(0, I), one tensor for each parameter, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(w.shape, generator=generator, dtype=torch.float64).to(w) for w in params]

@@ -1,4 +1,4 @@
-"""What `samtune sharpness` measures of one model: loss, m-sharpness, spectrum of the Hessian, slices, as numbers."""
+"""The numbers of `samtune sharpness` for one model: loss, m-sharpness, spectrum of the Hessian, slices."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,20 +18,21 @@ from samtune.sharpness.hessian import Hessian
 from samtune.sharpness.lanczos import Spectrum, spectrum, top_eigenpairs
 from samtune.sharpness.m_sharpness import group_sharpness, mean_over_groups, random_directions
 
-Progress = Callable[[str, int], None]  # what, and images that went forward and backward for it since the last call
+Progress = Callable[[str, int], None]  # what is measured, and images that went forward and backward since the last call
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What to measure; all of it is of the same images.
+    """What to measure, on the same images.
 
-    m: sizes of the groups of m-sharpness; none leaves it out. rho, p, adaptive, eta: their ball, as of a run.
-    ascent_steps: of the search for the maximum, from the gradient and from `starts` random directions.
-    top: number of eigenvalues; 0 leaves them out. tolerance: of their residuals, in units of the largest.
-    max_steps: products that may look for them. probes, lanczos_steps: of the density; no probes leave it out.
-    slices: 1 for a line, 2 for a plane, 0 for none; points: along each direction; reach: how far, in units of the
-    weights' own norm, filter by filter. params: a pattern of the parameters that sharpness and Hessian are of. seed: of
-    all random vectors. micro_batch: images that pass through the model at once.
+    m: group sizes of m-sharpness; () leaves it out. rho, p, adaptive, eta: its ball, as in a run. ascent_steps: steps
+    of its search for the maximum, from the gradient and from `starts` random directions each.
+    top: number of eigenvalues; 0 leaves them out. tolerance: of their residuals, in units of the largest eigenvalue.
+    max_steps: the most Lanczos steps for them. probes, lanczos_steps: number of random vectors for the density, and
+    Lanczos steps from each; 0 probes leave it out.
+    slices: 1 for a line, 2 for a plane, 0 for none. points: along each direction. reach: the largest distance, in units
+    of the weights' norm, filter by filter. params: pattern of the parameters that m-sharpness and the Hessian are taken
+    over. seed: of all random vectors. micro_batch: images that pass through the model at once.
     """
 
     m: tuple[int, ...] = ()
@@ -54,7 +55,7 @@ class Measures:
     micro_batch: int = 32
 
     def work(self, n: int) -> int:
-        """Images that go forward and backward for all of it, at most, if there are n: for progress."""
+        """Upper bound on the images that go forward and backward, for n images: the total of the progress display."""
         each = sum(1 + (1 + self.starts) * self.ascent_steps for _ in self.m)
         each += 2 * (self.max_steps + self.top if self.top else 0)
         each += 2 * self.probes * self.lanczos_steps
@@ -63,9 +64,9 @@ class Measures:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in evaluation mode and the images that its loss is taken over, on its device.
+    """A model in evaluation mode, and the images that its loss is taken over, all on one device.
 
-    images: (n, 3, h, w) uint8. labels: (n,). data_config: normalisation of the weights.
+    images: (n, 3, h, w) uint8. labels: (n,). data_config: timm's, with the normalisation.
     """
 
     model: nn.Module
@@ -85,7 +86,7 @@ class Subject:
         return logits
 
     def parts(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The images of this rank, in parts of `size`."""
+        """The images and labels of this rank, in parts of `size` images."""
         both = list(zip(self.images.split(size), self.labels.split(size), strict=True))
         return both[collectives.rank() :: collectives.world_size()]
 
@@ -96,7 +97,7 @@ def measure(
     progress: Progress = lambda what, images: None,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, Any]]:
-    """Measure part after part: yields entries of the report as they are found, loss and error first.
+    """Yield entries of the report one after the other, loss and error first.
 
     check_stop: called on all ranks at the same points; what it raises ends the measurement. Losses are in nats, errors
     in percent, eigenvalues in nats per squared unit of weight.

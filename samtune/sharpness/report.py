@@ -1,4 +1,4 @@
-"""What was measured, as sharpness.json, sharpness.md and the page sharpness.html, all from the same numbers."""
+"""The files of `samtune sharpness`: sharpness.json, sharpness.md and the page sharpness.html, from one result."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,7 +84,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, str | float | 
 
 
 def text_tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, str | float | None]]]:
-    """`tables` with four digits of each number: values of very different size stand side by side."""
+    """`tables` with each number as text of four significant digits, since their sizes differ widely."""
     return {
         title: [{key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
         for title, rows in tables(result).items()
@@ -262,7 +262,7 @@ def _slices(result: Mapping[str, Any]) -> Chart | None:
     if not models:
         return None
     curves = {one["label"]: one["slices"] for one in models}
-    caption = "Loss along one random direction, scaled filter by filter: 1 is as far as the weights are long."
+    caption = "Loss along one random direction, scaled filter by filter; 1 is the norm of the weights."
     return _curves("chart-slices", "Slices of the loss", curves, "distance", caption)
 
 

@@ -1,4 +1,4 @@
-"""`samtune sharpness`: from checkpoints and their data to sharpness.json and its page."""
+"""`samtune sharpness`: read checkpoints and their data, measure, write sharpness.json and its page."""
 
 import re
 import time
@@ -39,9 +39,10 @@ class Target:
 
 
 def find_targets(paths: Sequence[Path], name: str | None, *, ema: bool) -> list[Target]:
-    """The checkpoints of runs, checkpoints and sweeps. name: last, best, or all that a run has kept.
+    """The checkpoints that these paths of runs, checkpoints and sweeps mean.
 
-    Of a sweep, those of its final runs. Raises CheckpointError or UsageError.
+    name: last, best, or all that a run has kept. A sweep stands for its final runs. Raises CheckpointError or
+    UsageError.
     """
     folders: list[Path] = []
     for path in paths:
@@ -85,11 +86,11 @@ def measure_or_launch(
     stop: signals.StopRequest,
     arguments: Sequence[str],
 ) -> Mapping[str, Any] | None:
-    """Measure, write the files, and return the result; None on a rank that has none. Everything is checked first.
+    """Check the checkpoints, measure them, write the files, and return the result; None on a rank that has none.
 
-    paths, name: see find_targets. line_to: another run or checkpoint, to which the loss is followed from the first.
-    output: the folder of the files; None: of the first run, or of the sweep. arguments: the command line that starts
-    each rank.
+    paths, name: see find_targets. line_to: another run or checkpoint; the loss is measured on the line from the first
+    one to it. output: the folder of the files; None: that of the first run, or of the sweep. arguments: the command
+    line that starts each rank.
     """
     loading.check_devices(gpus, processes)
     environment.check_processes(processes)
@@ -130,7 +131,7 @@ def _measure(
     processes: int | None,
     stop: signals.StopRequest,
 ) -> dict[str, Any]:
-    """The content of sharpness.json. After a signal it holds what was found so far, and says so."""
+    """The content of sharpness.json. After a signal it holds what was found so far, and `interrupted` is true."""
     checkpoints: list[dict[str, Any]] = []
     result: dict[str, Any] = {
         "schema_version": 1,
@@ -179,7 +180,7 @@ def _load(
     gpus: str,
     processes: int | None,
 ) -> tuple[Subject, str]:
-    """A model on its device with images that are drawn from a split of its run, and where the data set comes from."""
+    """A model on its device with images drawn from a split of its run, and the origin of the data set."""
 
     def select() -> list[Selected]:
         own = open_own_data(opened.folder, opened.config, opened.manifest)
@@ -210,7 +211,7 @@ class _Counter:
         self._started = time.perf_counter()
 
     def add(self, what: str, images: int) -> None:
-        """Count images. What converges early leaves the rest out, so that the time left is an upper bound."""
+        """Count images. A search that converges early does less, so the time left is an upper bound."""
         self._done = min(self._total, self._done + images)
         left = (time.perf_counter() - self._started) / max(1, self._done) * (self._total - self._done)
         self._progress.count(f"{self._label}: {what}, at most {duration(left)} left", self._done, self._total)
@@ -219,9 +220,10 @@ class _Counter:
 def _correlation(
     targets: Sequence[Target], checkpoints: Sequence[Mapping[str, Any]], measures: Measures
 ) -> list[dict[str, Any]]:
-    """For each m, Kendall's tau between m-sharpness and the gap of test and train error, over runs.
+    """For each m, Kendall's tau over runs between m-sharpness and the gap: test error minus the error that was measured.
 
-    The paper's Figure 3 has mutual information in place of tau. Runs without a test error are left out.
+    Figure 3 of Foret et al. 2021 has mutual information in place of tau. Runs without a test error are left out; with
+    fewer than four runs there is no entry.
     """
     gaps, measured = [], []
     for target, one in zip(targets, checkpoints, strict=False):
@@ -236,7 +238,7 @@ def _correlation(
 
 
 def _check_pattern(subject: Subject, params: str) -> None:
-    """Raise UsageError for a pattern that is none, or that no parameter has."""
+    """Raise UsageError for a pattern that is invalid or matches no parameter."""
     try:
         select_parameters(subject.model, params)
     except (ValueError, re.error) as error:

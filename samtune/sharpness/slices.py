@@ -10,10 +10,10 @@ from torch import nn
 def filter_normalised_direction(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """A direction from N(0, I), scaled filter by filter to the norm of the weights: parameter name -> tensor.
 
-    A filter is what makes one output: the slices of a weight along its first dimension. Biases and the parameters of
-    norm layers, which have fewer than two dimensions, stay where they are (Li et al. 2018, section 4). So a slice does
-    not change if a filter is scaled and the normalisation after it undoes the scale. One seed gives models of one
-    architecture the same directions before they are scaled.
+    A filter is the part of a weight that computes one output: one index of its first dimension. Biases and the
+    parameters of norm layers, which have fewer than two dimensions, do not move (Li et al. 2018, section 4). So a slice
+    does not change if a filter is scaled and the normalisation after it undoes the scale. With one seed, models of one
+    architecture have the same directions before scaling.
     """
     generator = torch.Generator().manual_seed(seed)
     direction = {}
@@ -31,7 +31,7 @@ def filter_normalised_direction(model: nn.Module, seed: int) -> dict[str, torch.
 def line_to(model: nn.Module, other: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The direction from a model's weights and buffers to those of another model of its architecture: name -> tensor.
 
-    Counters, which are whole numbers, stay. Raises KeyError for a name that the other does not have.
+    Integer buffers, such as counters, do not move. Raises KeyError for a name that the other does not have.
     """
     own = model.state_dict()
     return {name: other[name].to(w) - w for name, w in own.items() if w.is_floating_point()}
