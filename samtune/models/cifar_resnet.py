@@ -1,9 +1,9 @@
 """Residual networks for pictures of 32 px, registered with timm: Wide ResNets and the thin ResNets of He et al.
 
-They are those of the experiments of Foret et al. 2021 from scratch, as in that paper's code. Where a shortcut changes
-its shape, it has no parameters: Zagoruyko and Komodakis have a convolution there, so that their counts are higher by
-0.5 to 1.5 %. The networks take pictures of any size. Convolutions start normal with variance 2 / fan_out, and the
-classifier uniform in +-1 / sqrt(classes) with bias 0.
+Foret et al. 2021 train them from scratch; they are built as in that paper's code. No shortcut has parameters, also where
+the shape changes: Zagoruyko and Komodakis have a convolution there, and 0.5 to 1.5 % more parameters. The networks take
+pictures of any size. Convolutions start normal with variance 2 / fan_out, and the classifier uniform in
++-1 / sqrt(classes) with bias 0.
 """
 
 import math
@@ -49,7 +49,7 @@ def pool_and_pad(x: torch.Tensor, channels: int, stride: int) -> torch.Tensor:
 
 
 class Classifier(nn.Linear):
-    """A linear layer that starts uniform in +-1 / sqrt(classes), with bias 0."""
+    """A linear layer whose weights start uniform in +-1 / sqrt(classes), and whose bias starts at 0."""
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
@@ -151,10 +151,10 @@ class PreActivationBlock(nn.Module):
 class WideResNet(CifarNetwork):
     """A ResNet of pre-activation blocks (Zagoruyko and Komodakis 2016) with `blocks` of each width.
 
-    The first block's normalisation stands before the branches part. norm: with False there is no normalisation. Then
-    the last convolution of each block starts smaller by the square root of the number of blocks, so that variance grows
-    by a factor below e over all of them, in place of 2 in each: De and Smith 2020 (arXiv 2002.10444) show that this is
-    what batch norm does for deep ResNets at the start, and that they train with it alone.
+    In the first block the shortcut, too, starts after normalisation and ReLU. norm: False leaves out normalisation.
+    Then the last convolution of each block starts smaller by the square root of the number of blocks, so that the
+    variance grows by a factor below e over all blocks, in place of 2 in each. De and Smith 2020 (arXiv 2002.10444) show
+    that batch norm has this effect on deep ResNets at the start, and that they train with this initialisation only.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def build(network: type[CifarNetwork], variant: str, pretrained: bool, args: dict[str, Any]) -> nn.Module:
-    """A network that timm knows the description of. args: those of the network."""
+    """A network whose description is registered with timm. args: of the network."""
     model: nn.Module = build_model_with_cfg(network, variant, pretrained, **args)
     return model
 

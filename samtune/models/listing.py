@@ -47,7 +47,7 @@ def top1(table: Path | None = None) -> dict[str, float]:
 
 
 def find(pattern: str) -> list[str]:
-    """Of `all_names`, those that match a pattern: a glob over the whole name, or a part of it.
+    """The names in `all_names` that match a pattern: a glob over the whole name, or a part of it.
 
     A name whose alias is in the list is left out. Raises ModelError with the nearest names where none matches.
     """

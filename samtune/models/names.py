@@ -71,7 +71,7 @@ def resolve(name: str) -> str:
 
 
 def from_scratch() -> list[str]:
-    """The networks that samtune adds to those of timm; there are no weights of them."""
+    """The networks that samtune adds to those of timm; they have no pretrained weights."""
     names: list[str] = timm.list_models(module=["cifar_resnet", "shaken"])
     return names
 

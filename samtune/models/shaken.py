@@ -3,9 +3,8 @@
 In training a shaken branch is multiplied by a random coefficient in the forward pass, and its gradient by another in
 the backward pass. SAM's ascent passes set `true_gradient` on all such modules: then the gradient is multiplied by the
 forward pass's coefficient, which makes it the derivative of what was computed, as in the code of Foret et al. 2021.
-Both coefficients are drawn in every forward pass, for each image, from torch's generator of the device. So all passes
-of a step of SAM draw the same numbers, and what holds for dropout masks on ranks, in micro-batches and after a resume
-holds for them.
+Both coefficients are drawn in every forward pass, for each image, from torch's generator of the device, as dropout masks
+are. So all passes of a SAM step draw the same coefficients, also on several ranks, in micro-batches and after a resume.
 """
 
 from typing import Any
@@ -65,8 +64,8 @@ class ShakeShake(Shaking):
 class ShakeDrop(Shaking):
     """Keeps a branch, or multiplies it by alpha in [-1, 1], its gradient by beta in [0, 1] (Yamada et al. 2018).
 
-    keep: probability that the branch of an image is kept. In evaluation mode it is multiplied by its mean coefficient,
-    which is `keep`.
+    keep: probability that the branch of an image is kept. In evaluation mode the branch is multiplied by `keep`, the
+    mean of its coefficient.
     """
 
     def __init__(self, keep: float) -> None:
@@ -166,8 +165,8 @@ class PyramidBlock(nn.Module):
 class PyramidNet(CifarNetwork):
     """PyramidNet with bottlenecks (Han et al. 2017, arXiv 1610.02915): each block is wider than the one before.
 
-    blocks: of each of three stages. alpha: how much wider than 16 the last of all bottlenecks is; widths are rounded.
-    shake_drop: the largest probability of ShakeDrop, that of the last block; it grows by the same amount in each block.
+    blocks: number in each of three stages. alpha: the last bottleneck has 16 + alpha channels; widths are rounded.
+    shake_drop: probability that ShakeDrop does not keep the last block's branch; it grows linearly from block to block.
     """
 
     def __init__(self, blocks: int, alpha: float, *, shake_drop: float = 0.0, **options: Any) -> None:

@@ -21,8 +21,8 @@ from samtune.sam.snapshot import batch_norms, bn_stats_frozen, generator_states,
 
 Ascent = Literal["gradient", "random"]
 
-# A backward pass is about twice the work of the forward pass, and the pass through it twice its own: a product with the
-# Hessian, which goes forward, back, and back through both, is the work of three forward-backward passes.
+# A backward pass costs about two forward passes. A product with the Hessian goes forward (1), backward (2), and backward
+# through both (6): together three forward-backward passes.
 _FORWARD_PASS, _HESSIAN_PASS = 1 / 3, 3
 
 
@@ -73,11 +73,11 @@ class SAM:
         ascent_steps: passes that look for the perturbation, each adding rho / ascent_steps along its dual gradient.
         ascent: "gradient"; or "random", a Gaussian direction of the same norm in the place of the gradient g1 (an
             ablation of Foret et al. 2021): for p = 2, e = rho z / ||z||_2 with z ~ N(0, 1) for each perturbed weight.
-            Each perturbation draws its own z from torch's generator. Pass 1 is then a forward pass, whose loss is
-            returned, and in which batch-norm statistics update.
-        second_order: add the term that Algorithm 1 drops: the exact gradient of w -> L(w + e(w)), by a third pass whose
-            gradient is differentiated again. For p = 2, one ascent step and one process. Attention is computed by its
-            plain formula, since the fused kernels have no second derivative.
+            Each perturbation draws its own z from torch's generator. Pass 1 is then a forward pass only: it gives the
+            loss to return, and updates batch-norm statistics.
+        second_order: add the term that Algorithm 1 drops, which gives the exact gradient of w -> L(w + e(w)). A third
+            pass differentiates the gradient again. For p = 2, one ascent step and one process. Attention is computed by
+            its plain formula, since the fused kernels have no second derivative.
         micro_batch: the most samples that pass through the model at once; None: all that share a perturbation. It
             bounds memory and changes nothing else: the samples of m still share one perturbation, made of their mean
             gradient. But each micro-batch draws its own dropout and drop-path masks (the same in all passes, not those
@@ -125,14 +125,14 @@ class SAM:
         self.ascent_fraction, self.ascent_steps = ascent_fraction, ascent_steps
         self.ascent, self.second_order = ascent, second_order
         self.perturbed = False
-        """Whether the weights are w + e at this moment, for a loss that wants to know: False in pass 1. True also in
-        the pass for the Hessian, which is at w again, so that what a loss notes of pass 1 it notes once."""
+        """Whether the weights are w + e at this moment, for a loss that wants to know: False in pass 1. Also True in
+        pass 3 of second_order, which is at w again: so a loss that records something in pass 1 records it once."""
         named = select_parameters(self._inner, perturb)
         self._params = list(named.values())
         self.ranks = ddp.ranks_of(model, self._inner, self._params, m)
+        """The part of this that concerns other ranks."""
         if ascent == "random" and self.ranks.is_sharded:
             raise ValueError("ascent random: not for a sharded model, of which no rank draws a whole direction")
-        """The part of this that concerns other ranks."""
         self._perturbation = Perturbation(
             self.ranks.parts(self._params),
             p=p,
@@ -259,8 +259,8 @@ class SAM:
     def _second_order_backward(self, loss: ScalarLoss, batch: Batch, share: float) -> torch.Tensor:
         """`_backward` with the derivative of e: add the gradient of L(w + e(w)), times share, to `.grad`.
 
-        It is g2 + (de/dw)^T g2, with g2 the gradient at w + e. e depends on w by g1, whose derivative is the Hessian at
-        w; pass 3 multiplies it by a vector (Pearlmutter 1994).
+        It is g2 + (de/dw)^T g2, with g2 the gradient at w + e. e depends on w through g1, whose derivative is the
+        Hessian at w; pass 3 multiplies the Hessian by a vector (Pearlmutter 1994).
         """
         masks = generator_states(self._device)
         part = self._ascent_part(batch)
@@ -279,7 +279,7 @@ class SAM:
         return at_w
 
     def _add_hessian_product(self, loss: ScalarLoss, batch: Batch, vector: list[torch.Tensor]) -> None:
-        """Add H v to `.grad`: H has a row for each parameter, and a column for each perturbed one, as v has."""
+        """Add H v to `.grad`. H has a row for each parameter and a column for each perturbed one; v: one tensor each."""
         with self._after_pass_1(), true_gradient(self._shaking):
             for micro, share in self._micro_batches(batch):
                 grads = torch.autograd.grad(loss(*micro), self._params, create_graph=True, materialize_grads=True)
@@ -291,7 +291,7 @@ class SAM:
 
     @contextmanager
     def _own_grads(self) -> Iterator[None]:
-        """In the block `.grad` is that of the block only; afterwards what was there before is added."""
+        """Inside the block `.grad` holds only the gradients of the block; afterwards the earlier ones are added."""
         before = {w: w.grad for w in self._inner.parameters() if w.grad is not None}
         for w in before:
             w.grad = None
@@ -307,7 +307,7 @@ class SAM:
         return batch if self.ascent_fraction == 1 else head(batch, math.ceil(self.ascent_fraction * n))
 
     def _random_direction(self) -> list[torch.Tensor]:
-        """Normal random numbers in the place of g1; of ranks that share a perturbation the sum, which is normal too."""
+        """Normal random numbers in the place of g1, summed over ranks that share a perturbation: normal again."""
         assert not self.ranks.is_sharded
         return self.ranks.reduce_ascent([torch.randn_like(w, requires_grad=False) for w in self._params])
 
@@ -370,7 +370,7 @@ class SAM:
 
     @contextmanager
     def _after_pass_1(self) -> Iterator[None]:
-        """Inside the block batch-norm statistics stay, and `perturbed` tells losses that pass 1 is over."""
+        """Inside the block batch-norm statistics stay, and `perturbed` is True: pass 1 is over."""
         try:
             with bn_stats_frozen(self._batch_norms):
                 self.perturbed = True

@@ -1,4 +1,4 @@
-"""Models that multiply gradients by other random coefficients than activations: Shake-Shake, ShakeDrop."""
+"""Modules whose backward pass has other random coefficients than their forward pass: Shake-Shake, ShakeDrop."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,15 +8,15 @@ from torch import nn
 
 
 def shaking_modules(model: nn.Module) -> list[Any]:
-    """The modules that say by an attribute `true_gradient` which coefficients their next backward pass takes."""
+    """The modules with an attribute `true_gradient`: whether a backward pass takes the forward pass's coefficients."""
     return [module for module in model.modules() if hasattr(module, "true_gradient")]
 
 
 @contextmanager
 def true_gradient(modules: Sequence[Any]) -> Iterator[None]:
-    """In the block, gradients are the derivatives of what the forward pass computes.
+    """Inside the block, gradients are the derivatives of what the forward pass computes.
 
-    The block must hold the backward pass too: with --grad-checkpointing it computes the forward pass again.
+    The block must hold the backward pass too, since with --grad-checkpointing that repeats the forward pass.
     """
     try:
         for module in modules:
