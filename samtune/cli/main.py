@@ -35,7 +35,7 @@ class _Samtune(Commands):
             "runs": ("samtune.cli.results", "list_runs", "what became of each run, and what to do next"),
             "report": ("samtune.cli.results", "report_runs", "draw the page of a run or a sweep, or compare runs"),
             "eval": ("samtune.cli.eval", "evaluate", "score a checkpoint on any split or other data"),
-            "sharpness": ("samtune.cli.sharpness", "sharpness", "how sharp a minimum is: m-sharpness, Hessian, slices"),
+            "sharpness": ("samtune.cli.sharpness", "sharpness", "measure sharpness: m-sharpness, Hessian, slices"),
         },
         "Use": {
             "predict": ("samtune.cli.predict", "predict", "classify pictures: class names and probabilities"),

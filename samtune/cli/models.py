@@ -45,7 +45,7 @@ def list_models(
 
     The parameters are with the head of the pretrained weights. Weights are in a package, in the cache of the hub, or
     have to come from the hub. `show` tells licence, normalisation, stages with their output, and what --perturb lets
-    through. Networks for CIFAR, such as wrn28_10, have no weights; they are for --no-pretrained.
+    through. Networks for CIFAR, such as wrn28_10, have no pretrained weights: use --no-pretrained.
     """
     if pattern == "show" and name is None:
         raise UsageError("models show: no NAME is given", hint="samtune models show tf_efficientnet_lite0")

@@ -51,7 +51,7 @@ def show(name: _Name, as_json: Json = False) -> None:
     else:
         console.print_lines(recipe.text.splitlines())
         if axes := recipe.variants.describe():
-            console.info(f"--variant takes one of each: {axes}")
+            console.info(f"--variant takes one option of each axis: {axes}")
 
 
 @recipes_app.command(name="cp", cls=Command, short_help="copy a recipe, to change it")
@@ -94,7 +94,7 @@ def validate(
     ],
     as_json: Json = False,
 ) -> None:
-    """Check the keys and values of recipes, of all variants, as a run or a sweep would; no data set, no model is read.
+    """Check the keys and values of recipes in all variants, as a run or sweep would. Reads no data set and no model.
 
     Example: samtune recipes validate mine.toml
 

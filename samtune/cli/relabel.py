@@ -18,10 +18,11 @@ def relabel(
     run_or_checkpoint: RunOrCheckpoint,
     *,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Parquet file for the labels, a row for each row of train.")
+        Path, typer.Option("--output", "-o", help="Parquet file for the labels, with a row for each row of train.")
     ],
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Also write the probabilities of all classes, a list for each row.")
+        bool,
+        typer.Option("--probabilities", help="Also write the probabilities of all classes, as a list in each row."),
     ] = False,
     checkpoint: CheckpointName = None,
     ema: Ema = False,
@@ -37,8 +38,9 @@ def relabel(
 
     Example: samtune run --model resnet18 --dataset photos --train-labels labels.parquet
 
-    Images are predicted in evaluation mode, without augmentation, those held out for validation, too. The columns are
-    index, label (the predicted class), probability, dataset_label, and trained_label, which the run was trained on.
+    All images of train are predicted, also those held out for validation, in evaluation mode and without augmentation.
+    The columns are index, label (the predicted class), probability, dataset_label, and trained_label, which the run was
+    trained on.
     """
     from samtune.predict import writers
     from samtune.train import dispatch, relabel

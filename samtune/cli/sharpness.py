@@ -20,7 +20,7 @@ def sharpness(
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            help="Run folders or checkpoints, shown on one scale; or one sweep, for all of its final runs.",
+            help="Run folders or checkpoints, shown on one scale; or a sweep, which stands for its final runs.",
             metavar="RUN_OR_CHECKPOINT...",
             autocompletion=completion.runs,
         ),
@@ -29,46 +29,58 @@ def sharpness(
     m: Annotated[
         str | None,
         typer.Option(
-            help="m-sharpness: sizes of the groups that share a perturbation, as 1,16,256.", show_default=False
+            help="Measure m-sharpness for these numbers of images per perturbation: 1,16,256.", show_default=False
         ),
     ] = None,
-    rho: Annotated[float, typer.Option(min=0, help="Radius of its ball, in weight units.")] = 0.05,
-    p: Annotated[float, typer.Option(min=1, help="Norm of its ball, from 1 to inf.")] = 2.0,
+    rho: Annotated[float, typer.Option(min=0, help="m-sharpness: radius of the ball, in weight units.")] = 0.05,
+    p: Annotated[float, typer.Option(min=1, help="m-sharpness: norm of the ball, from 1 to inf.")] = 2.0,
     adaptive: Annotated[
-        bool, typer.Option("--adaptive", help="The ball of ASAM, in units of the weights' size; it wants a larger rho.")
+        bool,
+        typer.Option("--adaptive", help="m-sharpness: ball in units of the weights' size (ASAM); use a larger --rho."),
     ] = False,
     ascent_steps: Annotated[
-        int, typer.Option(min=1, help="Steps of the search for the maximum; 1 is SAM's own step alone.")
+        int, typer.Option(min=1, help="m-sharpness: steps of the search for the maximum, from each start.")
     ] = 20,
     starts: Annotated[
-        int, typer.Option(min=0, help="Random directions from which it starts, besides the gradient.")
+        int, typer.Option(min=0, help="m-sharpness: random directions to start from, besides the gradient.")
     ] = 1,
     top: Annotated[
-        int | None, typer.Option(min=1, help="So many of the largest eigenvalues of the Hessian.", show_default=False)
+        int | None, typer.Option(min=1, help="Measure so many largest eigenvalues of the Hessian.", show_default=False)
     ] = None,
-    density: Annotated[bool, typer.Option("--density", help="The density of all eigenvalues.")] = False,
-    probes: Annotated[int, typer.Option(min=1, help="Random vectors that the density is estimated from.")] = 2,
-    lanczos_steps: Annotated[int, typer.Option(min=2, help="Products with the Hessian for each of them.")] = 40,
+    density: Annotated[bool, typer.Option("--density", help="Estimate the density of all eigenvalues.")] = False,
+    probes: Annotated[int, typer.Option(min=1, help="Density: number of random vectors.")] = 2,
+    lanczos_steps: Annotated[
+        int, typer.Option(min=2, help="Density: products with the Hessian for each random vector.")
+    ] = 40,
     slices: Annotated[
         Literal["1", "2"] | None,
-        typer.Option(help="Loss along a random direction (1), or on the plane of two (2).", show_default=False),
+        typer.Option(
+            help="Measure the loss along a random direction (1), or on the plane of two (2).", show_default=False
+        ),
     ] = None,
-    points: Annotated[int, typer.Option(min=3, help="Points along each direction.")] = 21,
+    points: Annotated[int, typer.Option(min=3, help="Slices: points along each direction.")] = 21,
     direction_to: Annotated[
         Path | None,
-        typer.Option(help="Loss on the line from the first model to this run or checkpoint.", show_default=False),
+        typer.Option(
+            help="Measure the loss on the line from the first model to this run or checkpoint.", show_default=False
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="train, val or test, as the run took them.")] = "train",
-    max_images: Annotated[int, typer.Option(min=1, help="Images that are drawn from it.")] = 256,
+    split: Annotated[
+        str, typer.Option(help="Split of the run that images are drawn from: train, val or test.")
+    ] = "train",
+    max_images: Annotated[int, typer.Option(min=1, help="Number of images, at most.")] = 256,
     params: Annotated[
-        str, typer.Option(help="What is moved: all, norm, no-norm, or a pattern for the names of parameters.")
+        str,
+        typer.Option(help="Parameters of m-sharpness and Hessian: all, norm, no-norm, or a pattern for their names."),
     ] = "all",
-    dtype: Annotated[Literal["float32", "float64"], typer.Option(help="Precision.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "float64"], typer.Option(help="Precision of weights and arithmetic.")
+    ] = "float32",
     micro_batch: Annotated[int, typer.Option(min=1, help="Images that pass through the model at once.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the images and of all random vectors.")] = 0,
     checkpoint: Annotated[
         Literal["last", "best", "all"] | None,
-        typer.Option(help="Which one of a run; all that it has kept, for a curve over training.", show_default=False),
+        typer.Option(help="Checkpoint of a run; all: each that it kept, a curve over training.", show_default=False),
     ] = None,
     ema: Ema = False,
     output: Annotated[
@@ -76,7 +88,7 @@ def sharpness(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for the files; by default the folder of the run, or of the sweep.",
+            help="Folder for the files; by default that of the first run, or of the sweep.",
             show_default=False,
         ),
     ] = None,
@@ -92,9 +104,10 @@ def sharpness(
 
     Example: samtune sharpness runs/r1 --checkpoint all --top 5
 
-    Without a choice: --m 16 --top 5. It writes sharpness.json, sharpness.md and the page sharpness.html.
+    Without --m, --top, --density, --slices and --direction-to it measures --m 16 and --top 5. It writes sharpness.json,
+    sharpness.md and the page sharpness.html.
 
-    Sharpness is a diagnostic and no score: in fine-tuning it says little about which model generalises better.
+    Sharpness is a diagnostic, not a score: in fine-tuning it says little about which model generalises better.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # the data of the run are here
     from samtune.sharpness import run
@@ -159,5 +172,5 @@ def _sizes(m: str | None) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1:
-        raise UsageError(f"--m {m}: must be numbers of images, as 1,16,256")
+        raise UsageError(f"--m {m}: must be numbers of images, such as 1,16,256")
     return sizes

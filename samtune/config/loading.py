@@ -1,8 +1,8 @@
 """Flags, a recipe and defaults -> RunConfig.
 
-A value is taken from the flag, else the recipe, else the data set's defaults, else the default. A recipe's variants are
-resolved here: a config has the settings of one cell (samtune/config/variants.py). Invalid settings raise UsageError
-with key, origin and allowed range.
+A value is taken from the flag, else the recipe, else the data set's defaults, else the default. A config has the
+settings of one variant of its recipe (samtune/config/variants.py). Invalid settings raise UsageError with key, origin
+and allowed range.
 """
 
 import tomllib
@@ -57,7 +57,7 @@ def load_over(
 ) -> tuple[RunConfig, RunConfig, set[str]]:
     """The settings of a resumed run, flag > recipe > stored: (now, before, keys that differ).
 
-    origins: of the stored values. "auto" keeps what the run chose, and a recipe without --variant has the variant that
+    origins: of the stored values. "auto" keeps what the run chose. Without --variant, a recipe keeps the variant that
     the run began with. Raises UsageError as `load` does.
     """
     stored_values = {key: (value, origins.get(key, "the run's own settings")) for key, value in stored.items()}
@@ -87,7 +87,7 @@ def check_devices(gpus: str, processes: int | None) -> None:
 def _with_origins(
     recipe: Path | None, flags: Mapping[str, Any] | None, variant: str | None = None
 ) -> dict[str, tuple[Any, str]]:
-    """variant: of the recipe, if no flag chooses one."""
+    """Key -> (value, origin) of all settings that a recipe and flags give. variant: used if no flag chooses one."""
     flags = flags or {}
     values: dict[str, tuple[Any, str]] = {}
     for origin, settings in _layers(recipe, flags.get("variant"), variant):
@@ -98,7 +98,7 @@ def _with_origins(
 def _layers(recipe: Path | None, asked: str | None, default: str | None = None) -> list[tuple[str, Mapping[str, Any]]]:
     """A recipe and what its variant adds, as (origin, settings) by precedence, lowest first.
 
-    asked: the value of --variant. default: what is asked for without one.
+    asked: the value of --variant. default: the variant without it.
     """
     if recipe is None:
         if asked is not None:
@@ -197,8 +197,10 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
 
 def _check_ascent(config: RunConfig) -> None:
     """Raise UsageError for settings that do not go with a random direction, or with the second-order term."""
-    why_random = "a direction that is drawn has no gradient to follow, and each rank draws it for a whole model"
-    why_second = "the derivative of the perturbation is computed for p 2, one gradient, and a whole model on one device"
+    why_random = "a random direction has no gradient to follow further, and each rank draws it for a whole model"
+    why_second = (
+        "the derivative of the perturbation is computed for p 2, one ascent step, and a whole model on one device"
+    )
     steps = f"--ascent-steps {config.ascent_steps}"
     for given_as, is_given, cause, others in (
         (
@@ -247,7 +249,7 @@ def variants(path: Path) -> Variants:
 
 
 def sweep_table(path: Path, variant: str | None = None) -> dict[str, Any]:
-    """The table [sweep] of a recipe, with the keys that its variant has there; {} without one."""
+    """The table [sweep] of a recipe, merged with the keys that a variant sets in it; {} without one."""
     merged: dict[str, Any] = {}
     for origin, settings in _layers(path, variant):
         table = settings.get("sweep", {})

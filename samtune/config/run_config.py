@@ -81,7 +81,7 @@ class RunConfig(BaseModel):
         le=16384,
         fixed=True,
     )
-    drop: float = _model("update", "dropout before the classifier; with --no-pretrained none", 0.2, ge=0, lt=1)
+    drop: float = _model("update", "dropout before the classifier; 0 with --no-pretrained", 0.2, ge=0, lt=1)
     drop_path: float = _model("update", "stochastic depth (drop-connect)", 0.0, ge=0, lt=1)
     freeze_bn: bool = _model(
         "results",
@@ -232,8 +232,8 @@ class RunConfig(BaseModel):
     )
     noise_seed: types.SeedOrAuto = _data(
         "update",
-        "seed of the flips; it does not follow --seed, so that runs have the same wrong labels; auto: it does, so that "
-        "each has its own",
+        "seed of the flips: a number, so that runs with any --seed have the same wrong labels; or auto, which is "
+        "--seed, so that each seed has its own",
         0,
         fixed=True,
     )
@@ -246,8 +246,8 @@ class RunConfig(BaseModel):
     train_labels_key: str = _data("results", "column of that file: class names, or numbers from 0", "label", fixed=True)
     bootstrap: bool = _data(
         "update",
-        "two trainings: the first on the labels as they are, the second from scratch on the labels that the first then "
-        "predicts for the training images",
+        "train twice: first on the labels as they are, then again from the same start on the labels that the first "
+        "model predicts for the training images",
         False,
         fixed=True,
     )
@@ -268,7 +268,7 @@ class RunConfig(BaseModel):
     momentum: float = _optimizer("update", "momentum of sgd", 0.9, ge=0, lt=1)
     weight_decay: float | None = _optimizer(
         "update",
-        "decay of weights (not of biases and norm parameters); by default 1 / training images, at most 0.002, and "
+        "decay of weights (not of biases and norm parameters); by default 1 / training images, at most 0.002; "
         "0.0005 with --no-pretrained and sgd",
         ge=0,
     )
@@ -285,12 +285,12 @@ class RunConfig(BaseModel):
     )
     clip_grad: float = _optimizer(
         "update",
-        "largest global norm of the final gradient (the default rates belong to 1; with --no-pretrained it is 5); 0 "
-        "does not clip",
+        "largest global norm of the final gradient, which the default rates belong to; 5 with --no-pretrained; 0 does "
+        "not clip",
         1.0,
         ge=0,
     )
-    smoothing: float = _optimizer("update", "label smoothing; with --no-pretrained none", 0.1, ge=0, lt=1)
+    smoothing: float = _optimizer("update", "label smoothing; 0 with --no-pretrained", 0.1, ge=0, lt=1)
 
     rho: float = _sam("update", "radius of the perturbation in weight units; 0 is the plain optimizer", 0.05, ge=0)
     p: types.NormOrder = _sam("results", "norm of that radius, from 1 to inf", 2.0)
@@ -333,14 +333,14 @@ class RunConfig(BaseModel):
     ascent_steps: int = _sam("results", "passes that look for the perturbation, of rho / n each", 1, ge=1)
     ascent: Literal["gradient", "random"] = _sam(
         "results",
-        "where the perturbation points: gradient, that of the first pass; random, a Gaussian direction of norm rho, "
-        "for comparison: the first pass is then a forward pass",
+        "direction of the perturbation: the gradient of the first pass; or random, a Gaussian direction of norm rho, "
+        "for comparison (the first pass is then a forward pass only)",
         "gradient",
     )
     second_order: bool = _sam(
         "results",
-        "add the derivative of the perturbation to the gradient, which SAM leaves out: a step is then the work of five "
-        "plain ones, and needs more memory; one device, p 2",
+        "add the term of the gradient that SAM leaves out, by the derivative of the perturbation; a step then costs "
+        "five plain ones, and more memory; needs one device and p 2",
         False,
     )
 
@@ -387,8 +387,8 @@ class RunConfig(BaseModel):
     )
     variant: str | None = _run(
         "nothing",
-        "of a recipe with variants, one option of each axis at most (cutout,cifar100); an axis that is not named has "
-        "its first, and `samtune recipes show` lists them",
+        "variant of a recipe: at most one option of each axis (cutout,cifar100); an axis without one takes its first "
+        "option; `samtune recipes show` lists all",
     )
     seed: types.Seed = _run("results", "seed of order, augmentation and dropout", 0, fixed=True)
     eval_every: types.Interval = _run(
@@ -400,7 +400,7 @@ class RunConfig(BaseModel):
         Duration(10, "minutes"),
     )
     keep_at: types.Durations | None = _run(
-        "nothing", 'checkpoints to keep to the end of the run, as for `samtune sharpness`: "1 epochs,50%,100%"'
+        "nothing", 'points whose checkpoints are saved and kept, for `samtune sharpness`: "1 epochs,50%,100%"'
     )
     keep_checkpoints: int = _run("nothing", "how many of the newest checkpoints stay, besides the best", 2, ge=1)
     model_ema: bool = _run(
@@ -475,7 +475,7 @@ class RunConfig(BaseModel):
 
     @property
     def flip_seed(self) -> int:
-        """noise_seed as a number. "auto" stays in the settings, so that a repeated recipe follows its --seed."""
+        """noise_seed as a number. "auto" stays in the settings, so that a repeated recipe follows its own --seed."""
         return self.seed if self.noise_seed == "auto" else self.noise_seed
 
     def derive(self, key: str, value: Any, reason: str) -> "RunConfig":

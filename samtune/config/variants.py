@@ -1,4 +1,4 @@
-"""Variants of a recipe: one file has a table of experiments, without copies.
+"""Variants of a recipe: one file describes a table of experiments.
 
     [variants.network.wrn28_10]              axis network, option wrn28_10, and the settings that it gives
     model = "wrn28_10"
@@ -8,9 +8,9 @@
     [combinations."wrn28_10 cutout"]         settings where all of these options are chosen
     rho = 0.1
 
-A cell has one option of each axis; an axis of which none is asked for has its first. A combination takes precedence
-over its options, an option over the recipe, and a later axis over an earlier one. An option may also have keys of the
-recipe's table [sweep].
+A cell has one option of each axis; where none is asked for, the first. A combination takes precedence over its options,
+an option over the recipe, and a later axis over an earlier one. An option may also set keys of the recipe's table
+[sweep].
 """
 
 import itertools
@@ -23,7 +23,7 @@ from typing import Any
 from samtune.errors import UsageError, did_you_mean
 
 TABLES = ("variants", "combinations")
-"""The keys of a recipe that are no settings, but say which there are in a variant."""
+"""The keys of a recipe that hold its variants, and are no settings."""
 Settings = Mapping[str, Any]
 
 
@@ -31,7 +31,7 @@ Settings = Mapping[str, Any]
 class Variants:
     """The variants of the recipe in a file.
 
-    axes: axis -> option -> its settings. combinations: from the least to the most options, (options, settings).
+    axes: axis -> option -> its settings. combinations: (options, settings), those with fewer options first.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class Variants:
         return [" ".join(options) for options in itertools.product(*self.axes.values())] if self.axes else []
 
     def cell(self, variant: str | None) -> tuple[str, ...]:
-        """The options of the cell that these belong to ("cutout,cifar100"), one of each axis.
+        """The options of the cell that a value of --variant means ("cutout,cifar100"), one of each axis.
 
         Raises UsageError for an option that does not exist, or a second one of an axis.
         """
