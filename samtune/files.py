@@ -42,7 +42,7 @@ def first_existing_parent(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The path of a file to write in this block, which replaces `path` at its end; after an error it is removed.
+    """A temporary path to write to: the file there replaces `path` at the end of the block; an error removes it.
 
     A reader finds the old file or the new one, whole, also where several processes write it. Raises OSError.
     """

@@ -18,8 +18,9 @@ class Dataset:
     """A data set on the hub, or inside an installed package.
 
     hub_id: repository on the hub, or "" for one that only comes inside a package.
-    package: that it comes inside of, which takes precedence over the hub; "" for none. idx_folder: where a package of
-        the system has its idx files, whose labels are positions in class_names; "" for a package of Python.
+    package: name of a package that holds the data; if it is installed, it takes precedence over the hub. "" for none.
+    idx_folder: folder of the idx files of a system package, whose labels are positions in class_names; "" for a Python
+        package.
     image, label: its columns; "" where they are to be found.
     classes: how many. counts: images in train, validation and test; a role that is not there has no entry.
     splits: role -> what the hub calls it, or several of them joined by "+". No entries: by the names of the splits.

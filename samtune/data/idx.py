@@ -35,9 +35,9 @@ _Files = dict[str, dict[str, Path]]  # split -> "images" and "labels" -> file
 def read_folder(folder: Path, origin: str, config: str | None = None, class_names: Sequence[str] = ()) -> RawSplits:
     """The splits of a folder of idx files; {} where it holds none.
 
-    They lie right in the folder, in its folder raw, or in raw below one of its folders, as torchvision stores them.
+    The files lie in the folder, in its folder raw, or in raw below one of its folders, as torchvision stores them.
     origin: for messages. config: which data set, where there are several. class_names: of the labels from 0 on; by
-    default classes.txt tells them, a name a line, or EMNIST's mapping.txt; else the labels are names.
+    default those of classes.txt, a name a line, or of EMNIST's mapping.txt; without them the labels are the names.
     Raises DataError for files that are damaged or do not fit each other, UsageError for a config that is not there.
     """
     sets = _find(folder)
@@ -48,7 +48,7 @@ def read_folder(folder: Path, origin: str, config: str | None = None, class_name
 
 
 def _find(folder: Path) -> dict[str, _Files]:
-    """Name of each data set -> its files. The name is that of its files, else of the folder."""
+    """Name of each data set -> its files. The name is the beginning of the files' names, else that of the folder."""
     sets: dict[str, _Files] = {}
     for place, name in (
         (folder, folder.name),

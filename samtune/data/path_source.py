@@ -138,7 +138,7 @@ def _are_beside_classes(metadata: Sequence[Path], path: Path, selection: DataSel
 
 
 def check_no_columns(origin: str, selection: DataSelection, cause: str) -> None:
-    """Raise UsageError for a column that was asked for, of a data set that has no table. cause: what it has instead."""
+    """Raise UsageError if a column was asked for, of a data set without a table. cause: what it has instead."""
     for kind in ("image", "label", "split"):
         key = getattr(selection, f"{kind}_key")
         if key not in (None, kind):

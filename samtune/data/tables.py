@@ -145,7 +145,7 @@ def _below(root: Path, ending: str) -> Iterator[Path]:
 
 
 def _has_many_pictures(folder: Path) -> bool:
-    """Whether it holds too many pictures to be a folder of tables. It is not listed further than that takes."""
+    """Whether it holds too many pictures to be a folder of tables. Listing stops as soon as that is known."""
     with suppress(OSError), os.scandir(folder) as entries:
         pictures = (entry for entry in entries if is_readable(entry.name))
         return next(itertools.islice(pictures, _MOST_PICTURES, None), None) is not None
@@ -254,7 +254,7 @@ def from_hub(
 
     from samtune import hub
 
-    # SVHN's other configuration, of whole photographs, is ten times as large.
+    # Only this configuration is fetched: SVHN's other one, of whole photographs, is ten times as large.
     remote = replace(repository(row), part=f"{config}/" if row.config and config else "")
 
     def read(online: bool) -> T:

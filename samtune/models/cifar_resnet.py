@@ -1,8 +1,8 @@
 """Residual networks for pictures of 32 px, registered with timm: Wide ResNets and the thin ResNets of He et al.
 
-Foret et al. 2021 train them from scratch; they are built as in that paper's code. No shortcut has parameters, also where
-the shape changes: Zagoruyko and Komodakis have a convolution there, and 0.5 to 1.5 % more parameters. The networks take
-pictures of any size. Convolutions start normal with variance 2 / fan_out, and the classifier uniform in
+Foret et al. 2021 train them from scratch; they are built as in that paper's code. No shortcut has parameters, also
+where the shape changes: Zagoruyko and Komodakis have a convolution there, and 0.5 to 1.5 % more parameters. The
+networks take pictures of any size. Convolutions start normal with variance 2 / fan_out, and the classifier uniform in
 +-1 / sqrt(classes) with bias 0.
 """
 

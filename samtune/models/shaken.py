@@ -3,8 +3,8 @@
 In training a shaken branch is multiplied by a random coefficient in the forward pass, and its gradient by another in
 the backward pass. SAM's ascent passes set `true_gradient` on all such modules: then the gradient is multiplied by the
 forward pass's coefficient, which makes it the derivative of what was computed, as in the code of Foret et al. 2021.
-Both coefficients are drawn in every forward pass, for each image, from torch's generator of the device, as dropout masks
-are. So all passes of a SAM step draw the same coefficients, also on several ranks, in micro-batches and after a resume.
+Both coefficients are drawn in every forward pass, for each image, from torch's generator of the device, as dropout
+masks are. So all passes of a SAM step draw the same ones, also on several ranks, in micro-batches and after a resume.
 """
 
 from typing import Any

@@ -194,7 +194,7 @@ def _fits(setup: Setup, progress: measure.Progress) -> tuple[int | None, str]:
 def _length(setup: Setup, stages: int) -> dict[str, int | float]:
     """Number of steps, passes, validations, and of checkpoints if each validation is the best so far.
 
-    They are those of one training, but for the passes, which are those of all.
+    They are of one training, except the passes, which are of all trainings.
     """
     config, total = setup.config, setup.total_steps
     sam_steps = len(setup.rho.sam_steps)

@@ -114,7 +114,7 @@ def _time_rows(plan: Mapping[str, Any]) -> dict[str, str]:
         "validation": plural(length["validations"], "validation"),
         "checkpoints": f"{length['checkpoints']} checkpoints at most",
         "test": "scoring at the end, at most",
-        "first_training": "the first training (bootstrap), as long, and its predictions",
+        "first_training": "the first training (bootstrap), and its predictions",
     }
     rows = {words: _duration(parts[key]) for key, words in named.items() if parts.get(key, 0) > 0}
     rows["whole run"] = f"about {_duration(parts['total'])}; {_duration(parts['total_with_sgd'])} without SAM"

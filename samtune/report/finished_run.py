@@ -32,8 +32,8 @@ class FinishedRun:
 
     settings: all that decide the result, except the seed. circumstances: weights, machine and versions. scores: the
     report's entry of test, or of validation where test was not scored. test_errors: top-1 error on test in percent of
-    "last" and "best", the checkpoints, as far as they were scored. predictions: of the split of scores; None where the
-    file is missing or does not agree with the report.
+    the checkpoints "last" and "best", as far as they were scored. predictions: of the same split as scores; None where
+    the file is missing or does not agree with the report.
     """
 
     label: str

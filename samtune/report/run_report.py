@@ -65,8 +65,8 @@ def build(folder: Path) -> dict[str, Any]:
 
     Errors are in percent, intervals are Wilson's at 95 %, times in seconds. train_seconds is the time from the first
     step to the last, with validations and checkpoints, without pauses; images_per_second counts training only.
-    test and predictions.parquet are of the selected checkpoint; test_by_checkpoint has the scores of "last" and "best",
-    and their steps, as far as they were scored: one result where the last step was the best on validation.
+    test and predictions.parquet are of the selected checkpoint. test_by_checkpoint has the scores and steps of "last"
+    and "best", as far as they were scored; both are the same where the last step was the best on validation.
     cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. With
     --bootstrap, passes and train_seconds are those of both trainings; cost.bootstrap_passes and cost.bootstrap_seconds
     are those of the first. Values that missing rows of metrics leave open are null.
@@ -151,7 +151,7 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def _sum(*numbers: float | None) -> float | None:
-    """None if one of them is not known."""
+    """The sum, or None if one of the numbers is not known."""
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None
 
@@ -232,7 +232,7 @@ def sam_words(sam: Mapping[str, Any], steps: int) -> str:
 
 
 def tested_checkpoints(report: Mapping[str, Any]) -> dict[str, str]:
-    """Key in test_by_checkpoint -> its words, where the last and the best checkpoint are two; {} for older runs."""
+    """Key in test_by_checkpoint -> its name in tables; {} where the last checkpoint is the best, and for older runs."""
     scored = report.get("test_by_checkpoint", {})
     if len({scores["step"] for scores in scored.values()}) < 2:
         return {}
@@ -241,9 +241,9 @@ def tested_checkpoints(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _by_checkpoint(test: Sequence[Row], selected: str, steps: int, best: Row | None) -> dict[str, Row]:
-    """The rows of test by "last" and "best"; those of older runs are of the selected one.
+    """The rows of test by "last" and "best". A row of an older run belongs to the selected checkpoint.
 
-    One row is of both where the last step was the best one on validation. best: the row of that.
+    Both have the same row where the last step was the best on validation. best: the row of the best validation.
     """
     rows = {str(row.get("checkpoint", selected)): row for row in test}
     if len(rows) == 1 and best is not None and best["step"] == steps:

@@ -192,7 +192,7 @@ class Correlation(NamedTuple):
 def kendall(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Correlation:
     """Kendall's tau-b of pairs, with the percentile interval of 1,000 bootstrap samples of them (Efron 1979).
 
-    Without spread in one of them, or of less than three pairs, it is not defined.
+    It is not defined for fewer than three pairs, or where all values of a or of b are equal.
     """
     if len(a) < 3 or not (_has_spread(a) and _has_spread(b)):
         return Correlation(None, None)

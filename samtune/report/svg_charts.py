@@ -105,7 +105,7 @@ def lines(
     from_zero: bool = True,
     log: bool = False,
 ) -> str:
-    """Lines over x from 0. whole: ticks of x only at whole numbers.
+    """Lines over x. whole: ticks of x only at whole numbers.
 
     bars: intervals as bars, not as bands, and y not from 0. ticks: names of x = 0, 1, ..., for x that is no number.
     from_zero: whether both axes start at 0. log: y on a logarithmic scale.

@@ -67,7 +67,7 @@ def is_running(folder: Path) -> bool:
 
 
 def read_step(folder: Path) -> tuple[int, int] | None:
-    """(step, total steps) of status.json, of the first of two trainings until that is done; None if unreadable."""
+    """(step, total steps) by status.json, of the first training of --bootstrap until it is done; None if unreadable."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         status = read_status(folder)
         if status["total_steps"] == 0:  # its first training is not done

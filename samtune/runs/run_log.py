@@ -66,8 +66,8 @@ class RunLog:
     ) -> "RunLog":
         """Create a run folder. Raises UsageError or MachineError as `check_free` does.
 
-        provenance: None in the first training of --bootstrap. is_new: whether the folder must not have files of a run;
-        not after that training.
+        provenance: None in the first training of --bootstrap. is_new: check that the folder has no files of a run;
+        False where that training has used it before.
         """
         if is_new:
             check_free(folder)
@@ -100,8 +100,8 @@ class RunLog:
     ) -> "RunLog":
         """Open the folder of a run that resumes after a step; rows of metrics.jsonl of later steps are cut off.
 
-        metrics_bytes: length of metrics.jsonl up to that step. keep_tests: keep the whole rows behind it, which are
-        those of test where all steps are done.
+        metrics_bytes: length of metrics.jsonl up to that step. keep_tests: keep later rows that are
+        whole; where all steps are done, they are the results on test.
         """
         log = cls(folder, held, total_steps, seconds)
         log.step = step

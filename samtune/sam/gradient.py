@@ -21,8 +21,8 @@ from samtune.sam.snapshot import batch_norms, bn_stats_frozen, generator_states,
 
 Ascent = Literal["gradient", "random"]
 
-# A backward pass costs about two forward passes. A product with the Hessian goes forward (1), backward (2), and backward
-# through both (6): together three forward-backward passes.
+# A backward pass costs about two forward passes. A product with the Hessian goes forward (1), backward (2), and
+# backward through both (6): together three forward-backward passes.
 _FORWARD_PASS, _HESSIAN_PASS = 1 / 3, 3
 
 
@@ -279,7 +279,10 @@ class SAM:
         return at_w
 
     def _add_hessian_product(self, loss: ScalarLoss, batch: Batch, vector: list[torch.Tensor]) -> None:
-        """Add H v to `.grad`. H has a row for each parameter and a column for each perturbed one; v: one tensor each."""
+        """Add H v to `.grad`. H has a row for each parameter, and a column for each perturbed one.
+
+        vector: v, one tensor for each perturbed parameter.
+        """
         with self._after_pass_1(), true_gradient(self._shaking):
             for micro, share in self._micro_batches(batch):
                 grads = torch.autograd.grad(loss(*micro), self._params, create_graph=True, materialize_grads=True)

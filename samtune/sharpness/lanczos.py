@@ -33,7 +33,7 @@ class Lanczos:
         self.beta: list[float] = []
         """beta[j] couples step j to step j + 1: the norm of A q_j after orthogonalisation."""
         self.is_exhausted = False
-        """Whether the Krylov space is invariant: the eigenvalues of T are then exactly those eigenvalues of the operator
+        """Whether the Krylov space is invariant: the eigenvalues of T are then exactly the eigenvalues of the operator
         whose eigenvectors the start vector has a part in."""
 
     def __len__(self) -> int:

@@ -220,7 +220,7 @@ class _Counter:
 def _correlation(
     targets: Sequence[Target], checkpoints: Sequence[Mapping[str, Any]], measures: Measures
 ) -> list[dict[str, Any]]:
-    """For each m, Kendall's tau over runs between m-sharpness and the gap: test error minus the error that was measured.
+    """For each m, Kendall's tau over runs between m-sharpness and the gap: test error minus the measured error.
 
     Figure 3 of Foret et al. 2021 has mutual information in place of tau. Runs without a test error are left out; with
     fewer than four runs there is no entry.

@@ -34,8 +34,8 @@ State = Literal["waiting", "running", "done", "stopped", "failed"]
 class Run:
     """A run of the plan. point: settings that its arm tries; settings: all that differ from the shared ones.
 
-    budget, arm: None for a probe. steps: optimizer steps of a training; passes: forward-backward passes of the run, of
-    both trainings with --bootstrap.
+    budget, arm: None for a probe. steps: optimizer steps of a training; passes: forward-backward passes of the run,
+    with --bootstrap of both trainings.
     """
 
     id: str

@@ -69,7 +69,7 @@ def _grid(grid: Any) -> Any:
         if key in OWN:
             raise ValueError(f"{key} cannot vary: {OWN[key]}")
         if key == "variant":
-            raise ValueError("variant cannot vary: a sweep is of one; an arm or a grid has its settings")
+            raise ValueError("variant cannot vary: a sweep has one variant; put the settings into the grid or an arm")
         if RunConfig.metadata(key)["affects"] == "rows":
             raise ValueError(f"{key} cannot vary: the errors would be of different images")
         if not isinstance(values, list) or not values or any(isinstance(v, list | dict) for v in values):

@@ -1,4 +1,4 @@
-"""A run with --bootstrap: train, predict the training labels, and train anew from scratch on the predictions.
+"""A run with --bootstrap: train, predict the training labels, and train again from the same start on the predictions.
 
 This is the bootstrap of Foret et al. 2021, section 3.3 and table 4, against noisy training labels. Both trainings have
 the same settings, seed and validation images, which keep clean labels. Only the second one is scored on test.
@@ -34,7 +34,7 @@ def run(config: RunConfig, resumed: Resumed | None, stop: signals.StopRequest) -
         collectives.init(device.select_device(config.gpus, config.processes))
         config = collectives.broadcast_from_rank0(config.with_output)
         assert config.output is not None
-        # The second training writes it when it begins.
+        # The second training writes it when it begins: until then the first one is not done.
         provenance = config.output / "provenance.json"
         if not collectives.broadcast_from_rank0(provenance.is_file):
             with _recording(config, resumed) as log:
@@ -77,7 +77,7 @@ def _remove_unused(config: RunConfig) -> None:
 
 
 def _train_first(config: RunConfig, resumed: Resumed | None, stop: signals.StopRequest, log: RunLog) -> None:
-    """Train on the labels as they are, and predict those of the second training; what was done before is kept."""
+    """Train on the labels as they are, and predict those of the second training; skip what is done already."""
     first = first_training(config)
     assert first.output is not None
     labels = first.output / BOOTSTRAP_LABELS
@@ -125,9 +125,9 @@ def first_training(config: RunConfig) -> RunConfig:
 
 
 def _resolve_first(first: RunConfig, folder: Path, resumed: Resumed | None) -> tuple[RunConfig, Resumed | None]:
-    """The settings of the first training, and that it is resumed if it was interrupted: its own settings go on then.
+    """The settings of the first training, and how to resume it; None where it has not begun.
 
-    resumed: the settings of the run that differ from before.
+    A training that is resumed keeps its own settings, except those that `resumed`, of the whole run, changes.
     """
     if resumed is None or not holds_run(folder):
         return first, None

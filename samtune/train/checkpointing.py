@@ -253,6 +253,6 @@ def check_disk_space(setup: Setup, folder: Path) -> None:
     if free < needed:
         raise MachineError(
             f"{parent} has {free / 2**20:.0f} MiB free, and the run's checkpoints need {needed / 2**20:.0f} MiB",
-            f"--keep-checkpoints {setup.config.keep_checkpoints}, those of --keep-at, the best and one more",
+            f"--keep-checkpoints {setup.config.keep_checkpoints}, --keep-at, the best, and one that is being written",
             "make room, lower --keep-checkpoints, or give another --output",
         )

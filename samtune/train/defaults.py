@@ -18,8 +18,8 @@ _BASE_BATCH = 32
 # few hundred images fit in many ways; for 50,000 images it is near the paper's 1e-5. Clipping shrinks the gradient but
 # not the decay, so that more than this takes over.
 _MAX_WEIGHT_DECAY = 0.002
-# From random weights the whole network is drawn by the data, and images do not bound it: what the SAM paper's networks
-# have for 50,000 images.
+# From random weights the decay does not follow the number of images: it is that of the SAM paper's networks, which have
+# 50,000 images.
 _WEIGHT_DECAY_FROM_SCRATCH = 5e-4
 
 

@@ -88,7 +88,7 @@ class Selected:
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint that was found to be whole. weights: the folder of its last or its averaged weights."""
+    """A checkpoint that was verified. weights: the folder of its weights, or with ema of its averaged weights."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -106,7 +106,7 @@ class OpenedCheckpoint:
 
     @property
     def about(self) -> dict[str, Any]:
-        """The entries of a result."""
+        """The entries of a result that say which checkpoint it is of."""
         return {"checkpoint": str(self.folder), "step": self.manifest["step"], "ema": self.ema}
 
     def score(
@@ -143,7 +143,7 @@ class OpenedCheckpoint:
     def load(self, select: Callable[[], Sequence[Selected]], *, gpus: str, processes: int | None) -> "LoadedCheckpoint":
         """Load the model, select rows and decode their images. All ranks call it.
 
-        select: reads the data set. gpus, processes: as in a run.
+        select: reads the data set and returns the rows to score. gpus, processes: as in a run.
         """
         config = self.config
         target = device.select_device(gpus, processes)
@@ -166,7 +166,7 @@ class OpenedCheckpoint:
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A model in evaluation mode on its device, and of each selection the images, and the rows that can be decoded."""
+    """A model in evaluation mode on its device, and for each selection its images and the rows that can be decoded."""
 
     model: nn.Module
     data_config: Mapping[str, Any]
@@ -207,7 +207,7 @@ def open_own_data(
 ) -> RunSplits:
     """The data of the run that made a checkpoint, with its rows. folder: of the checkpoint.
 
-    dataset: where it is now, if it has moved. hint: what else may help where it is another one now. Raises DataError.
+    dataset: where it is now, if it has moved. hint: added to the error for data that have changed. Raises DataError.
     """
     if dataset is None:
         _check_dataset_exists(config, folder)
@@ -294,7 +294,7 @@ def _rows_of_other(
 
 
 def decoder(config: RunConfig, split: Split, rows: Indices, rule: DecodeRule) -> Callable[[], Images]:
-    """What decodes these rows of a split into the cache."""
+    """A function that decodes these rows of a split into the cache."""
     return lambda: decode_splits(config, [(split, rows)], rule)[0]
 
 

@@ -53,8 +53,8 @@ def run(
 ) -> dict[str, Any] | None:
     """Fine-tune as the config says, leave a run folder, and return its report and its path, "folder".
 
-    resumed: resume that run. stop: of a caller that listens to signals itself. Each rank of a launch calls this; rank 0
-    writes and returns the report, the others None.
+    resumed: resume that run. stop: given by a caller that listens to signals itself. Each rank of a launch calls this;
+    rank 0 writes and returns the report, the others None.
 
     Raises a SamtuneError for what the user can fix, Stopped after a signal; status.json says so too.
     """
@@ -332,11 +332,11 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ test, once
 
     def score_checkpoints(self) -> None:
-        """Score the last checkpoint and the one that is best on validation on test, each once, and note the results.
+        """Score on test the last checkpoint and the one that is best on validation, each once, and log the results.
 
-        The selected one comes at the end; predictions.parquet is its. A run that was interrupted here scores what is
-        missing. Without a test split, or with --no-test, the selected one is scored on validation again. The first
-        training of a run with --bootstrap --no-val has nothing to be scored on.
+        The selected one comes last; predictions.parquet has its predictions. A run that was interrupted here scores
+        what is missing. Without a test split, or with --no-test, the selected one is scored on validation again. The
+        first training of a run with --bootstrap --no-val has nothing to be scored on.
         """
         setup, config = self.setup, self.setup.config
         if not config.test and not config.val:
@@ -368,7 +368,7 @@ class Trainer:
     def _checkpoints_to_test(self) -> list[tuple[str, Path, int, set[str]]]:
         """Name, folder, step and splits to score of the last and the best checkpoint, the selected one at the end.
 
-        One that is both is there once, as the selected one. The averaged weights are scored of the selected one only.
+        A checkpoint that is both is listed once, as the selected one. Averaged weights are scored only of that one.
         """
         config = self.setup.config
         folder, step = self._checkpoint(config.select)

@@ -1,4 +1,4 @@
-"""A run's predictions for its training images, as a file of labels to train on: `samtune relabel` and --bootstrap."""
+"""A run's predictions for its training images, as a file of labels to train on: `samtune relabel`, --bootstrap."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,13 +37,13 @@ def relabel(
     """Predict the classes of a run's training images, in evaluation mode and without augmentation, and write them.
 
     The parquet file has a row for each row of the train split, in its order: index, label (the predicted class),
-    probability, dataset_label, and trained_label, which the run was trained on. Classes are names. Images that are not
-    predicted, as they have no label or cannot be decoded, have no predicted class; images that the run was not trained
-    on, such as those held out for validation, have no trained_label. With --no-val, the rows of validation follow.
+    probability, dataset_label, and trained_label, which the run was trained on. Classes are names. Images without a
+    label, and images that cannot be decoded, have no predicted class. Images that the run was not trained on, such as
+    those held out for validation, have no trained_label. With --no-val, the rows of validation follow.
 
     path, name, ema, gpus, processes: as in `evaluate_checkpoint`. dataset: where the run's data are now.
-    probabilities: also write all of them, a list for each row. trained_only: predict no image that the run was not
-    trained on. stop_requested: as in `evaluate`. Rank 0 writes, and all ranks return the summary.
+    probabilities: also write those of all classes, a list for each row. trained_only: predict only images that the run
+    was trained on. stop_requested: as in `evaluate`. Rank 0 writes, and all ranks return the summary.
 
     Raises what `evaluate_checkpoint` raises, CheckpointError if the labels of the run are not known any more, and
     MachineError where the file cannot be written.

@@ -99,8 +99,8 @@ def build_setup(
     if config.second_order and environment.rank_info() is not None:
         raise UsageError(
             "--second-order on several devices",
-            "the derivative of the perturbation is computed on one",
-            "give --gpus 1, or leave one out",
+            "the derivative of the perturbation is computed on one device",
+            "give --gpus 1, or leave out --second-order",
         )
     device.deterministic(config.deterministic)
     target = device.select_device(config.gpus, config.processes)
