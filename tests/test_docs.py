@@ -44,7 +44,7 @@ def test_every_command_in_readme_guide_and_recipes_parses(command, monkeypatch):
         *("train.loop.run", "train.dispatch._launch", "train.eval_checkpoint.evaluate_checkpoint", "plan.plan.plan"),
         *("distributed.launch.launch", "export.export.export", "data.inputs.find", "data.check.check.check"),
         *("data.describe.describe", "runs.listing.list_runs", "report.comparison.compare", "sweep.run.check"),
-        *("train.bootstrap.run", "train.relabel.relabel"),
+        *("train.bootstrap.run", "train.relabel.relabel", "sharpness.run.measure_or_launch"),
         *("report.run_page.write_report_page", "doctor.checks.run_all", "models.listing.describe"),
         *("models.listing.rows", "config.shipped_recipes.Recipe.about", "config.shipped_recipes.get"),
         *("cli.recipes._check", "console.print_markdown"),

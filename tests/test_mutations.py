@@ -60,8 +60,8 @@ MUTATIONS = {
         {
             "sam/gradient.py": [
                 (
-                    "            set_generator_states(masks, self._device)\n            micro_batches",
-                    "            micro_batches",
+                    "            set_generator_states(masks, self._device)\n            self._descend(",
+                    "            self._descend(",
                 )
             ]
         },
@@ -189,7 +189,7 @@ MUTATIONS = {
     "a resumed run keeps the metrics of steps that it does again": (
         {
             "runs/run_log.py": [
-                ("os.truncate(metrics, metrics_bytes)", "pass"),
+                ("os.truncate(metrics, log._metrics_bytes)", "pass"),
                 ("min(length, metrics_bytes)", "length"),
             ]
         },

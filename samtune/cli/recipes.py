@@ -130,13 +130,14 @@ def _check(recipe: Path) -> str:
     path = shipped_recipes.find(recipe)
     from samtune.config import loading
 
-    cells: list[dict[str, Any]] = [{"variant": cell} for cell in loading.variants(path).cells()]
-    for flags in cells or [{}]:
+    cells = loading.variants(path).cells()
+    every: list[dict[str, Any]] = [{"variant": cell} for cell in cells] or [{}]
+    for flags in every:
         loading.load(path, flags)
-    if any(loading.sweep_table(path, flags.get("variant")) for flags in cells or [{}]):
+    if any(loading.sweep_table(path, flags.get("variant")) for flags in every):
         from samtune.sweep import spec as sweeps
 
-        for flags in cells or [{}]:
+        for flags in every:
             sweeps.load(path, flags)
         kind = "run, sweep"
     else:

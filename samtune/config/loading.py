@@ -113,6 +113,9 @@ def _layers(recipe: Path | None, asked: str | None, default: str | None = None) 
         if asked is not None:
             raise UsageError(f"--variant {asked}: recipe {recipe} has no variants", hint="leave it out")
         return [own]
+    known = {option for options in variants.axes.values() for option in options}
+    if default is not None and not set(default.split()) <= known:
+        default = None  # that of another recipe
     cell = variants.cell(asked if asked is not None else default)
     chosen = ("flag" if asked is not None else f"recipe {recipe}", {"variant": " ".join(cell)})
     return [own, chosen, *variants.layers(cell)]
@@ -145,7 +148,9 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         raise UsageError("--weights and --no-pretrained contradict each other", hint="give one of them")
     if config.train_labels is not None and config.label_noise > 0:
         raise UsageError("--train-labels and --label-noise contradict each other", hint="give one of them")
-    for given_as, is_given in (("--select best", config.select == "best"), ("--no-test", not config.test)):
+    # The first training of --bootstrap with --no-val is scored on nothing.
+    no_test = not config.test and not given["test"][1].startswith("derived")
+    for given_as, is_given in (("--select best", config.select == "best"), ("--no-test", no_test)):
         if is_given and not config.val:
             raise UsageError(
                 f"--no-val and {given_as} contradict each other",
@@ -197,34 +202,27 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
 
 def _check_ascent(config: RunConfig) -> None:
     """Raise UsageError for settings that do not go with a random direction, or with the second-order term."""
-    why_random = "a random direction has no gradient to follow further, and each rank draws it for a whole model"
-    why_second = (
-        "the derivative of the perturbation is computed for p 2, one ascent step, and a whole model on one device"
-    )
-    steps = f"--ascent-steps {config.ascent_steps}"
-    for given_as, is_given, cause, others in (
-        (
-            "--ascent random",
-            config.ascent == "random",
-            why_random,
-            {steps: config.ascent_steps > 1, "--second-order": config.second_order, "--shard": config.shard},
-        ),
-        (
-            "--second-order",
-            config.second_order,
-            why_second,
-            {
-                f"--p {config.p:g}": config.p != 2,
-                steps: config.ascent_steps > 1,
-                "--compile": config.compile,
-                "--shard": config.shard,
-                "--batch-size auto": config.batch_size == "auto",
-            },
-        ),
-    ):
-        other = next((name for name, is_there in others.items() if is_given and is_there), None)
-        if other is not None:
-            raise UsageError(f"{given_as} and {other} contradict each other", cause, "leave one out")
+    several_steps = {f"--ascent-steps {config.ascent_steps}": config.ascent_steps > 1}
+    if config.ascent == "random":
+        others = several_steps | {"--second-order": config.second_order, "--shard": config.shard}
+        why = "a random direction has no gradient to follow further, and each rank draws it for a whole model"
+        _refuse_together("--ascent random", others, why)
+    if config.second_order:
+        others = several_steps | {
+            f"--p {config.p:g}": config.p != 2,
+            "--compile": config.compile,
+            "--shard": config.shard,
+            "--batch-size auto": config.batch_size == "auto",
+        }
+        why = "the derivative of the perturbation is computed for p 2, one ascent step, and a whole model on one device"
+        _refuse_together("--second-order", others, why)
+
+
+def _refuse_together(given: str, others: Mapping[str, bool], why: str) -> None:
+    """Raise UsageError for the first of the other settings that is there, too."""
+    other = next((name for name, is_there in others.items() if is_there), None)
+    if other is not None:
+        raise UsageError(f"{given} and {other} contradict each other", why, "leave one out")
 
 
 def _check_batch_can_be_found(config: RunConfig) -> None:

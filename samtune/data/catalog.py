@@ -3,10 +3,10 @@
 What a row says of licence and citation is what the authors say; "not stated" where they say nothing.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -49,7 +49,9 @@ class Dataset:
     @property
     def is_installed(self) -> bool:
         """Whether its package is on this machine."""
-        return os.path.isdir(self.idx_folder) if self.idx_folder else bool(self.package and find_spec(self.package))
+        if self.idx_folder:
+            return any(Path(self.idx_folder).glob("*-ubyte*"))
+        return bool(self.package and find_spec(self.package))
 
     @property
     def origin(self) -> str:
@@ -58,7 +60,7 @@ class Dataset:
 
 
 # As the hub's data set names them.
-_CLOTHES = (
+_FASHION_MNIST_CLASSES = (
     "T - shirt / top",
     "Trouser",
     "Pullover",
@@ -141,7 +143,7 @@ _ROWS = (
         licence="MIT",
         package="dataset-fashion-mnist",  # of Debian and Ubuntu
         idx_folder="/usr/share/datasets/fashion-mnist",
-        class_names=_CLOTHES,
+        class_names=_FASHION_MNIST_CLASSES,
     ),
     Dataset(
         "aircraft",

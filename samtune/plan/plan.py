@@ -150,7 +150,7 @@ def _measure(setup: Setup, decoding: list[Decoding], start: float, stages: int) 
         "disk": {
             "checkpoint_bytes": checkpoint_bytes,
             "checkpoint_seconds": checkpoint_seconds,
-            "kept": stages * min(config.keep_checkpoints + 1, length["checkpoints"]),
+            "kept": stages * min(checkpointing.most_at_once(setup) - 1, length["checkpoints"]),
             "at_once_bytes": needed,
             "free_bytes": free,
         },
@@ -169,7 +169,7 @@ def _checkpoint(setup: Setup) -> tuple[int, float, list[str]]:
         return *measure.checkpoint(setup), []
     except OSError as error:
         where = f"into {tempfile.gettempdir()} ({first_line(error)})"
-        size = checkpointing.needed_bytes(setup, Path("runs"))[0] // (setup.config.keep_checkpoints + 2)
+        size = checkpointing.needed_bytes(setup, Path("runs"))[0] // checkpointing.most_at_once(setup)
         return size, 0.0, [f"no checkpoint could be written {where}: its time is left out"]
 
 
@@ -200,7 +200,7 @@ def _length(setup: Setup, stages: int) -> dict[str, int | float]:
     sam_steps = len(setup.rho.sam_steps)
     every = max(1, config.eval_every.steps(setup.steps_per_epoch, total))
     validated = {*range(every, total + 1, every), total} if config.val else set()
-    saved = validated | {total}
+    saved = validated | {total} | checkpointing.kept_steps(setup)
     if config.save_every.unit != "minutes":
         between = max(1, config.save_every.steps(setup.steps_per_epoch, total))
         saved |= {*range(between, total + 1, between)}

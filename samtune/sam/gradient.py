@@ -16,21 +16,20 @@ from samtune.sam.filters import first_match, select_parameters, unwrapped
 from samtune.sam.losses import Loss, ScalarLoss, as_scalar, explain_second_backward
 from samtune.sam.perturbation import Perturbation
 from samtune.sam.runner import EagerRunner
+from samtune.sam.second_derivative import HESSIAN_PASSES, differentiable_gradient
 from samtune.sam.shaking import shaking_modules, true_gradient
 from samtune.sam.snapshot import batch_norms, bn_stats_frozen, generator_states, set_generator_states
 
 Ascent = Literal["gradient", "random"]
 
-# A backward pass costs about two forward passes. A product with the Hessian goes forward (1), backward (2), and
-# backward through both (6): together three forward-backward passes.
-_FORWARD_PASS, _HESSIAN_PASS = 1 / 3, 3
+_FORWARD_PASS = 1 / 3  # a backward pass costs about two forward passes
 
 
 def sam_passes(
     ascent_steps: int, ascent_fraction: float, ascent: Ascent = "gradient", second_order: bool = False
 ) -> float:
     """Forward-backward passes over the batch in a step of SAM."""
-    before = _FORWARD_PASS if ascent == "random" else ascent_steps + _HESSIAN_PASS * second_order
+    before = _FORWARD_PASS if ascent == "random" else ascent_steps + HESSIAN_PASSES * second_order
     return 1 + before * ascent_fraction
 
 
@@ -269,11 +268,13 @@ class SAM:
             with self._perturb(list(g1), self.rho):
                 set_generator_states(masks, self._device)
                 self._descend(loss, batch, share, at_w)
+            after = generator_states(self._device)
             g2 = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._params]
             by_g1, by_w = self._perturbation.transposed_derivatives(g1, g2, self.rho)
             # Pass 3, at w: same samples and masks as in pass 1.
             set_generator_states(masks, self._device)
             self._add_hessian_product(loss, part, by_g1)
+            set_generator_states(after, self._device)  # as after a plain step, also if pass 3 had a part of the batch
             for w, term in zip(self._params, by_w, strict=True):
                 w.grad = term if w.grad is None else w.grad + term
         return at_w
@@ -285,12 +286,9 @@ class SAM:
         """
         with self._after_pass_1(), true_gradient(self._shaking):
             for micro, share in self._micro_batches(batch):
-                grads = torch.autograd.grad(loss(*micro), self._params, create_graph=True, materialize_grads=True)
-                # The gradient of what enters the loss linearly, or not at all, has no derivative.
-                pairs = [(g, share * v) for g, v in zip(grads, vector, strict=True) if g.requires_grad]
-                if pairs:
-                    tensors, vectors = zip(*pairs, strict=True)
-                    torch.autograd.backward(tensors, vectors)
+                grads, vectors = differentiable_gradient(loss(*micro), self._params, vector)
+                if grads:
+                    torch.autograd.backward(grads, torch._foreach_mul(vectors, share))
 
     @contextmanager
     def _own_grads(self) -> Iterator[None]:

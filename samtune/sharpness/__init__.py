@@ -4,6 +4,7 @@ The functions take a loss, data and parameters, of any training loop; Lanczos ta
 `samtune.sharpness.run` applies them to checkpoints.
 """
 
+from samtune.sharpness.directions import random_directions
 from samtune.sharpness.hessian import Hessian
 from samtune.sharpness.lanczos import Eigenpairs, Lanczos, Spectrum, spectrum, top_eigenpairs
 from samtune.sharpness.m_sharpness import (
@@ -11,7 +12,6 @@ from samtune.sharpness.m_sharpness import (
     MSharpness,
     group_sharpness,
     mean_over_groups,
-    random_directions,
 )
 from samtune.sharpness.slices import filter_normalised_direction, line_to, moved
 

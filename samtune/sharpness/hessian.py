@@ -10,6 +10,8 @@ from samtune.distributed import collectives
 from samtune.distributed.collectives import flat_views
 from samtune.sam.batch import Batch, num_samples
 from samtune.sam.losses import Loss, as_scalar
+from samtune.sam.second_derivative import differentiable_gradient
+from samtune.sharpness.directions import random_directions
 
 
 class Hessian:
@@ -43,9 +45,7 @@ class Hessian:
 
     def draw(self, seed: int) -> torch.Tensor:
         """A vector from N(0, I), the same on every rank and device: (dim,)."""
-        w = self._params[0]
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(self.dim, generator=generator, dtype=torch.float64).to(w)
+        return torch.cat([d.flatten() for d in random_directions(self._params, seed)])
 
     def __matmul__(self, v: torch.Tensor) -> torch.Tensor:
         """H v: (dim,) -> (dim,)."""
@@ -54,25 +54,9 @@ class Hessian:
         along = flat_views(v, self._params)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
             for batch, share in zip(self._batches, self._shares, strict=True):
-                loss = self._loss(*batch)
-                grads = torch.autograd.grad(loss, self._params, create_graph=True, materialize_grads=True)
-                # A gradient that is constant, such as that of a linear loss, has no derivative.
-                moving = [(g, d) for g, d in zip(grads, along, strict=True) if g.requires_grad]
-                if moving:
-                    outputs, directions = zip(*moving, strict=True)
-                    more = torch.autograd.grad(outputs, self._params, directions, materialize_grads=True)
+                grads, vectors = differentiable_gradient(self._loss(*batch), self._params, along)
+                if grads:
+                    more = torch.autograd.grad(grads, self._params, vectors, materialize_grads=True)
                     torch._foreach_add_(sums, list(more), alpha=share)
         self.products += 1
         return collectives.all_reduce_sum(product)
-
-    def gradient(self) -> tuple[float, torch.Tensor]:
-        """The mean loss, and its gradient: (dim,)."""
-        gradient = self._params[0].new_zeros(self.dim)
-        sums = flat_views(gradient, self._params)
-        loss = torch.zeros(1, dtype=torch.float64)
-        for batch, share in zip(self._batches, self._shares, strict=True):
-            value = self._loss(*batch)
-            grads = torch.autograd.grad(value, self._params, materialize_grads=True)
-            torch._foreach_add_(sums, list(grads), alpha=share)
-            loss += share * float(value.detach())
-        return float(collectives.all_reduce_sum(loss)), collectives.all_reduce_sum(gradient)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from samtune.sam.batch import Batch, num_samples, split
 from samtune.sam.losses import Loss, as_scalar
@@ -71,8 +70,9 @@ def group_sharpness(
 
     at_w, gradient = loss_and_gradient()
     one_step = maximum = last_rise = 0.0
+    leader = 0  # the start from which the maximum was found
     for number, start in enumerate([gradient, *map(list, starts)]):
-        direction, best = start, 0.0
+        direction, best = start, 0.0  # best: the largest rise from this start
         for step in range(steps):
             with perturbation.perturbed(direction, rho):
                 value, direction = loss_and_gradient()
@@ -80,8 +80,8 @@ def group_sharpness(
                 one_step = best = maximum = value - at_w
             rise = max(0.0, value - at_w - best)
             best += rise
-            if best > maximum or (number == 0 and best == maximum):
-                maximum, last_rise = best, rise
+            if best > maximum or number == leader:
+                maximum, last_rise, leader = best, rise, number
     return GroupSharpness(n, at_w, one_step, maximum, last_rise)
 
 
@@ -115,9 +115,3 @@ def mean_over_groups(m: int, groups: Sequence[GroupSharpness]) -> MSharpness:
         maximum=mean([group.maximum for group in groups]),
         not_converged=sum(group.last_rise > 0.01 * group.maximum for group in groups) / len(groups),
     )
-
-
-def random_directions(params: Sequence[nn.Parameter], seed: int) -> list[torch.Tensor]:
-    """A direction from N(0, I), one tensor for each parameter, the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(w.shape, generator=generator, dtype=torch.float64).to(w) for w in params]

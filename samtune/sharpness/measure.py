@@ -11,12 +11,15 @@ from torch import nn
 
 from samtune.data.transforms import model_input
 from samtune.distributed import collectives
+from samtune.errors import Diverged
 from samtune.sam.filters import select_parameters
 from samtune.sam.perturbation import Perturbation
+from samtune.sam.second_derivative import HESSIAN_PASSES
 from samtune.sharpness import slices
+from samtune.sharpness.directions import random_directions
 from samtune.sharpness.hessian import Hessian
 from samtune.sharpness.lanczos import Spectrum, spectrum, top_eigenpairs
-from samtune.sharpness.m_sharpness import group_sharpness, mean_over_groups, random_directions
+from samtune.sharpness.m_sharpness import group_sharpness, mean_over_groups
 
 Progress = Callable[[str, int], None]  # what is measured, and images that went forward and backward since the last call
 
@@ -57,8 +60,8 @@ class Measures:
     def work(self, n: int) -> int:
         """Upper bound on the images that go forward and backward, for n images: the total of the progress display."""
         each = sum(1 + (1 + self.starts) * self.ascent_steps for _ in self.m)
-        each += 2 * (self.max_steps + self.top if self.top else 0)
-        each += 2 * self.probes * self.lanczos_steps
+        each += HESSIAN_PASSES * (self.max_steps + self.top if self.top else 0)
+        each += HESSIAN_PASSES * self.probes * self.lanczos_steps
         return n * (1 + each) + n * _slice_points(self) // 3
 
 
@@ -104,6 +107,10 @@ def measure(
     """
     n = len(subject.labels)
     loss, error = _score(subject, measures.micro_batch)
+    if not math.isfinite(loss):
+        raise Diverged(
+            "the model's loss is not finite", f"it is {loss}", "measure a checkpoint from before it diverged"
+        )
     progress("loss", n)
     yield {"loss": loss, "top1_error": error}
     by_m: list[dict[str, Any]] = []
@@ -115,7 +122,7 @@ def measure(
 
     def product(v: torch.Tensor) -> torch.Tensor:
         check_stop()
-        progress("Hessian", 2 * n)
+        progress("Hessian", HESSIAN_PASSES * n)
         return hessian @ v
 
     if measures.top:
@@ -139,7 +146,7 @@ def measure_line(
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Loss and error along the line from a model, at 0, to another state_dict, at 1, and a quarter beyond both."""
-    at = _steps(-0.25, 1.25, 2 * ((measures.points * 3) // 4) + 1)
+    at = _steps(-0.25, 1.25, 6 * max(1, measures.points // 4) + 1)  # 0 and 1 are among them
     return _surface(subject, measures, [slices.line_to(subject.model, other)], at, progress, check_stop)
 
 

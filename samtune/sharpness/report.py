@@ -79,7 +79,9 @@ def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, str | float | 
     found["m-sharpness (nats)"] = sharpness
     found["Eigenvalues of the Hessian"] = eigenvalues
     found["Moments of the spectrum"] = moments
-    found["m-sharpness against the gap of test and train error: Kendall's tau"] = correlation
+    found[
+        f"m-sharpness against the gap of the errors on test and on {result['images']} training images: Kendall's tau"
+    ] = correlation
     return {title: rows for title, rows in found.items() if rows}
 
 
@@ -106,7 +108,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         CAUTION,
     ]
     if measures["m"]:
-        ball = f"rho {measures['rho']:g}, p {measures['p']:g}" + (", adaptive" if measures["adaptive"] else "")
+        ball = f"rho {measures['rho']:g}, p {float(measures['p']):g}" + (", adaptive" if measures["adaptive"] else "")
         lines.append(
             f"m-sharpness: the mean over groups of m images of the rise of their loss in the ball of {ball}. One step "
             f"is that of SAM's own perturbation; the maximum is the best of {measures['ascent_steps']} steps of ascent "
@@ -256,9 +258,7 @@ def _sliced(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _slices(result: Mapping[str, Any]) -> Chart | None:
-    models = [
-        one for one in result["checkpoints"] if "slices" in one and not isinstance(one["slices"]["loss"][0], list)
-    ]
+    models = [one for one in _sliced(result) if not isinstance(one["slices"]["loss"][0], list)]
     if not models:
         return None
     curves = {one["label"]: one["slices"] for one in models}

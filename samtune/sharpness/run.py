@@ -1,5 +1,6 @@
 """`samtune sharpness`: read checkpoints and their data, measure, write sharpness.json and its page."""
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ def find_targets(paths: Sequence[Path], name: str | None, *, ema: bool) -> list[
     folders: list[Path] = []
     for path in paths:
         if is_sweep(path):
-            finals = sorted(file.parent for file in (path / "runs").glob("final*/**/report.json"))
+            finals = sorted(file.parent for file in (path / "runs").glob("*final-*/report.json"))
             if not finals:
                 raise CheckpointError(f"sweep {path} has no final run that is done", hint="let it finish first")
             folders += finals
@@ -106,7 +107,7 @@ def measure_or_launch(
         return launch.launch(arguments, launch.LaunchSpec(launch.local_rank_count(gpus, processes)), stop)
     with collectives.connection_errors():
         result = _measure(targets, measures, split, max_images, other, dtype, gpus, processes, stop)
-        if is_sweep(paths[0]):
+        if is_sweep(paths[0]) and split == "train" and name in (None, "last") and not ema:
             result["correlation"] = _correlation(targets, result["checkpoints"], measures)
         if collectives.rank() == 0:
             with result_folder(output):
@@ -168,7 +169,18 @@ def _measure(
             except signals.Interrupted:
                 result["interrupted"] = True
                 break
-    return result | {"seconds": time.perf_counter() - started, "versions": run_log.versions()}
+    result |= {"seconds": time.perf_counter() - started, "versions": run_log.versions()}
+    finite: dict[str, Any] = _without_nan(result)
+    return finite
+
+
+def _without_nan(value: Any) -> Any:
+    """The value as JSON has it: p = inf is text, any other number that is not finite null."""
+    if isinstance(value, dict):
+        return {key: "inf" if key == "p" and item == math.inf else _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _load(
@@ -180,7 +192,10 @@ def _load(
     gpus: str,
     processes: int | None,
 ) -> tuple[Subject, str]:
-    """A model on its device with images drawn from a split of its run, and the origin of the data set."""
+    """A model on its device with images drawn from a split of its run, and the origin of the data set.
+
+    Training images have the labels that the run was trained on, wrong ones included.
+    """
 
     def select() -> list[Selected]:
         own = open_own_data(opened.folder, opened.config, opened.manifest)
@@ -188,14 +203,20 @@ def _load(
 
     loaded = opened.load(select, gpus=gpus, processes=processes)
     (images,), (rows,), (selected,) = loaded.images, loaded.rows, loaded.selections
-    drawn = np.random.default_rng(seed).permutation(len(rows))[:max_images]
+    drawn = rows[np.random.default_rng(seed).permutation(len(rows))[:max_images]]
     transform = EvalTransform(loaded.data_config)
-    batches = list(eval_batches(images, rows[drawn], transform, batch_size=256, workers=0, pin_memory=False))
+    batches = eval_batches(images, drawn, transform, batch_size=256, workers=0, pin_memory=False)
+    pixels = torch.cat([pixels for pixels, _ in batches])
+    labels = selected.split.labels.copy()
+    changes = opened.label_changes() if split == "train" else None
+    if changes is not None:
+        labels[changes[0]] = changes[1]
     target = next(loaded.model.parameters()).device
+    device.set_float32_arithmetic(target, "float32")  # what tf32 rounds is as large as the residuals
     subject = Subject(
         loaded.model.to(getattr(torch, dtype)),
-        torch.cat([pixels for pixels, _ in batches]).to(target),
-        torch.cat([labels for _, labels in batches]).to(target),
+        pixels.to(target),
+        torch.from_numpy(labels[drawn]).to(target),
         loaded.data_config,
         opened.config.channels_last,
     )

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from samtune.sharpness.directions import random_directions
+
 
 def filter_normalised_direction(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """A direction from N(0, I), scaled filter by filter to the norm of the weights: parameter name -> tensor.
@@ -15,10 +17,9 @@ def filter_normalised_direction(model: nn.Module, seed: int) -> dict[str, torch.
     does not change if a filter is scaled and the normalisation after it undoes the scale. With one seed, models of one
     architecture have the same directions before scaling.
     """
-    generator = torch.Generator().manual_seed(seed)
+    named = dict(model.named_parameters())
     direction = {}
-    for name, w in model.named_parameters():
-        d = torch.randn(w.shape, generator=generator, dtype=torch.float64).to(w)
+    for (name, w), d in zip(named.items(), random_directions([*named.values()], seed), strict=True):
         if w.ndim < 2:
             direction[name] = torch.zeros_like(w)
             continue
@@ -33,14 +34,16 @@ def line_to(model: nn.Module, other: Mapping[str, torch.Tensor]) -> dict[str, to
 
     Integer buffers, such as counters, do not move. Raises KeyError for a name that the other does not have.
     """
-    own = model.state_dict()
-    return {name: other[name].to(w) - w for name, w in own.items() if w.is_floating_point()}
+    kept = model.state_dict().keys()  # a buffer may not be stored
+    return {
+        name: other[name].to(w) - w for name, w in _tensors(model).items() if name in kept and w.is_floating_point()
+    }
 
 
 @contextmanager
 def moved(model: nn.Module, directions: Sequence[Mapping[str, torch.Tensor]], at: Sequence[float]) -> Iterator[None]:
     """Inside the block the model is at w + sum_i at_i direction_i; afterwards it is at w again, bit for bit."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = _tensors(model)
     names = list(dict.fromkeys(name for direction in directions for name in direction))
     kept = {name: tensors[name].detach().clone() for name in names}
     try:
@@ -48,8 +51,16 @@ def moved(model: nn.Module, directions: Sequence[Mapping[str, torch.Tensor]], at
             for direction, distance in zip(directions, at, strict=True):
                 for name, d in direction.items():
                     tensors[name].add_(d, alpha=distance)
+            for name in names:
+                if name.endswith("running_var"):  # beyond the end of a line it would be negative
+                    tensors[name].clamp_(min=0)
         yield
     finally:
         with torch.no_grad():
             for name, w in kept.items():
                 tensors[name].copy_(w)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, those that are shared under their first one."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())

@@ -18,9 +18,9 @@ from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.distributed import collectives, device, signals
 from samtune.errors import SamtuneError, Stopped
-from samtune.runs.folder import BOOTSTRAP, BOOTSTRAP_LABELS, holds_run
+from samtune.runs.folder import BOOTSTRAP, BOOTSTRAP_LABELS, has_checkpoints, holds_run
 from samtune.runs.resume import RUNTIME_ONLY, Resumed, finished_report, resolve_resume
-from samtune.runs.run_log import NullLog, RunLog
+from samtune.runs.run_log import NullLog, RunLog, amend_status
 from samtune.train import loop, relabel
 from samtune.train.start import disk_errors, open_log, recording_errors
 
@@ -34,14 +34,23 @@ def run(config: RunConfig, resumed: Resumed | None, stop: signals.StopRequest) -
         collectives.init(device.select_device(config.gpus, config.processes))
         config = collectives.broadcast_from_rank0(config.with_output)
         assert config.output is not None
-        # The second training writes it when it begins: until then the first one is not done.
-        provenance = config.output / "provenance.json"
-        if not collectives.broadcast_from_rank0(provenance.is_file):
+        if not collectives.broadcast_from_rank0(lambda: _second_has_begun(config)):
             with _recording(config, resumed) as log:
                 _train_first(config, resumed, stop, log)
                 log.info("bootstrap: second training, on the predicted labels")
             resumed = None
-    return loop.run(config, resumed, stop)
+    try:
+        return loop.run(config, resumed, stop)
+    except (SamtuneError, Stopped) as error:
+        if resumed is None and collectives.rank() == 0:
+            amend_status(config.output, error)  # the log of the second training may not have been there yet
+        raise
+
+
+def _second_has_begun(config: RunConfig) -> bool:
+    """Whether the first training is done. The second one writes provenance.json when it begins, and checkpoints."""
+    assert config.output is not None
+    return (config.output / "provenance.json").is_file() or has_checkpoints(config.output)
 
 
 @contextmanager
@@ -133,5 +142,6 @@ def _resolve_first(first: RunConfig, folder: Path, resumed: Resumed | None) -> t
         return first, None
     allowed = [*resumed.changed, *(["gpus"] if resumed.other_devices else [])]
     now = first.model_dump(mode="json")
-    given = {key: now[key] for key in {*RUNTIME_ONLY, *resumed.changed}}
+    # What the variant of a recipe gave is among the settings.
+    given = {key: now[key] for key in {*RUNTIME_ONLY, *resumed.changed} - {"variant"}}
     return resolve_resume(None, given, allowed)

@@ -235,14 +235,17 @@ def kept_steps(setup: Setup) -> set[int]:
     return {min(total, max(1, duration.steps(every, total))) for duration in setup.config.keep_at or ()}
 
 
+def most_at_once(setup: Setup) -> int:
+    """Number of checkpoints in a run's folder at once: those to keep, the newest, the best, and one being written."""
+    return len(kept_steps(setup)) + setup.config.keep_checkpoints + 2
+
+
 def needed_bytes(setup: Setup, folder: Path) -> tuple[int, int, Path]:
     """Bytes that the checkpoints of a run need at once, bytes that are free, and the folder whose disk has them."""
     tensors = [*setup.model.parameters(), *setup.model.buffers()] * (1 if setup.ema is None else 2)
     slots = 2 if isinstance(setup.optimizer, torch.optim.AdamW) else int(setup.config.momentum > 0)
     tensors += [w for group in setup.optimizer.param_groups for w in group["params"]] * slots
-    # Those to keep, the newest, the best, and one that is being written.
-    at_once = len(kept_steps(setup)) + setup.config.keep_checkpoints + 2
-    needed = at_once * sum(w.numel() * w.element_size() for w in tensors)
+    needed = most_at_once(setup) * sum(w.numel() * w.element_size() for w in tensors)
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return needed, shutil.disk_usage(parent).free, parent
 

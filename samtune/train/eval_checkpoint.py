@@ -11,7 +11,7 @@ from torch import nn
 
 from samtune import console
 from samtune.config.run_config import RunConfig
-from samtune.data import source
+from samtune.data import noise, source
 from samtune.data.cache import Images, drop_undecodable, raise_if_undecodable, undecodable_rows
 from samtune.data.decode import DecodeRule
 from samtune.data.source import LabelledDataset, Split
@@ -108,6 +108,16 @@ class OpenedCheckpoint:
     def about(self) -> dict[str, Any]:
         """The entries of a result that say which checkpoint it is of."""
         return {"checkpoint": str(self.folder), "step": self.manifest["step"], "ema": self.ema}
+
+    def label_changes(self) -> tuple[Indices, Indices] | None:
+        """(rows, labels) of the training labels that the run had changed; None for a run without label noise.
+
+        Raises CheckpointError where the run did not leave them.
+        """
+        config = self.config
+        if not (config.label_noise > 0 or config.train_labels is not None or config.bootstrap):
+            return None
+        return noise.read_changes(self.folder.resolve().parents[1] / "label_noise.parquet")
 
     def score(
         self,

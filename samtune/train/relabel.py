@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from samtune.data import noise
 from samtune.data.splits import Indices, RunSplits
 from samtune.distributed import collectives
 from samtune.errors import MachineError
@@ -68,7 +67,7 @@ def relabel(
     def write() -> dict[str, Any]:
         trained = np.full(len(own), -1)
         trained[trained_rows] = own[trained_rows]
-        changes = _label_changes(opened)
+        changes = opened.label_changes()
         if changes is not None:
             trained[changes[0]] = changes[1]
         table = _table(opened.manifest["class_names"], own, trained, predicted, rows, evaluations, probabilities)
@@ -103,14 +102,6 @@ def _selections(opened: OpenedCheckpoint, parts: RunSplits, trained_only: bool) 
     if len(others):
         decode = decoder(config, parts.train, others, checkpoint.decode_rule(manifest))
         yield Selected("train, not used", trained.origin, parts.train, others, decode, config.on_bad_image)
-
-
-def _label_changes(opened: OpenedCheckpoint) -> tuple[Indices, Indices] | None:
-    """(rows, labels) of the training labels that the run had changed; None for a run without label noise."""
-    config = opened.config
-    if not (config.label_noise > 0 or config.train_labels is not None or config.bootstrap):
-        return None
-    return noise.read_changes(opened.folder.resolve().parents[1] / "label_noise.parquet")
 
 
 def _table(

@@ -27,7 +27,15 @@ _TIMEOUT = 15.0  # seconds after which W&B gives up by itself: login, start, end
 _END_TIMEOUT = 20.0  # seconds for all trackers to end
 _STOP_TIMEOUT = 3.0  # the same where the run was stopped or has failed, and a user or a scheduler waits
 _RESULT = (
-    *("test", "test_by_checkpoint", "val", "ema", "steps", "train_seconds", "images_per_second", "cost", "warnings"),
+    "test",
+    "test_by_checkpoint",
+    "val",
+    "ema",
+    "steps",
+    "train_seconds",
+    "images_per_second",
+    "cost",
+    "warnings",
 )
 
 Row = Mapping[str, Any]

@@ -11,7 +11,7 @@ from samtune.cli.completion import topics
 from samtune.console import markdown
 from tests.conftest import ROOT, samtune
 
-TOPICS = ("data", "training", "sam", "resume", "devices", "sweep", "reports", "python", "contributing")
+TOPICS = ("data", "training", "sam", "resume", "devices", "sweep", "reports", "sharpness", "python", "contributing")
 each_topic = pytest.mark.parametrize("topic", TOPICS)
 
 
@@ -67,7 +67,7 @@ def test_an_unknown_topic_ends_with_the_nearest(typed, hint):
 
 
 def test_a_shell_completes_topics():
-    assert topics("s") == ["sam", "sweep"]
+    assert topics("s") == ["sam", "sweep", "sharpness"]
     asked = {"_SAMTUNE_COMPLETE": "complete_bash", "COMP_WORDS": "samtune guide re", "COMP_CWORD": "2"}
     assert samtune(env=asked).stdout.split() == ["resume", "reports"]
 

@@ -268,6 +268,15 @@ def test_the_second_order_gradient_adds_to_what_is_there(plain_net, batch):
     torch.testing.assert_close([w.grad for w in plain_net.parameters()], [2 * g for g in once], rtol=1e-12, atol=0)
 
 
+def test_a_part_of_the_batch_in_pass_3_leaves_the_generator_as_pass_2_does(small_net, batch):
+    states = []
+    for options in ({"second_order": True, "ascent_fraction": 0.5}, {}):
+        torch.manual_seed(3)
+        SAM(small_net, 0.1, **options).backward(cross_entropy_of(small_net), *batch)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 @pytest.mark.parametrize("fails_in", [None, 1, 2, 3])
 def test_after_a_second_order_step_weights_generator_and_statistics_are_those_of_one_pass(small_net, batch, fails_in):
     plain, calls = copy.deepcopy(small_net), []

@@ -51,6 +51,24 @@ def test_all_kept_checkpoints_of_a_run_are_a_curve_over_training(folder):
     assert 'id="chart-training-title"' in (folder / "sam" / "sharpness.html").read_text()
 
 
+def test_the_box_of_p_inf_is_measured_and_written(folder, tmp_path):
+    chosen = ("--m", 3, "--p", "inf", "--rho", 1e-3)
+    done = samtune("sharpness", folder / "sgd", *chosen, *QUICK, "-o", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["measures"]["p"] == "inf"
+    assert "p inf" in (tmp_path / "sharpness.md").read_text()
+
+
+def test_training_images_have_the_labels_that_the_run_was_trained_on(folder, tmp_path):
+    noisy, flipped = ("--label-noise", 1.0), tmp_path / "flipped"
+    arguments = ("--epochs", "2 steps", "--batch-size", 8, "--no-html", "--dataset", folder / "data")
+    assert samtune("run", *SMALL_MODEL, *arguments, *noisy, "--output", flipped).returncode == 0
+    done = samtune("sharpness", flipped, "--m", 6, *QUICK, "--json", "--split", "train", "--max-images", 100)
+    (found,) = json.loads(done.stdout)["checkpoints"]
+    clean = json.loads(samtune("eval", flipped, "--split", "train", "--json").stdout)
+    assert found["top1_error"] == pytest.approx(100 - clean["top1_error"])  # of two classes, all flipped
+
+
 def test_without_a_choice_it_measures_m_sharpness_and_eigenvalues(folder, tmp_path):
     done = samtune("sharpness", folder / "sgd", "--max-images", 4, "--ascent-steps", 1, "--starts", 0, "-o", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from samtune.sam.perturbation import Perturbation
-from samtune.sharpness.m_sharpness import group_sharpness, mean_over_groups, random_directions
+from samtune.sharpness.directions import random_directions
+from samtune.sharpness.m_sharpness import group_sharpness, mean_over_groups
 from tests.sharpness.test_hessian import loss_of, samples, small_net
 
 H = torch.tensor([[4.0, 1.0, 0.0], [1.0, 3.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
@@ -94,6 +95,13 @@ def test_a_group_that_still_rises_is_said_not_to_have_converged():
     short = group_sharpness(loss, Perturbation([w]), ones(), 0.3, steps=2)
     long = group_sharpness(loss, Perturbation([w]), ones(), 0.3, steps=60)
     assert mean_over_groups(4, [short, long]).not_converged == 0.5
+
+
+def test_a_group_whose_maximum_a_random_start_finds_converges():
+    loss, w = quadratic([0.0, 0.0, 0.0])  # the gradient is zero: only a random start rises
+    found = group_sharpness(loss, Perturbation([w]), ones(), 0.3, steps=60, starts=[random_directions([w], 1)])
+    assert found.maximum > 0
+    assert found.last_rise < 1e-9
 
 
 def test_the_mean_over_groups_weighs_them_by_their_samples():

@@ -80,9 +80,10 @@ def test_a_plane_holds_the_line_along_its_second_direction_in_its_middle_row():
     assert plane["loss"][1][1] == pytest.approx(entries(measure(subject(), Measures()))["loss"], rel=1e-12)
 
 
-def test_a_line_to_another_model_has_its_loss_at_1():
+@pytest.mark.parametrize("points", [3, 9, 11])
+def test_a_line_to_another_model_has_its_loss_at_1(points):
     one, other = subject(0), subject(1)
-    line = measure_line(one, other.model.state_dict(), Measures(points=9))
+    line = measure_line(one, other.model.state_dict(), Measures(points=points))
     of_other = Subject(other.model, one.images, one.labels, PLAIN, channels_last=False)
     assert line["loss"][line["at"].index(0.0)] == pytest.approx(entries(measure(one, Measures()))["loss"], rel=1e-9)
     assert line["loss"][line["at"].index(1.0)] == pytest.approx(

@@ -60,6 +60,16 @@ def test_a_line_leads_from_one_model_to_another_with_their_statistics():
     assert loss_at(net, line, 0.0) == at_net
 
 
+def test_beyond_the_ends_of_a_line_no_variance_is_negative():
+    net, other = small_net(), small_net()
+    with torch.no_grad():
+        other[1].running_var.mul_(9)
+    line = line_to(net, other.state_dict())
+    with moved(net, [line], [-0.25]):
+        assert not net[1].running_var.any()
+    assert torch.isfinite(torch.tensor(loss_at(net, line, -0.25)))
+
+
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 def test_weights_and_statistics_come_back_bit_for_bit(error):
     net, other = small_net(), small_net()

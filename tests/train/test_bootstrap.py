@@ -137,6 +137,30 @@ def test_a_stopped_run_goes_on_in_the_training_that_was_stopped(moment, photos, 
     goes_on(folder, whole)
 
 
+@row(3)
+@pytest.mark.parametrize("validation", ["--val", "--no-val"])
+def test_a_stopped_run_of_a_recipe_with_variants_goes_on(validation, photos, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[variants.arm.plain]\n[variants.arm.twice]\nbootstrap = true\nlabel_noise = 0.4\n")
+    given = ("run", recipe, "--variant", "twice", *SMALL, "--dataset", photos, validation)
+    assert samtune(*given, "--output", tmp_path / "whole").returncode == 0
+    fault = INTERRUPTED["in the first training"] | {"do": "SIGTERM"}
+    assert samtune(*given, "--output", tmp_path / "r", faults=[fault]).returncode == 75
+    done = samtune("run", "--resume", "--output", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert fingerprint(tmp_path / "r") == fingerprint(tmp_path / "whole")
+
+
+@row(3)
+def test_a_second_training_without_its_provenance_goes_on(photos, whole, tmp_path):
+    fault = INTERRUPTED["in the second training"] | {"do": "SIGTERM"}
+    assert start(photos, tmp_path / "r", faults=[fault]).returncode == 75
+    (tmp_path / "r" / "provenance.json").unlink()
+    done = samtune("run", "--resume", "--output", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "r") == weights(whole)
+
+
 @row(1)
 @pytest.mark.parametrize("moment", INTERRUPTED)
 def test_a_killed_run_goes_on_by_the_same_command(moment, photos, whole, tmp_path):
