@@ -51,7 +51,15 @@ def test_where_last_alone_was_copied_the_run_goes_on_from_it(stopped, uninterrup
     done = resume(tmp_path / "r")
     assert done.returncode == 0, done.stderr
     assert "resume  step-000007" in done.stderr
-    assert fingerprint(tmp_path / "r") == fingerprint(uninterrupted)
+    # The best checkpoint was not copied, so that another one is scored beside the last.
+    copied, whole = fingerprint(tmp_path / "r"), fingerprint(uninterrupted)
+    assert copied.keys() == whole.keys()
+    assert {key for key in whole if copied[key] != whole[key]} <= {"metrics"}
+    assert report_of(tmp_path / "r")["test"] == report_of(uninterrupted)["test"]
+
+
+def report_of(run):
+    return json.loads((run / "report.json").read_text())
 
 
 def test_a_copy_of_a_checkpoint_is_all_that_eval_needs(uninterrupted, tmp_path):

@@ -21,8 +21,8 @@ from samtune.train.setup import build_setup
 from samtune.train.state import TrainState
 
 
-def made(every):
-    config = SimpleNamespace(save_every=Duration.parse(every))
+def made(every, keep_at=()):
+    config = SimpleNamespace(save_every=Duration.parse(every), keep_at=[*map(Duration.parse, keep_at)])
     return CheckpointSaver(
         SimpleNamespace(config=config, steps_per_epoch=10, total_steps=100, is_sharded=False), None, None
     )
@@ -32,6 +32,11 @@ def made(every):
 def test_steps_are_counted_from_the_beginning_of_the_run(every, due):
     """So that a run that goes on saves after the same steps."""
     assert [step for step in range(1, 13) if made(every).due(step)] == due
+
+
+def test_checkpoints_to_keep_are_due_in_any_unit_and_the_last_step_is_one():
+    chosen = made("50 steps", ["1 epochs", "25%", "3 steps", "400%"])
+    assert [step for step in range(1, 101) if chosen.due(step)] == [3, 10, 25, 50, 100]
 
 
 def test_minutes_are_counted_from_the_last_save(monkeypatch):
