@@ -54,9 +54,9 @@ class Variants:
         combinations = content.get("combinations", {})
         if not _is_table_of_tables(combinations):
             raise _wrong_form("combinations", path, "a combination has settings", '[combinations."OPTION OPTION"]')
-        found = cls(path, axes)
+        without_combinations = cls(path, axes)
         several = [
-            (found._options(combination, f"[combinations] of recipe {path}: "), combination)
+            (without_combinations._options(combination, f"[combinations] of recipe {path}: "), combination)
             for combination in combinations
         ]
         several.sort(key=lambda one: len(one[0]))

@@ -50,12 +50,12 @@ def read_folder(folder: Path, origin: str, config: str | None = None, class_name
 def _find(folder: Path) -> dict[str, _Files]:
     """Name of each data set -> its files. The name is the beginning of the files' names, else that of the folder."""
     sets: dict[str, _Files] = {}
-    for place, name in (
+    for location, name in (
         (folder, folder.name),
         (folder / "raw", folder.name),
-        *((place, place.parent.name) for place in sorted(folder.glob("*/raw"))),
+        *((raw, raw.parent.name) for raw in sorted(folder.glob("*/raw"))),
     ):
-        for path in sorted(place.glob("*-ubyte*")):  # a plain file before the .gz that it was unpacked from
+        for path in sorted(location.glob("*-ubyte*")):  # a plain file before the .gz that it was unpacked from
             match = _NAME.fullmatch(path.name)
             if match is not None and path.is_file():
                 split = _SPLITS.get(match["split"], match["split"])
@@ -112,10 +112,10 @@ def _read(path: Path, part: str) -> npt.NDArray[np.uint8]:
             shape = tuple(np.frombuffer(header, ">u4").tolist())
             size = math.prod(shape)
             values: Any = file.read(size + 1) if is_compressed else b""
-            there = len(values) if is_compressed else path.stat().st_size - file.tell()
-            if there != size:
+            stored = len(values) if is_compressed else path.stat().st_size - file.tell()
+            if stored != size:
                 told = f"its header tells {' x '.join(map(str, shape))} bytes"
-                raise _damaged(path, f"{told}, and {'more' if there > size else there} are there")
+                raise _damaged(path, f"{told}, and {'more' if stored > size else stored} are there")
             if not is_compressed and size:
                 values = np.memmap(path, np.uint8, "r", file.tell(), size)
     except (OSError, EOFError, OverflowError, zlib.error) as error:

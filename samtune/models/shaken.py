@@ -173,8 +173,8 @@ class PyramidNet(CifarNetwork):
         stages: list[list[nn.Module]] = [[], [], []]
         in_chs, n = 16, 3 * blocks
         for block in range(1, n + 1):
-            stage, place = divmod(block - 1, blocks)
-            stride = 2 if place == 0 and stage > 0 else 1
+            stage, position = divmod(block - 1, blocks)
+            stride = 2 if position == 0 and stage > 0 else 1
             stages[stage].append(
                 PyramidBlock(in_chs, round(16 + alpha * block / n), stride, keep=1 - shake_drop * block / n)
             )
