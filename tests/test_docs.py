@@ -93,8 +93,8 @@ def test_options_in_readme_and_guide_exist():
     known |= {"--kills", "--repeat", "--repo-type", "--signal", "--without-pip", "--python"}  # of other programs
     known |= {"--to", "--with-preprocessing", "--top", "--tta", "--embeddings", "--temperature", "--watch"}
     known |= {"--help-all", "--install-completion", "--probabilities"}
-    known |= {"--checkpoint", "--density", "--slices", "--direction-to", "--max-images", "--starts", "--probes"}
-    known |= {"--lanczos-steps", "--params"}
+    known |= {"--checkpoint", "--density", "--slices", "--direction-to", "--max-images", "--restarts", "--probes"}
+    known |= {"--lanczos-steps", "--params", "--ascent-steps"}
     known |= {"--logdir"}  # of TensorBoard
     for page in (ROOT / "README.md", *GUIDE):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z\d-]+", page.read_text())) <= known, page
@@ -147,10 +147,11 @@ def test_every_python_block_is_run_by_a_test():
 def test_the_python_example_of_sharpness_in_the_guide_runs():
     torch.manual_seed(0)
     (example,) = EXAMPLES["sharpness"]
-    names = {"model": SmallNet().eval(), "images": torch.randn(8, 3, 6, 6), "labels": torch.arange(8) % 3, "F": F}
+    names = {"model": SmallNet(), "images": torch.randn(8, 3, 6, 6), "labels": torch.arange(8) % 3, "F": F}
     exec(example, names)
     assert names["largest"].values == sorted(names["largest"].values, reverse=True)
     assert len(names["density"].nodes) == 2
+    assert names["rise"] > 0
 
 
 def test_the_loops_in_the_guide_train(tmp_path):

@@ -1,4 +1,4 @@
-"""The tests of the engine can fail: each known mistake, written into a copy of the package, is caught by one."""
+"""The tests of SAM, runs and sharpness can fail: each known mistake, put into a copy of the package, is caught."""
 
 import os
 import shutil
@@ -200,6 +200,94 @@ MUTATIONS = {
         {"runs/checkpoint.py": [('if _sha256(folder / name) != expected["sha256"]', "if False")]},
         "faults/test_disk.py::test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_end"
         "[weights_with_a_flipped_bit]",
+    ),
+    "a Lanczos vector is orthogonal to the last two only": (
+        {"sharpness/lanczos.py": [("for other in self._basis:", "for other in self._basis[-2:]:")]},
+        "sharpness/test_lanczos.py::test_all_steps_give_the_whole_spectrum_once_and_no_copies",
+    ),
+    "the largest eigenvalues are those of largest size": (
+        {
+            "sharpness/lanczos.py": [
+                (
+                    "found = range(len(values) - 1, max(-1, len(values) - 1 - k), -1)",
+                    "found = np.argsort(-abs(values))[:k].tolist()",
+                )
+            ]
+        },
+        "sharpness/test_lanczos.py::test_the_largest_are_those_with_their_sign_and_not_those_of_largest_size",
+    ),
+    "a residual is that of the tridiagonal matrix": (
+        {"sharpness/lanczos.py": [("float(torch.linalg.vector_norm(matvec(v) - value * v))", "0.0")]},
+        "sharpness/test_lanczos.py::test_vectors_have_norm_1_and_the_residuals_that_are_stated",
+    ),
+    "the weights of a quadrature are not squared": (
+        {"sharpness/lanczos.py": [("weights.append(vectors[0] ** 2)", "weights.append(abs(vectors[0]))")]},
+        "sharpness/test_lanczos.py::test_a_density_integrates_to_1_and_has_the_moments_of_the_matrix",
+    ),
+    "parts of a Hessian weigh the same": (
+        {"sharpness/hessian.py": [("alpha=share)", "alpha=1 / len(self._batches))")]},
+        "sharpness/test_hessian.py::test_products_are_those_of_the_dense_hessian_whatever_the_batches[sizes1]",
+    ),
+    "a Hessian is that of the rank": (
+        {"sharpness/hessian.py": [("return collectives.all_reduce_sum(product)", "return product")]},
+        "sharpness/test_hessian.py::test_the_sum_over_ranks_is_the_product_of_one_process",
+    ),
+    "the search follows the gradient at w": (
+        {
+            "sharpness/m_sharpness.py": [
+                (
+                    "e, gradient, rise, fraction = list(ahead), gradient_ahead,",
+                    "e, _, rise, fraction = list(ahead), gradient_ahead,",
+                )
+            ]
+        },
+        "sharpness/test_m_sharpness.py::test_the_maximum_on_a_sphere_away_from_the_minimum_is_that_of_a_fine_search",
+    ),
+    "a search keeps a step that falls": (
+        {"sharpness/m_sharpness.py": [("if value - at_w >= rise:", "if True:")]},
+        "sharpness/test_m_sharpness.py::test_a_maximum_inside_the_ball_is_found_and_no_value_is_below_zero",
+    ),
+    "groups of different sizes weigh the same": (
+        {
+            "sharpness/m_sharpness.py": [
+                (
+                    "sum(group.samples * value for group, value in zip(groups, values, strict=True)) / total",
+                    "sum(values) / len(groups)",
+                )
+            ]
+        },
+        "sharpness/test_m_sharpness.py::test_the_mean_over_groups_weighs_them_by_their_samples",
+    ),
+    "a direction has the norm of the tensor, not of the filter": (
+        {"sharpness/slices.py": [("dims = tuple(range(1, w.ndim))", "dims = tuple(range(w.ndim))")]},
+        "sharpness/test_slices.py::test_a_slice_does_not_change_if_a_filter_is_scaled_and_its_normalisation_undoes_it",
+    ),
+    "a line leaves the statistics behind": (
+        {
+            "sharpness/slices.py": [
+                (
+                    "dict(model.named_parameters()) | dict(model.named_buffers())",
+                    "dict(model.named_parameters())",
+                )
+            ]
+        },
+        "sharpness/test_slices.py::test_a_line_leads_from_one_model_to_another_with_their_statistics",
+    ),
+    "a slice leaves the weights where it ended": (
+        {"sharpness/slices.py": [("tensors[name].copy_(w)", "pass")]},
+        "sharpness/test_slices.py::test_weights_and_statistics_come_back_bit_for_bit",
+    ),
+    "every rank measures all groups": (
+        {"sharpness/measure.py": [("group = groups[turn * world + rank]", "group = groups[turn]")]},
+        "sharpness/test_measure.py::test_two_ranks_find_what_one_finds",
+    ),
+    "training images are measured with their clean labels": (
+        {"train/eval_checkpoint.py": [("trained[changes[0]] = changes[1]", "pass")]},
+        "sharpness/test_command.py::test_training_images_have_the_labels_that_the_run_was_trained_on",
+    ),
+    "a gap is the test error": (
+        {"sharpness/run.py": [('test["top1_error"] - one["top1_error"]', 'test["top1_error"]')]},
+        "sharpness/test_command.py::test_over_four_runs_m_sharpness_is_set_against_the_gap_of_test_and_train_error",
     ),
 }
 

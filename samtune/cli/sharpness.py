@@ -1,6 +1,6 @@
 """`samtune sharpness`: parse, measure, print."""
 
-import os
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,25 +29,31 @@ def sharpness(
     m: Annotated[
         str | None,
         typer.Option(
-            help="Measure m-sharpness for these numbers of images per perturbation: 1,16,256.", show_default=False
+            help="Measure m-sharpness, the largest rise of m images' loss near the weights, for each m: 1,16,256.",
+            show_default=False,
         ),
     ] = None,
-    rho: Annotated[float, typer.Option(min=0, help="m-sharpness: radius of the ball, in weight units.")] = 0.05,
-    p: Annotated[float, typer.Option(min=1, help="m-sharpness: norm of the ball, from 1 to inf.")] = 2.0,
+    rho: Annotated[float, typer.Option(help="m-sharpness: radius around the weights, in weight units.")] = 0.05,
+    p: Annotated[float, typer.Option(help="m-sharpness: the norm that rho is of, from 1 to inf.")] = 2.0,
     adaptive: Annotated[
         bool,
-        typer.Option("--adaptive", help="m-sharpness: ball in units of the weights' size (ASAM); use a larger --rho."),
+        typer.Option("--adaptive", help="m-sharpness: rho in units of each weight's size (ASAM); use a larger --rho."),
     ] = False,
     ascent_steps: Annotated[
-        int, typer.Option(min=1, help="m-sharpness: steps of the search for the maximum, from each start.")
+        int, typer.Option(min=1, help="m-sharpness: passes of the search for the largest rise, and of each restart.")
     ] = 20,
-    starts: Annotated[
-        int, typer.Option(min=0, help="m-sharpness: random directions to start from, besides the gradient.")
-    ] = 1,
+    restarts: Annotated[int, typer.Option(min=0, help="m-sharpness: further searches, each from a random point.")] = 1,
     top: Annotated[
-        int | None, typer.Option(min=1, help="Measure so many largest eigenvalues of the Hessian.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Measure the largest eigenvalues of the Hessian (second derivatives), so many.",
+            show_default=False,
+        ),
     ] = None,
-    density: Annotated[bool, typer.Option("--density", help="Estimate the density of all eigenvalues.")] = False,
+    density: Annotated[
+        bool, typer.Option("--density", help="Estimate the spectral density: how all eigenvalues are spread.")
+    ] = False,
     probes: Annotated[int, typer.Option(min=1, help="Density: number of random vectors.")] = 2,
     lanczos_steps: Annotated[
         int, typer.Option(min=2, help="Density: products with the Hessian for each random vector.")
@@ -69,6 +75,7 @@ def sharpness(
         str, typer.Option(help="Split of the run that images are drawn from: train, val or test.")
     ] = "train",
     max_images: Annotated[int, typer.Option(min=1, help="Number of images, at most.")] = 256,
+    dataset: Annotated[str | None, typer.Option(help="Where the data set of the runs is now, if it has moved.")] = None,
     params: Annotated[
         str,
         typer.Option(help="Parameters of m-sharpness and Hessian: all, norm, no-norm, or a pattern for their names."),
@@ -109,10 +116,13 @@ def sharpness(
 
     Sharpness is a diagnostic, not a score: in fine-tuning it says little about which model generalises better.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the data of the run are here
     from samtune.sharpness import run
     from samtune.sharpness.measure import Measures
 
+    if not 0 <= rho < math.inf:
+        raise UsageError(f"--rho {rho:g}: must be finite and at least 0")
+    if not p >= 1:
+        raise UsageError(f"--p {p:g}: must be in [1, inf]")
     if not (m or top or density or slices or direction_to):
         m, top = "16", 5
     measures = Measures(
@@ -121,7 +131,7 @@ def sharpness(
         p=p,
         adaptive=adaptive,
         ascent_steps=ascent_steps,
-        starts=starts,
+        restarts=restarts,
         top=top or 0,
         probes=probes if density else 0,
         lanczos_steps=lanczos_steps,
@@ -141,6 +151,7 @@ def sharpness(
             split=split,
             max_images=max_images,
             line_to=direction_to,
+            dataset=dataset,
             dtype=dtype,
             gpus=gpus,
             processes=processes,

@@ -266,16 +266,14 @@ def free_memory() -> None:
 
 
 @contextmanager
-def oom_as_user_error(content: str) -> Iterator[None]:
+def oom_as_user_error(content: str, hint: str = "lower --batch-size or --img-size") -> Iterator[None]:
     """Turn the device's out-of-memory error into OutOfMemory. content: what did not fit, for the message."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(
-            f"no memory on {_current_device()} for {content}", first_line(error), "lower --batch-size or --img-size"
-        ) from None
+        raise OutOfMemory(f"no memory on {_current_device()} for {content}", first_line(error), hint) from None
 
 
 def available_cpus() -> int:

@@ -183,28 +183,34 @@ def error_reduction(a: Sequence[float], b: Sequence[float], *, paired: bool = Tr
 
 
 class Correlation(NamedTuple):
-    """Kendall's rank correlation with a 95 % interval; both None where it is not defined."""
+    """Kendall's rank correlation, its p-value and its 95 % interval; None where they are not defined."""
 
     tau: float | None
+    p_value: float | None
     ci95: tuple[float, float] | None
 
 
-def kendall(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Correlation:
-    """Kendall's tau-b of pairs, with the percentile interval of 1,000 bootstrap samples of them (Efron 1979).
+_FEWEST_FOR_BOOTSTRAP = 10
 
-    It is not defined for fewer than three pairs, or where all values of a or of b are equal.
+
+def kendall(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Correlation:
+    """Kendall's tau-b of pairs, its p-value, and the percentile interval of 1,000 bootstrap samples (Efron 1979).
+
+    The p-value is exact for few pairs without ties. Tau is not defined for fewer than three pairs, or where all values
+    of a or of b are equal; the interval not for fewer than ten pairs, of which samples are too much alike.
     """
     if len(a) < 3 or not (_has_spread(a) and _has_spread(b)):
-        return Correlation(None, None)
-
-    def tau(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
-        return float(scipy.stats.kendalltau(x, y).statistic)
-
+        return Correlation(None, None, None)
+    found = scipy.stats.kendalltau(a, b)
+    tau, p_value = float(found.statistic), float(found.pvalue)
+    if len(a) < _FEWEST_FOR_BOOTSTRAP:
+        return Correlation(tau, p_value, None)
     resampled = np.random.default_rng(seed).integers(0, len(a), (1000, len(a)))
     pairs = np.array([a, b], dtype=np.float64)
-    taus = [tau(*pairs[:, rows]) for rows in resampled if all(map(_has_spread, pairs[:, rows]))]
+    samples = [pairs[:, rows] for rows in resampled if all(map(_has_spread, pairs[:, rows]))]
+    taus = [float(scipy.stats.kendalltau(x, y).statistic) for x, y in samples]
     low, high = np.quantile(taus, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return Correlation(tau(a, b), (float(low), float(high)))
+    return Correlation(tau, p_value, (float(low), float(high)))
 
 
 def _spread_in_pairs(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -104,11 +104,12 @@ def lines(
     ticks: Sequence[str] | None = None,
     from_zero: bool = True,
     log: bool = False,
+    joined: bool = True,
 ) -> str:
     """Lines over x. whole: ticks of x only at whole numbers.
 
     bars: intervals as bars, not as bands, and y not from 0. ticks: names of x = 0, 1, ..., for x that is no number.
-    from_zero: whether both axes start at 0. log: y on a logarithmic scale.
+    from_zero: whether both axes start at 0. log: y on a logarithmic scale. joined: False draws the points alone.
     """
     shift = 0.08 if ticks else 0.0  # between the series, in ticks
 
@@ -123,8 +124,8 @@ def lines(
                     axes.vlines(x, low, high, color=colour, linewidth=1.2)
                 else:
                     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            marker = _MARKERS[i % len(_MARKERS)] if len(one.x) <= 40 else ""
-            dashes = _DASHES[i % len(_DASHES)]
+            marker = _MARKERS[i % len(_MARKERS)] if len(one.x) <= 40 or not joined else ""
+            dashes = _DASHES[i % len(_DASHES)] if joined else ""
             axes.plot(x, _floats(one.y), color=colour, marker=marker, linestyle=dashes, label=_label(one.name))
             ring: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.2}
             for at in one.rings:
@@ -139,6 +140,7 @@ def lines(
             axes.set_xlim(left=0)
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")  # the default is TeX, which a browser does not read
         elif from_zero and not bars:
             axes.set_ylim(bottom=0)
         if whole and ticks is None:

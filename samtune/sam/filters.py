@@ -32,7 +32,7 @@ def select_parameters(model: nn.Module, perturb: str) -> dict[str, nn.Parameter]
         name: w for name, w in model.named_parameters() if w.requires_grad and w.numel() > 0 and matches(name, w)
     }
     if not selected:
-        raise ValueError(f"perturb {perturb!r} matches none of the model's trainable parameters")
+        raise ValueError(f"pattern {perturb!r} matches none of the model's trainable parameters")
     return selected
 
 

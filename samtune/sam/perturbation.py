@@ -224,17 +224,25 @@ class Perturbation:
 
     @contextmanager
     def perturbed(self, grads: Tensors, rho: float) -> Iterator[None]:
-        """Inside the block the parameters are w + e; afterwards they are w again, bit for bit, whatever happened.
+        """Inside the block the parameters are w + e; afterwards they are w again, as `restored` says.
+
+        grads: one tensor per parameter, in order. No reference to them outlives the perturbation.
+        """
+        with self.restored():
+            self.add_(grads, rho)
+            del grads
+            yield
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """After the block the parameters are as before it, bit for bit, whatever happened.
 
         They are copied back into their own storage: subtracting e would lose bits, and keep a NaN for ever.
-        grads: one tensor per parameter, in order. No reference to them outlives the perturbation.
         """
         self.allocate_backup()
         with torch.no_grad():
             torch._foreach_copy_(self._backup, self.params)
         try:
-            self.add_(grads, rho)
-            del grads
             yield
         finally:
             with torch.no_grad():

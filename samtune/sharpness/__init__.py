@@ -4,15 +4,11 @@ The functions take a loss, data and parameters, of any training loop; Lanczos ta
 `samtune.sharpness.run` applies them to checkpoints.
 """
 
+from samtune.sam.perturbation import Perturbation
 from samtune.sharpness.directions import random_directions
 from samtune.sharpness.hessian import Hessian
 from samtune.sharpness.lanczos import Eigenpairs, Lanczos, Spectrum, spectrum, top_eigenpairs
-from samtune.sharpness.m_sharpness import (
-    GroupSharpness,
-    MSharpness,
-    group_sharpness,
-    mean_over_groups,
-)
+from samtune.sharpness.m_sharpness import GroupSharpness, MSharpness, group_sharpness, mean_over_groups
 from samtune.sharpness.slices import filter_normalised_direction, line_to, moved
 
 __all__ = [
@@ -21,6 +17,7 @@ __all__ = [
     "Hessian",
     "Lanczos",
     "MSharpness",
+    "Perturbation",
     "Spectrum",
     "filter_normalised_direction",
     "group_sharpness",

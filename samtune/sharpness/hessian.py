@@ -17,8 +17,9 @@ from samtune.sharpness.directions import random_directions
 class Hessian:
     """The Hessian H of the mean loss over all samples of all ranks, by all given parameters together.
 
-    A product H v differentiates the gradient of every batch again (Pearlmutter 1994). The caller chooses the model's
-    mode: in evaluation mode neither batch norm nor dropout makes the loss random, and no buffer changes.
+    A product H v differentiates the gradient of every batch again (Pearlmutter 1994). Put the model into evaluation
+    mode: then neither batch norm nor dropout makes the loss random, and no buffer changes. A vector holds the values of
+    all parameters in the order of their memory, whatever their layout; `as_tensors` cuts it into their shapes.
 
     Args:
         loss: (*batch) -> (), the mean over the samples it is given.
@@ -47,11 +48,15 @@ class Hessian:
         """A vector from N(0, I), the same on every rank and device: (dim,)."""
         return torch.cat([d.flatten() for d in random_directions(self._params, seed)])
 
+    def as_tensors(self, v: torch.Tensor) -> list[torch.Tensor]:
+        """The parts of a vector (dim,) in the shapes of the parameters, without a copy."""
+        return flat_views(v, self._params)
+
     def __matmul__(self, v: torch.Tensor) -> torch.Tensor:
         """H v: (dim,) -> (dim,)."""
         product = torch.zeros_like(v)
-        sums = flat_views(product, self._params)
-        along = flat_views(v, self._params)
+        sums = self.as_tensors(product)
+        along = self.as_tensors(v)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
             for batch, share in zip(self._batches, self._shares, strict=True):
                 grads, vectors = differentiable_gradient(self._loss(*batch), self._params, along)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +29,11 @@ Progress = Callable[[str, int], None]  # what is measured, and images that went 
 class Measures:
     """What to measure, on the same images.
 
-    m: group sizes of m-sharpness; () leaves it out. rho, p, adaptive, eta: its ball, as in a run. ascent_steps: steps
-    of its search for the maximum, from the gradient and from `starts` random directions each.
-    top: number of eigenvalues; 0 leaves them out. tolerance: of their residuals, in units of the largest eigenvalue.
-    max_steps: the most Lanczos steps for them. probes, lanczos_steps: number of random vectors for the density, and
-    Lanczos steps from each; 0 probes leave it out.
+    m: group sizes of m-sharpness; () leaves it out. A size above the number of images is all of them. rho, p, adaptive,
+    eta: its ball, as in a run. ascent_steps: passes of its search for the maximum, and of each of its random
+    `restarts`. top: number of eigenvalues; 0 leaves them out. tolerance: of their residuals, in units of the largest
+    eigenvalue. max_steps: the most Lanczos steps for them; None: 100, or 4 for each if that is more. probes,
+    lanczos_steps: number of random vectors for the density, and Lanczos steps from each; 0 probes leave it out.
     slices: 1 for a line, 2 for a plane, 0 for none. points: along each direction. reach: the largest distance, in units
     of the weights' norm, filter by filter. params: pattern of the parameters that m-sharpness and the Hessian are taken
     over. seed: of all random vectors. micro_batch: images that pass through the model at once.
@@ -44,10 +45,10 @@ class Measures:
     adaptive: bool = False
     eta: float = 0.01
     ascent_steps: int = 20
-    starts: int = 1
+    restarts: int = 1
     top: int = 0
     tolerance: float = 1e-3
-    max_steps: int = 100
+    max_steps: int | None = None
     probes: int = 0
     lanczos_steps: int = 40
     slices: int = 0
@@ -57,12 +58,30 @@ class Measures:
     seed: int = 0
     micro_batch: int = 32
 
+    def sizes(self, n: int) -> list[int]:
+        """The group sizes for n images."""
+        return list(dict.fromkeys(min(m, n) for m in self.m))
+
+    @property
+    def most_steps(self) -> int:
+        """The most Lanczos steps for the largest eigenvalues."""
+        return max(100, 4 * self.top) if self.max_steps is None else self.max_steps
+
     def work(self, n: int) -> int:
         """Upper bound on the images that go forward and backward, for n images: the total of the progress display."""
-        each = sum(1 + (1 + self.starts) * self.ascent_steps for _ in self.m)
-        each += HESSIAN_PASSES * (self.max_steps + self.top if self.top else 0)
+        each = sum(1 + (1 + self.restarts) * self.ascent_steps for _ in self.sizes(n))
+        each += HESSIAN_PASSES * (self.most_steps + self.top if self.top else 0)
         each += HESSIAN_PASSES * self.probes * self.lanczos_steps
-        return n * (1 + each) + n * _slice_points(self) // 3
+        points = self.points**self.slices if self.slices else 0
+        return n * (1 + each) + n * points // 3
+
+    def line_work(self, n: int) -> int:
+        """The same for `measure_line`."""
+        return n * len(self.line_positions()) // 3
+
+    def line_positions(self) -> list[float]:
+        """Where a line is measured: 0 and 1 are among them, and a quarter more on each side."""
+        return _steps(-0.25, 1.25, 6 * max(1, self.points // 4) + 1)
 
 
 @dataclass(frozen=True)
@@ -114,7 +133,7 @@ def measure(
     progress("loss", n)
     yield {"loss": loss, "top1_error": error}
     by_m: list[dict[str, Any]] = []
-    for m in measures.m:
+    for m in measures.sizes(n):
         by_m.append(_m_sharpness(subject, measures, m, progress, check_stop))
         yield {"m_sharpness": by_m}
     params = list(select_parameters(subject.model, measures.params).values())
@@ -129,7 +148,7 @@ def measure(
         yield {"hessian": {"parameters": hessian.dim, **_eigenvalues(hessian, product, measures)}}
     if measures.probes:
         probes = [hessian.draw(measures.seed + 1 + i) for i in range(measures.probes)]
-        yield {"density": _density(spectrum(product, probes, measures.lanczos_steps), measures)}
+        yield {"density": _density(spectrum(product, probes, measures.lanczos_steps), hessian.dim, measures)}
     if measures.slices:
         directions = [
             slices.filter_normalised_direction(subject.model, measures.seed + i) for i in range(measures.slices)
@@ -146,8 +165,8 @@ def measure_line(
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Loss and error along the line from a model, at 0, to another state_dict, at 1, and a quarter beyond both."""
-    at = _steps(-0.25, 1.25, 6 * max(1, measures.points // 4) + 1)  # 0 and 1 are among them
-    return _surface(subject, measures, [slices.line_to(subject.model, other)], at, progress, check_stop)
+    direction = slices.line_to(subject.model, other)
+    return _surface(subject, measures, [direction], measures.line_positions(), progress, check_stop)
 
 
 @torch.no_grad()
@@ -170,10 +189,16 @@ def _m_sharpness(
     params = list(named.values())
     adaptive = [measures.adaptive and w.ndim > 1 for w in params]
     perturbation = Perturbation(params, p=measures.p, adaptive=adaptive, eta=measures.eta)
-    starts = [random_directions(params, measures.seed + i) for i in range(measures.starts)]
+    starts = [random_directions(params, measures.seed + i) for i in range(measures.restarts)]
     groups = list(zip(subject.images.split(m), subject.labels.split(m), strict=True))
     rank, world = collectives.rank(), collectives.world_size()
     found = []
+
+    def count(images: int) -> None:
+        progress(f"m-sharpness, m {m}", world * images)
+        if world == 1:  # ranks check together, between groups
+            check_stop()
+
     for turn in range(math.ceil(len(groups) / world)):
         check_stop()
         if turn * world + rank < len(groups):
@@ -187,7 +212,7 @@ def _m_sharpness(
                     steps=measures.ascent_steps,
                     starts=starts,
                     micro_batch=measures.micro_batch,
-                    heartbeat=lambda group=group: progress(f"m-sharpness, m {m}", world * len(group[1])),  # type: ignore[misc]
+                    progress=partial(count, len(group[1])),
                 )
             )
     of_all = [group for of_rank in collectives.all_gather_object(found) for group in of_rank]
@@ -202,36 +227,30 @@ def _eigenvalues(
         hessian.draw(measures.seed),
         measures.top,
         tolerance=measures.tolerance,
-        max_steps=measures.max_steps,
+        max_steps=measures.most_steps,
     )
     fifth = found.values[4] if len(found.values) > 4 else None
     return {
         "eigenvalues": found.values,
         "residuals": found.residuals,
         "converged": found.converged,
-        "products": found.steps,
+        "products": found.steps + len(found.values),
         "ratio_1_to_5": found.values[0] / fifth if fifth else None,
     }
 
 
-def _density(found: Spectrum, measures: Measures) -> dict[str, Any]:
-    """Curves of the density: mean, lowest and highest over the probes. The kernel is a hundredth of the range wide."""
-    at = found.grid()
-    width = (at[-1] - at[0]) / 100
-    curves = found.density(at, width)
-    moments = {
-        f"moment_{power}": dict(zip(("mean", "standard_error"), found.moment(power), strict=True)) for power in (1, 2)
-    }
-    for moment in moments.values():
-        moment["standard_error"] = moment["standard_error"] if math.isfinite(moment["standard_error"]) else None  # type: ignore[assignment]
+def _density(found: Spectrum, dim: int, measures: Measures) -> dict[str, Any]:
+    """Nodes and weights of the quadrature for each probe, of which a page draws its curves, and two moments."""
+    moments = {}
+    for power in (1, 2):
+        mean, error = found.moment(power)
+        moments[f"moment_{power}"] = {"mean": mean, "standard_error": error if math.isfinite(error) else None}
     return {
+        "parameters": dim,
         "probes": measures.probes,
         "lanczos_steps": measures.lanczos_steps,
-        "kernel_width": width,
-        "eigenvalues": at.tolist(),
-        "mean": curves.mean(0).tolist(),
-        "low": curves.min(0).tolist(),
-        "high": curves.max(0).tolist(),
+        "nodes": [nodes.tolist() for nodes in found.nodes],
+        "weights": [weights.tolist() for weights in found.weights],
         **moments,
     }
 
@@ -268,7 +287,3 @@ def _surface(
 
 def _steps(low: float, high: float, points: int) -> list[float]:
     return [round(low + (high - low) * i / (points - 1), 12) for i in range(points)]
-
-
-def _slice_points(measures: Measures) -> int:
-    return int(measures.points**measures.slices) if measures.slices else 0

@@ -1,13 +1,17 @@
 """The files of `samtune sharpness`: sharpness.json, sharpness.md and the page sharpness.html, from one result."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from samtune.errors import plural
 from samtune.report import html, svg_charts
 from samtune.report.html import Chart, Column, Table
 from samtune.report.svg_charts import Heading, Series
+from samtune.sharpness.lanczos import Spectrum
 
 CAUTION = (
     "Sharpness is a diagnostic, and no score of quality: in fine-tuning it says little about which model generalises "
@@ -28,18 +32,15 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
 def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, str | float | None]]]:
     """The main numbers: tables by title, each a list of rows by column."""
     checkpoints = result["checkpoints"]
-    found: dict[str, list[dict[str, str | float | None]]] = {
-        "Models": [
-            {
-                "model": one["label"],
-                "step": one["step"],
-                "loss": one["loss"],
-                "error %": one["top1_error"],
-                **_first_eigenvalues(one),
-            }
-            for one in checkpoints
-        ]
-    }
+    has_hessian = any("hessian" in one for one in checkpoints)
+    models = []
+    for one in checkpoints:
+        row = {"model": one["label"], "step": one["step"], "loss": one["loss"], "error %": one["top1_error"]}
+        if has_hessian:  # an interrupted measurement has none of the last model
+            hessian = one.get("hessian", {})
+            largest = hessian.get("eigenvalues", [None])[0]
+            row |= {"largest eigenvalue": largest, "largest / fifth": hessian.get("ratio_1_to_5")}
+        models.append(row)
     sharpness = [
         {
             "model": one["label"],
@@ -63,25 +64,26 @@ def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, str | float | 
     moments = [
         {
             "model": one["label"],
-            "trace / n": one["density"]["moment_1"]["mean"],
-            "its standard error": one["density"]["moment_1"]["standard_error"],
-            "||H||_F^2 / n": one["density"]["moment_2"]["mean"],
-            "its error": one["density"]["moment_2"]["standard_error"],
+            "mean": one["density"]["moment_1"]["mean"],
+            "error of the mean": one["density"]["moment_1"]["standard_error"],
+            "mean square": one["density"]["moment_2"]["mean"],
+            "error of the mean square": one["density"]["moment_2"]["standard_error"],
         }
         for one in checkpoints
         if "density" in one
     ]
     correlation = [
-        {key: one[key] for key in ("m", "runs", "tau")}
+        {key: one[key] for key in ("m", "runs", "tau", "p_value")}
         | dict(zip(("from", "to"), one["ci95"] or (None, None), strict=True))
         for one in result.get("correlation", ())
     ]
-    found["m-sharpness (nats)"] = sharpness
-    found["Eigenvalues of the Hessian"] = eigenvalues
-    found["Moments of the spectrum"] = moments
-    found[
-        f"m-sharpness against the gap of the errors on test and on {result['images']} training images: Kendall's tau"
-    ] = correlation
+    found = {
+        "Models": models,
+        "m-sharpness (nats)": sharpness,
+        "Eigenvalues of the Hessian": eigenvalues,
+        "All eigenvalues, estimated with standard errors": moments,
+        "m-sharpness against the gap of test and train error: Kendall's tau": correlation,
+    }
     return {title: rows for title, rows in found.items() if rows}
 
 
@@ -93,40 +95,46 @@ def text_tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, str | flo
     }
 
 
-def _first_eigenvalues(one: Mapping[str, Any]) -> dict[str, str | float | None]:
-    if "hessian" not in one:
-        return {}
-    return {"largest eigenvalue": one["hessian"]["eigenvalues"][0], "largest / fifth": one["hessian"]["ratio_1_to_5"]}
-
-
 def notes(result: Mapping[str, Any]) -> list[str]:
     """What a reader of the numbers must know."""
-    measures, n = result["measures"], result["images"]
+    measures, checkpoints = result["measures"], result["checkpoints"]
+    first = checkpoints[0]
     lines = [
-        f"Of {n} images of split {result['split']} of {result['dataset']}, without label smoothing, dropout or "
-        "weight decay, batch norm in evaluation mode.",
+        f"Of {plural(first['images'], 'image')} of split {result['split']} of {first['dataset']}, without label "
+        "smoothing, dropout or weight decay, batch norm in evaluation mode.",
         CAUTION,
     ]
-    if measures["m"]:
+    if len({(one["dataset"], one["pixels_sha256"]) for one in checkpoints}) > 1:
+        lines.append("Not all models were measured on the same images: sharpness.json has the data of each.")
+    if any("m_sharpness" in one for one in checkpoints):
         ball = f"rho {measures['rho']:g}, p {float(measures['p']):g}" + (", adaptive" if measures["adaptive"] else "")
         lines.append(
             f"m-sharpness: the mean over groups of m images of the rise of their loss in the ball of {ball}. One step "
-            f"is that of SAM's own perturbation; the maximum is the best of {measures['ascent_steps']} steps of ascent "
-            f"from the gradient and from {plural(measures['starts'], 'random direction')}, a lower bound where it has "
-            "not converged."
+            f"is that of SAM's own perturbation. The maximum is the best of {measures['ascent_steps']} passes of a "
+            f"search and of {plural(measures['restarts'], 'random restart')}, a lower bound where it has not converged."
         )
-    hessians = [one["hessian"] for one in result["checkpoints"] if "hessian" in one]
+    hessians = [one["hessian"] for one in checkpoints if "hessian" in one]
     if hessians:
         lines.append(
             f"Hessian of {hessians[0]['parameters']:,} parameters ({measures['params']}): an eigenvalue lies within "
             "its residual of the one stated."
         )
     if any(not one["converged"] for one in hessians):
-        lines.append(f"Not all eigenvalues have converged in {measures['max_steps']} products: see their residuals.")
-    if any("slices" in one for one in result["checkpoints"]):
+        lines.append("Not all eigenvalues have converged: see their residuals.")
+    if any("density" in one for one in checkpoints):
+        lines.append(
+            f"Spectral density: stochastic Lanczos quadrature, {plural(measures['probes'], 'probe')} of "
+            f"{measures['lanczos_steps']} steps."
+        )
+    if any("slices" in one for one in checkpoints):
         lines.append(
             "Slices: directions are drawn from N(0, 1) and scaled filter by filter to the norm of the weights; biases "
             "and norm parameters stay. All models have the same directions before they are scaled."
+        )
+    if result.get("gaps"):
+        lines.append(
+            f"Gap: a run's error on test minus that on the {first['images']} measured training images. Intervals of "
+            "tau are of bootstrap samples of runs, as if these were independent, and need ten runs."
         )
     if result["interrupted"]:
         lines.append("The measurement was interrupted: what it had not reached is missing.")
@@ -138,19 +146,23 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
     sections = {"numbers": "Numbers"}
     charts = {
         "m-sharpness": _m_sharpness(result),
+        "eigenvalues": _eigenvalues(result),
         "spectrum": _densities(result),
         "training": _over_training(result),
         "slices": _slices(result),
         "planes": _planes(result),
         "line": _line(result),
+        "gaps": _gaps(result),
     }
     names = {
         "m-sharpness": "m-sharpness",
-        "spectrum": "Spectrum of the Hessian",
+        "eigenvalues": "Largest eigenvalues of the Hessian",
+        "spectrum": "Spectral density of the Hessian",
         "training": "Over training",
         "slices": "Slices",
         "planes": "Planes",
-        "line": "Between two models",
+        "line": "Linear interpolation",
+        "gaps": "Sharpness and generalisation",
     }
     drawn = {id: chart for id, chart in charts.items() if chart is not None}
     labels = [one["label"] for one in result["checkpoints"]]
@@ -165,6 +177,14 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def short_names(models: Sequence[Mapping[str, Any]], key: str = "label") -> list[str]:
+    """The labels of models for the legend of a chart, which has little room: without the words that all begin with."""
+    labels = [str(one[key]) for one in models]
+    common = os.path.commonprefix(labels) if len(labels) > 1 else ""  # noqa: RUF071 (of characters is what is wanted)
+    start = max(common.rfind(mark) for mark in "-_/ ") + 1
+    return [label[start:] for label in labels]
+
+
 def _as_table(title: str, rows: Sequence[Mapping[str, str | float | None]]) -> Table:
     columns = [
         Column(name, None if isinstance(value, str) else "d" if isinstance(value, int) else ".4g")
@@ -174,16 +194,14 @@ def _as_table(title: str, rows: Sequence[Mapping[str, str | float | None]]) -> T
 
 
 def _m_sharpness(result: Mapping[str, Any]) -> Chart | None:
-    models = [one for one in result["checkpoints"] if len(one.get("m_sharpness", ())) > 1]
+    models = [one for one in result["checkpoints"] if "m_sharpness" in one]
     if not models:
         return None
-    sizes = sorted(entry["m"] for entry in models[0]["m_sharpness"])
+    sizes = sorted({entry["m"] for one in models for entry in one["m_sharpness"]})
     series, rows = [], []
-    for one in models:
+    for one, name in zip(models, short_names(models), strict=True):
         by_m = {entry["m"]: entry for entry in one["m_sharpness"]}
-        series.append(
-            Series(one["label"], range(len(sizes)), [by_m[m]["maximum"] if m in by_m else None for m in sizes])
-        )
+        series.append(Series(name, range(len(sizes)), [by_m[m]["maximum"] if m in by_m else None for m in sizes]))
         rows += [[one["label"], m, by_m[m]["one_step"], by_m[m]["maximum"]] for m in sizes if m in by_m]
     svg = svg_charts.lines(
         Heading("chart-m", "m-sharpness", f"Of {len(models)} models, for m from {sizes[0]} to {sizes[-1]}."),
@@ -199,29 +217,61 @@ def _m_sharpness(result: Mapping[str, Any]) -> Chart | None:
     )
 
 
+def _eigenvalues(result: Mapping[str, Any]) -> Chart | None:
+    models = [one for one in result["checkpoints"] if "hessian" in one]
+    if not models:
+        return None
+    most = max(len(one["hessian"]["eigenvalues"]) for one in models)
+    series, rows = [], []
+    for one, name in zip(models, short_names(models), strict=True):
+        values, residuals = one["hessian"]["eigenvalues"], one["hessian"]["residuals"]
+        bounds = [[v + sign * r for v, r in zip(values, residuals, strict=True)] for sign in (-1, 1)]
+        series.append(Series(name, range(len(values)), values, *bounds))
+        rows += [[one["label"], i, *pair] for i, pair in enumerate(zip(values, residuals, strict=True), start=1)]
+    svg = svg_charts.lines(
+        Heading("chart-eigenvalues", "Largest eigenvalues", f"Of {len(models)} models, the {most} largest of each."),
+        series,
+        x_label="number of the eigenvalue",
+        y_label="eigenvalue",
+        ticks=[str(i) for i in range(1, most + 1)],
+        bars=True,
+    )
+    columns = [Column("model"), Column("number", "d"), Column("eigenvalue", ".4g"), Column("residual", ".4g")]
+    caption = "The largest eigenvalues; bars span their residuals, within which the Hessian has an eigenvalue."
+    return Chart(svg, caption, Table("largest eigenvalues", columns, rows))
+
+
 def _densities(result: Mapping[str, Any]) -> Chart | None:
     models = [one for one in result["checkpoints"] if "density" in one]
     if not models:
         return None
-    floor = 1e-6  # of a density: below it is only the kernel's tail
-    series = []
-    for one in models:
-        density = one["density"]
-        mean, low, high = ([max(floor, value) for value in density[key]] for key in ("mean", "low", "high"))
-        series.append(Series(one["label"], density["eigenvalues"], mean, low, high))
+    spectra = [
+        Spectrum(*([np.array(probe) for probe in one["density"][key]] for key in ("nodes", "weights")))
+        for one in models
+    ]
+    # All models have one kernel: the height of a peak depends on its width.
+    at = Spectrum([nodes for one in spectra for nodes in one.nodes], []).grid()
+    width = (at[-1] - at[0]) / 100
+    series, rows = [], []
+    for one, name, spectrum in zip(models, short_names(models), spectra, strict=True):
+        # A single eigenvalue stands at 0.4 / (parameters x width). Far below it is only the kernel's tail.
+        curves = spectrum.density(at, width).clip(1e-2 / (one["density"]["parameters"] * width))
+        drawn = [curve.tolist() for curve in (curves.mean(0), curves.min(0), curves.max(0))]
+        series.append(Series(name, at.tolist(), *drawn))
+        rows += [[one["label"], *values] for values in list(zip(at.tolist(), *drawn, strict=True))[::8]]
     svg = svg_charts.lines(
-        Heading("chart-density", "Density of eigenvalues", f"Of {len(models)} models, on a logarithmic scale."),
+        Heading("chart-density", "Spectral density", f"Of {len(models)} models, on a logarithmic scale."),
         series,
         x_label="eigenvalue",
         y_label="density",
         from_zero=False,
         log=True,
     )
-    keys = ("eigenvalues", "mean", "low", "high")
-    points = {one["label"]: list(zip(*(one["density"][key] for key in keys), strict=True)) for one in models}
-    rows = [[label, *values] for label, of_model in points.items() for values in of_model[::8]]
     columns = [Column("model"), *(Column(name, ".4g") for name in ("eigenvalue", "density", "lowest", "highest"))]
-    caption = "Stochastic Lanczos quadrature, smoothed by a Gaussian; the band spans the probes."
+    caption = (
+        f"Mean over the probes, smoothed by a Gaussian of standard deviation {width:.3g}; the band spans the probes. A "
+        "peak by itself is a single eigenvalue, or a few."
+    )
     return Chart(svg, caption, Table("every eighth point of the density", columns, rows))
 
 
@@ -231,12 +281,13 @@ def _over_training(result: Mapping[str, Any]) -> Chart | None:
     for one in result["checkpoints"]:
         if "hessian" in one:
             by_run.setdefault(one["run"], []).append(one)
-    runs = {run: sorted(ones, key=lambda one: int(one["step"])) for run, ones in by_run.items() if len(ones) > 1}
+    runs = [sorted(ones, key=lambda one: int(one["step"])) for ones in by_run.values() if len(ones) > 1]
     if not runs:
         return None
+    names = short_names([ones[0] for ones in runs], "run")
     series = [
-        Series(run, [one["step"] for one in ones], [one["hessian"]["eigenvalues"][0] for one in ones])
-        for run, ones in runs.items()
+        Series(name, [one["step"] for one in ones], [one["hessian"]["eigenvalues"][0] for one in ones])
+        for name, ones in zip(names, runs, strict=True)
     ]
     svg = svg_charts.lines(
         Heading("chart-training", "Largest eigenvalue over training", f"Of {len(runs)} runs."),
@@ -245,12 +296,37 @@ def _over_training(result: Mapping[str, Any]) -> Chart | None:
         y_label="largest eigenvalue",
     )
     rows = [
-        [run, one["step"], one["hessian"]["eigenvalues"][0], one["hessian"]["ratio_1_to_5"]]
-        for run, ones in runs.items()
+        [one["run"], one["step"], one["hessian"]["eigenvalues"][0], one["hessian"]["ratio_1_to_5"]]
+        for ones in runs
         for one in ones
     ]
     columns = [Column("run"), Column("step", "d"), Column("largest", ".4g"), Column("largest / fifth", ".3g")]
     return Chart(svg, "The largest eigenvalue at each checkpoint.", Table("eigenvalues over training", columns, rows))
+
+
+def _gaps(result: Mapping[str, Any]) -> Chart | None:
+    """The gap between test and train error against m-sharpness, a point for each run."""
+    gaps = result.get("gaps")
+    if not gaps:
+        return None
+    models = [result["checkpoints"][one["checkpoint"]] for one in gaps]
+    heights = [one["gap"] for one in gaps]
+    series, rows = [], []
+    for i, m in enumerate(result["measures"]["m"]):
+        sharpness = [one["m_sharpness"][i]["maximum"] for one in models]
+        series.append(Series(f"m = {m}", sharpness, heights))
+        rows += [[one["label"], m, x, y] for one, x, y in zip(models, sharpness, heights, strict=True)]
+    svg = svg_charts.lines(
+        Heading("chart-gaps", "m-sharpness and generalisation", f"Of {len(models)} runs."),
+        series,
+        x_label="m-sharpness (nats)",
+        y_label="test - train error (points)",
+        from_zero=False,
+        joined=False,
+    )
+    columns = [Column("run"), Column("m", "d"), Column("m-sharpness", ".4g"), Column("gap (points)", ".2f")]
+    caption = "A point for each run and m: the maximum found, and the run's test error minus its train error."
+    return Chart(svg, caption, Table("m-sharpness and gap", columns, rows))
 
 
 def _sliced(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -261,7 +337,7 @@ def _slices(result: Mapping[str, Any]) -> Chart | None:
     models = [one for one in _sliced(result) if not isinstance(one["slices"]["loss"][0], list)]
     if not models:
         return None
-    curves = {one["label"]: one["slices"] for one in models}
+    curves = [(one["label"], name, one["slices"]) for one, name in zip(models, short_names(models), strict=True)]
     caption = "Loss along one random direction, scaled filter by filter; 1 is the norm of the weights."
     return _curves("chart-slices", "Slices of the loss", curves, "distance", caption)
 
@@ -271,17 +347,20 @@ def _line(result: Mapping[str, Any]) -> Chart | None:
     if line is None:
         return None
     caption = f"Loss on the line from {line['from']}, at 0, to {line['to']}, at 1; batch-norm statistics move along."
-    return _curves("chart-line", "Loss between two models", {"loss": line}, "position", caption)
+    return _curves("chart-line", "Loss between two models", [("line", "loss", line)], "position", caption)
 
 
-def _curves(id: str, title: str, curves: Mapping[str, Mapping[str, Any]], x_label: str, caption: str) -> Chart:
-    series = [Series(label, curve["at"], curve["loss"]) for label, curve in curves.items()]
+def _curves(
+    id: str, title: str, curves: Sequence[tuple[str, str, Mapping[str, Any]]], x_label: str, caption: str
+) -> Chart:
+    """curves: name in the table, name in the chart, and the values."""
+    series = [Series(name, curve["at"], curve["loss"]) for _, name, curve in curves]
     svg = svg_charts.lines(
         Heading(id, title, f"Of {len(curves)} curves."), series, x_label=x_label, y_label="loss (nats)", from_zero=False
     )
     rows = [
         [label, *values]
-        for label, curve in curves.items()
+        for label, _, curve in curves
         for values in zip(curve["at"], curve["loss"], curve["top1_error"], strict=True)
     ]
     columns = [Column("model"), Column(x_label, ".3g"), Column("loss", ".4g"), Column("error (%)", ".2f")]
@@ -296,7 +375,7 @@ def _planes(result: Mapping[str, Any]) -> Chart | None:
     svg = svg_charts.contours(
         Heading("chart-planes", "Loss on a plane", f"Of {len(models)} models, at the same levels."),
         at,
-        [(one["label"], one["slices"]["loss"]) for one in models],
+        [(name, one["slices"]["loss"]) for one, name in zip(models, short_names(models), strict=True)],
         label="loss",
     )
     rows = [

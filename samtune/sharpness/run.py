@@ -1,6 +1,9 @@
 """`samtune sharpness`: read checkpoints and their data, measure, write sharpness.json and its page."""
 
+import errno
+import hashlib
 import math
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +28,7 @@ from samtune.runs.folder import read_report, result_folder
 from samtune.sam.filters import select_parameters
 from samtune.sharpness import report
 from samtune.sharpness.measure import Measures, Subject, measure, measure_line
+from samtune.sweep import ledger
 from samtune.train.eval_checkpoint import OpenedCheckpoint, Selected, open_own_data, rows_of_run
 
 Dtype = Literal["float32", "float64"]
@@ -32,7 +36,7 @@ Dtype = Literal["float32", "float64"]
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint to measure. run: the name of its run. label: its name in tables and charts."""
+    """A checkpoint to measure. run: the name of its run. label: its name in tables and charts. No two are equal."""
 
     run: str
     label: str
@@ -40,35 +44,47 @@ class Target:
 
 
 def find_targets(paths: Sequence[Path], name: str | None, *, ema: bool) -> list[Target]:
-    """The checkpoints that these paths of runs, checkpoints and sweeps mean.
+    """The checkpoints that these paths of runs, checkpoints and sweeps mean, each once.
 
     name: last, best, or all that a run has kept. A sweep stands for its final runs. Raises CheckpointError or
     UsageError.
     """
     folders: list[Path] = []
     for path in paths:
-        if is_sweep(path):
-            finals = sorted(file.parent for file in (path / "runs").glob("*final-*/report.json"))
-            if not finals:
-                raise CheckpointError(f"sweep {path} has no final run that is done", hint="let it finish first")
-            folders += finals
-        else:
+        if not is_sweep(path):
             folders.append(path)
-    found: list[tuple[str, OpenedCheckpoint]] = []
+            continue
+        finals = [Path(run["folder"]) for arm in ledger.read(path)["arms"] for run in arm["final"] if run["report"]]
+        if not finals:
+            raise CheckpointError(f"sweep {path} has no final run that is done", hint="let it finish first")
+        folders += finals
+    found: dict[Path, OpenedCheckpoint] = {}
     for folder in folders:
-        if name == "all" and (folder / "checkpoints").is_dir():
-            by_step = checkpoint.steps(folder / "checkpoints")
-            found += [(folder.name, OpenedCheckpoint.of(by_step[step], None, ema=ema)) for step in sorted(by_step)]
-        else:
-            opened = OpenedCheckpoint.of(folder, None if name == "all" else name, ema=ema)
-            in_run = opened.folder.parent.name == "checkpoints"
-            found.append((opened.folder.parents[1].name if in_run else opened.folder.name, opened))
-    runs = [run for run, _ in found]
+        by_step = checkpoint.steps(folder / "checkpoints") if name == "all" else {}
+        for one in [by_step[step] for step in sorted(by_step)] or [folder]:
+            opened = OpenedCheckpoint.of(one, None if name == "all" else name, ema=ema)
+            found.setdefault(opened.folder.resolve(), opened)
+    runs = _distinct_names([_run_folder(folder) for folder in found])
     targets = []
-    for run, opened in found:
+    for run, opened in zip(runs, found.values(), strict=True):
         step = f" step {opened.manifest['step']}" if runs.count(run) > 1 else ""
         targets.append(Target(run, run + step, opened))
     return targets
+
+
+def _run_folder(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to, or its own if it has left its run."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def _distinct_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each folder: the last parts of its path, as many as tell all different folders apart."""
+    different = set(folders)
+    for n in range(1, max(len(folder.parts) for folder in folders)):
+        names = {folder: "/".join(folder.parts[-n:]) for folder in different}
+        if len(set(names.values())) == len(different):
+            return [names[folder] for folder in folders]
+    return [str(folder) for folder in folders]
 
 
 def measure_or_launch(
@@ -80,6 +96,7 @@ def measure_or_launch(
     split: str,
     max_images: int,
     line_to: Path | None,
+    dataset: str | None,
     dtype: Dtype,
     gpus: str,
     processes: int | None,
@@ -90,29 +107,42 @@ def measure_or_launch(
     """Check the checkpoints, measure them, write the files, and return the result; None on a rank that has none.
 
     paths, name: see find_targets. line_to: another run or checkpoint; the loss is measured on the line from the first
-    one to it. output: the folder of the files; None: that of the first run, or of the sweep. arguments: the command
-    line that starts each rank.
+    one to it. dataset: where the data of the runs are now. output: the folder of the files; None: that of the first
+    run, or of the sweep. arguments: the command line that starts each rank. What was measured is written even if a
+    later checkpoint cannot be.
     """
     loading.check_devices(gpus, processes)
     environment.check_processes(processes)
     targets = find_targets(paths, name, ema=ema)
-    other = None if line_to is None else OpenedCheckpoint.of(line_to, None, ema=False)
+    other = None if line_to is None else OpenedCheckpoint.of(line_to, None if name == "all" else name, ema=ema)
     if other is not None:
         _check_same_architecture(targets[0], other)
     if output is None:
-        folder = targets[0].opened.folder.absolute()
-        in_run = folder.parent.name == "checkpoints"
-        output = paths[0] if is_sweep(paths[0]) else folder.parents[1] if in_run else folder
+        output = paths[0] if is_sweep(paths[0]) else _run_folder(targets[0].opened.folder.absolute())
+    with result_folder(output):
+        if not os.access(output, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if environment.wants_launch(gpus, processes):
         return launch.launch(arguments, launch.LaunchSpec(launch.local_rank_count(gpus, processes)), stop)
+    result: dict[str, Any] = {
+        "schema_version": 1,
+        "split": split,
+        "measures": {**asdict(measures), "p": "inf" if math.isinf(measures.p) else measures.p},
+        "dtype": dtype,
+        "checkpoints": [],
+        "interrupted": True,
+    }
+    started = time.perf_counter()
     with collectives.connection_errors():
-        result = _measure(targets, measures, split, max_images, other, dtype, gpus, processes, stop)
-        if is_sweep(paths[0]) and split == "train" and name in (None, "last") and not ema:
-            result["correlation"] = _correlation(targets, result["checkpoints"], measures)
-        if collectives.rank() == 0:
-            with result_folder(output):
-                page = report.write(output, result)
-            console.info(f"page    {page}")
+        try:
+            _measure(result, targets, measures, split, max_images, other, dataset, dtype, gpus, processes, stop)
+        finally:
+            result |= {"seconds": time.perf_counter() - started, "versions": run_log.versions()}
+            if collectives.rank() == 0 and result["checkpoints"]:
+                with result_folder(output):
+                    page = report.write(output, result)
+                console.info(f"page    {page}")
+        collectives.barrier()  # a rank that ends early would have the others ended while the first one writes
     return result
 
 
@@ -122,62 +152,62 @@ def is_sweep(path: Path) -> bool:
 
 
 def _measure(
+    result: dict[str, Any],
     targets: Sequence[Target],
     measures: Measures,
     split: str,
     max_images: int,
     line_to: OpenedCheckpoint | None,
+    dataset: str | None,
     dtype: Dtype,
     gpus: str,
     processes: int | None,
     stop: signals.StopRequest,
-) -> dict[str, Any]:
-    """The content of sharpness.json. After a signal it holds what was found so far, and `interrupted` is true."""
-    checkpoints: list[dict[str, Any]] = []
-    result: dict[str, Any] = {
-        "schema_version": 1,
-        "split": split,
-        "measures": asdict(measures),
-        "dtype": dtype,
-        "checkpoints": checkpoints,
-        "interrupted": False,
-    }
-    started = time.perf_counter()
+) -> None:
+    """Fill the content of sharpness.json. After a signal it holds what was found so far, and `interrupted` is true."""
 
     def check_stop() -> None:
         if collectives.any_rank_true(stop.is_requested())[0]:
             raise signals.Interrupted
 
+    checkpoints = result["checkpoints"]
     with console.RunProgress() as progress:
-        for target in targets:
-            subject, origin = _load(target.opened, split, max_images, measures.seed, dtype, gpus, processes)
+        for number, target in enumerate(targets, start=1):
+            subject, about = _load(target.opened, split, max_images, measures.seed, dataset, dtype, gpus, processes)
             _check_pattern(subject, measures.params)
-            result |= {"images": len(subject.labels), "dataset": origin, "device": str(subject.images.device)}
-            label = f"{target.label} ({len(checkpoints) + 1} of {len(targets)})" if len(targets) > 1 else target.label
-            counter = _Counter(progress, label, measures.work(len(subject.labels)))
+            n = len(subject.labels)
+            label = f"{target.label} ({number} of {len(targets)})" if len(targets) > 1 else target.label
+            has_line = line_to is not None and number == 1
+            work = measures.work(n) + (measures.line_work(n) if has_line else 0)
+            counter = _Counter(progress, label, work, later=measures.work(n) * (len(targets) - number))
             stop.is_deferred = True
+            found = {"run": target.run, "label": target.label, **target.opened.about, **about}
             try:
-                found = {"run": target.run, "label": target.label, **target.opened.about}
-                checkpoints.append(found)
-                with device.oom_as_user_error(f"{measures.micro_batch} images of a second derivative"):
-                    for part in measure(subject, measures, counter.add, check_stop):
-                        found |= part
-                    if line_to is not None and target is targets[0]:
+                with device.oom_as_user_error(
+                    f"{measures.micro_batch} images of a second derivative, or Lanczos' vectors of the model's size",
+                    "lower --micro-batch, --top or --lanczos-steps",
+                ):
+                    parts = measure(subject, measures, counter.add, check_stop)
+                    checkpoints.append(found | next(parts))
+                    for part in parts:
+                        checkpoints[-1] |= _without_nan(part)
+                    if line_to is not None and number == 1:
                         other = safetensors.torch.load_file(line_to.weights / "model.safetensors")
                         line = measure_line(subject, other, measures, counter.add, check_stop)
-                        result["line"] = {"from": target.label, "to": str(line_to.folder), **line}
+                        result["line"] = {"from": target.label, "to": str(line_to.folder), **_without_nan(line)}
             except signals.Interrupted:
-                result["interrupted"] = True
-                break
-    result |= {"seconds": time.perf_counter() - started, "versions": run_log.versions()}
-    finite: dict[str, Any] = _without_nan(result)
-    return finite
+                return
+            finally:
+                stop.is_deferred = False
+    result["interrupted"] = False
+    if split == "train":
+        result |= _correlation(targets, checkpoints)
 
 
 def _without_nan(value: Any) -> Any:
-    """The value as JSON has it: p = inf is text, any other number that is not finite null."""
+    """The value as JSON has it: a number that is not finite is null."""
     if isinstance(value, dict):
-        return {key: "inf" if key == "p" and item == math.inf else _without_nan(item) for key, item in value.items()}
+        return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -188,17 +218,18 @@ def _load(
     split: str,
     max_images: int,
     seed: int,
+    dataset: str | None,
     dtype: Dtype,
     gpus: str,
     processes: int | None,
-) -> tuple[Subject, str]:
-    """A model on its device with images drawn from a split of its run, and the origin of the data set.
+) -> tuple[Subject, dict[str, Any]]:
+    """A model on its device with images drawn from a split of its run, and what the result says of them.
 
     Training images have the labels that the run was trained on, wrong ones included.
     """
 
     def select() -> list[Selected]:
-        own = open_own_data(opened.folder, opened.config, opened.manifest)
+        own = open_own_data(opened.folder, opened.config, opened.manifest, dataset)
         return [rows_of_run(opened.config, opened.manifest, split, own)]
 
     loaded = opened.load(select, gpus=gpus, processes=processes)
@@ -207,10 +238,8 @@ def _load(
     transform = EvalTransform(loaded.data_config)
     batches = eval_batches(images, drawn, transform, batch_size=256, workers=0, pin_memory=False)
     pixels = torch.cat([pixels for pixels, _ in batches])
-    labels = selected.split.labels.copy()
-    changes = opened.label_changes() if split == "train" else None
-    if changes is not None:
-        labels[changes[0]] = changes[1]
+    labels = selected.split.labels
+    labels = opened.trained_labels(labels) if split == "train" else labels
     target = next(loaded.model.parameters()).device
     device.set_float32_arithmetic(target, "float32")  # what tf32 rounds is as large as the residuals
     subject = Subject(
@@ -220,42 +249,58 @@ def _load(
         loaded.data_config,
         opened.config.channels_last,
     )
-    return subject, selected.origin
+    sha256 = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+    return subject, {"dataset": selected.origin, "images": len(drawn), "pixels_sha256": sha256, "device": str(target)}
 
 
 class _Counter:
-    """Counts images that went through a model, and shows them with the time that is left."""
+    """Counts images that went through a model, and shows them with the time that is left.
 
-    def __init__(self, progress: console.RunProgress, label: str, total: int) -> None:
-        self._progress, self._label, self._total = progress, label, total
+    total: of this checkpoint. later: images of the checkpoints that follow.
+    """
+
+    def __init__(self, progress: console.RunProgress, label: str, total: int, later: int) -> None:
+        self._progress, self._label, self._total, self._later = progress, label, total, later
         self._done = 0
         self._started = time.perf_counter()
 
     def add(self, what: str, images: int) -> None:
-        """Count images. A search that converges early does less, so the time left is an upper bound."""
+        """Count images. A search that converges early does less than the total."""
         self._done = min(self._total, self._done + images)
-        left = (time.perf_counter() - self._started) / max(1, self._done) * (self._total - self._done)
-        self._progress.count(f"{self._label}: {what}, at most {duration(left)} left", self._done, self._total)
+        rate = (time.perf_counter() - self._started) / max(1, self._done)
+        left = duration(rate * (self._total - self._done + self._later))
+        self._progress.count(f"{self._label}: {what}, about {left} left", self._done, self._total)
 
 
-def _correlation(
-    targets: Sequence[Target], checkpoints: Sequence[Mapping[str, Any]], measures: Measures
-) -> list[dict[str, Any]]:
-    """For each m, Kendall's tau over runs between m-sharpness and the gap: test error minus the measured error.
+def _correlation(targets: Sequence[Target], checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """m-sharpness against generalisation over runs (Foret et al. 2021, figure 3): two entries of the result.
 
-    Figure 3 of Foret et al. 2021 has mutual information in place of tau. Runs without a test error are left out; with
-    fewer than four runs there is no entry.
+    `gaps`: for each run the test error minus the error on the measured images, in points. `correlation`: for each m,
+    Kendall's tau between m-sharpness and these gaps; the paper has mutual information in its place. A run counts with
+    the last of its checkpoints here that was scored on test. Both are empty for fewer than four such runs, and for runs
+    of different models or data sets.
     """
-    gaps, measured = [], []
-    for target, one in zip(targets, checkpoints, strict=False):
-        of_run = read_report(target.opened.folder.parents[1])
-        if of_run.get("test") and len(one.get("m_sharpness", ())) == len(measures.m):
-            gaps.append(of_run["test"]["top1_error"] - one["top1_error"])
-            measured.append({entry["m"]: entry["maximum"] for entry in one["m_sharpness"]})
-    if len(gaps) < 4:
-        return []
-    found = {m: kendall([values[m] for values in measured], gaps, seed=measures.seed) for m in measures.m}
-    return [{"m": m, "runs": len(gaps), **one._asdict()} for m, one in found.items()]
+    gaps: dict[Path, tuple[int, float]] = {}
+    for number, (target, one) in enumerate(zip(targets, checkpoints, strict=True)):
+        run = _run_folder(target.opened.folder.resolve())
+        if one["ema"] or not (run / "report.json").is_file():
+            continue  # of averaged weights, or of a run that has not finished
+        scored = read_report(run).get("test_by_checkpoint") or {}
+        test = next((test for test in scored.values() if test["step"] == one["step"]), None)
+        if test is not None:
+            gaps[run] = number, test["top1_error"] - one["top1_error"]
+    numbers, heights = [number for number, _ in gaps.values()], [gap for _, gap in gaps.values()]
+    by_m = [[entry["m"] for entry in checkpoints[number].get("m_sharpness", ())] for number in numbers]
+    kinds = {(targets[number].opened.config.model, targets[number].opened.config.dataset) for number in numbers}
+    if len(gaps) < 4 or len(kinds) > 1 or not by_m[0] or any(sizes != by_m[0] for sizes in by_m):
+        return {"gaps": [], "correlation": []}
+    correlation = []
+    for i, m in enumerate(by_m[0]):
+        sharpness = [checkpoints[number]["m_sharpness"][i]["maximum"] for number in numbers]
+        correlation.append({"m": m, "runs": len(numbers), **kendall(sharpness, heights)._asdict()})
+    return {"gaps": [{"checkpoint": n, "gap": gap} for n, gap in zip(numbers, heights, strict=True)]} | {
+        "correlation": correlation
+    }
 
 
 def _check_pattern(subject: Subject, params: str) -> None:

@@ -119,6 +119,15 @@ class OpenedCheckpoint:
             return None
         return noise.read_changes(self.folder.resolve().parents[1] / "label_noise.parquet")
 
+    def trained_labels(self, labels: Indices) -> Indices:
+        """The train split's labels as the run was trained on them. labels: the data set's. Raises CheckpointError."""
+        changes = self.label_changes()
+        if changes is None:
+            return labels
+        trained = labels.copy()
+        trained[changes[0]] = changes[1]
+        return trained
+
     def score(
         self,
         select: Callable[[], Sequence[Selected]],

@@ -66,10 +66,7 @@ def relabel(
 
     def write() -> dict[str, Any]:
         trained = np.full(len(own), -1)
-        trained[trained_rows] = own[trained_rows]
-        changes = opened.label_changes()
-        if changes is not None:
-            trained[changes[0]] = changes[1]
+        trained[trained_rows] = opened.trained_labels(own)[trained_rows]
         table = _table(opened.manifest["class_names"], own, trained, predicted, rows, evaluations, probabilities)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +76,7 @@ def relabel(
             raise MachineError(f"{output} cannot be written", error.strerror or str(error), "write elsewhere") from None
         counts = _mended(own[trained_rows], trained[trained_rows], predicted[trained_rows])
         images = {"output": str(output), "rows": len(own), "images": len(rows), "trained": len(trained_rows)}
-        noisy = counts if changes is not None else None
+        noisy = None if opened.label_changes() is None else counts
         differ = int((predicted[rows] != own[rows]).sum())
         return images | {"differ": differ, "label_noise": noisy, "dataset": parts.data.origin} | opened.about
 

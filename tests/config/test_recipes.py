@@ -266,7 +266,7 @@ each_from_scratch = pytest.mark.parametrize("recipe", FROM_SCRATCH, ids=lambda p
 
 def test_no_miniature_has_a_published_figure_beside_it():
     miniatures = [path for path in FROM_SCRATCH if path.parent.name == "mini"]
-    assert {path.stem for path in miniatures} <= set(TABLES)
+    assert {path.stem for path in miniatures} <= {*TABLES, "figure3"}
     for recipe in miniatures:
         assert recipe.read_text().startswith(f"# A miniature of {recipe.stem}: ")
         assert "paper" not in read(recipe)["expected"]
@@ -312,7 +312,13 @@ def test_every_cell_trains_from_scratch_as_the_papers_code_does(recipe):
         }
         assert {key: getattr(settings, key) for key in expected} == expected
         assert settings.warmup_epochs.amount == (0 if of_paper else 5)
-        batch = {"table2": 4096, "table4": 128}.get(recipe.stem, 256) if of_paper else 32
+        batch = (
+            {"table2": 4096, "table4": 128}.get(recipe.stem, 256)
+            if of_paper
+            else 64
+            if recipe.stem == "figure3"
+            else 32
+        )
         assert (settings.global_batch_size or settings.batch_size) == batch
 
 

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 
+from samtune.sharpness.measure import Measures
+from samtune.sharpness.report import write as write_sharpness
 from tests.conftest import image_bytes, samtune, write_image_folder
 from tests.report.test_run_page import value_at
 from tests.support.run_folders import write_sweep
@@ -267,3 +270,69 @@ def test_the_page_of_predictions_shows_every_picture_on_any_screen(browser, pred
     certain = [float(text.splitlines()[0].split()[-1]) for text in first]
     assert certain == sorted(certain)
     assert "none.jpg" in browser.execute_script("return document.querySelector('#bad').parentElement.innerText")
+
+
+@pytest.fixture(scope="module")
+def sharpness(tmp_path_factory):
+    """The page of three models with every chart that there is, but for planes, which replace lines."""
+    numbers = {
+        "eigenvalues": [9.0, 4.0],
+        "residuals": [1e-3, 2e-4],
+        "converged": True,
+        "products": 9,
+        "parameters": 50,
+        "ratio_1_to_5": None,
+    }
+    moments = {key: {"mean": 0.1, "standard_error": None} for key in ("moment_1", "moment_2")}
+    density = {"parameters": 50, "nodes": [[-1, 0, 9], [-1, 0.1, 9]], "weights": [[0.1, 0.8, 0.1]] * 2, **moments}
+    entry = {"groups": 4, "loss": 0.5, "one_step": 0.1, "maximum": 0.2, "not_converged": 0.25}
+    checkpoints = [
+        {
+            "run": f"a run with a long name, and its seed {i}",
+            "label": f"a run with a long name, and its seed {i}, step {step}",
+            "step": step,
+            "dataset": "pets",
+            "images": 64,
+            "pixels_sha256": f"{i}",
+            "loss": 0.5,
+            "top1_error": 12.5,
+            "m_sharpness": [{"m": m, **entry, "maximum": 0.1 * (1 + i) / m} for m in (1, 16)],
+            "hessian": numbers,
+            "density": density,
+            "slices": {"at": [-1, 0, 1], "loss": [2.0, 0.5, 1.0 + i], "top1_error": [50, 12.5, 30]},
+        }
+        for i in range(4)
+        for step in (4, 8)
+    ]
+    result = {
+        "split": "train",
+        "interrupted": True,
+        "measures": asdict(Measures(m=(1, 16), top=2, probes=1, slices=1)),
+        "checkpoints": checkpoints,
+        "line": {"from": "a", "to": "b", "at": [0, 0.5, 1], "loss": [1, 2, 1], "top1_error": [1, 2, 1]},
+        "gaps": [{"checkpoint": 2 * i + 1, "gap": 3.0 + i} for i in range(4)],
+        "correlation": [{"m": m, "runs": 4, "tau": 0.5, "p_value": 0.2, "ci95": (-0.2, 0.9)} for m in (1, 16)],
+    }
+    folder = tmp_path_factory.mktemp("sharpness")
+    write_sharpness(folder, result)
+    planes = [one | {"slices": {"at": [-1, 0, 1], "loss": [[2, 1, 2], [1, 0.1, 1], [2, 1, 2]]}} for one in checkpoints]
+    (folder / "planes").mkdir()
+    write_sharpness(folder / "planes", {**result, "checkpoints": planes[1::4], "gaps": []})
+    return folder
+
+
+@pytest.mark.parametrize(("name", "charts"), [("sharpness.html", 7), ("planes/sharpness.html", 5)])
+def test_the_page_of_sharpness_draws_each_measure_on_any_screen(browser, sharpness, name, charts):
+    for width, scheme in ((1000, "light"), (1000, "dark"), (320, "light")):
+        look_alone(browser, sharpness / name, width=width, scheme=scheme)
+        open_details(browser)
+        assert width_of(browser) <= width
+        legible(browser)
+    heights = browser.execute_script(
+        "return [...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().height)"
+    )
+    assert len(heights) == charts
+    assert min(heights) > 50
+    text = browser.execute_script("return document.body.textContent")
+    assert "mathdefault" not in text  # TeX is for other readers
+    assert browser.execute_script("return document.querySelectorAll('figure details table').length") == charts

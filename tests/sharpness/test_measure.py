@@ -40,7 +40,7 @@ def test_everything_is_measured_and_the_model_is_as_before():
     assert [entry["m"] for entry in found["m_sharpness"]] == [1, 4]
     assert found["m_sharpness"][0]["maximum"] >= found["m_sharpness"][1]["maximum"] > 0
     assert found["hessian"]["eigenvalues"] == sorted(found["hessian"]["eigenvalues"], reverse=True)
-    assert len(found["density"]["mean"]) == len(found["density"]["eigenvalues"])
+    assert [len(nodes) for nodes in found["density"]["nodes"]] == [8, 8]
     assert found["slices"]["at"] == [-1.0, -0.5, 0.0, 0.5, 1.0]
     assert found["slices"]["loss"][2] == pytest.approx(found["loss"], rel=1e-12)
     logits = one.model((one.images.double() / 255 - 0.5) / 0.25)
@@ -77,7 +77,13 @@ def test_two_ranks_find_what_one_finds(tmp_path):
 def test_a_plane_holds_the_line_along_its_second_direction_in_its_middle_row():
     plane = entries(measure(subject(), Measures(slices=2, points=3)))["slices"]
     assert len(plane["loss"]) == len(plane["loss"][0]) == 3
-    assert plane["loss"][1][1] == pytest.approx(entries(measure(subject(), Measures()))["loss"], rel=1e-12)
+    line = entries(measure(subject(), Measures(slices=1, points=3, seed=1)))["slices"]  # the plane's seeds are 0 and 1
+    assert plane["loss"][1] == pytest.approx(line["loss"], rel=1e-12)
+
+
+def test_more_images_in_a_group_than_there_are_is_all_of_them():
+    found = entries(measure(subject(), Measures(m=(4, 8, 100), ascent_steps=2)))
+    assert [(entry["m"], entry["groups"]) for entry in found["m_sharpness"]] == [(4, 2), (8, 1)]
 
 
 @pytest.mark.parametrize("points", [3, 9, 11])
@@ -91,28 +97,39 @@ def test_a_line_to_another_model_has_its_loss_at_1(points):
     )
 
 
-def test_what_was_found_before_a_stop_is_there_and_the_weights_are_as_before():
+@pytest.mark.parametrize(
+    ("at", "found_before"),
+    [
+        ("m-sharpness", {"loss", "top1_error"}),
+        ("Hessian", {"loss", "top1_error", "m_sharpness"}),
+        ("slices", {"loss", "top1_error", "m_sharpness", "hessian", "density"}),
+    ],
+)
+def test_what_was_found_before_a_stop_is_there_and_the_weights_are_as_before(at, found_before):
     one = subject()
     before = {name: value.clone() for name, value in one.model.state_dict().items()}
-    calls = 0
+    reached = ""
+
+    def progress(what, images):
+        nonlocal reached
+        reached = what
 
     def check_stop():
-        nonlocal calls
-        calls += 1
-        if calls == 12:
+        if reached.startswith(at):
             raise signals.Interrupted
 
     found = {}
     with contextlib.suppress(signals.Interrupted):
-        for part in measure(one, ALL, check_stop=check_stop):
+        for part in measure(one, ALL, progress, check_stop):
             found |= part
-    assert {"loss", "m_sharpness"} <= found.keys()
-    assert "slices" not in found
+    assert found.keys() == found_before
     assert all(torch.equal(value, before[name]) for name, value in one.model.state_dict().items())
 
 
 def test_progress_counts_no_more_than_was_announced():
-    counted = []
+    counted, line = [], []
     entries(measure(subject(), ALL, lambda what, images: counted.append(images)))
     assert 0.3 * ALL.work(8) < sum(counted) <= ALL.work(8)
+    measure_line(subject(), subject(1).model.state_dict(), ALL, lambda what, images: line.append(images))
+    assert sum(line) == pytest.approx(ALL.line_work(8), abs=8)
     assert collectives.world_size() == 1

@@ -53,6 +53,8 @@ POINTS = {
     "write rank status": "samtune.distributed.rank_status:write_status",
     "exit with launcher": "samtune.distributed.environment:exit_with_launcher",
     "classify": "samtune.predict.predictor:Predictor.classify",
+    "measure sharpness": "samtune.sharpness.run:measure",
+    "Hessian product": "samtune.sharpness.hessian:Hessian.__matmul__",
     "start TensorBoard": "samtune.train.trackers:_TensorBoard.__init__",
     "TensorBoard row": "samtune.train.trackers:_TensorBoard.log_row",
     "end TensorBoard": "samtune.train.trackers:_TensorBoard.finish",
