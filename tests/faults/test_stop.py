@@ -15,7 +15,7 @@ from tests.support.small_run import SETTINGS, resume, run, status, step_of
 
 PERTURBED = {"at": "perturb", "when": "after"}
 KILLED = {
-    "while_weights_are_perturbed": PERTURBED | {"call": 8},
+    "while_weights_are_perturbed": PERTURBED | {"call": 10},  # a save in the second epoch, of steps 6 to 10, is done
     "in_the_middle_of_an_update": {"at": "optimizer update", "call": 4 * 6 + 2},
     "before_the_first_checkpoint": PERTURBED | {"call": 1},
     "in_validation": {"at": "evaluate", "call": 3},

@@ -93,12 +93,13 @@ def test_the_box_of_p_inf_is_measured_and_written(folder, tmp_path):
 
 def test_training_images_have_the_labels_that_the_run_was_trained_on(folder, tmp_path):
     noisy, flipped = ("--label-noise", 1.0), tmp_path / "flipped"
-    arguments = ("--epochs", "2 steps", "--batch-size", 8, "--no-html", "--dataset", folder / "data")
+    arguments = ("--epochs", "4 steps", "--lr", 0.1, "--batch-size", 8, "--no-html", "--dataset", folder / "data")
     assert samtune("run", *SMALL_MODEL, *arguments, *noisy, "--output", flipped).returncode == 0
     done = samtune("sharpness", flipped, "--m", 6, *QUICK, "--json", "--split", "train", "--max-images", 100)
     (found,) = json.loads(done.stdout)["checkpoints"]
     clean = json.loads(samtune("eval", flipped, "--split", "train", "--json").stdout)
     assert found["top1_error"] == pytest.approx(100 - clean["top1_error"])  # of two classes, all flipped
+    assert found["loss"] != pytest.approx(clean["loss"], rel=1e-3)
 
 
 def test_without_a_choice_it_measures_m_sharpness_and_eigenvalues(folder, tmp_path):
