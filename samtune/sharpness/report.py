@@ -312,7 +312,7 @@ def _gaps(result: Mapping[str, Any]) -> Chart | None:
     models = [result["checkpoints"][one["checkpoint"]] for one in gaps]
     heights = [one["gap"] for one in gaps]
     series, rows = [], []
-    for i, m in enumerate(result["measures"]["m"]):
+    for i, m in enumerate(entry["m"] for entry in models[0]["m_sharpness"]):  # all have the same
         sharpness = [one["m_sharpness"][i]["maximum"] for one in models]
         series.append(Series(f"m = {m}", sharpness, heights))
         rows += [[one["label"], m, x, y] for one, x, y in zip(models, sharpness, heights, strict=True)]
