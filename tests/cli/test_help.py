@@ -98,7 +98,7 @@ def test_data_sets_recipes_and_runs_are_completed_by_name_and_path(tmp_path, mon
     (tmp_path / ".hidden").mkdir()
     assert datasets("flow") == [*(name for name in CATALOG if name.startswith("flow")), "flowers/", "flowers.csv"]
     assert recipes("mine") == ["mine.toml"]
-    assert recipes("mini/") == ["mini/ablations", "mini/table1", "mini/table4"]
+    assert recipes("mini/") == [f"mini/{path.stem}" for path in sorted((ROOT / "recipes" / "mini").glob("*.toml"))]
     assert runs("a") == ["runs/a1"]
     assert runs("runs/") == ["runs/a1", "runs/b2"]
     assert "runs/a1" in runs("")

@@ -52,6 +52,7 @@ def test_all_kept_checkpoints_of_a_run_are_a_curve_over_training(folder):
     assert 'id="chart-training-title"' in (folder / "sam" / "sharpness.html").read_text()
 
 
+@pytest.mark.slow
 def test_over_four_runs_m_sharpness_is_set_against_the_gap_of_test_and_train_error(folder, tmp_path):
     runs = [folder / "sgd", folder / "sam"]
     for seed in (1, 2):
@@ -71,6 +72,7 @@ def test_over_four_runs_m_sharpness_is_set_against_the_gap_of_test_and_train_err
     assert fewer["gaps"] == fewer["correlation"] == []
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_measured_by_name(folder, tmp_path):
     arguments = ("--epochs", "4 steps", "--batch-size", 8, "--lr", 0.1, "--model-ema", "--no-html")
     done = samtune("run", *SMALL_MODEL, *arguments, "--dataset", folder / "data", "--output", tmp_path / "averaged")
@@ -91,6 +93,7 @@ def test_the_box_of_p_inf_is_measured_and_written(folder, tmp_path):
     assert "p inf" in (tmp_path / "sharpness.md").read_text()
 
 
+@pytest.mark.slow
 def test_training_images_have_the_labels_that_the_run_was_trained_on(folder, tmp_path):
     noisy, flipped = ("--label-noise", 1.0), tmp_path / "flipped"
     arguments = ("--epochs", "4 steps", "--lr", 0.1, "--batch-size", 8, "--no-html", "--dataset", folder / "data")
@@ -158,6 +161,7 @@ def test_what_was_measured_before_an_error_is_written(folder, tmp_path):
     assert (first["label"], "hessian" in first) == ("sgd", True)
 
 
+@pytest.mark.slow
 def test_runs_of_one_name_are_told_apart_and_one_that_is_named_twice_is_measured_once(folder, tmp_path):
     for arm in ("sgd", "sam"):
         shutil.copytree(folder / arm, tmp_path / arm / "seed0", symlinks=True)
@@ -195,6 +199,7 @@ def test_planes_of_two_models_have_one_scale(folder, tmp_path):
     assert 'id="chart-planes-title"' in (tmp_path / "sharpness.html").read_text()
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_at_both_ends_of_a_line(folder, tmp_path):
     runs = []
     for name in ("a", "b"):
