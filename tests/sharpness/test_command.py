@@ -184,6 +184,7 @@ def test_data_that_have_moved_are_named_and_a_checkpoint_without_its_run_is_meas
     assert str(moved) in result["checkpoints"][0]["dataset"]
 
 
+@pytest.mark.slow
 def test_a_sweep_stands_for_its_final_runs(whole_sweep, tmp_path):
     done = samtune("sharpness", whole_sweep, "--top", 1, *QUICK, "-o", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
