@@ -27,11 +27,15 @@ _FORWARD_PASS = 1 / 3  # a backward pass costs about two forward passes
 
 
 def sam_passes(
-    ascent_steps: int, ascent_fraction: float, ascent: Ascent = "gradient", second_order: bool = False
+    ascent_steps: int,
+    ascent_fraction: float,
+    ascent: Ascent = "gradient",
+    second_order: bool = False,
+    suffix_share: float = 1.0,
 ) -> float:
-    """Forward-backward passes over the batch in a step of SAM."""
+    """Forward-backward passes over the batch in a step of SAM. suffix_share: what pass 1 costs of a pass."""
     before = _FORWARD_PASS if ascent == "random" else ascent_steps + HESSIAN_PASSES * second_order
-    return 1 + before * ascent_fraction
+    return 1 + before * ascent_fraction * suffix_share
 
 
 class SAM:
@@ -133,11 +137,14 @@ class SAM:
         pass 3 of second_order, which is at w again: so a loss that records something in pass 1 records it once."""
         named = select_parameters(self._inner, perturb)
         self._cut = None if perturb_from is None else Cut(self._inner, perturb_from)
+        self.suffix_share = 1.0
+        """What a pass over the network from perturb_from on costs of a whole one, for `passes`: set it if you know."""
         if self._cut is not None:
             named = {name: w for name, w in named.items() if name in self._cut.suffix}
             if not named:
                 raise ValueError(f"pattern {perturb!r} matches no trainable parameter from {perturb_from} on")
         self._params = list(named.values())
+        self.perturb_from = perturb_from
         self.ranks = ddp.ranks_of(model, self._inner, self._params, m)
         """The part of this that concerns other ranks."""
         if ascent == "random" and self.ranks.is_sharded:
@@ -196,24 +203,41 @@ class SAM:
         )
 
     @property
+    def perturbed_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are perturbed, in the model's order."""
+        return list(self._params)
+
+    def check_cut(self, example: torch.Tensor) -> None:
+        """Raise ValueError if perturb_from is no place to cut the network; otherwise the first `backward` does.
+
+        example: an input of one sample.
+        """
+        if self._cut is not None:
+            self._cut.check(example)
+
+    @property
     def shares_front(self) -> bool:
         """Whether the front of a network that is perturbed from a module on is computed once for all passes.
 
-        It is not where pass 1 has fewer samples than pass 2, where samples that share a perturbation do not pass
-        through the model at once, and where passes are not run operation by operation: then each computes it anew, to
-        the same result.
+        It is not where pass 1 has fewer samples than pass 2, where the samples that share a perturbation do not pass
+        through the model at once, and where the model is compiled, sharded, recorded or recomputed: then each pass
+        computes it anew, to the same result.
         """
-        recomputes = any(getattr(module, "grad_checkpointing", False) for module in self._inner.modules())
-        whole = self.ascent_fraction == 1 and self.micro_batch is None and not self.second_order
-        eager = isinstance(self.runner, EagerRunner) and not self.ranks.is_sharded and not recomputes
-        return self._cut is not None and whole and eager
+        if self._cut is None or self.ascent_fraction < 1 or self.micro_batch is not None or self.second_order:
+            return False
+        plain = not any(
+            getattr(module, "grad_checkpointing", False) or module._compiled_call_impl is not None
+            for module in self._inner.modules()
+        )
+        return plain and isinstance(self.runner, EagerRunner) and not self.ranks.is_sharded
 
     @property
     def passes(self) -> float:
         """Forward-backward passes over the batch in one call."""
         if self.rho == 0:
             return 1
-        return sam_passes(self.ascent_steps, self.ascent_fraction, self.ascent, self.second_order)
+        share = self.suffix_share if self.shares_front else 1.0
+        return sam_passes(self.ascent_steps, self.ascent_fraction, self.ascent, self.second_order, share)
 
     def backward(self, loss: Loss, *batch: Any) -> torch.Tensor:
         """Add the gradient of the loss at w + e to `.grad` of all parameters of the model; w is as it was.

@@ -57,6 +57,21 @@ class Cut:
         self._at_cut: list[torch.Tensor] = []
         self._outputs: dict[nn.Module, list[Any]] = {}
 
+    def check(self, example: torch.Tensor) -> None:
+        """Raise ValueError unless this is a place to cut; the first pass of a training would.
+
+        example: an input of one sample. The model is left as it was.
+        """
+        training = {module: module.training for module in self._model.modules()}
+        try:
+            self._model.eval()
+            with self.first_pass():
+                self._model(example)
+        finally:
+            for module, was in training.items():
+                module.training = was
+            self.release()
+
     @contextmanager
     def first_pass(self) -> Iterator[None]:
         """A forward pass in this block keeps z, and goes on from it without its graph."""

@@ -7,11 +7,15 @@ final    the chosen point with every seed, on train and validation (without refi
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from samtune.config.duration import Duration
 from samtune.config.run_config import RunConfig
+from samtune.models.build import build_on_meta
+from samtune.models.cuts import find_cut
+from samtune.models.timm_format import look_up
 from samtune.runs.metrics import read_metrics
 from samtune.sam.gradient import sam_passes
 from samtune.sweep import arms
@@ -138,7 +142,18 @@ class Plan:
 
 
 def _sam_passes(config: RunConfig) -> float:
-    return sam_passes(config.ascent_steps, config.ascent_fraction, config.ascent, config.second_order)
+    share = 1.0
+    if config.perturb_from is not None:
+        share = _suffix_share(config.model, config.weights, config.img_size, config.perturb_from)
+    return sam_passes(config.ascent_steps, config.ascent_fraction, config.ascent, config.second_order, share)
+
+
+@cache
+def _suffix_share(model: str, weights: Path | None, img_size: int | None, perturb_from: str) -> float:
+    source = look_up(model, weights)
+    size = source.data_config(img_size)["input_size"]
+    on_meta = build_on_meta(source, img_size if source.config.get("fixed_input_size") else None)
+    return find_cut(on_meta, perturb_from, size).share
 
 
 def _step_settings(point: Point) -> dict[str, Any]:
