@@ -240,6 +240,7 @@ def contours(
             drawn = axes.contour(at, at, values, levels=levels, colors=[_SERIES[i % len(_SERIES)]], linewidths=1)
             axes.clabel(drawn, levels=list(levels[::3]), fmt="%.2g", fontsize=8, colors=_INK)
             axes.plot(0, 0, "o", color=_INK, markersize=4)
+            axes.locator_params(nbins=5)
             axes.set(xlabel="first direction", ylabel=f"second direction, {label}", aspect="equal")
             axes.set_title(_label(name), fontsize=10)
 

@@ -26,7 +26,7 @@ class Lanczos:
     """
 
     def __init__(self, matvec: Matvec, start: torch.Tensor) -> None:
-        self._matvec = matvec
+        self.matvec, self.dim = matvec, len(start)
         self._next = start / torch.linalg.vector_norm(start)
         self._basis: list[torch.Tensor] = []
         self.alpha: list[float] = []
@@ -44,7 +44,7 @@ class Lanczos:
         """Take one step: one product with the operator."""
         q = self._next
         self._basis.append(q)
-        w = self._matvec(q)
+        w = self.matvec(q)
         self.alpha.append(float(w @ q))
         for _ in range(2):
             for other in self._basis:
@@ -86,27 +86,23 @@ class Eigenpairs:
 
 
 def top_eigenpairs(
-    matvec: Matvec,
-    start: torch.Tensor,
-    k: int,
-    *,
-    tolerance: float = 1e-3,
-    max_steps: int = 100,
-    progress: Callable[[int], None] = lambda steps: None,
+    matvec: Matvec, start: torch.Tensor, k: int, *, tolerance: float = 1e-3, max_steps: int = 100
 ) -> Eigenpairs:
     """The k algebraically largest eigenvalues, with vectors and residuals.
 
     start: (dim,), a random vector. tolerance: of a residual, in units of the largest |eigenvalue|. max_steps: the most
-    Lanczos steps, each one product; k further products measure the residuals. progress: called with the number of
-    steps so far.
+    Lanczos steps, each one product; k further products measure the residuals.
 
     A multiple eigenvalue is found once: a Krylov space holds one of its eigenvectors.
     """
-    process = Lanczos(matvec, start)
-    k = min(k, len(start))
+    return continued_to_top(Lanczos(matvec, start), k, tolerance=tolerance, max_steps=max_steps)
+
+
+def continued_to_top(process: Lanczos, k: int, *, tolerance: float, max_steps: int) -> Eigenpairs:
+    """`top_eigenpairs` by a process that may have taken some steps already."""
+    matvec, k = process.matvec, min(k, process.dim)
     while len(process) < max_steps and not process.is_exhausted:
         process.step()
-        progress(len(process))
         if len(process) >= k:
             values, vectors = process.ritz()
             # ||A v - theta v|| = |beta_k s_k|, where s is the eigenvector of T.
@@ -164,26 +160,22 @@ class Spectrum:
         return np.stack(curves)
 
 
-def spectrum(
-    matvec: Matvec,
-    probes: Sequence[torch.Tensor],
-    steps: int,
-    *,
-    progress: Callable[[int], None] = lambda steps: None,
-) -> Spectrum:
+def spectrum(matvec: Matvec, probes: Sequence[torch.Tensor], steps: int) -> Spectrum:
     """The spectral density of an operator, from probes of shape (dim,) drawn from N(0, I).
 
-    Takes len(probes) x steps products. progress: called with the number of products so far.
+    Takes len(probes) x steps products.
     """
-    nodes, weights = [], []
-    done = 0
-    for probe in probes:
-        process = Lanczos(matvec, probe)
-        while len(process) < steps and not process.is_exhausted:
-            process.step()
-            done += 1
-            progress(done)
-        values, vectors = process.ritz()
-        nodes.append(values)
-        weights.append(vectors[0] ** 2)
-    return Spectrum(nodes, weights)
+    return spectrum_of([take_steps(Lanczos(matvec, probe), steps) for probe in probes])
+
+
+def take_steps(process: Lanczos, steps: int) -> Lanczos:
+    """The process after this number of steps, or fewer if its space is exhausted."""
+    while len(process) < steps and not process.is_exhausted:
+        process.step()
+    return process
+
+
+def spectrum_of(processes: Sequence[Lanczos]) -> Spectrum:
+    """The spectral density from processes that have taken their steps from random probes."""
+    ritz = [process.ritz() for process in processes]
+    return Spectrum([values for values, _ in ritz], [vectors[0] ** 2 for _, vectors in ritz])

@@ -19,7 +19,7 @@ from samtune.sam.second_derivative import HESSIAN_PASSES
 from samtune.sharpness import slices
 from samtune.sharpness.directions import random_directions
 from samtune.sharpness.hessian import Hessian
-from samtune.sharpness.lanczos import Spectrum, spectrum, top_eigenpairs
+from samtune.sharpness.lanczos import Lanczos, Spectrum, continued_to_top, spectrum_of, take_steps
 from samtune.sharpness.m_sharpness import group_sharpness, mean_over_groups
 
 Progress = Callable[[str, int], None]  # what is measured, and images that went forward and backward since the last call
@@ -71,7 +71,8 @@ class Measures:
         """Upper bound on the images that go forward and backward, for n images: the total of the progress display."""
         each = sum(1 + (1 + self.restarts) * self.ascent_steps for _ in self.sizes(n))
         each += HESSIAN_PASSES * (self.most_steps + self.top if self.top else 0)
-        each += HESSIAN_PASSES * self.probes * self.lanczos_steps
+        shared = 1 if self.top and self.most_steps >= self.lanczos_steps else 0
+        each += HESSIAN_PASSES * max(0, self.probes - shared) * self.lanczos_steps
         points = self.points**self.slices if self.slices else 0
         return n * (1 + each) + n * points // 3
 
@@ -144,11 +145,14 @@ def measure(
         progress("Hessian", HESSIAN_PASSES * n)
         return hessian @ v
 
+    # Eigenvalues and density begin with the same probe, whose Lanczos steps serve both.
+    first = Lanczos(product, hessian.draw(measures.seed + 1))
     if measures.top:
-        yield {"hessian": {"parameters": hessian.dim, **_eigenvalues(hessian, product, measures)}}
+        yield {"hessian": {"parameters": hessian.dim, **_eigenvalues(first, measures)}}
     if measures.probes:
-        probes = [hessian.draw(measures.seed + 1 + i) for i in range(measures.probes)]
-        yield {"density": _density(spectrum(product, probes, measures.lanczos_steps), hessian.dim, measures)}
+        others = [Lanczos(product, hessian.draw(measures.seed + 1 + i)) for i in range(1, measures.probes)]
+        processes = [take_steps(process, measures.lanczos_steps) for process in (first, *others)]
+        yield {"density": _density(spectrum_of(processes), hessian.dim, measures)}
     if measures.slices:
         directions = [
             slices.filter_normalised_direction(subject.model, measures.seed + i) for i in range(measures.slices)
@@ -219,16 +223,8 @@ def _m_sharpness(
     return asdict(mean_over_groups(m, of_all))
 
 
-def _eigenvalues(
-    hessian: Hessian, product: Callable[[torch.Tensor], torch.Tensor], measures: Measures
-) -> dict[str, Any]:
-    found = top_eigenpairs(
-        product,
-        hessian.draw(measures.seed),
-        measures.top,
-        tolerance=measures.tolerance,
-        max_steps=measures.most_steps,
-    )
+def _eigenvalues(process: Lanczos, measures: Measures) -> dict[str, Any]:
+    found = continued_to_top(process, measures.top, tolerance=measures.tolerance, max_steps=measures.most_steps)
     fifth = found.values[4] if len(found.values) > 4 else None
     return {
         "eigenvalues": found.values,

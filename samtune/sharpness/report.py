@@ -18,6 +18,7 @@ CAUTION = (
     "better (Andriushchenko et al. 2023). It also depends on how weights are scaled, so that only models of one "
     "architecture and one normalisation compare."
 )
+_EIGENVALUES = "Eigenvalues of the Hessian"  # on a page the table of their chart
 
 
 def write(folder: Path, result: Mapping[str, Any]) -> Path:
@@ -80,7 +81,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, list[dict[str, str | float | 
     found = {
         "Models": models,
         "m-sharpness (nats)": sharpness,
-        "Eigenvalues of the Hessian": eigenvalues,
+        _EIGENVALUES: eigenvalues,
         "All eigenvalues, estimated with standard errors": moments,
         "m-sharpness against the gap of test and train error: Kendall's tau": correlation,
     }
@@ -165,12 +166,12 @@ def content(result: Mapping[str, Any]) -> dict[str, Any]:
         "gaps": "Sharpness and generalisation",
     }
     drawn = {id: chart for id, chart in charts.items() if chart is not None}
-    labels = [one["label"] for one in result["checkpoints"]]
+    runs = list(dict.fromkeys(one["run"] for one in result["checkpoints"]))
     return {
-        "title": f"Sharpness of {', '.join(labels[:3])}" + (f" and {len(labels) - 3} more" if len(labels) > 3 else ""),
+        "title": f"Sharpness of {', '.join(runs[:3])}" + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
         "sections": sections | {id: names[id] for id in drawn},
         "tables": text_tables(result),
-        "numbers": [_as_table(title, rows) for title, rows in tables(result).items()],
+        "numbers": [_as_table(title, rows) for title, rows in tables(result).items() if title != _EIGENVALUES],
         "charts": [(id, names[id], chart) for id, chart in drawn.items()],
         "notes": notes(result),
         "paragraphs": {"Notes": notes(result)},
@@ -312,7 +313,7 @@ def _gaps(result: Mapping[str, Any]) -> Chart | None:
     models = [result["checkpoints"][one["checkpoint"]] for one in gaps]
     heights = [one["gap"] for one in gaps]
     series, rows = [], []
-    for i, m in enumerate(result["measures"]["m"]):
+    for i, m in enumerate(entry["m"] for entry in models[0]["m_sharpness"]):  # all have the same
         sharpness = [one["m_sharpness"][i]["maximum"] for one in models]
         series.append(Series(f"m = {m}", sharpness, heights))
         rows += [[one["label"], m, x, y] for one, x, y in zip(models, sharpness, heights, strict=True)]
@@ -346,7 +347,7 @@ def _line(result: Mapping[str, Any]) -> Chart | None:
     line = result.get("line")
     if line is None:
         return None
-    caption = f"Loss on the line from {line['from']}, at 0, to {line['to']}, at 1; batch-norm statistics move along."
+    caption = f"Loss on the line from {line['from']}, at 0, to {line['to']}, at 1. Batch-norm statistics move along."
     return _curves("chart-line", "Loss between two models", [("line", "loss", line)], "position", caption)
 
 

@@ -194,7 +194,9 @@ def _measure(
                     if line_to is not None and number == 1:
                         other = safetensors.torch.load_file(line_to.weights / "model.safetensors")
                         line = measure_line(subject, other, measures, counter.add, check_stop)
-                        result["line"] = {"from": target.label, "to": str(line_to.folder), **_without_nan(line)}
+                        to = _run_folder(line_to.folder.absolute()).name
+                        ends = {"from": target.label, "to": to, "to_checkpoint": str(line_to.folder)}
+                        result["line"] = {**ends, **_without_nan(line)}
             except signals.Interrupted:
                 return
             finally:

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), help="those to train; all by default")
     parser.add_argument("--dataset", type=Path, default=CIFAR10, help="a folder of CIFAR-10 in the hub's layout")
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--most-steps", type=int, default=800, help="after which a network has not learned")
+    parser.add_argument("--most-steps", type=int, default=1200, help="after which a network has not learned")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--full", action="store_true", help="the networks themselves at 32 px")
     given = parser.parse_args()

@@ -59,7 +59,7 @@ def test_over_four_runs_m_sharpness_is_set_against_the_gap_of_test_and_train_err
         arguments = ("--epochs", "4 steps", "--batch-size", 8, "--seed", seed, "--no-html")
         done = samtune("run", *SMALL_MODEL, *arguments, "--dataset", folder / "data", "--output", runs[-1])
         assert done.returncode == 0, done.stderr
-    done = samtune("sharpness", *runs, "--m", "2,6", *QUICK, "-o", tmp_path, "--json")
+    done = samtune("sharpness", *runs, "--m", "2,6,100", *QUICK, "-o", tmp_path, "--json")  # 100 is all 6
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     errors = [json.loads((run / "report.json").read_text())["test"]["top1_error"] for run in runs]

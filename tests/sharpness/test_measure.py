@@ -40,7 +40,9 @@ def test_everything_is_measured_and_the_model_is_as_before():
     assert [entry["m"] for entry in found["m_sharpness"]] == [1, 4]
     assert found["m_sharpness"][0]["maximum"] >= found["m_sharpness"][1]["maximum"] > 0
     assert found["hessian"]["eigenvalues"] == sorted(found["hessian"]["eigenvalues"], reverse=True)
-    assert [len(nodes) for nodes in found["density"]["nodes"]] == [8, 8]
+    first, second = map(len, found["density"]["nodes"])  # the first probe's steps serve the eigenvalues, too
+    assert first >= second == 8
+    assert first == found["hessian"]["products"] - 3
     assert found["slices"]["at"] == [-1.0, -0.5, 0.0, 0.5, 1.0]
     assert found["slices"]["loss"][2] == pytest.approx(found["loss"], rel=1e-12)
     logits = one.model((one.images.double() / 255 - 0.5) / 0.25)
