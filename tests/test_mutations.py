@@ -58,8 +58,9 @@ MUTATIONS = {
         {
             "sam/gradient.py": [
                 (
-                    "            set_generator_states(masks, self._device)\n            self._descend(",
-                    "            self._descend(",
+                    "set_generator_states(masks, self._device)\n                with nullcontext() if cut is None else "
+                    "cut.later_pass(with_front=True):",
+                    "with nullcontext() if cut is None else cut.later_pass(with_front=True):",
                 )
             ]
         },

@@ -136,7 +136,10 @@ class SAM:
         """Whether the weights are w + e at this moment, for a loss that wants to know: False in pass 1. Also True in
         pass 3 of second_order, which is at w again: so a loss that records something in pass 1 records it once."""
         named = select_parameters(self._inner, perturb)
+        if perturb_from is not None and second_order:
+            raise ValueError("second_order: not with perturb_from, whose front has no derivative of the perturbation")
         self._cut = None if perturb_from is None else Cut(self._inner, perturb_from)
+        self._is_whole = micro_batch is None  # whether samples that share a perturbation passed at once, the last time
         self.suffix_share = 1.0
         """What a pass over the network from perturb_from on costs of a whole one, for `passes`: set it if you know."""
         if self._cut is not None:
@@ -207,14 +210,6 @@ class SAM:
         """The parameters that are perturbed, in the model's order."""
         return list(self._params)
 
-    def check_cut(self, example: torch.Tensor) -> None:
-        """Raise ValueError if perturb_from is no place to cut the network; otherwise the first `backward` does.
-
-        example: an input of one sample.
-        """
-        if self._cut is not None:
-            self._cut.check(example)
-
     @property
     def shares_front(self) -> bool:
         """Whether the front of a network that is perturbed from a module on is computed once for all passes.
@@ -223,7 +218,7 @@ class SAM:
         through the model at once, and where the model is compiled, sharded, recorded or recomputed: then each pass
         computes it anew, to the same result.
         """
-        if self._cut is None or self.ascent_fraction < 1 or self.micro_batch is not None or self.second_order:
+        if self._cut is None or self.ascent_fraction < 1 or not self._is_whole or hasattr(self.model, "_orig_mod"):
             return False
         plain = not any(
             getattr(module, "grad_checkpointing", False) or module._compiled_call_impl is not None
@@ -288,6 +283,7 @@ class SAM:
         masks = generator_states(self._device)
         part = self._ascent_part(batch)
         radius = self.rho / self.ascent_steps
+        self._is_whole = len(self._micro_batches(batch)) == 1
         cut = self._cut if self.shares_front else None
         try:
             # Pass 1, at w: batch-norm statistics update here, if they update at all.

@@ -28,13 +28,14 @@ class Cut:
 
     What is registered before the module, on any level of the network, belongs to the front, with the parameters that
     the modules around it have themselves. All data must pass through the module's first argument, once in a forward
-    pass, and nothing else may lead from the front to the output: the first passes check this.
+    pass, nothing else may lead from the front to the output, and the module must not change its argument in place.
+    `check` and the first pass look for that.
 
     Args:
         model: the network, without wrappers.
         name: of the module, such as "layer4" or "blocks.5".
 
-    Raises ValueError for a name that is none, or before which there are no parameters.
+    Raises ValueError for a name that is none, the first module, or one from which on nothing trains.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -49,24 +50,29 @@ class Cut:
         self.suffix = {parameter: w for parameter, w in named.items() if id(w) in suffix}
         """The trainable parameters of the suffix, by name."""
         self._front = {parameter: w for parameter, w in named.items() if id(w) not in suffix}
-        if not self._front or not self.suffix:
-            empty = "before" if not self._front else "from"
-            raise ValueError(f"module {name!r}: no parameters train {empty} it on")
+        if not fronts:
+            raise ValueError(f"module {name!r}: nothing comes before it")
+        if not self.suffix:
+            raise ValueError(f"module {name!r}: no parameters train from it on")
         self._is_checked = False
         self._z: torch.Tensor | None = None
         self._at_cut: list[torch.Tensor] = []
         self._outputs: dict[nn.Module, list[Any]] = {}
 
     def check(self, example: torch.Tensor) -> None:
-        """Raise ValueError unless this is a place to cut; the first pass of a training would.
+        """Raise ValueError unless this is a place to cut: a later pass must come to what the first one came to.
 
-        example: an input of one sample. The model is left as it was.
+        example: an input of one sample, not constant. The model is left as it was.
         """
         training = {module: module.training for module in self._model.modules()}
         try:
             self._model.eval()
             with self.first_pass():
-                self._model(example)
+                first = self._model(example)
+            with torch.no_grad(), self.later_pass(with_front=False):
+                later = self._model(example)
+            if not all(torch.equal(a, b) for a, b in zip(_tensors(first), _tensors(later), strict=True)):
+                raise ValueError(f"module {self.name!r} is no place to cut: more than its argument leads past it")
         finally:
             for module, was in training.items():
                 module.training = was
@@ -76,18 +82,18 @@ class Cut:
     def first_pass(self) -> Iterator[None]:
         """A forward pass in this block keeps z, and goes on from it without its graph."""
         self._z, self._outputs = None, {}
-        reached = False
+        reached, version = False, 0
 
         def keep_output(module: nn.Module, _: Any, output: Any) -> None:
             if not reached:
                 self._outputs.setdefault(module, []).append(_on_meta(output))
 
         def cut(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            nonlocal reached
+            nonlocal reached, version
             if reached or not arguments or not isinstance(arguments[0], torch.Tensor):
                 raise ValueError(f"module {self.name!r}: data do not pass through it once, as one tensor")
             reached = True
-            self._z = arguments[0]
+            self._z, version = arguments[0], arguments[0]._version
             self._at_cut = generator_states(self._z.device)
             return (self._z.detach(), *arguments[1:])
 
@@ -99,6 +105,10 @@ class Cut:
             yield
             if self._z is None:
                 raise ValueError(f"module {self.name!r}: no data pass through it")
+            if self._z._version != version:
+                raise ValueError(f"module {self.name!r} is no place to cut: its input is changed in place")
+            if not self._is_checked:
+                raise ValueError(f"module {self.name!r}: the loss must call the model itself, to be cut")
         finally:
             for hook in hooks:
                 hook.remove()
@@ -175,20 +185,17 @@ def _registered_after(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:
-    """A module that is called, or those in a list, which is not."""
-    if isinstance(module, nn.ModuleList):
-        for child in module:
-            yield from _called(child)
-    elif isinstance(module, nn.ModuleDict):
-        for child in module.values():
-            yield from _called(child)
-    else:
+    """The modules whose calls make up the call of a module, or of a list, which is not called."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         yield module
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):  # a model may go through a sequence by itself
+        for child in module.children():
+            yield from _called(child)
 
 
 def _on_meta(output: Any) -> Any:
-    """What a module returned, without its values, which take no memory then."""
-    if isinstance(output, torch.Tensor):
+    """What a module returned; what has a graph without its values, which take no memory then."""
+    if isinstance(output, torch.Tensor) and output.requires_grad:
         return output.device, torch.empty_like(output, device="meta", requires_grad=False)
     if isinstance(output, tuple | list):
         return type(output)(map(_on_meta, output))
@@ -204,12 +211,15 @@ def _zeros(kept: Any) -> Any:
     return kept
 
 
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """The tensors of a model's output."""
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
 def _leaves(output: Any) -> set[torch.Tensor]:
     """The parameters that an output's graph leads back to."""
-    tensors = (
-        output if isinstance(output, tuple | list) else output.values() if isinstance(output, Mapping) else [output]
-    )
-    waiting = [tensor.grad_fn for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    waiting = [tensor.grad_fn for tensor in _tensors(output)]
     seen, found = set(waiting), set()
     while waiting:
         node = waiting.pop()

@@ -226,7 +226,10 @@ def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan, input_size: Sequ
     if isinstance(m, str) and m.startswith("group:"):
         m = collectives.new_subgroup(group_size(m)) if collectives.world_size() > 1 else "device"
     head = "|".join(rf"^{re.escape(name)}\." for name in head_names(model))
-    cut = None if config.perturb_from is None else find_cut(model, config.perturb_from, input_size)
+    cut = None
+    if config.perturb_from is not None:
+        with device.uncompiled():
+            cut = find_cut(model, config.perturb_from, input_size)
     if not config.shard:
         model = ddp.data_parallel(model, next(model.parameters()).device)
     try:
@@ -246,7 +249,6 @@ def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan, input_size: Sequ
             ascent=config.ascent,
             second_order=config.second_order,
         )
-        sam.check_cut(torch.zeros(1, *input_size, device=next(model.parameters()).device))
     except ValueError as error:  # what only the model can tell
         raise UsageError(
             f"--perturb {config.perturb}" + (f" --perturb-from {config.perturb_from}" if cut else ""),
