@@ -90,7 +90,6 @@ def test_the_gradient_is_that_of_sam_on_the_suffix_alone(name, cut, freeze_bn):
         {"perturb": "norm"},
         {"micro_batch": 2},
         {"ascent_fraction": 0.5},
-        {"second_order": True},
     ],
     ids=str,
 )
@@ -176,7 +175,7 @@ def test_weights_and_modules_are_as_before_also_after_an_error():
     ("name", "cut", "message"),
     [
         ("test_resnet", "layer9", "there is none of this name"),
-        ("test_resnet", "conv1", "no parameters train before it"),
+        ("test_resnet", "conv1", "nothing comes before it"),
         ("test_resnet", "global_pool", ""),
         ("test_vit", "blocks.1.attn", "past it"),
         ("test_resnet", "layer3.0.conv2", "past it"),
@@ -236,3 +235,74 @@ def test_two_ranks_reduce_the_gradient_once(tmp_path):
         for (ours, traffic), (oracle, of_oracle) in ranks(on_rank):
             assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(ours, oracle, strict=True))
             assert traffic == of_oracle == (1, 8 * sum(w.numel() for w in ours))
+
+
+class Front(nn.Module):
+    """A network whose front can do more than lead to its suffix."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.act = nn.LeakyReLU(inplace=kind == "changes its input")
+        self.fc = nn.Linear(4 + 3 * (kind == "a second way"), 5)
+
+    def forward(self, x):
+        pooled = self.pool(x).flatten(1)
+        z = self.act(self.conv(x)).mean((2, 3))
+        return self.fc(torch.cat([z, pooled], 1) if self.kind == "a second way" else z)
+
+
+def test_data_that_reach_the_suffix_beside_the_cut_keep_their_values_and_a_change_in_place_is_refused():
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    for kind in ("plain", "a second way"):
+        torch.manual_seed(0)
+        model = Front(kind)
+        grads = []
+        for plain in (False, True):
+            sam = SAM(model, 0.1, perturb_from="act")
+            sam._cut = None if plain else sam._cut
+            model.zero_grad()
+            sam.backward(lambda x, y, model=model: F.cross_entropy(model(x), y), images, labels)
+            grads.append([w.grad.clone() for w in model.parameters()])
+        assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*grads, strict=True)), kind
+    model = Front("changes its input")
+    with pytest.raises(ValueError, match="changed in place"):
+        SAM(model, 0.1, perturb_from="act").backward(lambda x, y: F.cross_entropy(model(x), y), images, labels)
+
+
+def test_a_front_that_does_not_train_is_shared_too():
+    model = build("test_resnet")
+    for name, w in model.named_parameters():
+        w.requires_grad_(name.startswith(("layer4", "fc")))
+    ours = gradients(copy.deepcopy(model), freeze_bn=True, perturb_from="layer4")
+    assert_equal(ours, gradients(copy.deepcopy(model), freeze_bn=True, perturb_from="layer4", plain=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "shares"),
+    [
+        ({}, 6, True),
+        ({"micro_batch": 6}, 6, True),
+        ({"micro_batch": 2}, 6, False),
+        ({"micro_batch": 2, "m": 2}, 6, True),
+        ({"ascent_fraction": 0.5}, 6, False),
+    ],
+)
+def test_whether_the_front_is_shared_and_what_a_step_then_costs(options, n, shares):
+    model = build("test_resnet")
+    train_mode(model, freeze_bn=True)
+    sam = SAM(model, 0.1, perturb_from="layer3", **options)
+    sam.suffix_share = 0.25
+    sam.backward(lambda x, y: F.cross_entropy(model(x), y), *batch(n))
+    assert sam.shares_front == shares
+    assert sam.passes == 1 + options.get("ascent_fraction", 1) * (0.25 if shares else 1)
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(True)
+        assert not sam.shares_front
+
+
+def test_the_second_order_term_is_refused():
+    with pytest.raises(ValueError, match="second_order: not with perturb_from"):
+        SAM(build("test_resnet"), 0.1, perturb_from="layer3", second_order=True)

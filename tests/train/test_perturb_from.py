@@ -47,7 +47,7 @@ def test_a_share_is_the_stage_that_is_nearest(photos, tmp_path):
         found = find_cut(model, asked, (3, 32, 32))
         assert abs(found.share - share) == min(abs(other - share) for other in points.values())
     assert find_cut(model, "layer3.0", (3, 32, 32)).share == points["layer3"]
-    with pytest.raises(UsageError, match="its stages are bn1, layer1"):
+    with pytest.raises(UsageError, match="it can be cut at bn1, layer1"):
         find_cut(model, "blocks.5", (3, 32, 32))
 
 
@@ -58,7 +58,8 @@ def test_a_share_is_the_stage_that_is_nearest(photos, tmp_path):
         (("--perturb-from", "layer2.0.conv2"), "no place to cut"),
         (("--perturb-from", "layer3", "--perturb", r"^layer1\."), "matches no trainable parameter"),
         (("--perturb-from", "layer3", "--batch-size", "auto"), "--batch-size auto contradict"),
-        (("--perturb-from", "conv1"), "no parameters train before it"),
+        (("--perturb-from", "conv1"), "nothing comes before it"),
+        (("--perturb-from", "layer3", "--shard"), "--shard contradict"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_in_a_line(photos, tmp_path, given, message):
