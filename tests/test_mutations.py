@@ -58,8 +58,9 @@ MUTATIONS = {
         {
             "sam/gradient.py": [
                 (
-                    "            set_generator_states(masks, self._device)\n            self._descend(",
-                    "            self._descend(",
+                    "set_generator_states(masks, self._device)\n                with nullcontext() if cut is None else "
+                    "cut.later_pass(with_front=True):",
+                    "with nullcontext() if cut is None else cut.later_pass(with_front=True):",
                 )
             ]
         },
@@ -198,6 +199,37 @@ MUTATIONS = {
         {"runs/checkpoint.py": [('if _sha256(folder / name) != expected["sha256"]', "if False")]},
         "faults/test_disk.py::test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_end"
         "[weights_with_a_flipped_bit]",
+    ),
+    "pass 2 over the suffix draws other masks": (
+        {"sam/suffix.py": [("set_generator_states(self._at_cut, z.device)  #", "pass  #")]},
+        "sam/test_suffix.py::test_the_gradient_is_that_of_sam_on_the_suffix_alone[test_vit-blocks.1-True]",
+    ),
+    "pass 1 goes on with the graph of the front": (
+        {"sam/suffix.py": [("return (self._z.detach(), *arguments[1:])", "return (self._z, *arguments[1:])")]},
+        "sam/test_suffix.py::test_the_gradient_is_that_of_sam_on_the_suffix_alone[test_resnet-layer3-True]",
+    ),
+    "the front has no gradient": (
+        {"sam/suffix.py": [("(z if with_front else z.detach(),", "(z.detach(),")]},
+        "sam/test_suffix.py::test_the_gradient_is_that_of_sam_on_the_suffix_alone[test_resnet-layer3-True]",
+    ),
+    "the front is computed in each pass": (
+        {
+            "sam/suffix.py": [
+                (
+                    "forward(*arguments, **named) if reached else _zeros(next(outputs[module]))",
+                    "forward(*arguments, **named)",
+                )
+            ]
+        },
+        "sam/test_suffix.py::test_the_front_costs_one_pass_and_the_suffix_two",
+    ),
+    "the front stays replaced": (
+        {"sam/suffix.py": [("                del module.forward\n", "                pass\n")]},
+        "sam/test_suffix.py::test_weights_and_modules_are_as_before_also_after_an_error",
+    ),
+    "what goes past the cut is not looked for": (
+        {"sam/suffix.py": [("found = [name for name, w in parameters.items() if w in reached]", "found = []")]},
+        "sam/test_suffix.py::test_a_place_that_data_pass_by_is_refused[test_vit-blocks.1.attn-past it]",
     ),
     "a Lanczos vector is orthogonal to the last two only": (
         {"sharpness/lanczos.py": [("for other in self._basis:", "for other in self._basis[-2:]:")]},

@@ -207,6 +207,13 @@ def _check_ascent(config: RunConfig) -> None:
         others = several_steps | {"--second-order": config.second_order, "--shard": config.shard}
         why = "a random direction has no gradient to follow further, and each rank draws it for a whole model"
         _refuse_together("--ascent random", others, why)
+    if config.perturb_from is not None:
+        others = {
+            "--batch-size auto": config.batch_size == "auto",
+            "--second-order": config.second_order,
+            "--shard": config.shard,
+        }
+        _refuse_together("--perturb-from", others, "the second pass begins in the middle of a whole model")
     if config.second_order:
         others = several_steps | {
             f"--p {config.p:g}": config.p != 2,

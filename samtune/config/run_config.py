@@ -311,6 +311,13 @@ class RunConfig(BaseModel):
         "expression for the names of parameters",
         "all",
     )
+    perturb_from: str | None = _sam(
+        "results",
+        "perturb only the network from a module on, as blocks.5, and compute what is before it once for both passes: "
+        "SAM at a fraction of its cost. Or a share: 40% is the stage from which on a pass takes nearest to 40 % of its "
+        "multiplications; auto is 25%. Such a part bears, and wants, a larger rho",
+        None,
+    )
     head_rho_factor: float = _sam("update", "rho of the new head over that of the body", 1.0, ge=0)
     sam_start: types.DurationField = _sam(
         "update", 'SAM begins after so much of the run: "50%", 5 (epochs) or "100 steps"', Duration(0, "%")

@@ -22,7 +22,6 @@ from samtune.data.splits import Indices
 from samtune.data.transforms import train_transform
 from samtune.distributed import device
 from samtune.models.training import train_mode
-from samtune.sam.filters import select_parameters
 from samtune.sam.snapshot import BatchNormStats, batch_norms
 from samtune.train import checkpointing, loop
 from samtune.train.evaluation import evaluate
@@ -80,7 +79,7 @@ def memory(setup: Setup) -> dict[str, int]:
     parts = {
         "weights": _bytes([*model.parameters(), *model.buffers()]),
         "gradients": _bytes(w for w in model.parameters() if w.requires_grad),
-        "weights_copy": _bytes(select_parameters(model, config.perturb).values()) if config.rho > 0 else 0,
+        "weights_copy": _bytes(setup.update.sam.perturbed_parameters) if config.rho > 0 else 0,
         "optimizer": _bytes(value for value in state if isinstance(value, torch.Tensor)),
         "ema": 0 if setup.ema is None else _bytes([*setup.ema.module.parameters(), *setup.ema.module.buffers()]),
         "activations": activation_bytes(setup, images_per_pass(setup)),

@@ -217,6 +217,7 @@ def sam_words(sam: Mapping[str, Any], steps: int) -> str:
     options = {
         f"adaptive (eta {sam['eta']:g})": sam["adaptive"],
         f"perturbs {sam['perturb']}": sam["perturb"] != "all",
+        f"perturbs from {sam.get('perturb_from')} on": sam.get("perturb_from") is not None,
         f"head x {sam['head_rho_factor']:g}": sam["head_rho_factor"] != 1,
         f"{sam['schedule']}": sam["schedule"] != "constant",
         f"from step {sam['start']} on": sam["start"] > 0,

@@ -19,6 +19,7 @@ from samtune.sam.runner import EagerRunner
 from samtune.sam.second_derivative import HESSIAN_PASSES, differentiable_gradient
 from samtune.sam.shaking import shaking_modules, true_gradient
 from samtune.sam.snapshot import batch_norms, bn_stats_frozen, generator_states, set_generator_states
+from samtune.sam.suffix import Cut
 
 Ascent = Literal["gradient", "random"]
 
@@ -26,11 +27,15 @@ _FORWARD_PASS = 1 / 3  # a backward pass costs about two forward passes
 
 
 def sam_passes(
-    ascent_steps: int, ascent_fraction: float, ascent: Ascent = "gradient", second_order: bool = False
+    ascent_steps: int,
+    ascent_fraction: float,
+    ascent: Ascent = "gradient",
+    second_order: bool = False,
+    suffix_share: float = 1.0,
 ) -> float:
-    """Forward-backward passes over the batch in a step of SAM."""
+    """Forward-backward passes over the batch in a step of SAM. suffix_share: what pass 1 costs of a pass."""
     before = _FORWARD_PASS if ascent == "random" else ascent_steps + HESSIAN_PASSES * second_order
-    return 1 + before * ascent_fraction
+    return 1 + before * ascent_fraction * suffix_share
 
 
 class SAM:
@@ -62,6 +67,9 @@ class SAM:
         perturb: "all"; "norm", the parameters of normalisation layers alone (SAM-ON, Mueller et al. 2023), for which
             pass 1 computes no other weight gradients; "no-norm", all others; or a regular expression that is searched
             for in the parameters' names.
+        perturb_from: perturb only the network from this module on, such as "layer4", of what `perturb` selects. All
+            data must pass through the module, once. What is before it is then computed once for both passes, where
+            `shares_front` is true (suffix.py).
         rho_factors: radius of the parameters whose name holds a regular expression, in units of rho; the first that
             matches counts, 1 where none does. The ball is then ||e_g / rho_g||_p <= 1 over all groups together.
         m: the samples that share a perturbation ("m-sharpness", Foret et al. 2021, section 4.1). "device": the batch,
@@ -96,6 +104,7 @@ class SAM:
         adaptive: bool = False,
         eta: float = 0.01,
         perturb: str = "all",
+        perturb_from: str | None = None,
         rho_factors: Mapping[str, float] | None = None,
         m: Literal["device", "global"] | int | collectives.Group = "device",
         ascent_fraction: float = 1.0,
@@ -127,7 +136,18 @@ class SAM:
         """Whether the weights are w + e at this moment, for a loss that wants to know: False in pass 1. Also True in
         pass 3 of second_order, which is at w again: so a loss that records something in pass 1 records it once."""
         named = select_parameters(self._inner, perturb)
+        if perturb_from is not None and second_order:
+            raise ValueError("second_order: not with perturb_from, whose front has no derivative of the perturbation")
+        self._cut = None if perturb_from is None else Cut(self._inner, perturb_from)
+        self._is_whole = micro_batch is None  # whether samples that share a perturbation passed at once, the last time
+        self.suffix_share = 1.0
+        """What a pass over the network from perturb_from on costs of a whole one, for `passes`: set it if you know."""
+        if self._cut is not None:
+            named = {name: w for name, w in named.items() if name in self._cut.suffix}
+            if not named:
+                raise ValueError(f"pattern {perturb!r} matches no trainable parameter from {perturb_from} on")
         self._params = list(named.values())
+        self.perturb_from = perturb_from
         self.ranks = ddp.ranks_of(model, self._inner, self._params, m)
         """The part of this that concerns other ranks."""
         if ascent == "random" and self.ranks.is_sharded:
@@ -144,7 +164,7 @@ class SAM:
             self._perturbation.allocate_backup()
         self._device = self._params[0].device
         self._batch_norms = batch_norms(model)
-        self._shaking = shaking_modules(model)
+        self._shaking = [one for one in shaking_modules(model) if self._cut is None or self._cut.holds(one)]
         self.runner = EagerRunner(model, self._params, self.ranks)
         """How forward-backward passes are run."""
 
@@ -186,11 +206,33 @@ class SAM:
         )
 
     @property
+    def perturbed_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are perturbed, in the model's order."""
+        return list(self._params)
+
+    @property
+    def shares_front(self) -> bool:
+        """Whether the front of a network that is perturbed from a module on is computed once for all passes.
+
+        It is not where pass 1 has fewer samples than pass 2, where the samples that share a perturbation do not pass
+        through the model at once, and where the model is compiled, sharded, recorded or recomputed: then each pass
+        computes it anew, to the same result.
+        """
+        if self._cut is None or self.ascent_fraction < 1 or not self._is_whole or hasattr(self.model, "_orig_mod"):
+            return False
+        plain = not any(
+            getattr(module, "grad_checkpointing", False) or module._compiled_call_impl is not None
+            for module in self._inner.modules()
+        )
+        return plain and isinstance(self.runner, EagerRunner) and not self.ranks.is_sharded
+
+    @property
     def passes(self) -> float:
         """Forward-backward passes over the batch in one call."""
         if self.rho == 0:
             return 1
-        return sam_passes(self.ascent_steps, self.ascent_fraction, self.ascent, self.second_order)
+        share = self.suffix_share if self.shares_front else 1.0
+        return sam_passes(self.ascent_steps, self.ascent_fraction, self.ascent, self.second_order, share)
 
     def backward(self, loss: Loss, *batch: Any) -> torch.Tensor:
         """Add the gradient of the loss at w + e to `.grad` of all parameters of the model; w is as it was.
@@ -241,18 +283,31 @@ class SAM:
         masks = generator_states(self._device)
         part = self._ascent_part(batch)
         radius = self.rho / self.ascent_steps
-        # Pass 1, at w: batch-norm statistics update here, if they update at all.
-        at_w, g1 = self._ascent_gradient(loss, part) if direction is None else (self._mean_loss(loss, part), direction)
-        # e = rho * dual(g1)
-        with self._perturb(g1, radius):
-            # Further ascent steps, if any, each from where the last one ended.
-            for _ in range(self.ascent_steps - 1):
+        self._is_whole = len(self._micro_batches(batch)) == 1
+        cut = self._cut if self.shares_front else None
+        try:
+            # Pass 1, at w: batch-norm statistics update here, if they update at all.
+            with nullcontext() if cut is None else cut.first_pass():
+                if direction is None:
+                    at_w, g1 = self._ascent_gradient(loss, part)
+                else:
+                    at_w, g1 = self._mean_loss(loss, part), direction
+            # e = rho * dual(g1)
+            with self._perturb(g1, radius):
+                # Further ascent steps, if any, each from where the last one ended.
+                for _ in range(self.ascent_steps - 1):
+                    set_generator_states(masks, self._device)
+                    with nullcontext() if cut is None else cut.later_pass(with_front=False):
+                        more = self._ascent_gradient(loss, part)[1]
+                    self._perturbation.add_(more, radius)
+                    torch.clear_autocast_cache()  # the weights moved again
+                # Pass 2, at w + e: same samples, same masks; statistics stay as pass 1 left them.
                 set_generator_states(masks, self._device)
-                self._perturbation.add_(self._ascent_gradient(loss, part)[1], radius)
-                torch.clear_autocast_cache()  # the weights moved again
-            # Pass 2, at w + e: same samples, same masks; statistics stay as pass 1 left them.
-            set_generator_states(masks, self._device)
-            self._descend(loss, batch, share, at_w)
+                with nullcontext() if cut is None else cut.later_pass(with_front=True):
+                    self._descend(loss, batch, share, at_w)
+        finally:
+            if cut is not None:
+                cut.release()
         return at_w
 
     def _second_order_backward(self, loss: ScalarLoss, batch: Batch, share: float) -> torch.Tensor:

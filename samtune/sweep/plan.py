@@ -6,12 +6,18 @@ final    the chosen point with every seed, on train and validation (without refi
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from samtune.config.duration import Duration
 from samtune.config.run_config import RunConfig
+from samtune.errors import ModelError
+from samtune.models.build import build_on_meta
+from samtune.models.cuts import find_cut
+from samtune.models.timm_format import look_up
 from samtune.runs.metrics import read_metrics
 from samtune.sam.gradient import sam_passes
 from samtune.sweep import arms
@@ -138,7 +144,22 @@ class Plan:
 
 
 def _sam_passes(config: RunConfig) -> float:
-    return sam_passes(config.ascent_steps, config.ascent_fraction, config.ascent, config.second_order)
+    share = 1.0
+    recomputes = config.micro_batch is not None or config.compile or config.grad_checkpointing
+    if config.perturb_from is not None and not recomputes and config.ascent_fraction == 1:
+        share = _suffix_share(config.model, config.weights, config.img_size, config.perturb_from)
+    return sam_passes(config.ascent_steps, config.ascent_fraction, config.ascent, config.second_order, share)
+
+
+@cache
+def _suffix_share(model: str, weights: Path | None, img_size: int | None, perturb_from: str) -> float:
+    """The share that a run of these settings has, from the model's shapes alone."""
+    source = look_up(model, weights)
+    size = source.data_config(img_size)["input_size"]
+    with suppress(ModelError):  # a model that needs its weights to be built: plan with the whole cost
+        on_meta = build_on_meta(source, img_size if source.config.get("fixed_input_size") else None)
+        return find_cut(on_meta, perturb_from, size).share
+    return 1.0
 
 
 def _step_settings(point: Point) -> dict[str, Any]:

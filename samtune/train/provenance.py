@@ -78,6 +78,8 @@ def describe(setup: Setup) -> dict[str, Any]:
             "m": config.m,
             "m_images": setup.batch.sharing(config.m),
             "perturb": config.perturb,
+            "perturb_from": setup.update.sam.perturb_from,
+            "suffix_share": setup.update.sam.suffix_share if setup.update.sam.shares_front else 1.0,
             "head_rho_factor": config.head_rho_factor,
             "start": setup.rho.start,
             "end": setup.rho.end,

@@ -1,7 +1,7 @@
 """Setup: the data, model, optimizer and schedule of a run, built before anything is written."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from samtune.distributed import collectives, ddp, device, environment, fsdp
 from samtune.errors import UsageError
 from samtune.models import compiled, training
 from samtune.models.build import build_model, check_size
+from samtune.models.cuts import find_cut
 from samtune.models.head import head_names
 from samtune.models.names import resolve
 from samtune.models.timm_format import ModelInfo
@@ -158,7 +159,7 @@ def build_setup(
     length = TrainingLength.of(config, batch, len(read.train_rows))
     optimizer, penalty = _optimizer(model, config, lr, target)
     with device.oom_as_user_error(f"SAM's copy of the weights of {info.resolved}, or the buffers of the ranks"):
-        sam = _sam(model, config, batch)
+        sam = _sam(model, config, batch, info.data_config["input_size"])
         if obstacle:
             sam.runner.reason = obstacle
         else:
@@ -214,7 +215,7 @@ def _optimizer(
     return torch.optim.AdamW(groups, fused=fused), penalty
 
 
-def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan) -> SAM:
+def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan, input_size: Sequence[int]) -> SAM:
     batch.sharing(config.m)  # whether it can be
     m: Any = config.m
     micro_batch = config.micro_batch
@@ -225,16 +226,21 @@ def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan) -> SAM:
     if isinstance(m, str) and m.startswith("group:"):
         m = collectives.new_subgroup(group_size(m)) if collectives.world_size() > 1 else "device"
     head = "|".join(rf"^{re.escape(name)}\." for name in head_names(model))
+    cut = None
+    if config.perturb_from is not None:
+        with device.uncompiled():
+            cut = find_cut(model, config.perturb_from, input_size)
     if not config.shard:
         model = ddp.data_parallel(model, next(model.parameters()).device)
     try:
-        return SAM(
+        sam = SAM(
             model,
             config.rho,
             p=config.p,
             adaptive=config.adaptive,
             eta=config.eta,
             perturb=config.perturb,
+            perturb_from=None if cut is None else cut.name,
             rho_factors={head: config.head_rho_factor},
             m=m,
             micro_batch=micro_batch,
@@ -245,8 +251,12 @@ def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan) -> SAM:
         )
     except ValueError as error:  # what only the model can tell
         raise UsageError(
-            f"--perturb {config.perturb}", str(error), f"its names begin with {_first_names(model)}"
+            f"--perturb {config.perturb}" + (f" --perturb-from {config.perturb_from}" if cut else ""),
+            str(error),
+            f"its names begin with {_first_names(model)}",
         ) from None
+    sam.suffix_share = 1.0 if cut is None else cut.share
+    return sam
 
 
 def _obstacle_to_graphs(config: RunConfig, target: torch.device) -> str:
@@ -259,6 +269,8 @@ def _obstacle_to_graphs(config: RunConfig, target: torch.device) -> str:
         "ranks of a launcher": environment.rank_info() is not None,
         # Recomputing reads and sets the generator's state, which cannot be done within a recording.
         "--grad-checkpointing": config.grad_checkpointing,
+        # The second pass begins with what the first one has computed.
+        "--perturb-from": config.perturb_from is not None,
         # Its passes are differentiated twice.
         "--second-order": config.second_order,
         # A replay is not shown to be what the same operations give one by one, to the last bit.
