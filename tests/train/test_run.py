@@ -124,6 +124,7 @@ def test_the_report_has_what_its_readers_rely_on(finished):
             "every",
         ),
         *("schedule", "final", "warmup_steps", "ascent_fraction", "ascent_steps", "ascent", "second_order"),
+        *("perturb_from", "suffix_share"),
     }
     assert {
         "split",
