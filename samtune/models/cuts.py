@@ -45,20 +45,20 @@ def find_cut(model: nn.Module, asked: str, input_size: Sequence[int]) -> CutPoin
     if percent or asked == "auto":
         share = float(percent[1]) / 100 if percent else AUTO
         nearest = sorted(points, key=lambda point: abs(point.share - share))
-        found = next((point for point in nearest if _why_not(model, point.name, input_size) is None), None)
+        found = next((point for point in nearest if _obstacle(model, point.name, input_size) is None), None)
         if found is None:
             raise UsageError(f"--perturb-from {asked}: the model has no stage that all data pass through")
         return found
     modules = dict(model.named_modules())
-    why = _why_not(model, asked, input_size) if asked in modules else "the model has no such module"
+    why = _obstacle(model, asked, input_size) if asked in modules else "the model has no such module"
     if why is not None:
-        fitting = [point.name for point in points if _why_not(model, point.name, input_size) is None]
+        fitting = [point.name for point in points if _obstacle(model, point.name, input_size) is None]
         hint = f"it can be cut at {shorten(fitting)}" if fitting else ""
         raise UsageError(f"--perturb-from {asked}: {why}", "", hint)
     return next(iter(_counted(model, input_size, {asked: modules[asked]})), CutPoint(asked, 1.0))
 
 
-def _why_not(model: nn.Module, name: str, input_size: Sequence[int]) -> str | None:
+def _obstacle(model: nn.Module, name: str, input_size: Sequence[int]) -> str | None:
     """Why a network cannot be cut before a module; None if it can."""
     weights = next(model.parameters())
     try:

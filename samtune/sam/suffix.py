@@ -176,6 +176,7 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module, list[nn.Module]]:
 
 
 def _registered_after(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules that are registered after the one of this name, on each level that leads to it."""
     module = model
     for part in name.split("."):
         children = list(module.named_children())

@@ -77,7 +77,7 @@ class Measures:
         return n * (1 + each) + n * points // 3
 
     def line_work(self, n: int) -> int:
-        """The same for `measure_line`."""
+        """Images that go forward and backward in `measure_line`, a forward pass counted as a third."""
         return n * len(self.line_positions()) // 3
 
     def line_positions(self) -> list[float]:
