@@ -207,6 +207,20 @@ def memory_bytes(device: torch.device) -> int:
     return total
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """The memory that this process could still have: of the GPU, or of the machine, up to the container's limit."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    with suppress(OSError, ValueError):  # no limit is "max"
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
+        free = min(free, max(0, limit - used))
+    return free
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: on a GPU, inside its libraries, in Python, or in torch on a CPU.
 

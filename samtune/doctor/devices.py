@@ -43,27 +43,16 @@ def cpu() -> Iterator[Finding]:
 
     from samtune.distributed import device
 
-    total, free = _memory()
+    on_cpu = torch.device("cpu")
+    total, free = device.memory_bytes(on_cpu), device.free_memory_bytes(on_cpu)
     cores = device.available_cpus()
     yield Finding(
         "CPU",
         "ok",
         f"{plural(cores, 'core')}, {plural(torch.get_num_threads(), 'thread')}; "
-        f"memory {gib(free)} free of {gib(total)}; best precision {device.best_dtype(torch.device('cpu'))[0]}",
+        f"memory {gib(free)} free of {gib(total)}; best precision {device.best_dtype(on_cpu)[0]}",
         details={"cores": cores, "memory_bytes": total, "memory_free_bytes": free},
     )
-
-
-def _memory() -> tuple[int, int]:
-    """(total, available) bytes of main memory, within the limit of a container."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
-    total, free = sizes["MemTotal"], sizes["MemAvailable"]
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        total, free = min(total, limit), min(free, max(0, limit - used))
-    return total, free
 
 
 def gpus() -> Iterator[Finding]:

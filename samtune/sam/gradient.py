@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -341,9 +342,9 @@ class SAM:
         """
         with self._after_pass_1(), true_gradient(self._shaking):
             for micro, share in self._micro_batches(batch):
-                grads, vectors = differentiable_gradient(loss(*micro), self._params, vector)
+                grads = differentiable_gradient(partial(loss, *micro), self._params)
                 if grads:
-                    torch.autograd.backward(grads, torch._foreach_mul(vectors, share))
+                    torch.autograd.backward(list(grads.values()), [share * vector[i] for i in grads])
 
     @contextmanager
     def _own_grads(self) -> Iterator[None]:

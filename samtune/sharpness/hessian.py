@@ -1,6 +1,7 @@
 """The Hessian of a mean loss as an operator: products with vectors, without the matrix."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,13 +22,19 @@ class Hessian:
     mode: then neither batch norm nor dropout makes the loss random, and no buffer changes. A vector holds the values of
     all parameters in the order of their memory, whatever their layout; `as_tensors` cuts it into their shapes.
 
+    The gradient is the same for every vector. With memory for it, its graph is kept for the next product, which then
+    goes neither forward nor backward before it differentiates again, until one of the parameters changes.
+
     Args:
         loss: (*batch) -> (), the mean over the samples it is given.
         params: the parameters that the loss is differentiated by, all on one device and of one dtype.
         batches: the samples of this rank, in parts that fit into memory.
+        memory: bytes that kept graphs may take; a batch whose graph no longer fits goes forward for each product.
     """
 
-    def __init__(self, loss: Loss, params: Sequence[nn.Parameter], batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, loss: Loss, params: Sequence[nn.Parameter], batches: Sequence[Batch], *, memory: int = 0
+    ) -> None:
         self._loss = as_scalar(loss)
         self._params = list(params)
         self._batches = list(batches)
@@ -38,6 +45,10 @@ class Hessian:
         self._shares = [count / self.samples for count in counts]
         self.products = 0
         """Number of products computed so far."""
+        self._memory = memory
+        self._sizes: dict[int, int] = {}  # bytes of a batch's graph
+        self._kept: dict[int, dict[int, torch.Tensor]] = {}
+        self._versions: list[int] = []  # of the parameters that the kept graphs belong to
 
     @property
     def dim(self) -> int:
@@ -57,11 +68,42 @@ class Hessian:
         product = torch.zeros_like(v)
         sums = self.as_tensors(product)
         along = self.as_tensors(v)
+        if self._versions != [w._version for w in self._params]:
+            self._versions = [w._version for w in self._params]
+            self._sizes.clear()
+            self._kept.clear()
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
-            for batch, share in zip(self._batches, self._shares, strict=True):
-                grads, vectors = differentiable_gradient(self._loss(*batch), self._params, along)
+            for number, share in enumerate(self._shares):
+                grads = self._gradient(number)
                 if grads:
-                    more = torch.autograd.grad(grads, self._params, vectors, materialize_grads=True)
+                    more = torch.autograd.grad(
+                        list(grads.values()),
+                        self._params,
+                        [along[i] for i in grads],
+                        retain_graph=number in self._kept,
+                        materialize_grads=True,
+                    )
                     torch._foreach_add_(sums, list(more), alpha=share)
         self.products += 1
         return collectives.all_reduce_sum(product)
+
+    def _gradient(self, number: int) -> dict[int, torch.Tensor]:
+        """`differentiable_gradient` of a batch, kept if memory is left for its graph."""
+        if number in self._kept:
+            return self._kept[number]
+        loss = partial(self._loss, *self._batches[number])
+        if number in self._sizes or self._memory == 0:
+            return differentiable_gradient(loss, self._params)
+        saved: dict[int, int] = {}  # bytes by address
+
+        def measure(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
+            grads = differentiable_gradient(loss, self._params)
+        self._sizes[number] = sum(saved.values())
+        if self._sizes[number] + sum(self._sizes[kept] for kept in self._kept) <= self._memory:
+            self._kept[number] = grads
+        return grads

@@ -119,9 +119,11 @@ def measure(
     measures: Measures,
     progress: Progress = lambda what, images: None,
     check_stop: Callable[[], None] = lambda: None,
+    memory: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Yield entries of the report one after the other, loss and error first.
 
+    memory: bytes for what products with the Hessian share.
     check_stop: called on all ranks at the same points; what it raises ends the measurement. Losses are in nats, errors
     in percent, eigenvalues in nats per squared unit of weight.
     """
@@ -138,7 +140,7 @@ def measure(
         by_m.append(_m_sharpness(subject, measures, m, progress, check_stop))
         yield {"m_sharpness": by_m}
     params = list(select_parameters(subject.model, measures.params).values())
-    hessian = Hessian(subject.loss, params, subject.parts(measures.micro_batch))
+    hessian = Hessian(subject.loss, params, subject.parts(measures.micro_batch), memory=memory)
 
     def product(v: torch.Tensor) -> torch.Tensor:
         check_stop()

@@ -187,7 +187,8 @@ def _measure(
                     f"{measures.micro_batch} images of a second derivative, or Lanczos' vectors of the model's size",
                     "lower --micro-batch, --top or --lanczos-steps",
                 ):
-                    parts = measure(subject, measures, counter.add, check_stop)
+                    memory = _memory_for_graphs(subject.images.device)
+                    parts = measure(subject, measures, counter.add, check_stop, memory)
                     checkpoints.append(found | next(parts))
                     for part in parts:
                         checkpoints[-1] |= _without_nan(part)
@@ -253,6 +254,12 @@ def _load(
     )
     sha256 = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
     return subject, {"dataset": selected.origin, "images": len(drawn), "pixels_sha256": sha256, "device": str(target)}
+
+
+def _memory_for_graphs(target: torch.device) -> int:
+    """Bytes for graphs that are kept on a rank: half of what is free, of a CPU's divided by the ranks that share it."""
+    sharing = 1 if target.type == "cuda" else collectives.local_world_size()
+    return device.free_memory_bytes(target) // (2 * sharing)
 
 
 class _Counter:

@@ -1,5 +1,6 @@
 """Hessian products against the dense Hessian of torch.func, in float64."""
 
+import re
 import warnings
 
 import numpy as np
@@ -38,7 +39,7 @@ def loss_of(net):
 
 def dense(net, images, labels):
     """The Hessian as a matrix, by forward over reverse mode: another way than the operator's."""
-    params = dict(net.named_parameters())
+    params = {name: w for name, w in net.named_parameters() if w.requires_grad}
     sizes = [w.numel() for w in params.values()]
 
     def loss(flat):
@@ -54,6 +55,69 @@ def dense(net, images, labels):
 def operator(net, images, labels, sizes=(12,)):
     batches = list(zip(images.split(list(sizes)), labels.split(list(sizes)), strict=True))
     return Hessian(loss_of(net), list(net.parameters()), batches)
+
+
+def depthwise_net():
+    """Grouped convolutions with stride, dilation, padding and bias, and statistics without a scale of their own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, stride=(1, 2), groups=2),
+        nn.BatchNorm2d(4, affine=False),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, (1, 2), padding=(0, 1), dilation=(1, 2), groups=4, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 3, padding="same", groups=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    net.train()
+    for _ in range(3):
+        net(torch.randn(8, 2, 4, 4))
+    return net.double().eval()
+
+
+@pytest.mark.parametrize("pattern", [".", "^[06]", "^3", "bias"])
+def test_grouped_convolutions_and_frozen_statistics_have_their_second_derivatives(pattern):
+    net = depthwise_net()
+    for name, w in net.named_parameters():
+        w.requires_grad_(re.search(pattern, name) is not None)
+    images, labels = samples()
+    matrix = dense(net, images, labels)
+    hessian = Hessian(loss_of(net), [w for w in net.parameters() if w.requires_grad], [(images, labels)])
+    products = torch.stack([hessian @ unit for unit in torch.eye(hessian.dim, dtype=torch.float64)])
+    assert torch.allclose(products, matrix, atol=1e-12)
+    assert matrix.abs().max() > 1e-3
+
+
+def test_kept_graphs_change_no_product():
+    net = small_net()
+    batches = list(zip(*(x.split(4) for x in samples()), strict=True))
+    forward_passes = []
+    net.register_forward_hook(lambda *args: forward_passes.append(1))
+    params = list(net.parameters())
+    found = {}
+    for memory in (0, 10_000, 1 << 30):  # for no graph, for one or two of the three, for all
+        hessian = Hessian(loss_of(net), params, batches, memory=memory)
+        forward_passes.clear()
+        found[memory] = [hessian @ hessian.draw(seed) for seed in range(3)], len(forward_passes)
+    products, passes = zip(*found.values(), strict=True)
+    assert all(torch.equal(a, b) for other in products[1:] for a, b in zip(products[0], other, strict=True))
+    assert passes[0] == 9
+    assert 3 < passes[1] < 9
+    assert passes[2] == 3
+
+
+def test_kept_graphs_do_not_outlive_a_change_of_the_weights():
+    net = small_net()
+    kept, anew = (Hessian(loss_of(net), list(net.parameters()), [samples()], memory=m) for m in (1 << 30, 0))
+    before = kept @ kept.draw(0)
+    with torch.no_grad():
+        net[0].weight.add_(1.0)
+    after = kept @ kept.draw(0)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, anew @ anew.draw(0))
 
 
 @pytest.mark.parametrize("sizes", [(12,), (5, 7)])
