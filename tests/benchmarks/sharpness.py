@@ -1,7 +1,7 @@
 """What a product with the Hessian costs, and `samtune sharpness` in all: python -m tests.benchmarks.sharpness
 
-A product is compared with a forward-backward pass over the same images, in turn in one process, by their medians: alone,
-and after one whose graph is kept.
+A product is compared with a forward-backward pass over the same images, in turn in one process, by their medians:
+alone, and after one whose graph is kept.
 Then the measures of the command itself: EfficientNet-Lite0, 256 images of 64 px, the five largest eigenvalues and the
 density from 2 probes of 40 steps; the images are noise, which changes no time but how soon eigenvalues converge.
 """
