@@ -266,6 +266,18 @@ MUTATIONS = {
         {"sharpness/hessian.py": [("return collectives.all_reduce_sum(product)", "return product")]},
         "sharpness/test_hessian.py::test_the_sum_over_ranks_is_the_product_of_one_process",
     ),
+    "a convolution's gradient does not depend on its input": (
+        {"sam/second_derivative.py": [("of_by_y + more", "of_by_y")]},
+        "sharpness/test_hessian.py::test_grouped_convolutions_and_frozen_statistics_have_their_second_derivatives[.]",
+    ),
+    "frozen statistics are not a part of the scale": (
+        {"sam/second_derivative.py": [("weight * torch.rsqrt(var + eps)", "weight")]},
+        "sharpness/test_hessian.py::test_grouped_convolutions_and_frozen_statistics_have_their_second_derivatives[.]",
+    ),
+    "a kept graph outlives a change of the weights": (
+        {"sharpness/hessian.py": [("self._kept.clear()", "pass")]},
+        "sharpness/test_hessian.py::test_kept_graphs_do_not_outlive_a_change_of_the_weights",
+    ),
     "the search follows the gradient at w": (
         {
             "sharpness/m_sharpness.py": [

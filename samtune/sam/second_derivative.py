@@ -55,7 +55,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     """F.batch_norm; by frozen statistics it is one product and one sum for each channel."""
-    if training or mean is None or var is None:
+    if training or mean is None or var is None or x.dtype != var.dtype:
         return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
     shift = -mean * scale if bias is None else bias - mean * scale
