@@ -235,6 +235,18 @@ class SAM:
         share = self.suffix_share if self.shares_front else 1.0
         return sam_passes(self.ascent_steps, self.ascent_fraction, self.ascent, self.second_order, share)
 
+    def gradient_share(self) -> float | None:
+        """L2 norm of the perturbed parameters' `.grad` over that of all `.grad`; None without a gradient.
+
+        Of a radius rho, plain SAM moves these parameters by rho times this share. So a part of the network takes SAM's
+        step length with a radius of its own that is smaller by it (for p = 2, not adaptive).
+        """
+        norms = [
+            torch.nn.utils.get_total_norm([w.grad for w in params if w.grad is not None])
+            for params in (self._params, self._inner.parameters())
+        ]
+        return float(norms[0] / norms[1]) if norms[1] > 0 else None
+
     def backward(self, loss: Loss, *batch: Any) -> torch.Tensor:
         """Add the gradient of the loss at w + e to `.grad` of all parameters of the model; w is as it was.
 

@@ -263,6 +263,8 @@ class Trainer:
             line += f"  {means['images_per_second']:.0f} images/s, data wait {100 * means['data_wait']:.0f} %"
             line += f", {left:.0f} s left"
             self.log.info(line)
+        if config.perturb_from is not None and step == min(setup.steps_per_epoch, setup.total_steps):
+            self._log_gradient_share()
         if step % setup.steps_per_epoch == 0:
             means = state.epoch.means()
             warning = collapse_warning(
@@ -272,6 +274,16 @@ class Trainer:
                 self.log.warn(warning)
             state.epoch = StepStats()
         state.evaluated_step = step
+
+    def _log_gradient_share(self) -> None:
+        """Say how a radius of a part of the network compares with one of the whole."""
+        sam = self.setup.update.sam
+        share = sam.gradient_share()
+        if share is not None and self.setup.config.rho > 0:
+            text = f"from {sam.perturb_from} on is {share:.2f} of the gradient's norm"
+            self.log.info(
+                f"{text}: SAM of the whole network would move this part as far with rho {self.setup.config.rho / share:.2g}"
+            )
 
     def _write_row(self) -> None:
         setup, state = self.setup, self.state

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import samtune.models  # registers the networks for CIFAR
 from samtune import SAM
 from samtune.models.training import train_mode
+from samtune.sam.step import Step
 from tests.conftest import SmallNet
 from tests.support.rank_processes import Ranks
 
@@ -24,6 +25,7 @@ NETWORKS = {
     "test_convnext": ({"drop_rate": 0.2, "drop_path_rate": 0.2}, ("stages.1", "stages.2", "stages.3", "head")),
     "test_vit": ({"drop_rate": 0.2, "drop_path_rate": 0.2, "pos_drop_rate": 0.1}, ("blocks.1", "blocks.3", "norm")),
     "test_mambaout": ({}, ("stages.1", "stages.2", "head")),
+    "mobilenetv3_small_050": ({"drop_rate": 0.2}, ("blocks.1", "blocks.3", "blocks.5", "conv_head")),
     "resnet20": ({"drop_rate": 0.2}, ("stages.1", "stages.2", "stages.1.1", "norm", "fc")),
 }
 CASES = [(name, cut) for name, (_, cuts) in NETWORKS.items() for cut in cuts]
@@ -103,9 +105,10 @@ def test_every_other_option_means_the_same(options):
 def test_twenty_steps_in_float32_stay_within_its_rounding():
     weights = []
     for plain in (False, True):
-        model = build("test_efficientnet").float()
+        torch.manual_seed(0)
+        model = timm.create_model("tf_efficientnet_lite0", num_classes=5, drop_rate=0.2)
         train_mode(model, freeze_bn=True)
-        sam = SAM(model, 0.05, perturb_from="blocks.2")
+        sam = SAM(model, 0.05, perturb_from="blocks.5")
         if plain:
             sam._cut = None
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -301,6 +304,72 @@ def test_whether_the_front_is_shared_and_what_a_step_then_costs(options, n, shar
     if hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)
         assert not sam.shares_front
+
+
+def test_under_autocast_the_gradient_is_that_of_the_plain_form():
+    grads = []
+    for plain in (False, True):
+        model = build("test_resnet").float()
+        train_mode(model, freeze_bn=True)
+        sam = SAM(model, 0.1, perturb_from="layer3")
+        if plain:
+            sam._cut = None
+
+        def loss(x, y, model=model):
+            with torch.autocast("cpu", torch.bfloat16):
+                return 1024 * F.cross_entropy(model(x), y)  # scaled, as for float16
+
+        images, labels = batch()
+        sam.backward(loss, images.float(), labels)
+        grads.append(torch.cat([w.grad.flatten() for w in model.parameters()]) / 1024)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, when it compiles
+def test_a_compiled_model_computes_its_front_in_each_pass():
+    model = build("test_resnet")
+    ours = copy.deepcopy(model)
+    ours.layer2.compile(backend="eager")
+    found = gradients(ours, freeze_bn=True, perturb_from="layer3")
+    assert not SAM(ours, 0.1, perturb_from="layer3").shares_front
+    assert_equal(found, gradients(model, freeze_bn=True, perturb_from="layer3", plain=True))
+
+
+@pytest.mark.parametrize("full_in", ["pass 1", "pass 2"])
+def test_when_memory_runs_out_a_step_goes_on_in_smaller_parts_and_frees_the_front(full_in):
+    results = {}
+    for kind in ("full", "small from the start", "plain"):
+        model = build("test_resnet")
+        train_mode(model, freeze_bn=True)
+        sam = SAM(model, 0.1, perturb_from="layer3", micro_batch=None if kind == "full" else 3)
+        if kind == "plain":
+            sam._cut = None
+
+        def objective(logits, labels, sam=sam, kind=kind):
+            if kind == "full" and len(labels) == 6 and sam.perturbed == (full_in == "pass 2"):
+                raise MemoryError
+            return F.cross_entropy(logits, labels)
+
+        torch.manual_seed(0)
+        step = Step(sam, torch.optim.SGD(model.parameters(), lr=0.1), objective)
+        assert step(*batch()).applied
+        assert sam.effective_micro_batch(6) == 3
+        assert not sam.shares_front
+        assert sam._cut is None or sam._cut._z is None
+        results[kind] = torch.cat([w.detach().flatten() for w in model.parameters()])
+    assert torch.equal(results["full"], results["small from the start"])
+    assert torch.allclose(results["full"], results["plain"], atol=1e-12)
+
+
+def test_the_share_of_the_gradient_says_how_radii_compare():
+    model = build("test_resnet")
+    train_mode(model, freeze_bn=True)
+    sam = SAM(model, 0.1, perturb_from="layer3")
+    assert sam.gradient_share() is None
+    sam.backward(lambda x, y: F.cross_entropy(model(x), y), *batch())
+    squares = {name: float(w.grad.square().sum()) for name, w in model.named_parameters()}
+    suffix = sum(square for name, square in squares.items() if name.startswith(("layer3", "layer4", "fc")))
+    assert sam.gradient_share() == pytest.approx((suffix / sum(squares.values())) ** 0.5, rel=1e-12)
 
 
 def test_the_second_order_term_is_refused():

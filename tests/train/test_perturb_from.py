@@ -36,6 +36,7 @@ def test_a_run_ends_where_one_that_computes_the_front_twice_ends_and_says_what_i
     assert report["cost"]["forward_backward_passes"] == pytest.approx(6 * (1 + share))
     assert plain["cost"]["forward_backward_passes"] == 12
     assert report["sam"]["perturb_from"] == "layer3"
+    assert "from layer3 on is" in (tmp_path / "a" / "log.txt").read_text()
 
 
 def test_a_share_is_the_stage_that_is_nearest(photos, tmp_path):
