@@ -277,13 +277,11 @@ class Trainer:
 
     def _log_gradient_share(self) -> None:
         """Say how a radius of a part of the network compares with one of the whole."""
-        sam = self.setup.update.sam
+        sam, rho = self.setup.update.sam, self.setup.config.rho
         share = sam.gradient_share()
-        if share is not None and self.setup.config.rho > 0:
-            text = f"from {sam.perturb_from} on is {share:.2f} of the gradient's norm"
-            self.log.info(
-                f"{text}: SAM of the whole network would move this part as far with rho {self.setup.config.rho / share:.2g}"
-            )
+        if share is not None and rho > 0:
+            part = f"from {sam.perturb_from} on is {share:.2f} of the gradient's norm"
+            self.log.info(f"{part}: SAM of the whole network would move it as far with rho {rho / share:.2g}")
 
     def _write_row(self) -> None:
         setup, state = self.setup, self.state
