@@ -9,7 +9,7 @@ same in both passes. So pass 1 keeps z with its graph and goes on from z.detach(
     loss(suffix(z)).backward()                      # the suffix's gradient at w + e, and the front's
 
 This is SAM exactly, for a perturbation that is restricted to the suffix. It costs one pass over the front and two over
-the suffix.
+the suffix. Activations take as much memory as in a plain pass: those of the suffix are free again before pass 2.
 """
 
 from collections.abc import Iterator, Mapping

@@ -275,6 +275,22 @@ def test_data_that_reach_the_suffix_beside_the_cut_keep_their_values_and_a_chang
         SAM(model, 0.1, perturb_from="act").backward(lambda x, y: F.cross_entropy(model(x), y), images, labels)
 
 
+def test_two_parts_of_ones_own_make_a_sequence_that_can_be_cut():
+    class Rest(nn.Module):  # more than a sequence: it has a way around
+        def __init__(self):
+            super().__init__()
+            self.wide, self.fc = nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, z):
+            return self.fc(z + F.dropout(self.wide(z).tanh(), 0.3, self.training))
+
+    torch.manual_seed(0)
+    front = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(front, Rest()).double()
+    ours = gradients(copy.deepcopy(model), freeze_bn=True, perturb_from="1")
+    assert_equal(ours, gradients(copy.deepcopy(model), freeze_bn=True, perturb_from="1", plain=True))
+
+
 def test_a_front_that_does_not_train_is_shared_too():
     model = build("test_resnet")
     for name, w in model.named_parameters():
