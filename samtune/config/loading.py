@@ -12,7 +12,9 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from samtune.config import sam_schedule
 from samtune.config.dataset_defaults import DATASET_DEFAULTS
+from samtune.config.duration import Duration
 from samtune.config.run_config import RunConfig, flag_name
 from samtune.config.types import gpu_choice
 from samtune.config.variants import TABLES, Variants
@@ -31,6 +33,7 @@ _FROM_SCRATCH = {
 # Keys of a recipe that are no settings. expected: the measured result, for readers and tests. sweep: the table of
 # `samtune sweep`.
 _NO_SETTINGS = ("expected", "sweep", *TABLES)
+_LENGTH = RunConfig.model_fields["epochs"].default
 _KINDS: dict[Any, str] = {float: "a number", int: "a whole number"}
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
@@ -44,7 +47,7 @@ def load(
 
     overrides: values that take precedence over all of them, each with its origin.
     """
-    values = _merge(_with_origins(recipe, flags), overrides or {})
+    values = _with_origins(recipe, flags, overrides=overrides)
     name = values.get("dataset", ("", ""))[0]
     if isinstance(name, str):
         defaults = DATASET_DEFAULTS.get(name, {})
@@ -61,7 +64,7 @@ def load_over(
     the run began with. Raises UsageError as `load` does.
     """
     stored_values = {key: (value, origins.get(key, "the run's own settings")) for key, value in stored.items()}
-    given = _with_origins(recipe, flags, stored.get("variant"))
+    given = _with_origins(recipe, flags, stored.get("variant"), length=stored.get("epochs", _LENGTH))
     for key in ("amp_dtype", "batch_size"):
         if given.get(key, ("",))[0] == "auto":
             del given[key]
@@ -85,14 +88,48 @@ def check_devices(gpus: str, processes: int | None) -> None:
 
 
 def _with_origins(
-    recipe: Path | None, flags: Mapping[str, Any] | None, variant: str | None = None
+    recipe: Path | None,
+    flags: Mapping[str, Any] | None,
+    variant: str | None = None,
+    *,
+    overrides: Mapping[str, tuple[Any, str]] | None = None,
+    length: Any = _LENGTH,
 ) -> dict[str, tuple[Any, str]]:
-    """Key -> (value, origin) of all settings that a recipe and flags give. variant: used if no flag chooses one."""
+    """Key -> (value, origin) of all settings that a recipe, flags and overrides give.
+
+    variant: used if no flag chooses one. length: of the run, if none of them gives it.
+    """
     flags = flags or {}
+    layers = [
+        {key: (value, origin) for key, value in settings.items() if key not in _NO_SETTINGS}
+        for origin, settings in _layers(recipe, flags.get("variant"), variant)
+    ]
+    layers.append({key: (value, "flag") for key, value in flags.items() if key != "variant"})
+    layers.append(dict(overrides or {}))
+    length = next((layer["epochs"][0] for layer in reversed(layers) if "epochs" in layer), length)
     values: dict[str, tuple[Any, str]] = {}
-    for origin, settings in _layers(recipe, flags.get("variant"), variant):
-        values |= {key: (value, origin) for key, value in settings.items() if key not in _NO_SETTINGS}
-    return _merge(values, {key: (value, "flag") for key, value in flags.items() if key != "variant"})
+    for layer in layers:
+        values = _merge(values, _with_sam_schedule(layer, length))
+    return values
+
+
+def _with_sam_schedule(given: dict[str, tuple[Any, str]], length: Any) -> dict[str, tuple[Any, str]]:
+    """Settings of one origin, with those that --sam-schedule stands for in its place. length: of the run."""
+    text, origin = given.get("sam_schedule", (None, ""))
+    if text is None:
+        return given
+    where = f"--sam-schedule {text}" if origin == "flag" else f"sam_schedule = {text!r} in {origin}"
+    try:
+        length = Duration.parse(length)
+    except ValueError:  # an error of its own
+        length = _LENGTH
+    try:
+        derived = sam_schedule.parse(str(text), length)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None
+    _refuse_together(where, {flag_name(key): key in given for key in derived}, "the schedule stands for all of these")
+    rest = {key: value for key, value in given.items() if key != "sam_schedule"}
+    return rest | {key: (value, f"derived: --sam-schedule {text}") for key, value in derived.items()}
 
 
 def _layers(recipe: Path | None, asked: str | None, default: str | None = None) -> list[tuple[str, Mapping[str, Any]]]:

@@ -319,6 +319,12 @@ class RunConfig(BaseModel):
         None,
     )
     head_rho_factor: float = _sam("update", "rho of the new head over that of the body", 1.0, ge=0)
+    sam_schedule: str | None = _sam(
+        "update",
+        "in which steps SAM is on, in place of the next three: always, late 25% (of the run), early 50%, every 5, or "
+        "several: late 25% every 2",
+        None,
+    )
     sam_start: types.DurationField = _sam(
         "update", 'SAM begins after so much of the run: "50%", 5 (epochs) or "100 steps"', Duration(0, "%")
     )

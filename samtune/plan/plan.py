@@ -197,7 +197,6 @@ def _length(setup: Setup, stages: int) -> dict[str, int | float]:
     They are of one training, except the passes, which are of all trainings.
     """
     config, total = setup.config, setup.total_steps
-    sam_steps = len(setup.rho.sam_steps)
     every = max(1, config.eval_every.steps(setup.steps_per_epoch, total))
     validated = {*range(every, total + 1, every), total} if config.val else set()
     saved = validated | {total} | checkpointing.kept_steps(setup)
@@ -209,9 +208,9 @@ def _length(setup: Setup, stages: int) -> dict[str, int | float]:
         "steps_per_epoch": setup.steps_per_epoch,
         "steps": total,
         "warmup_steps": setup.warmup_steps,
-        "sam_steps": sam_steps,
+        "sam_steps": len(setup.rho.sam_steps),
         "trainings": stages,
-        "passes": stages * (sam_steps * setup.update.sam.passes + (total - sam_steps)),
+        "passes": stages * setup.passes,
         "validations": len(validated),
         "checkpoints": len(saved),
     }

@@ -166,6 +166,9 @@ def _cost(report: Report) -> list[tuple[str, Markup]]:
         ("waiting for data", line("{} % of the time of training", "data_wait", ".1f", 100)),
         ("peak memory", line("{} GiB", "peak_memory_bytes", ".2f", 2**-30)),
     ]
+    if report["cost"].get("seconds_against_sgd") is not None:
+        measured = line("{} times the seconds of as many plain steps", "cost.seconds_against_sgd", ".2f")
+        rows.insert(2, ("measured", measured))
     if "bootstrap_passes" in report["cost"]:
         first = "{} of these passes, on the labels as they were"
         rows.insert(1, ("first training", line(first, "cost.bootstrap_passes", ",.0f")))

@@ -1,5 +1,6 @@
 """The report of a run, report.json and report.md, from the files of its folder."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def build(folder: Path) -> dict[str, Any]:
     step to the last, with validations and checkpoints, without pauses; images_per_second counts training only.
     test and predictions.parquet are of the selected checkpoint. test_by_checkpoint has the scores and steps of "last"
     and "best", as far as they were scored; both are the same where the last step was the best on validation.
-    cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps. With
+    cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps, a pass over
+    a part of the network counted by its multiplications. cost.seconds_against_sgd is the same of measured time, where
+    the run has rows of plain steps to compare with. With
     --bootstrap, passes and train_seconds are those of both trainings; cost.bootstrap_passes and cost.bootstrap_seconds
     are those of the first. Values that missing rows of metrics leave open are null.
     """
@@ -134,6 +137,7 @@ def build(folder: Path) -> dict[str, Any]:
         "cost": {
             "forward_backward_passes": passes,
             "sgd_equivalents": passes / steps if passes is not None else None,
+            "seconds_against_sgd": _seconds_against_sgd(train),
             **cost,
         },
         "checkpoints": [f"checkpoints/{name}" for name in ("last", "best") if (folder / "checkpoints" / name).exists()],
@@ -148,6 +152,18 @@ def build(folder: Path) -> dict[str, Any]:
         "started": provenance["started"],
         "command": provenance["command"],
     }
+
+
+def _seconds_against_sgd(train: Sequence[Row]) -> float | None:
+    """Seconds of all steps over what they would have taken without SAM, by the rows of plain steps; None without any.
+
+    The median of these rows leaves out the first steps, which are slow.
+    """
+    plain = [1 / row["images_per_second"] for row in train if not row["sam"]]
+    if len(plain) in (0, len(train)):
+        return None
+    images = sum(row["n"] for row in train)
+    return float(sum(row["n"] / row["images_per_second"] for row in train) / (images * statistics.median(plain)))
 
 
 def _sum(*numbers: float | None) -> float | None:
@@ -175,7 +191,9 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
         speed = f"{report['images_per_second']:.0f} images/s, data wait {100 * report['data_wait']:.0f} %"
         time = f"{report['train_seconds']:.0f} s, {speed}"
     if cost["sgd_equivalents"] is not None:
-        count = f"{cost['forward_backward_passes']:.0f} passes, {cost['sgd_equivalents']:g} times plain SGD's"
+        count = f"{cost['forward_backward_passes']:.0f} passes, {cost['sgd_equivalents']:.3g} times plain SGD's"
+        measured = cost.get("seconds_against_sgd")
+        count += "" if measured is None else f" ({measured:.2f} times its seconds)"
         if "bootstrap_passes" in cost:
             count += f"; {cost['bootstrap_passes']:.0f} of them, and {cost['bootstrap_seconds']:.0f} s, in the first "
             count += "training (bootstrap)"

@@ -129,7 +129,8 @@ def startup_lines(setup: Setup, provenance: Mapping[str, Any]) -> list[str]:
         f"data    {data.name} ({data.origin}): {sizes}; {len(data.class_names)} classes",
         f"steps   {setup.total_steps} of {setup.batch.words()}{pieces} ({config.epochs}), "
         f"warm-up {setup.warmup_steps}, cosine",
-        f"update  {run_report.sam_words(provenance['sam'], setup.total_steps)}",
+        f"update  {run_report.sam_words(provenance['sam'], setup.total_steps)}"
+        + (f"; {setup.passes / setup.total_steps:.3g} passes a step" if config.rho > 0 else ""),
         f"        {config.opt}, lr {setup.lr:g}{_scaled(setup)} (head {head_lr:g}), clip {config.clip_grad:g}",
         f"device  {_devices(provenance['devices'])}, {provenance['arithmetic']}"
         + (", compiled" if config.compile else "")

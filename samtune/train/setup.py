@@ -54,6 +54,12 @@ class Setup(RunData):
         """Whether each rank has only a part of the model. Methods that use it are then collective."""
         return self.update.sam.ranks.is_sharded
 
+    @property
+    def passes(self) -> float:
+        """Forward-backward passes of all steps together."""
+        sam_steps = len(self.rho.sam_steps)
+        return sam_steps * self.update.sam.passes + (self.total_steps - sam_steps)
+
     def weights(self, model: nn.Module) -> Mapping[str, torch.Tensor]:
         """The state_dict of the run's model or of its average, whole on rank 0."""
         return fsdp.full_state_dict(model) if self.is_sharded else model.state_dict()

@@ -66,6 +66,16 @@ def test_settings_of_sam_are_for_its_arms_and_a_grid_of_one_arm_goes_before(tmp_
     assert arms.points(asked, arm) == expected
 
 
+def test_a_schedule_of_sam_may_be_a_grid_or_that_of_the_recipe(tmp_path):
+    grid = '[sweep.grid]\nrho = [0.1]\nsam_schedule = ["late 25%", "every 2"]\n'
+    asked = load(tmp_path, grid, 'sam_schedule = "early 50%"')
+    late, often = (asked.config(arms.settings(asked, "sam", point)) for point in arms.points(asked, "sam"))
+    assert (str(late.sam_start), str(late.sam_end), often.sam_every) == ("75%", "100%", 2)
+    assert arms.points(asked, "sgd") == [{}]
+    asked = load(tmp_path, "[sweep.grid]\nrho = [0.1]\n", 'sam_schedule = "early 50%"')
+    assert str(asked.config(arms.settings(asked, "sam", arms.points(asked, "sam")[0])).sam_end) == "50%"
+
+
 @pytest.mark.parametrize(
     ("arm", "point", "base", "settings"),
     [
