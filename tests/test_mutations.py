@@ -166,7 +166,7 @@ MUTATIONS = {
         {
             "train/state.py": [
                 (
-                    "checkpoint.load_weights(partial(setup.load, setup.ema.module), "
+                    "checkpoint.load_weights(partial(setup.load, setup.average.module), "
                     'folder / "ema" / "model.safetensors")',
                     "pass",
                 )

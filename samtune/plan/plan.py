@@ -259,7 +259,7 @@ def _time(
     config, devices = setup.config, setup.batch.devices
     plain, sam = steps[0.0], steps.get(config.rho, steps[0.0])
     sam_steps, total = length["sam_steps"], setup.total_steps
-    scored = 1 if setup.ema is None else 2  # the averaged weights, too
+    scored = 1 if setup.average is None else 2  # the averaged weights, too
     one_validation = scored * evaluating.per_image * math.ceil(len(setup.val_rows) / devices)
     has_test = setup.test is not None and config.test
     test_rows = setup.test_rows if has_test else setup.val_rows
