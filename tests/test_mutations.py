@@ -176,7 +176,7 @@ MUTATIONS = {
     ),
     "a resumed run counts the steps of its tail anew": (
         {"train/state.py": [('setup.average.count = state.get("averaged_steps", 0)', "pass")]},
-        "train/test_average_tail.py::test_a_run_that_is_killed_in_its_tail_or_before_goes_on_to_the_same_end[18]",
+        "train/test_average_tail.py::test_a_run_that_is_killed_in_its_tail_or_before_goes_on_to_the_same_end[19-begins_in1]",
     ),
     "the tail begins a step late": (
         {"models/training.py": [("if step > self.start:", "if step > self.start + 1:")]},
