@@ -442,9 +442,10 @@ class Trainer:
                 chosen[:0] = [(other, folder, other_step, {"test"})] if other_step != step else []
             except CheckpointError as error:  # the run has a result without it
                 self.log.warn(f"the {other} checkpoint is not scored: {error.message}")
-        if config.averages_weights:
-            averaged = [splits for name, *_, splits in chosen if name == config.averaged_checkpoint]
-            (averaged or [chosen[-1][-1]])[0].add("test_ema")
+        named = (one for one in chosen if one[0] == config.averaged_checkpoint)
+        _, folder, _, splits = next(named, chosen[-1])  # where the last is the best, there is one
+        if (folder / "ema").is_dir():
+            splits.add("test_ema")
         scored = {(row["step"], row["split"]) for row in read_metrics(self.log.folder) if "checkpoint" in row}
         if not (self.log.folder / "predictions.parquet").is_file():
             scored.discard((step, split))

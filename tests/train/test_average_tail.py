@@ -152,6 +152,16 @@ def test_two_ranks_have_the_average_and_the_statistics_of_one(photos, tmp_path):
             torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_sharded_model_has_the_average_and_the_statistics_of_a_whole_one(photos, tmp_path):
+    several = (*TAIL, "--no-html", "--epochs", "6 steps", "--processes", 2, "--batch-size", 4, "--drop", 0)
+    assert run(photos, tmp_path / "whole", *several, "--m", "global").returncode == 0
+    assert run(photos, tmp_path / "sharded", *several, "--shard").returncode == 0
+    whole, sharded = (weights_at(tmp_path / name, 6, "ema") for name in ("whole", "sharded"))
+    for name, value in whole.items():
+        torch.testing.assert_close(value, sharded[name], rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------ the parts
 
 
@@ -257,6 +267,24 @@ def test_a_tail_that_is_longer_than_the_run_is_refused():
 def test_what_makes_no_sense_is_refused(given, said):
     with pytest.raises(UsageError, match=said):
         loading.load(None, {"model": "a", "dataset": "b"} | given)
+
+
+def test_the_average_of_a_tail_is_scored_at_the_end_whichever_checkpoint_is_best(photos, tmp_path):
+    often = ("--epochs", "8 steps", "--eval-every", "1 steps", "--select", "best", "--lr", 0.3, "--json")
+    done = run(photos, tmp_path / "r", "--no-model-ema", "--average-tail", "2 steps", *often)
+    assert done.returncode == 0, done.stderr
+    result, rows = json.loads(done.stdout), read_metrics(tmp_path / "r")
+    assert result["test_by_checkpoint"]["best"]["step"] < 7  # before the tail
+    assert [row["step"] for row in rows if row["split"] == "val_ema"] == [7, 8]
+    assert [(row["step"], row["checkpoint"]) for row in rows if row["split"] == "test_ema"] == [(8, "last")]
+    assert result["ema"]["test"] is not None
+    assert result["test"] == {
+        key: value for key, value in result["test_by_checkpoint"]["best"].items() if key != "step"
+    }
+    assert checkpoint.open_weights(tmp_path / "r", "last", ema=True).weights.is_dir()
+    refused = samtune("eval", tmp_path / "r", "--ema")
+    assert refused.returncode == 2
+    assert "--checkpoint last" in refused.stderr
 
 
 def test_the_exponential_average_can_be_selected_too(photos, tmp_path):
