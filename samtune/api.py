@@ -61,7 +61,7 @@ def evaluate(
     *,
     split: str | None = None,
     checkpoint: str | None = None,
-    ema: bool = False,
+    ema: bool | None = None,
     temperature: bool = False,
     dataset: str | Path | None = None,
     gpus: str | int = "auto",
@@ -74,16 +74,14 @@ def evaluate(
     once. data_settings: how to read what `dataset` names, as label_key="species". Raises the errors of samtune.errors.
     """
     _prepare()
-    options = {"split": split, "checkpoint": checkpoint, "dataset": _plain(dataset), "gpus": str(gpus)}
+    options = {"split": split, "checkpoint": checkpoint, "dataset": _plain(dataset), "gpus": str(gpus), "ema": ema}
     arguments = ["eval", str(run_or_checkpoint)]
-    arguments += ["--ema"] if ema else []
     arguments += ["--temperature"] if temperature else []
     arguments += _flags({**options, "processes": processes, **data_settings})
     with signals.listening() as stop:
         scores = dispatch.score_checkpoint(
             Path(run_or_checkpoint),
             **options,
-            ema=ema,
             temperature=temperature,
             processes=processes,
             data_settings={key: _plain(value) for key, value in data_settings.items()},

@@ -166,13 +166,25 @@ MUTATIONS = {
         {
             "train/state.py": [
                 (
-                    "checkpoint.load_weights(partial(setup.load, setup.ema.module), "
+                    "checkpoint.load_weights(partial(setup.load, setup.average.module), "
                     'folder / "ema" / "model.safetensors")',
                     "pass",
                 )
             ]
         },
         RESUMED,
+    ),
+    "a resumed run counts the steps of its tail anew": (
+        {"train/state.py": [('setup.average.count = state.get("averaged_steps", 0)', "pass")]},
+        "train/test_average_tail.py::test_a_run_that_is_killed_in_its_tail_or_before_goes_on_to_the_same_end[19-begins_in1]",
+    ),
+    "the tail begins a step late": (
+        {"models/training.py": [("if step > self.start:", "if step > self.start + 1:")]},
+        "train/test_average_tail.py::test_before_the_tail_there_is_no_average_and_a_step_that_was_skipped_counts",
+    ),
+    "averaged weights keep averaged statistics": (
+        {"train/loop.py": [("estimate_batch_norm(setup.average.module, passes())", "pass")]},
+        "train/test_average_tail.py::test_statistics_at_the_end_are_those_of_the_averaged_weights_on_the_first_batches",
     ),
     "a resumed run begins its epoch anew": (
         {

@@ -26,4 +26,12 @@ CheckpointName = Annotated[
     Literal["last", "best"] | None,
     typer.Option(help="Of a run: last or best; by default the one it reported.", metavar="last|best"),
 ]
-Ema = Annotated[bool, typer.Option("--ema/--no-ema", help="Take the averaged weights of a run with --model-ema.")]
+Ema = Annotated[
+    bool | None,
+    typer.Option(
+        "--ema/--no-ema",
+        help="Take the averaged weights of a run with --average-tail or --model-ema; by default only with --select "
+        "average, if no checkpoint is named.",
+        show_default=False,
+    ),
+]

@@ -26,7 +26,7 @@ def evaluate(
         ),
     ] = None,
     checkpoint: CheckpointName = None,
-    ema: Ema = False,
+    ema: Ema = None,
     temperature: Annotated[
         bool,
         typer.Option(

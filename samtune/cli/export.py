@@ -28,7 +28,7 @@ def export(
         ),
     ] = None,
     checkpoint: CheckpointName = None,
-    ema: Ema = False,
+    ema: Ema = None,
     with_preprocessing: Annotated[
         bool,
         typer.Option(
@@ -69,7 +69,7 @@ def export(
         return
     rows = {
         "written": f"{result['output']} ({result['bytes'] / 2**20:.1f} MiB)",
-        "checkpoint": f"{result['checkpoint']} (step {result['step']}{', averaged weights' if ema else ''})",
+        "checkpoint": f"{result['checkpoint']} (step {result['step']}{', averaged weights' if result['ema'] else ''})",
         "compared on": result["pictures"],
         "same class": f"{result['same_class']} of {result['n']}",
         "largest difference": f"{result['largest_difference']:.1e} of a logit",

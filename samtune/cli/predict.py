@@ -63,7 +63,7 @@ def predict(
         ),
     ] = True,
     checkpoint: CheckpointName = None,
-    ema: Ema = False,
+    ema: Ema = None,
     on_bad_image: Annotated[
         Literal["error", "skip"],
         typer.Option(

@@ -25,7 +25,7 @@ def relabel(
         typer.Option("--probabilities", help="Also write the probabilities of all classes, as a list in each row."),
     ] = False,
     checkpoint: CheckpointName = None,
-    ema: Ema = False,
+    ema: Ema = None,
     dataset: Annotated[str | None, typer.Option(help="Where the data set of the run is now, if it has moved.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     gpus: Gpus = "auto",

@@ -89,7 +89,7 @@ def sharpness(
         Literal["last", "best", "all"] | None,
         typer.Option(help="Checkpoint of a run; all: each that it kept, a curve over training.", show_default=False),
     ] = None,
-    ema: Ema = False,
+    ema: Ema = None,
     output: Annotated[
         Path | None,
         typer.Option(

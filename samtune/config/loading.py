@@ -185,6 +185,12 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
         raise UsageError("--weights and --no-pretrained contradict each other", hint="give one of them")
     if config.train_labels is not None and config.label_noise > 0:
         raise UsageError("--train-labels and --label-noise contradict each other", hint="give one of them")
+    if config.average_tail is not None:
+        _refuse_together("--average-tail", {"--model-ema": config.model_ema}, "a run has one average of its weights")
+    if config.select == "average" and not config.averages_weights:
+        raise UsageError(
+            "--select average without an average", "the run does not average its weights", "give --average-tail 25%"
+        )
     # The first training of --bootstrap with --no-val is scored on nothing.
     no_test = not config.test and not given["test"][1].startswith("derived")
     for given_as, is_given in (("--select best", config.select == "best"), ("--no-test", no_test)):

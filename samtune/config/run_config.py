@@ -416,9 +416,16 @@ class RunConfig(BaseModel):
         "nothing", 'points whose checkpoints are saved and kept, for `samtune sharpness`: "1 epochs,50%,100%"'
     )
     keep_checkpoints: int = _run("nothing", "how many of the newest checkpoints stay, besides the best", 2, ge=1)
+    average_tail: types.Interval | None = _run(
+        "results",
+        'average the weights of all steps of the last part of the run, too, each step counting once: "25%", 2 (epochs) '
+        'or "500 steps"; the average is scored and saved beside the last weights',
+        fixed=True,
+    )
     model_ema: bool = _run(
         "results",
-        "average the weights over the steps, too; the average is scored and saved beside the last weights",
+        "average the weights over the steps exponentially, too; scored and saved as that of --average-tail, which it "
+        "excludes",
         False,
         fixed=True,
     )
@@ -445,8 +452,11 @@ class RunConfig(BaseModel):
         "score the test split at the end: the last checkpoint, and the one that is best on validation, each once",
         True,
     )
-    select: Literal["last", "best"] = _run(
-        "results", "the checkpoint whose scores are the result: the last, or the best on validation", "last"
+    select: Literal["last", "best", "average"] = _run(
+        "results",
+        "the weights whose scores are the result: the last, the best on validation, or the average at the end "
+        "(--average-tail, --model-ema)",
+        "last",
     )
     track: types.TrackerNames = _run(
         "nothing",
@@ -480,6 +490,21 @@ class RunConfig(BaseModel):
         """batch_size as a number. Only before a run has chosen it is it "auto"."""
         assert self.batch_size != "auto"
         return self.batch_size
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether the run averages its weights, in one way or the other."""
+        return self.model_ema or self.average_tail is not None
+
+    @property
+    def selected_checkpoint(self) -> Literal["last", "best"]:
+        """The checkpoint that holds the weights whose scores are the result."""
+        return "best" if self.select == "best" else "last"
+
+    @property
+    def averaged_checkpoint(self) -> Literal["last", "best"]:
+        """The checkpoint whose averaged weights are scored on test: a tail is whole only at the end."""
+        return self.selected_checkpoint if self.average_tail is None else "last"
 
     @property
     def stages(self) -> int:

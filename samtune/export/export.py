@@ -61,7 +61,7 @@ def export(
     *,
     output: Path | None = None,
     name: str | None = None,
-    ema: bool = False,
+    ema: bool | None = None,
     with_preprocessing: bool = False,
     force: bool = False,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
@@ -69,8 +69,8 @@ def export(
     """Export a run's checkpoint, or a checkpoint folder; return what was written and how it compares.
 
     output: the file, or for timm the folder; None: in the folder `export` of the run. name: "last" or "best" of a run;
-    None: the one that the run's report scored. ema: the averaged weights. with_preprocessing (ONNX): pictures in,
-    probabilities out. force: replace what is at `output`.
+    None: the one that the run's report scored. ema: the averaged weights; None: where the report scored them.
+    with_preprocessing (ONNX): pictures in, probabilities out. force: replace what is at `output`.
 
     Raises:
         UsageError: output exists or has a wrong suffix; no averaged weights.
@@ -110,7 +110,7 @@ def export(
     return {
         "checkpoint": str(original.folder),
         "step": original.manifest["step"],
-        "ema": ema,
+        "ema": original.ema,
         "to": to,
         "with_preprocessing": with_preprocessing,
         "temperature": temperature if with_preprocessing else None,
@@ -121,16 +121,13 @@ def export(
     }
 
 
-def find(path: Path, name: str | None, *, ema: bool) -> Original:
+def find(path: Path, name: str | None, *, ema: bool | None) -> Original:
     """The checkpoint of a run, or a checkpoint folder itself, after verifying its bytes."""
     is_run = (path / "checkpoints").is_dir()
-    folder = checkpoint.locate(path, name)
-    manifest = checkpoint.verify(folder)
-    config = checkpoint.run_config(manifest)
-    weights = checkpoint.weights(folder, config, ema=ema)
+    opened = checkpoint.open_weights(path, name, ema=ema)
     inside = not is_run and path.absolute().parent.name == "checkpoints"
     base = path if is_run else path.absolute().parents[1] if inside else path.absolute().parent
-    return Original(folder, weights, base, manifest, config, ema)
+    return Original(**vars(opened), base=base)
 
 
 def check_output(output: Path, to: Format, *, force: bool) -> None:

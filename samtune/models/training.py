@@ -1,6 +1,7 @@
 """What training changes about a model: batch norm, activation checkpoints, parameter groups, averaged weights."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import timm.layers
@@ -87,30 +88,78 @@ def parameter_groups(model: nn.Module, *, lr: float, head_lr: float, weight_deca
     return [group for group in groups if group["params"]]
 
 
-class Ema:
-    """The exponential moving average of a model's weights and buffers; `module` is a model like it.
+class WeightAverage:
+    """An average of a model's weights and buffers over the steps of a run; `module` is a model like it.
 
-    The decay at step t is the smaller of 1 - t^(-2/3) and `decay`, because a fine-tuning run may have too few steps to
-    forget its first weights otherwise.
+    With a decay it is the exponential moving average. The decay at step t is the smaller of 1 - t^(-2/3) and `decay`,
+    because a fine-tuning run may have too few steps to forget its first weights otherwise.
+
+    Without, it is the mean over the steps after step `start` (Polyak and Juditsky 1992; over the tail of a run, SWA,
+    Izmailov et al. 2018). A step that was skipped counts with the weights that it left as they were.
+
+    count: number of steps in the mean, which belongs to the state of a run.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float | None = None, start: int = 0) -> None:
         self.module = copy.deepcopy(model).eval()
-        self.decay = decay
+        self.decay, self.start = decay, start
+        self.count = 0
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is an average; before the tail there is none."""
+        return self.decay is not None or self.count > 0
+
+    def update(self, model: nn.Module, step: int, *, applied: bool = True) -> None:
+        """Average the model's weights after a step, from 1; every call is given the same model.
+
+        applied: whether the step changed them.
+        """
+        if self.decay is not None:
+            if applied:
+                self._move(model, 1 - min(self.decay, 1 - step ** (-2 / 3)))
+            return
+        if self.count >= step - self.start:  # it has steps from before the tail: the run's length was changed
+            self.count = 0
+        if step > self.start:
+            self.count += 1
+            self._move(model, 1 / self.count)
+
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Average the model's weights; every call is given the same model. step: number of the update, from 1."""
+    def _move(self, model: nn.Module, weight: float) -> None:
+        """Move the average towards the model by this share of their distance; all the way at 1, bit for bit."""
         if not self._pairs:  # listed once: to walk through all modules takes milliseconds
             self._pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
-        weight = 1 - min(self.decay, 1 - step ** (-2 / 3))
         pairs = [(_local(average), _local(w)) for average, w in self._pairs]
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         torch._foreach_lerp_([average for average, _ in floats], [w for _, w in floats], weight)
         counters = [pair for pair in pairs if not pair[0].is_floating_point()]
         if counters:
             torch._foreach_copy_([average for average, _ in counters], [w for _, w in counters])
+
+
+@torch.no_grad()
+def estimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Estimate the running statistics of batch norm anew: the mean over these batches, each counting once.
+
+    As torch.optim.swa_utils.update_bn, but all else, such as dropout, stays in evaluation mode: no random numbers are
+    drawn, and the statistics are those that the model has when it is used. Leaves the model in evaluation mode.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [module.momentum for module in norms]
+    model.eval()
+    try:
+        for module in norms:
+            module.reset_running_stats()
+            module.momentum = None  # a cumulative mean
+            module.train()
+        for images in batches:
+            model(images)
+    finally:
+        for module, momentum in zip(norms, momenta, strict=True):
+            module.momentum = momentum
+        model.eval()
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:

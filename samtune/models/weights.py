@@ -46,7 +46,7 @@ def locate(given: Path) -> WeightsFile:
         return WeightsFile(given, {})
     if not given.is_dir():
         raise CheckpointError(f"weights {given} are not there", hint="check the path of --weights")
-    folder = checkpoint.find(given) if (given / "checkpoints").is_dir() else given
+    folder = checkpoint.open_weights(given).weights if (given / "checkpoints").is_dir() else given
     if (folder / "manifest.json").is_file():
         checkpoint.verify(folder)
     path = next((folder / name for name in _FILES if (folder / name).is_file()), None)

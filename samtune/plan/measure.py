@@ -74,14 +74,14 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def memory(setup: Setup) -> dict[str, int]:
     """Bytes by part, after a step: weights, gradients, SAM's copy of the weights, and so on."""
-    model, config = setup.model, setup.config
+    model, config, average = setup.model, setup.config, setup.average
     state = (value for values in setup.optimizer.state.values() for value in values.values())
     parts = {
         "weights": _bytes([*model.parameters(), *model.buffers()]),
         "gradients": _bytes(w for w in model.parameters() if w.requires_grad),
         "weights_copy": _bytes(setup.update.sam.perturbed_parameters) if config.rho > 0 else 0,
         "optimizer": _bytes(value for value in state if isinstance(value, torch.Tensor)),
-        "ema": 0 if setup.ema is None else _bytes([*setup.ema.module.parameters(), *setup.ema.module.buffers()]),
+        "ema": 0 if average is None else _bytes([*average.module.parameters(), *average.module.buffers()]),
         "activations": activation_bytes(setup, images_per_pass(setup)),
     }
     return parts | {"total": sum(parts.values())}
@@ -133,8 +133,8 @@ class _Stepping:
         loop.set_learning_rates(setup, self.base_lrs, step)
         setup.update.sam.rho = rho
         result = setup.update(*loop.to_update_inputs(setup, images, labels, step))
-        if result.applied and setup.ema is not None:
-            setup.ema.update(setup.model, step=step)
+        if setup.average is not None:
+            setup.average.update(setup.model, step, applied=result.applied)
         self.done += 1
         return time.perf_counter() - started, arrived - started
 
@@ -221,7 +221,12 @@ def evaluation(setup: Setup, images: Images, rows: Indices, whole: int, progress
 
 
 def checkpoint(setup: Setup) -> tuple[int, float]:
-    """Bytes of a checkpoint, and seconds to save one in the temporary folder. Raises OSError where it has no room."""
+    """Bytes of a checkpoint, and seconds to save one in the temporary folder. Raises OSError where it has no room.
+
+    It is one of the end, which has all that a checkpoint may have.
+    """
+    if setup.average is not None:
+        setup.average.update(setup.model, setup.total_steps)
     seconds = []
     with tempfile.TemporaryDirectory(prefix="samtune-plan-") as name:
         for _ in range(3):

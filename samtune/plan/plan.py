@@ -197,8 +197,7 @@ def _length(setup: Setup, stages: int) -> dict[str, int | float]:
     They are of one training, except the passes, which are of all trainings.
     """
     config, total = setup.config, setup.total_steps
-    every = max(1, config.eval_every.steps(setup.steps_per_epoch, total))
-    validated = {*range(every, total + 1, every), total} if config.val else set()
+    validated = _validated(setup)
     saved = validated | {total} | checkpointing.kept_steps(setup)
     if config.save_every.unit != "minutes":
         between = max(1, config.save_every.steps(setup.steps_per_epoch, total))
@@ -214,6 +213,13 @@ def _length(setup: Setup, stages: int) -> dict[str, int | float]:
         "validations": len(validated),
         "checkpoints": len(saved),
     }
+
+
+def _validated(setup: Setup) -> set[int]:
+    """The steps after which the run validates."""
+    total = setup.total_steps
+    every = max(1, setup.config.eval_every.steps(setup.steps_per_epoch, total))
+    return {*range(every, total + 1, every), total} if setup.config.val else set()
 
 
 def _data(setup: Setup, decoding: list[Decoding]) -> dict[str, Any]:
@@ -258,8 +264,11 @@ def _time(
     config, devices = setup.config, setup.batch.devices
     plain, sam = steps[0.0], steps.get(config.rho, steps[0.0])
     sam_steps, total = length["sam_steps"], setup.total_steps
-    scored = 1 if setup.ema is None else 2  # the averaged weights, too
-    one_validation = scored * evaluating.per_image * math.ceil(len(setup.val_rows) / devices)
+    scored = 1 if setup.average is None else 2  # the averaged weights, too
+    pass_over_val = evaluating.per_image * math.ceil(len(setup.val_rows) / devices)
+    one_validation = scored * pass_over_val
+    averaged = 0 if config.model_ema else setup.tail_start  # from the next step on there is an average
+    passes_over_val = length["validations"] + (scored - 1) * sum(step > averaged for step in _validated(setup))
     has_test = setup.test is not None and config.test
     test_rows = setup.test_rows if has_test else setup.val_rows
     tests = scored + (has_test and config.val)  # the last checkpoint, and the best where that is another
@@ -268,7 +277,7 @@ def _time(
         "decode": sum(part.seconds for part in decoding),
         "warm_up": max(0.0, *(kind.first - kind.mean for kind in steps.values())),
         "steps": sam_steps * sam.mean + (total - sam_steps) * plain.mean,
-        "validation": length["validations"] * one_validation + (evaluating.first if length["validations"] else 0.0),
+        "validation": passes_over_val * pass_over_val + (evaluating.first if length["validations"] else 0.0),
         "checkpoints": length["checkpoints"] * save,
         "test": tests * evaluating.per_image * math.ceil(len(test_rows) / devices),
     }

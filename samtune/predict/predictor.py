@@ -79,9 +79,10 @@ class Predictor:
     """A checkpoint that classifies pictures. Its data set is not opened.
 
     checkpoint_or_run: a run folder, or a checkpoint folder inside one. name: "last" or "best" of a run; None takes the
-    one that the run's report scored. ema: the averaged weights. use_temperature: whether probabilities follow the
-    temperature that `samtune eval --temperature` has stored, if there is one. tta: "hflip" gives the mean over a
-    picture and its mirror image. device: "cpu", "cuda", "cuda:1"; None takes the first GPU, if there is one.
+    one that the run's report scored. ema: the averaged weights; None takes them where the report scored them.
+    use_temperature: whether probabilities follow the temperature that `samtune eval --temperature` has stored, if there
+    is one. tta: "hflip" gives the mean over a picture and its mirror image. device: "cpu", "cuda", "cuda:1"; None takes
+    the first GPU, if there is one.
 
     Raises:
         CheckpointError: no such run or checkpoint, or a damaged one.
@@ -93,22 +94,21 @@ class Predictor:
         checkpoint_or_run: str | os.PathLike[str],
         *,
         name: Literal["last", "best"] | None = None,
-        ema: bool = False,
+        ema: bool | None = None,
         use_temperature: bool = True,
         tta: Tta | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         if tta not in (None, "hflip"):
             raise UsageError(f"tta {tta!r}: must be 'hflip' or None")
-        self.folder = checkpoint.locate(Path(checkpoint_or_run), name)
-        self.manifest = checkpoint.verify(self.folder)
-        self.config = checkpoint.run_config(self.manifest)
-        weights = checkpoint.weights(self.folder, self.config, ema=ema)
-        self.temperature = temperature.read(weights) if use_temperature else None
+        opened = checkpoint.open_weights(Path(checkpoint_or_run), name, ema=ema)
+        self.folder, self.manifest, self.config = opened.folder, opened.manifest, opened.config
+        self.ema: bool = opened.ema
+        self.temperature = temperature.read(opened.weights) if use_temperature else None
         self.class_names: tuple[str, ...] = tuple(map(str, self.manifest["class_names"]))
         self.decode_rule = checkpoint.decode_rule(self.manifest)
         self.device = torch.device(device) if device is not None else select_device()
-        model, self.data_config = load_checkpoint(weights)
+        model, self.data_config = load_checkpoint(opened.weights)
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         self._model = model.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
         self._transform = EvalTransform(self.data_config)

@@ -83,7 +83,9 @@ def content(folder: Path, report: Report, splits: run_charts.Splits | None = Non
         details = {"predictions_missing": predictions}
         sections["errors"] = "Errors"
     sections |= {"settings": "Settings", "provenance": "Provenance"}
-    scores = {**report, **{f"ema.{split}": found for split, found in (report["ema"] or {}).items()}}
+    scores = dict(report)
+    if report["ema"] and report["selected"] != "average":  # else they are the result itself
+        scores |= {f"ema.{split}": found for split, found in report["ema"].items()}
     tested = run_report.tested_checkpoints(report)
     epochs = f"{report['epochs']:.4g} epoch{'' if report['epochs'] == 1 else 's'}"
     started = report["started"].replace("T", " ").rstrip("Z")
@@ -269,6 +271,7 @@ def _provenance(report: Report) -> list[tuple[str, str | Markup]]:
     pairs += [
         ("update", run_report.sam_words(report["sam"], report["steps"])),
         ("optimizer", _format_values(report["optimizer"])),
+        *([("averaged weights", run_report.average_words(report["ema"]))] if report["ema"] else []),
         ("machine", report["machine"]),
         ("devices", ", ".join(f"{count} x {name}" for name, count in devices.items())),
         ("ranks", number(report, "world_size", "d")),

@@ -41,6 +41,8 @@ def scored_checkpoint(report: Mapping[str, Any]) -> str:
     """Which checkpoint the scores are of."""
     if report["selected"] == "last":
         return "the last checkpoint"
+    if report["selected"] == "average":
+        return f"the average of the weights at the end of the run ({average_words(report['ema'])})"
     return f"the checkpoint that was best on validation (epoch {report['best_epoch']})"
 
 
@@ -66,8 +68,10 @@ def build(folder: Path) -> dict[str, Any]:
 
     Errors are in percent, intervals are Wilson's at 95 %, times in seconds. train_seconds is the time from the first
     step to the last, with validations and checkpoints, without pauses; images_per_second counts training only.
-    test and predictions.parquet are of the selected checkpoint. test_by_checkpoint has the scores and steps of "last"
-    and "best", as far as they were scored; both are the same where the last step was the best on validation.
+    test and predictions.parquet are of the selected weights. test_by_checkpoint has the scores and steps of "last" and
+    "best", as far as they were scored; both are the same where the last step was the best on validation. ema is of the
+    averaged weights: their scores, and their kind, "exponential" or "tail" (the mean over `steps` steps after step
+    `start`).
     cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps, a pass over
     a part of the network counted by its multiplications. cost.seconds_against_sgd is the same of measured time, where
     the run has rows of plain steps to compare with. With
@@ -83,12 +87,24 @@ def build(folder: Path) -> dict[str, Any]:
         [row for row in rows if row["split"] == split] for split in ("val", "test", "val_ema", "test_ema")
     )
     best = min(val, key=best_key) if val else None
-    chosen = best if config["select"] == "best" else (val[-1] if val else None)
+    selected = "best" if config["select"] == "best" else "last"
+    chosen = best if selected == "best" else (val[-1] if val else None)
+    average = _average(config, provenance)
+    if average is not None:
+        # The tail of a run is whole only at its end.
+        of_average = val[-1] if val and average["kind"] == "tail" else chosen
+        average |= {
+            "test": _scores(test_ema[-1]) if test_ema else None,
+            "val": next((_scores(row) for row in val_ema if of_average and row["step"] == of_average["step"]), None),
+        }
 
     images = sum(row["n"] for row in train)
     seconds = sum(row["n"] / row["images_per_second"] for row in train)
     steps = max((row["step"] for row in rows), default=0)
-    tested = _by_checkpoint(test, config["select"], steps, best)
+    tested = _by_checkpoint(test, selected, steps, best)
+    scored = {"test": _scores(tested[selected]) if selected in tested else None, "val": chosen and _scores(chosen)}
+    if average is not None and config["select"] == "average":
+        scored = {split: average[split] and average[split] | {"split": split} for split in scored}
     whole_record = 0 < steps == sum(row["steps"] for row in train)
     passes = sum(row["passes"] for row in train) if whole_record else None
     train_seconds = train[-1]["seconds"] if train else None
@@ -118,16 +134,10 @@ def build(folder: Path) -> dict[str, Any]:
         "devices": provenance["devices"],
         "world_size": provenance.get("world_size", 1),
         "precision": config["amp_dtype"],
-        "test": _scores(tested[config["select"]]) if config["select"] in tested else None,
+        "test": scored["test"],
         "test_by_checkpoint": {name: _scores(row) | {"step": row["step"]} for name, row in tested.items()},
-        "val": _scores(chosen) if chosen else None,
-        "ema": {
-            "decay": config["model_ema_decay"],
-            "test": _scores(test_ema[-1]) if test_ema else None,
-            "val": next((_scores(row) for row in val_ema if chosen and row["step"] == chosen["step"]), None),
-        }
-        if config["model_ema"]
-        else None,
+        "val": scored["val"],
+        "ema": average,
         "selected": config["select"],
         "best_epoch": best["epoch"] if best else None,
         "train_seconds": train_seconds,
@@ -166,6 +176,20 @@ def _seconds_against_sgd(train: Sequence[Row]) -> float | None:
     return float(sum(row["n"] / row["images_per_second"] for row in train) / (images * statistics.median(plain)))
 
 
+def _average(config: Row, provenance: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Which average of its weights a run has, with its decay or its length. Older runs have only the exponential."""
+    if "average" in provenance:
+        return None if provenance["average"] is None else dict(provenance["average"])
+    return {"kind": "exponential", "decay": config["model_ema_decay"]} if config["model_ema"] else None
+
+
+def average_words(average: Mapping[str, Any]) -> str:
+    """What the averaged weights are. average: as in provenance and report."""
+    if average.get("kind") == "tail":
+        return f"mean over the last {plural(average['steps'], 'step')}"
+    return f"exponential, decay {average['decay']:g}"
+
+
 def _sum(*numbers: float | None) -> float | None:
     """The sum, or None if one of the numbers is not known."""
     known = [number for number in numbers if number is not None]
@@ -202,9 +226,12 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
         rows["top-5, mean per class"] = (
             f"{scored['top5_error']:.2f} %, {scored['mean_per_class_error']:.2f} % ({scored['split']})"
         )
-    for split in ("test", "val") if report["ema"] else ():
+    is_result = report["selected"] == "average"
+    for split in ("test", "val") if report["ema"] and not is_result else ():
         if report["ema"][split]:
             rows[f"{split}, averaged weights"] = score_line(report["ema"][split])
+    if report["ema"]:
+        rows["averaged weights"] = average_words(report["ema"])
     if "label_noise" in report["dataset"]:
         clean = "validation and test are" if report["dataset"]["val"] else "test is"
         rows["label noise"] = f"{noise_words(report['dataset']['label_noise'])}; {clean} clean"
@@ -251,10 +278,15 @@ def sam_words(sam: Mapping[str, Any], steps: int) -> str:
 
 
 def tested_checkpoints(report: Mapping[str, Any]) -> dict[str, str]:
-    """Key in test_by_checkpoint -> its name in tables; {} where the last checkpoint is the best, and for older runs."""
+    """Key in test_by_checkpoint -> its name in tables; {} where it is the result itself, and for older runs.
+
+    It is where the last checkpoint is the best, unless the result is that of the averaged weights.
+    """
     scored = report.get("test_by_checkpoint", {})
     if len({scores["step"] for scores in scored.values()}) < 2:
-        return {}
+        if report["selected"] != "average":
+            return {}
+        scored = {name: scores for name, scores in scored.items() if name == "last"}
     words = {"last": "last epoch", "best": "best epoch on validation"}
     return {name: f"{words[name]} ({scores['epoch']})" for name, scores in scored.items()}
 

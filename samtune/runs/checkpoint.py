@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -130,7 +131,7 @@ def find(run: Path, name: str | None = None) -> Path:
         last = by_step[max(by_step)]
     if not last.is_dir():
         raise CheckpointError(f"run {run} has no checkpoint yet", "it ended before its first validation")
-    name = name or run_config(verify(last)).select
+    name = name or run_config(verify(last)).selected_checkpoint
     checkpoint = last if name == "last" else resolve_checkpoint(checkpoints, name)
     if name == "best" and not _is_whole(checkpoint):
         step = load_state(last).get("position", {}).get("best_step")
@@ -291,11 +292,40 @@ def run_config(manifest: Mapping[str, Any]) -> RunConfig:
         raise CheckpointError("the checkpoint does not say how it was made", first_line(error)) from None
 
 
-def weights(folder: Path, config: RunConfig, *, ema: bool) -> Path:
-    """The folder of a checkpoint's weights. ema: of the averaged ones. Raises UsageError if it has none of these."""
-    if ema and not config.model_ema:
-        raise UsageError(f"--ema: {folder} has no averaged weights", hint="train with --model-ema")
-    return folder / "ema" if ema else folder
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that was verified. weights: the folder of its weights, or with ema of its averaged weights."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    config: RunConfig
+    weights: Path
+    ema: bool
+
+
+def open_weights(path: Path, name: str | None = None, *, ema: bool | None = None) -> Opened:
+    """The weights of a run or a checkpoint. path, name: as in `locate`. ema: whether to take the averaged ones.
+
+    None takes the averaged weights only of a run whose report scored them (--select average), unless a checkpoint is
+    named. Raises CheckpointError, and UsageError if there are no averaged weights.
+    """
+    folder = locate(path, name)
+    manifest = verify(folder)
+    config = run_config(manifest)
+    if ema is None:
+        is_run = path.name == "checkpoints" or (path / "checkpoints").is_dir()
+        ema = is_run and name is None and config.select == "average"
+    if ema and not config.averages_weights:
+        raise UsageError(
+            f"--ema: {folder} has no averaged weights", hint="train with --average-tail 25%, or with --model-ema"
+        )
+    if ema and not (folder / "ema").is_dir():
+        raise UsageError(
+            f"--ema: {folder} has no averaged weights yet",
+            f"step {manifest['step']} is before the last part of the run, --average-tail {config.average_tail}",
+            "take the last one: --checkpoint last",
+        )
+    return Opened(folder, manifest, config, folder / "ema" if ema else folder, ema)
 
 
 def decode_rule(manifest: Mapping[str, Any]) -> DecodeRule:

@@ -195,6 +195,10 @@ class SAM:
         """Of a batch of n samples, how many pass through the model at once."""
         return min(n, self.m if isinstance(self.m, int) else n, self.micro_batch or n)
 
+    def split_batch(self, *batch: Any) -> list[Batch]:
+        """A batch in the parts that pass through the model at once; where ranks meet in every pass, as many on each."""
+        return self._split(batch, self.effective_micro_batch(num_samples(batch) or 1))
+
     def use_cuda_graphs(self, *, required: bool = False) -> None:
         """Record the passes as CUDA graphs; see cuda_graphs.GraphRunner, also for `required`.
 
@@ -276,7 +280,7 @@ class SAM:
         n = 1 if n is None else n
         scalar_loss = as_scalar(loss)
         together = self.m if isinstance(self.m, int) else n  # the samples of one perturbation
-        pieces = split(batch, together) if self.rho > 0 else self._split(batch, self.effective_micro_batch(n))
+        pieces = split(batch, together) if self.rho > 0 else self.split_batch(*batch)
         at_w = []
         with self.ranks.during_backward(self.ascent_steps if self.rho > 0 else 0), explain_second_backward():
             backward = self._second_order_backward if self.second_order and self.rho > 0 else self._backward

@@ -43,7 +43,7 @@ class Target:
     opened: OpenedCheckpoint
 
 
-def find_targets(paths: Sequence[Path], name: str | None, *, ema: bool) -> list[Target]:
+def find_targets(paths: Sequence[Path], name: str | None, *, ema: bool | None) -> list[Target]:
     """The checkpoints that these paths of runs, checkpoints and sweeps mean, each once.
 
     name: last, best, or all that a run has kept. A sweep stands for its final runs. Raises CheckpointError or
@@ -92,7 +92,7 @@ def measure_or_launch(
     measures: Measures,
     *,
     name: str | None,
-    ema: bool,
+    ema: bool | None,
     split: str,
     max_images: int,
     line_to: Path | None,

@@ -94,7 +94,9 @@ class Plan:
         table, run_id = self.sweep.table, f"{stage}-{arm}{name}"
         seeds = table.selection_seeds if stage == "select" else table.seeds
         settings = arms.settings(self.sweep, arm, point)
-        final = {"val": not table.refit, "test": True, "select": "last"}
+        # The average is not chosen on validation.
+        select = "average" if self.sweep.config(settings).select == "average" else "last"
+        final = {"val": not table.refit, "test": True, "select": select}
         settings |= {"val": True, "test": False} if stage == "select" else final
         if budget is not None:
             run_id = f"{budget.tag}-{run_id}"

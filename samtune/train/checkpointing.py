@@ -200,7 +200,7 @@ def content(setup: Setup, state: TrainState) -> dict[str, Any]:
     """What a checkpoint of this state holds; whole on rank 0, and not copied where the model is not sharded."""
     return {
         "weights": setup.weights(setup.model),
-        "ema": None if setup.ema is None else setup.weights(setup.ema.module),
+        "ema": setup.weights(setup.average.module) if setup.average and setup.average.has_begun else None,
         "state": state_dict(setup, state),
     }
 
@@ -242,7 +242,7 @@ def most_at_once(setup: Setup) -> int:
 
 def needed_bytes(setup: Setup, folder: Path) -> tuple[int, int, Path]:
     """Bytes that the checkpoints of a run need at once, bytes that are free, and the folder whose disk has them."""
-    tensors = [*setup.model.parameters(), *setup.model.buffers()] * (1 if setup.ema is None else 2)
+    tensors = [*setup.model.parameters(), *setup.model.buffers()] * (1 if setup.average is None else 2)
     slots = 2 if isinstance(setup.optimizer, torch.optim.AdamW) else int(setup.config.momentum > 0)
     tensors += [w for group in setup.optimizer.param_groups for w in group["params"]] * slots
     needed = most_at_once(setup) * sum(w.numel() * w.element_size() for w in tensors)

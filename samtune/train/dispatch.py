@@ -97,7 +97,7 @@ def score_checkpoint(
     *,
     split: str | None,
     checkpoint: str | None,
-    ema: bool,
+    ema: bool | None,
     temperature: bool,
     dataset: str | None,
     gpus: str,
@@ -147,7 +147,7 @@ def score_checkpoint(
     if temperature:
         from samtune.train.temperature import fit_and_store
 
-        weights = Path(about["checkpoint"]) / ("ema" if ema else "")
+        weights = Path(about["checkpoint"]) / ("ema" if about["ema"] else "")
         result["temperature"] = collectives.broadcast_from_rank0(lambda: fit_and_store(scored, weights))
     return result
 
@@ -157,7 +157,7 @@ def relabel(
     output: Path,
     *,
     checkpoint: str | None,
-    ema: bool,
+    ema: bool | None,
     dataset: str | None,
     probabilities: bool,
     gpus: str,

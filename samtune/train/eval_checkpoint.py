@@ -34,14 +34,15 @@ def evaluate_checkpoint(
     dataset: str | None,
     selection: DataSelection | None = None,
     progress: Progress,
-    ema: bool = False,
+    ema: bool | None = None,
     gpus: str = "auto",
     processes: int | None = None,
     keep_logits: bool = False,
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Score a checkpoint folder, or a checkpoint of a run, on a split: (evaluation, what was scored).
 
-    name: "last" or "best" of a run; None takes the one that the run's report scored. ema: score the averaged weights.
+    name: "last" or "best" of a run; None takes the one that the run's report scored. ema: score the averaged weights;
+    None scores those that the report scored.
     selection: columns and splits of other data. gpus, processes, keep_logits: as in a run and in `evaluate`. Images,
     arithmetic and batches are those of the run, and so are the numbers.
 
@@ -87,22 +88,13 @@ class Selected:
 
 
 @dataclass(frozen=True)
-class OpenedCheckpoint:
-    """A checkpoint that was verified. weights: the folder of its weights, or with ema of its averaged weights."""
-
-    folder: Path
-    manifest: Mapping[str, Any]
-    config: RunConfig
-    weights: Path
-    ema: bool
+class OpenedCheckpoint(checkpoint.Opened):
+    """A checkpoint that was verified, and what a run did with its data."""
 
     @classmethod
-    def of(cls, path: Path, name: str | None, *, ema: bool) -> "OpenedCheckpoint":
+    def of(cls, path: Path, name: str | None, *, ema: bool | None) -> "OpenedCheckpoint":
         """The checkpoint that a path and a name mean, as in `evaluate_checkpoint`. Raises CheckpointError."""
-        folder = checkpoint.locate(path, name)
-        manifest = checkpoint.verify(folder)
-        config = checkpoint.run_config(manifest)
-        return cls(folder, manifest, config, checkpoint.weights(folder, config, ema=ema), ema)
+        return cls(**vars(checkpoint.open_weights(path, name, ema=ema)))
 
     @property
     def about(self) -> dict[str, Any]:

@@ -19,16 +19,16 @@ from samtune.data.loader import Batch, train_batches
 from samtune.data.prefetch import prefetch
 from samtune.data.splits import Indices
 from samtune.data.transforms import mix, train_transform
-from samtune.distributed import collectives, device, signals
+from samtune.distributed import collectives, ddp, device, signals
 from samtune.errors import CheckpointError, SamtuneError, plural
-from samtune.models.training import train_mode
+from samtune.models.training import estimate_batch_norm, train_mode
 from samtune.report import run_report
 from samtune.runs import checkpoint, predictions
 from samtune.runs.folder import resolve_checkpoint
 from samtune.runs.metrics import best_key, collapse_warning, read_metrics
 from samtune.runs.resume import Resumed
 from samtune.runs.run_log import RunLog
-from samtune.sam.snapshot import generator_states, set_generator_states
+from samtune.sam.snapshot import batch_norms, generator_states, set_generator_states
 from samtune.sam.step import StepResult
 from samtune.train import summary
 from samtune.train.checkpointing import CheckpointSaver
@@ -46,6 +46,7 @@ _ROW_STEPS = 100  # steps between two rows of metrics, at most
 # Steps in a row without an update after which a run fails. A float16 loss scale needs at most 16.
 _MAX_SKIPPED = 20
 _MAX_ROLLBACKS = 3
+_ESTIMATION_STEPS = 50  # batches that statistics of batch norm are estimated on, at most
 
 
 def run(
@@ -152,6 +153,9 @@ class Trainer:
                 return
             self.saver.check()
             self._step(batches, base_lrs)
+            # Before the last checkpoint: none that is complete has other statistics than those that are scored.
+            if state.step == setup.total_steps and config.average_tail is not None and not config.freeze_bn:
+                self._estimate_batch_norm()
             self._heartbeat(state.step)
 
     def _heartbeat(self, step: int) -> None:
@@ -186,8 +190,8 @@ class Trainer:
         else:
             self._handle_not_finite(step, result, generators)
         state.step = step
-        if result.applied and setup.ema is not None:
-            setup.ema.update(setup.model, step=step)
+        if setup.average is not None:
+            setup.average.update(setup.model, step, applied=result.applied)
         for stats in (state.row, state.epoch):
             stats.add(result, setup.batch.total, rho, arrived - requested, time.perf_counter() - arrived)
         self.progress.train(
@@ -283,6 +287,44 @@ class Trainer:
             part = f"from {sam.perturb_from} on is {share:.2f} of the gradient's norm"
             self.log.info(f"{part}: SAM of the whole network would move it as far with rho {rho / share:.2g}")
 
+    def _estimate_batch_norm(self) -> None:
+        """Estimate the batch-norm statistics of the averaged weights, on the batches of the first steps.
+
+        Their average is not that of the activations of averaged weights (Izmailov et al. 2018, section 3.2). Images are
+        augmented as in these steps, but not mixed. Ranks divide a batch as in a step, and then average: all have the
+        same statistics.
+        """
+        setup, config = self.setup, self.setup.config
+        assert setup.average is not None
+        norms = batch_norms(setup.average.module)
+        if not norms:
+            return
+        transform, rank = train_transform(setup.info.data_config, config), collectives.rank()
+        steps = min(_ESTIMATION_STEPS, setup.steps_per_epoch, setup.total_steps)
+        loaded = train_batches(
+            setup.train,
+            setup.train_rows,
+            transform,
+            batch_size=setup.batch.total,
+            seed=config.seed,
+            total_steps=steps,
+            workers=0 if transform.photometric else config.workers or 0,  # no processes: see eval_batches
+            pin_memory=setup.device.type == "cuda",
+            share=lambda rows: setup.batch.share(rows, rank),
+        )
+
+        def passes() -> Iterator[torch.Tensor]:
+            for step, (images, _) in enumerate(prefetch(loaded, setup.device), 1):
+                for (some,) in setup.update.sam.split_batch(images.to(setup.device)):
+                    yield setup.update.prepare(some)
+                self.progress.count("estimating batch norm", step * setup.batch.total, steps * setup.batch.total)
+                self._heartbeat(self.log.step)
+
+        with device.uncompiled(), setup.update.autocast():
+            estimate_batch_norm(setup.average.module, passes())
+        statistics = [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
+        ddp.average_over_ranks(statistics, setup.batch.weight(rank))
+
     def _write_row(self) -> None:
         setup, state = self.setup, self.state
         row = state.row
@@ -304,11 +346,13 @@ class Trainer:
         state.row = StepStats()
 
     def _validate(self) -> tuple[Evaluation, Evaluation | None]:
-        """Score the last weights on validation, and their average if there is one."""
+        """Score the last weights on validation, and the averaged weights if there are any yet."""
         setup = self.setup
         try:
             validation = self._score(setup.model, setup.val, setup.val_rows, "val")
-            averaged = self._score(setup.ema.module, setup.val, setup.val_rows, "val_ema") if setup.ema else None
+            averaged = None
+            if setup.average is not None and setup.average.has_begun:
+                averaged = self._score(setup.average.module, setup.val, setup.val_rows, "val_ema")
         finally:
             train_mode(setup.model, freeze_bn=setup.config.freeze_bn)
         return validation, averaged
@@ -344,31 +388,47 @@ class Trainer:
     def score_checkpoints(self) -> None:
         """Score on test the last checkpoint and the one that is best on validation, each once, and log the results.
 
-        The selected one comes last; predictions.parquet has its predictions. A run that was interrupted here scores
-        what is missing. Without a test split, or with --no-test, the selected one is scored on validation again. The
-        first training of a run with --bootstrap --no-val has nothing to be scored on.
+        The selected one comes last; predictions.parquet has its predictions, or with --select average those of its
+        averaged weights. A run that was interrupted here scores what is missing. Without a test split, or with
+        --no-test, the selected weights are scored on validation again. The first training of a run with --bootstrap
+        --no-val has nothing to be scored on.
         """
         setup, config = self.setup, self.setup.config
         if not config.test and not config.val:
             return
         if setup.test is None or not config.test:
-            folder, _ = collectives.broadcast_from_rank0(lambda: self._checkpoint(config.select))
-            checkpoint.load_weights(partial(setup.load, setup.model), folder / "model.safetensors")
-            self._write_predictions(self._score(setup.model, setup.val, setup.val_rows, "val"))
+            folder, _ = collectives.broadcast_from_rank0(lambda: self._checkpoint(config.selected_checkpoint))
+            selected = self._load_averaged(folder) if config.select == "average" else self._load(folder)
+            self._write_predictions(self._score(selected, setup.val, setup.val_rows, "val"))
             return
         for name, folder, step, missing in collectives.broadcast_from_rank0(self._checkpoints_to_test):
             row = {"step": step, "epoch": setup.epoch(step), "checkpoint": name}
-            if "test" in missing:
-                checkpoint.load_weights(partial(setup.load, setup.model), folder / "model.safetensors")
-                scored = self._score(setup.model, setup.test, setup.test_rows, "test")
-                if name == config.select:  # before its row, which says that nothing is missing
+            for split in ("test", "test_ema"):
+                if split not in missing:
+                    continue
+                model = self._load_averaged(folder) if split == "test_ema" else self._load(folder)
+                scored = self._score(model, setup.test, setup.test_rows, split)
+                if (name, split) == self._result:  # before its row, which says that nothing is missing
                     self._write_predictions(scored)
                 self.log.metrics(**row, **scored.summary())
-            if "test_ema" in missing:
-                assert setup.ema is not None
-                checkpoint.load_weights(partial(setup.load, setup.ema.module), folder / "ema" / "model.safetensors")
-                averaged = self._score(setup.ema.module, setup.test, setup.test_rows, "test_ema")
-                self.log.metrics(**row, **averaged.summary())
+
+    @property
+    def _result(self) -> tuple[str, str]:
+        """Checkpoint and split of the row of metrics that is the result of the run."""
+        config = self.setup.config
+        return config.selected_checkpoint, "test_ema" if config.select == "average" else "test"
+
+    def _load(self, folder: Path) -> nn.Module:
+        """The model, with the weights of a checkpoint."""
+        checkpoint.load_weights(partial(self.setup.load, self.setup.model), folder / "model.safetensors")
+        return self.setup.model
+
+    def _load_averaged(self, folder: Path) -> nn.Module:
+        """The average, with the averaged weights of a checkpoint."""
+        assert self.setup.average is not None
+        model = self.setup.average.module
+        checkpoint.load_weights(partial(self.setup.load, model), folder / "ema" / "model.safetensors")
+        return model
 
     def _checkpoint(self, name: str) -> tuple[Path, int]:
         """Folder and step of the last or the best checkpoint. Only rank 0, which has written it, knows where it is."""
@@ -378,22 +438,27 @@ class Trainer:
     def _checkpoints_to_test(self) -> list[tuple[str, Path, int, set[str]]]:
         """Name, folder, step and splits to score of the last and the best checkpoint, the selected one at the end.
 
-        A checkpoint that is both is listed once, as the selected one. Averaged weights are scored only of that one.
+        A checkpoint that is both is listed once, as the selected one. Averaged weights are scored only of the selected
+        one, and those of a tail only of the last one.
         """
         config = self.setup.config
-        folder, step = self._checkpoint(config.select)
-        splits = {"test", "test_ema"} if config.model_ema else {"test"}
-        chosen: list[tuple[str, Path, int, set[str]]] = [(config.select, folder, step, splits)]
+        selected, split = self._result
+        folder, step = self._checkpoint(selected)
+        chosen: list[tuple[str, Path, int, set[str]]] = [(selected, folder, step, {"test"})]
         if config.val:
-            other = "last" if config.select == "best" else "best"
+            other = "last" if selected == "best" else "best"
             try:
                 folder, other_step = self._checkpoint(other)
                 chosen[:0] = [(other, folder, other_step, {"test"})] if other_step != step else []
             except CheckpointError as error:  # the run has a result without it
                 self.log.warn(f"the {other} checkpoint is not scored: {error.message}")
+        named = (one for one in chosen if one[0] == config.averaged_checkpoint)
+        _, folder, _, splits = next(named, chosen[-1])  # where the last is the best, there is one
+        if (folder / "ema").is_dir():
+            splits.add("test_ema")
         scored = {(row["step"], row["split"]) for row in read_metrics(self.log.folder) if "checkpoint" in row}
         if not (self.log.folder / "predictions.parquet").is_file():
-            scored.discard((step, "test"))
+            scored.discard((step, split))
         return [
             (name, folder, step, {split for split in splits if (step, split) not in scored})
             for name, folder, step, splits in chosen

@@ -92,6 +92,7 @@ def describe(setup: Setup) -> dict[str, Any]:
             "ascent": config.ascent,
             "second_order": config.second_order,
         },
+        "average": _average(setup),
         "bad_images": setup.bad_images,
         "warnings": [*_warnings(setup)],
         "steps_per_epoch": setup.steps_per_epoch,
@@ -102,6 +103,15 @@ def describe(setup: Setup) -> dict[str, Any]:
         first = read_provenance(config.output / BOOTSTRAP)["dataset"]
         content["dataset"]["label_noise"]["first_training"] = first.get("label_noise")
     return content
+
+
+def _average(setup: Setup) -> dict[str, Any] | None:
+    """Which average of the weights the run has. start, steps: of a tail, the step before it and its length."""
+    if setup.average is None:
+        return None
+    if setup.average.decay is not None:
+        return {"kind": "exponential", "decay": setup.average.decay}
+    return {"kind": "tail", "start": setup.tail_start, "steps": setup.total_steps - setup.tail_start}
 
 
 def _warnings(setup: Setup) -> Iterator[str]:
@@ -132,6 +142,7 @@ def startup_lines(setup: Setup, provenance: Mapping[str, Any]) -> list[str]:
         f"update  {run_report.sam_words(provenance['sam'], setup.total_steps)}"
         + (f"; {setup.passes / setup.total_steps:.3g} passes a step" if config.rho > 0 else ""),
         f"        {config.opt}, lr {setup.lr:g}{_scaled(setup)} (head {head_lr:g}), clip {config.clip_grad:g}",
+        *([f"average {run_report.average_words(provenance['average'])}"] if provenance["average"] else []),
         f"device  {_devices(provenance['devices'])}, {provenance['arithmetic']}"
         + (", compiled" if config.compile else "")
         + f"; {plural(config.workers or 0, 'data worker')}"

@@ -25,7 +25,7 @@ def relabel(
     *,
     name: str | None,
     progress: Progress,
-    ema: bool = False,
+    ema: bool | None = None,
     dataset: str | None = None,
     probabilities: bool = False,
     trained_only: bool = False,

@@ -66,15 +66,32 @@ class TrainingLength:
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
+    tail_start: int  # the last step before those that --average-tail averages; all steps without it
     rho: RhoSchedule
 
     @classmethod
     def of(cls, config: RunConfig, batch: BatchPlan, train_images: int) -> "TrainingLength":
-        """As the settings have it. Raises UsageError where they leave SAM no step."""
+        """As the settings have it. Raises UsageError where they leave SAM no step, or average more than the run."""
         per_epoch = steps_per_epoch(train_images, batch.total)
         total_steps = max(1, config.epochs.steps(per_epoch))
         warmup_steps = config.warmup_epochs.steps(per_epoch, total_steps)
-        return cls(per_epoch, total_steps, warmup_steps, _rho_schedule(config, per_epoch, total_steps, warmup_steps))
+        tail_start = total_steps - _tail_steps(config, per_epoch, total_steps)
+        rho = _rho_schedule(config, per_epoch, total_steps, warmup_steps)
+        return cls(per_epoch, total_steps, warmup_steps, tail_start, rho)
+
+
+def _tail_steps(config: RunConfig, per_epoch: int, total_steps: int) -> int:
+    """How many steps --average-tail averages, at least one; 0 without it."""
+    if config.average_tail is None:
+        return 0
+    steps = max(1, config.average_tail.steps(per_epoch, total_steps))
+    if steps > total_steps:
+        raise UsageError(
+            f"--average-tail {config.average_tail} is more than the run",
+            f"{steps} of {total_steps} steps",
+            "give less, as 25%",
+        )
+    return steps
 
 
 def _rho_schedule(config: RunConfig, per_epoch: int, total_steps: int, warmup_steps: int) -> RhoSchedule:

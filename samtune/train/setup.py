@@ -37,7 +37,7 @@ class Setup(RunData):
     config: RunConfig  # nothing left open
     device: torch.device
     model: nn.Module
-    ema: training.Ema | None
+    average: training.WeightAverage | None
     info: ModelInfo
     optimizer: torch.optim.Optimizer
     update: Step
@@ -47,6 +47,7 @@ class Setup(RunData):
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
+    tail_start: int
     eval_batch: int | None = None  # images of an evaluation at once; None: not tried yet
 
     @property
@@ -147,10 +148,11 @@ def build_setup(
         training.checkpoint_activations(model)
 
     with device.oom_as_user_error(f"the weights of {info.resolved} and their average"):
-        ema = training.Ema(model, config.model_ema_decay) if config.model_ema else None
+        decay = config.model_ema_decay if config.model_ema else None
+        average = training.WeightAverage(model, decay) if config.averages_weights else None
         if config.shard:
             group = group_size(config.m) if isinstance(config.m, str) and config.m != "global" else None
-            for part in (model, *([ema.module] if ema else [])):
+            for part in (model, *([average.module] if average else [])):
                 _shard(part, target, group)
 
     world = world or collectives.world()
@@ -163,6 +165,8 @@ def build_setup(
     )
     lr = peak_lr(config, batch)
     length = TrainingLength.of(config, batch, len(read.train_rows))
+    if average is not None:
+        average.start = length.tail_start
     optimizer, penalty = _optimizer(model, config, lr, target)
     with device.oom_as_user_error(f"SAM's copy of the weights of {info.resolved}, or the buffers of the ranks"):
         sam = _sam(model, config, batch, info.data_config["input_size"])
@@ -185,7 +189,7 @@ def build_setup(
         config=config,
         device=target,
         model=model,
-        ema=ema,
+        average=average,
         info=info,
         optimizer=optimizer,
         update=update,

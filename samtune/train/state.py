@@ -99,6 +99,7 @@ def state_dict(setup: Setup, state: TrainState) -> dict[str, Any]:
         "scaler": None if scaler is None else scaler.state_dict(),
         "generators": generator_states(setup.device),
         "micro_batch": setup.update.sam.micro_batch,
+        "averaged_steps": 0 if setup.average is None else setup.average.count,
     }
 
 
@@ -109,8 +110,10 @@ def load_state_dict(setup: Setup, folder: Path) -> TrainState:
     """
     state = checkpoint.load_state(folder)
     checkpoint.load_weights(partial(setup.load, setup.model), folder / "model.safetensors")
-    if setup.ema is not None:
-        checkpoint.load_weights(partial(setup.load, setup.ema.module), folder / "ema" / "model.safetensors")
+    if setup.average is not None:
+        setup.average.count = state.get("averaged_steps", 0)
+        if setup.average.has_begun:
+            checkpoint.load_weights(partial(setup.load, setup.average.module), folder / "ema" / "model.safetensors")
     try:
         setup.load_optimizer_state(state["optimizer"])
         if setup.update.scaler is not None and state["scaler"] is not None:

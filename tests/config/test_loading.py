@@ -79,7 +79,7 @@ def test_a_recipe_may_carry_its_claim(tmp_path):
         ("ascent_steps", 0, "greater than or equal to 1"),
         ("rho_schedule", "step", "'constant', 'linear'"),
         ("val_fraction", 1.0, "less than 1"),
-        ("select", "test", "'last' or 'best'"),
+        ("select", "test", "'last', 'best' or 'average'"),
         ("pretrained", "yes", "valid boolean"),
     ],
 )

@@ -260,3 +260,15 @@ def test_a_run_without_validation_has_its_test_alone(photos):
     assert said["dataset"]["train"] == 48
     assert said["dataset"]["decoded"] == "every epoch"
     assert said["time"]["test"] == pytest.approx(16 / said["evaluation"]["images_per_second"])
+
+
+def test_a_tail_is_averaged_in_memory_of_its_own_and_scored_only_where_it_has_begun(photos, monkeypatch):
+    """Of the four validations only the last one has an average; the checkpoint is one of the end."""
+    monkeypatch.setattr("samtune.plan.measure.evaluation", lambda *_: measure.Evaluating(per_image=1.0, first=0.0))
+    settings = {"model": "test_resnet", "pretrained": False, "img_size": 32, "batch_size": 8, "workers": 0}
+    settings |= {"dataset": str(photos), "epochs": 4}
+    without, tail = (plan_module.plan(loading.load(None, settings | more)) for more in ({}, {"average_tail": "25%"}))
+    assert tail["memory"]["ema"] == tail["memory"]["weights"]
+    assert tail["disk"]["checkpoint_bytes"] - without["disk"]["checkpoint_bytes"] > tail["memory"]["weights"]
+    rows = tail["dataset"]["val"]
+    assert (without["time"]["validation"], tail["time"]["validation"]) == (4 * rows, 5 * rows)

@@ -13,7 +13,7 @@ from samtune.config.run_config import RunConfig
 from samtune.errors import CheckpointError
 from samtune.models.build import build_model
 from samtune.models.timm_format import load_checkpoint, timm_config
-from samtune.models.training import Ema
+from samtune.models.training import WeightAverage
 from samtune.models.weights import locate
 from samtune.runs import checkpoint
 from tests.conftest import Bomb
@@ -183,7 +183,7 @@ def test_the_manifest_lists_every_other_file_with_its_size(tmp_path, model_and_i
 
 def test_the_averaged_model_lies_beside_it_and_loads_in_timm(tmp_path, model_and_info):
     model, _ = model_and_info
-    averaged = Ema(model, 0.9).module
+    averaged = WeightAverage(model, 0.9).module
     with torch.no_grad():
         averaged.classifier.bias.add_(torch.arange(3.0))
     folder = save(tmp_path, model_and_info, 1, ema=averaged.state_dict())
@@ -213,7 +213,7 @@ def test_a_checkpoint_is_hardly_larger_than_weights_optimizer_and_average(tmp_pa
         w.grad = torch.zeros_like(w)
     optimizer.step()
     state = {"optimizer": optimizer.state_dict()["state"]}
-    folder = save(tmp_path, model_and_info, 1, ema=Ema(model, 0.9).module.state_dict(), state=state)
+    folder = save(tmp_path, model_and_info, 1, ema=WeightAverage(model, 0.9).module.state_dict(), state=state)
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     momentum = sum(w.numel() * 4 for w in model.parameters())
     assert written <= 1.05 * (2 * sum(t.numel() * t.element_size() for t in model.state_dict().values()) + momentum)

@@ -322,6 +322,15 @@ def test_the_stages_differ_in_what_they_train_on_and_score(tmp_path, more, valid
     ]
 
 
+def test_averaged_weights_are_chosen_by_and_scored_at_the_end(tmp_path):
+    """They are not chosen on validation, unlike the best checkpoint."""
+    selected = 'select = "average"\naverage_tail = "25%"'
+    plan = Plan(load(tmp_path, 'seeds = 1\narms = ["sam"]', selected), lambda settings: 1000)
+    runs = [*itertools.chain(*plan.selections(None, "sam", {})), *plan.finals(None, "sam", {"rho": 0.1}, {})]
+    assert {plan.sweep.config(run.settings).select for run in runs} == {"average"}
+    assert len({run.stage for run in runs}) == 2
+
+
 def test_names_of_points_are_readable_and_apart():
     assert arms.names([{"rho": 0.1, "sam_start": "50%"}]) == ["rho0.1-sam_start50pc"]
     assert arms.names([{"perturb": "a|b"}, {"perturb": "ab"}]) == ["point1", "point2"]

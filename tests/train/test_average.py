@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from timm.utils import ModelEmaV3
 
-from samtune.models.training import Ema
+from samtune.models.training import WeightAverage
 from tests.conftest import samtune
 from tests.support.small_run import run
 
@@ -69,7 +69,7 @@ def test_averaging_leaves_the_run_itself_as_it_is(averaged, photos, tmp_path):
 @pytest.mark.parametrize("decay", [0.9998, 0.5])
 def test_it_is_timms_average_with_warm_up_bit_for_bit(small_net, decay):
     """Buffers included; timm lists all tensors in every step, this one only once."""
-    ours, theirs = Ema(small_net, decay), ModelEmaV3(small_net, decay=decay, use_warmup=True)
+    ours, theirs = WeightAverage(small_net, decay), ModelEmaV3(small_net, decay=decay, use_warmup=True)
     for step in range(1, 6):
         with torch.no_grad():
             for value in small_net.state_dict().values():

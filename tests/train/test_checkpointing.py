@@ -66,7 +66,7 @@ def train_a_little(setup):
     for w in setup.model.parameters():
         w.grad = torch.ones_like(w)
     setup.optimizer.step()
-    for value in (*setup.model.buffers(), *setup.ema.module.state_dict().values()):
+    for value in (*setup.model.buffers(), *setup.average.module.state_dict().values()):
         value.add_(1)
     torch.rand(1)
 
