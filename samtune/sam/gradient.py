@@ -92,13 +92,14 @@ class SAM:
             loss to return, and updates batch-norm statistics. Two more are experimental. They need `optimizer`, and one
             pass, at w + e, which gives the loss to return and updates batch-norm statistics. e is the same for all
             samples, on all ranks. While there is no direction, as in the first step, or it is zero, e is zero.
-            "momentum" (Momentum-SAM, Becker et al. 2024, Algorithm 1): e = -rho b / ||b||_2, with b the momentum of the
-            optimizer, an average of gradients (w -= lr b). So w + e is ahead of w, where the next updates lead. To first
-            order the loss falls along -b; it rises where so long a step overshoots. The paper keeps w + e between
-            steps, and this w. b is `momentum_buffer` (SGD) or `exp_avg` (Adam) in the optimizer's state.
-            "previous": e = rho g / ||g||_2, with g the gradient of the previous step as it came to `optimizer.step()`,
-            clipped or not; a step that a GradScaler skips leaves g as it was. It takes the memory of a gradient, and is
-            kept in the optimizer's state as "previous_gradient", so that a checkpoint of the optimizer has it.
+            "momentum" (Momentum-SAM, Becker et al. 2024, Algorithm 1, and their code): e = -rho b / ||b||_2 for p = 2.
+            b is the momentum that the optimizer keeps, `momentum_buffer` (SGD) or `exp_avg` (Adam): an average of
+            gradients (w -= lr b). So w + e is ahead of w, where the updates lead, and not uphill: to first order the
+            loss falls along -b, and it rises there only if so long a step overshoots. Between steps the weights are w,
+            while the paper's are w + e.
+            "previous": e = rho g / ||g||_2 for p = 2, uphill. g is the gradient of the previous step as it came to
+            `optimizer.step()`, clipped if it was; a step that a GradScaler skips leaves g as it was. It takes the
+            memory of a gradient, and is in the optimizer's state as "previous_gradient", so that a checkpoint has it.
         optimizer: the base optimizer, for ascent "momentum" and "previous", which read its state; others ignore it.
         second_order: add the term that Algorithm 1 drops, which gives the exact gradient of w -> L(w + e(w)). A third
             pass differentiates the gradient again. For p = 2, one ascent step and one process. Attention is computed by
@@ -145,7 +146,7 @@ class SAM:
         if ascent in ONE_PASS and (ascent_steps > 1 or ascent_fraction < 1 or second_order or perturb_from is not None):
             others = "ascent_steps, ascent_fraction, second_order and perturb_from"
             raise ValueError(f"ascent {ascent}: there is no pass 1, which {others} are about")
-        if ascent in ONE_PASS and m != "device":
+        if ascent in ONE_PASS and m != "device":  # as it must be for a sharded model
             raise ValueError(f"ascent {ascent}: the perturbation is the same for all samples: leave m out")
         if second_order and (p != 2 or ascent_steps > 1 or collectives.is_initialized()):
             raise ValueError("second_order: only for p = 2, one ascent step and one process")
@@ -403,9 +404,7 @@ class SAM:
         return self.ranks.reduce_ascent([torch.randn_like(w, requires_grad=False) for w in self._params])
 
     def _checked_optimizer(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
-        """The optimizer, whose state gives directions. Raises ValueError if it cannot, or the model is sharded."""
-        if self.ranks.is_sharded:
-            raise ValueError(f"ascent {self.ascent}: not for a sharded model")
+        """The optimizer, whose state gives directions. Raises ValueError if it cannot."""
         if optimizer is None:
             raise ValueError(f"ascent {self.ascent}: give the base optimizer, SAM(..., optimizer=optimizer)")
         known = {id(w) for group in optimizer.param_groups for w in group["params"]}
@@ -520,8 +519,8 @@ class SAM:
 
 @contextmanager
 def _fresh_autocast_cache() -> Iterator[None]:
-    """The block, and what is after it, make their own 16-bit copies of weights, in a caller's autocast around all."""
-    torch.clear_autocast_cache()
+    """Weights are cast to 16 bits anew in the block, and after it."""
+    torch.clear_autocast_cache()  # 16-bit copies of w, where a caller's autocast is around all passes
     try:
         yield
     finally:

@@ -117,7 +117,14 @@ def test_momentum_is_the_algorithm_of_the_paper_which_keeps_the_shifted_weights(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"p": 1.0}, {"p": 4.0}, {"p": math.inf}, {"adaptive": True, "eta": 0.3}, {"rho_factors": {"^fc": 2.0, "^b": 0}}],
+    [
+        {},
+        {"p": 1.0},
+        {"p": 4.0},
+        {"p": math.inf},
+        {"adaptive": True, "eta": 0.3},
+        {"rho_factors": {"^fc": 2.0, "^b": 0}},
+    ],
 )
 @pytest.mark.parametrize("ascent", ASCENTS)
 def test_the_perturbation_is_the_plain_one_of_what_the_optimizer_knows(ascent, options, small_net, batch):
@@ -193,7 +200,9 @@ def test_the_model_is_called_once_and_statistics_are_those_of_one_pass(ascent, m
 def test_micro_batches_and_calls_that_accumulate_share_the_perturbation(ascent, plain_net, batch):
     train_mode(plain_net, freeze_bn=True)
     models = [plain_net, copy.deepcopy(plain_net), copy.deepcopy(plain_net)]
-    whole, split = (one_pass(model, ascent, micro_batch=size)[0] for model, size in zip(models, (None, 3), strict=False))
+    whole, split = (
+        one_pass(model, ascent, micro_batch=size)[0] for model, size in zip(models, (None, 3), strict=False)
+    )
     optimizer = sgd(models[2])
     sam, loss = SAM(models[2], 0.1, ascent=ascent, optimizer=optimizer), cross_entropy_of(models[2])
     for _ in range(5):
