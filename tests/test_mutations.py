@@ -70,6 +70,18 @@ MUTATIONS = {
         {"sam/gradient.py": [("torch.clear_autocast_cache()  # 16-bit", "pass  # 16-bit")]},
         "sam/test_lifecycle.py::test_an_autocast_around_all_passes_is_no_trap",
     ),
+    "a pass along the momentum looks behind": (
+        {"sam/gradient.py": [("list(torch._foreach_neg(direction)) if", "direction if")]},
+        "sam/test_one_pass.py::test_momentum_is_the_algorithm_of_the_paper_which_keeps_the_shifted_weights",
+    ),
+    "the gradient of a skipped step is kept": (
+        {"sam/gradient.py": [("torch.where(found_inf == 0, w.grad, state[_PREVIOUS])", "w.grad")]},
+        "sam/test_one_pass.py::test_a_loss_scale_changes_nothing_and_an_overflow_leaves_the_previous_gradient[True]",
+    ),
+    "the only pass leaves batch-norm statistics": (
+        {"sam/gradient.py": [("statistics_stay=False) if known", "statistics_stay=True) if known")]},
+        "sam/test_one_pass.py::test_the_model_is_called_once_and_statistics_are_those_of_one_pass[momentum-None]",
+    ),
     "the first gradient is kept through pass 2": (
         {"sam/gradient.py": [("                g1.clear()\n", "")]},
         "sam/test_step.py::test_beyond_the_first_pass_no_copy_but_the_backup_is_alive",

@@ -244,12 +244,24 @@ def _validated(given: Mapping[str, tuple[Any, str]]) -> RunConfig:
 
 
 def _check_ascent(config: RunConfig) -> None:
-    """Raise UsageError for settings that do not go with a random direction, or with the second-order term."""
+    """Raise UsageError for settings that do not go with another direction, or with the second-order term."""
     several_steps = {f"--ascent-steps {config.ascent_steps}": config.ascent_steps > 1}
     if config.ascent == "random":
         others = several_steps | {"--second-order": config.second_order, "--shard": config.shard}
         why = "a random direction has no gradient to follow further, and each rank draws it for a whole model"
         _refuse_together("--ascent random", others, why)
+    if config.ascent in ("momentum", "previous"):
+        others = several_steps | {
+            f"--ascent-fraction {config.ascent_fraction:g}": config.ascent_fraction < 1,
+            "--second-order": config.second_order,
+            "--shard": config.shard,
+            "--perturb-from": config.perturb_from is not None,
+            f"--m {config.m}": config.m != "device",
+        }
+        why = "a step has one pass, and one perturbation for all images, on whole models"
+        _refuse_together(f"--ascent {config.ascent}", others, why)
+    if config.ascent == "momentum" and config.opt == "sgd" and config.momentum == 0:
+        raise UsageError("--ascent momentum with --momentum 0", "there is none to follow", "leave one out")
     if config.perturb_from is not None:
         others = {
             "--batch-size auto": config.batch_size == "auto",

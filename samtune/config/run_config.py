@@ -344,10 +344,13 @@ class RunConfig(BaseModel):
         le=1,
     )
     ascent_steps: int = _sam("results", "passes that look for the perturbation, of rho / n each", 1, ge=1)
-    ascent: Literal["gradient", "random"] = _sam(
+    ascent: Literal["gradient", "random", "momentum", "previous"] = _sam(
         "results",
         "direction of the perturbation: the gradient of the first pass; or random, a Gaussian direction of norm rho, "
-        "for comparison (the first pass is then a forward pass only)",
+        "for comparison (the first pass is then a forward pass only). Experimental, at the cost of a plain step: "
+        "momentum, against the optimizer's average of gradients (Momentum-SAM; published results are close to SAM's, "
+        "here it is not yet measured); or previous, the gradient of the step before. Loss and error of training are "
+        "then those of the perturbed weights",
         "gradient",
     )
     second_order: bool = _sam(

@@ -270,6 +270,8 @@ def sam_words(sam: Mapping[str, Any], steps: int) -> str:
         f"every {sam['every']} steps": sam["every"] > 1,
         f"{sam['ascent_steps']} ascent steps": sam["ascent_steps"] > 1,
         "random direction": sam.get("ascent") == "random",
+        "along the momentum": sam.get("ascent") == "momentum",
+        "along the previous gradient": sam.get("ascent") == "previous",
         "second-order": sam.get("second_order", False),
         f"on {100 * sam['ascent_fraction']:g} % of the batch": sam["ascent_fraction"] < 1,
     }

@@ -22,8 +22,13 @@ from samtune.sam.shaking import shaking_modules, true_gradient
 from samtune.sam.snapshot import batch_norms, bn_stats_frozen, generator_states, set_generator_states
 from samtune.sam.suffix import Cut
 
-Ascent = Literal["gradient", "random"]
+Ascent = Literal["gradient", "random", "momentum", "previous"]
 
+ONE_PASS = ("momentum", "previous")
+"""The ascents whose direction is there before the step, in the optimizer's state: there is no pass 1."""
+
+_MOMENTUM = ("momentum_buffer", "exp_avg")  # as torch's optimizers name an average of gradients, SGD and Adam
+_PREVIOUS = "previous_gradient"
 _FORWARD_PASS = 1 / 3  # a backward pass costs about two forward passes
 
 
@@ -35,6 +40,8 @@ def sam_passes(
     suffix_share: float = 1.0,
 ) -> float:
     """Forward-backward passes over the batch in a step of SAM. suffix_share: what pass 1 costs of a pass."""
+    if ascent in ONE_PASS:
+        return 1
     before = _FORWARD_PASS if ascent == "random" else ascent_steps + HESSIAN_PASSES * second_order
     return 1 + before * ascent_fraction * suffix_share
 
@@ -52,7 +59,7 @@ class SAM:
 
     The rest of the loop stays as it is: clipping, GradScaler, schedulers, accumulation, DistributedDataParallel,
     checkpoints. Between two calls nothing is kept but the room for a copy of the perturbed weights, so there is no
-    state to save.
+    state to save. (What ascent "previous" needs is in the state of the optimizer.)
 
     Args:
         model: the module whose trainable float32 parameters are perturbed, on its device already; it may be wrapped in
@@ -82,7 +89,18 @@ class SAM:
         ascent: "gradient"; or "random", a Gaussian direction of the same norm in the place of the gradient g1 (an
             ablation of Foret et al. 2021): for p = 2, e = rho z / ||z||_2 with z ~ N(0, 1) for each perturbed weight.
             Each perturbation draws its own z from torch's generator. Pass 1 is then a forward pass only: it gives the
-            loss to return, and updates batch-norm statistics.
+            loss to return, and updates batch-norm statistics. Two more are experimental. They need `optimizer`, and one
+            pass, at w + e, which gives the loss to return and updates batch-norm statistics. e is the same for all
+            samples, on all ranks. While there is no direction, as in the first step, or it is zero, e is zero.
+            "momentum" (Momentum-SAM, Becker et al. 2024, Algorithm 1, and their code): e = -rho b / ||b||_2 for p = 2.
+            b is the momentum that the optimizer keeps, `momentum_buffer` (SGD) or `exp_avg` (Adam): an average of
+            gradients (w -= lr b). So w + e is ahead of w, where the updates lead, and not uphill: to first order the
+            loss falls along -b, and it rises there only if so long a step overshoots. Between steps the weights are w,
+            while the paper's are w + e.
+            "previous": e = rho g / ||g||_2 for p = 2, uphill. g is the gradient of the previous step as it came to
+            `optimizer.step()`, clipped if it was; a step that a GradScaler skips leaves g as it was. It takes the
+            memory of a gradient, and is in the optimizer's state as "previous_gradient", so that a checkpoint has it.
+        optimizer: the base optimizer, for ascent "momentum" and "previous", which read its state; others ignore it.
         second_order: add the term that Algorithm 1 drops, which gives the exact gradient of w -> L(w + e(w)). A third
             pass differentiates the gradient again. For p = 2, one ascent step and one process. Attention is computed by
             its plain formula, since the fused kernels have no second derivative.
@@ -92,8 +110,8 @@ class SAM:
             of the whole batch), and batch norm that is not frozen normalises each by itself. May be set between calls.
 
     Raises:
-        ValueError: an argument out of range, 16-bit weights, a filter that matches no parameter, or another m than a
-            sharded model can have.
+        ValueError: an argument out of range, 16-bit weights, a filter that matches no parameter, another m than a
+            sharded model can have, or an optimizer that is missing or has no momentum.
     """
 
     def __init__(
@@ -111,6 +129,7 @@ class SAM:
         ascent_fraction: float = 1.0,
         ascent_steps: int = 1,
         ascent: Ascent = "gradient",
+        optimizer: torch.optim.Optimizer | None = None,
         second_order: bool = False,
         micro_batch: int | None = None,
     ) -> None:
@@ -121,9 +140,14 @@ class SAM:
         if m is None or (isinstance(m, str) and m not in ("device", "global")):
             raise ValueError(f'm {m!r}: must be "device", "global", a number of samples or a process group')
         if ascent not in get_args(Ascent):
-            raise ValueError(f'ascent {ascent!r}: must be "gradient" or "random"')
+            raise ValueError(f"ascent {ascent!r}: must be one of {', '.join(get_args(Ascent))}")
         if ascent == "random" and (ascent_steps > 1 or second_order):
             raise ValueError("ascent random: a direction that was drawn has no further ascent steps, and no derivative")
+        if ascent in ONE_PASS and (ascent_steps > 1 or ascent_fraction < 1 or second_order or perturb_from is not None):
+            others = "ascent_steps, ascent_fraction, second_order and perturb_from"
+            raise ValueError(f"ascent {ascent}: there is no pass 1, which {others} are about")
+        if ascent in ONE_PASS and m != "device":  # as it must be for a sharded model
+            raise ValueError(f"ascent {ascent}: the perturbation is the same for all samples: leave m out")
         if second_order and (p != 2 or ascent_steps > 1 or collectives.is_initialized()):
             raise ValueError("second_order: only for p = 2, one ascent step and one process")
         self.model = model
@@ -135,7 +159,8 @@ class SAM:
         self.ascent, self.second_order = ascent, second_order
         self.perturbed = False
         """Whether the weights are w + e at this moment, for a loss that wants to know: False in pass 1. Also True in
-        pass 3 of second_order, which is at w again: so a loss that records something in pass 1 records it once."""
+        pass 3 of second_order, which is at w again, and False in the one pass of ascent momentum and previous, which is
+        at w + e: so a loss that records something in pass 1, or the only one, records it once."""
         named = select_parameters(self._inner, perturb)
         if perturb_from is not None and second_order:
             raise ValueError("second_order: not with perturb_from, whose front has no derivative of the perturbation")
@@ -153,6 +178,9 @@ class SAM:
         """The part of this that concerns other ranks."""
         if ascent == "random" and self.ranks.is_sharded:
             raise ValueError("ascent random: not for a sharded model, of which no rank draws a whole direction")
+        self._optimizer = self._checked_optimizer(optimizer) if ascent in ONE_PASS else None
+        if self._optimizer is not None and ascent == "previous":
+            self._optimizer.register_step_post_hook(self._keep_gradient)
         self._perturbation = Perturbation(
             self.ranks.parts(self._params),
             p=p,
@@ -264,7 +292,8 @@ class SAM:
                 ascent_fraction).
 
         Returns:
-            The mean loss at w (of the samples of pass 1), detached: what SGD's curve would show.
+            The mean loss at w (of the samples of pass 1), detached: what SGD's curve would show. With ascent momentum
+            or previous, that at w + e.
 
         A loss or gradient that is not finite, in any pass, makes the whole gradient NaN: every rank and every
         GradScaler sees it. Batch-norm statistics update in pass 1, if they update at all.
@@ -280,10 +309,16 @@ class SAM:
         n = 1 if n is None else n
         scalar_loss = as_scalar(loss)
         together = self.m if isinstance(self.m, int) else n  # the samples of one perturbation
-        pieces = split(batch, together) if self.rho > 0 else self.split_batch(*batch)
+        has_pass_1 = self.rho > 0 and self.ascent not in ONE_PASS
+        pieces = split(batch, together) if has_pass_1 else self.split_batch(*batch)
+        known = self._known_direction() if self.rho > 0 and not has_pass_1 else []
         at_w = []
-        with self.ranks.during_backward(self.ascent_steps if self.rho > 0 else 0), explain_second_backward():
-            backward = self._second_order_backward if self.second_order and self.rho > 0 else self._backward
+        with (
+            self.ranks.during_backward(self.ascent_steps if has_pass_1 else 0),
+            explain_second_backward(),
+            self._perturb(known, self.rho, statistics_stay=False) if known else nullcontext(),
+        ):
+            backward = self._second_order_backward if self.second_order and has_pass_1 else self._backward
             for piece in pieces:
                 share = (num_samples(piece) or n) / n
                 with nullcontext() if piece is pieces[-1] else self.ranks.no_sync():
@@ -292,7 +327,7 @@ class SAM:
 
     def _backward(self, loss: ScalarLoss, batch: Batch, share: float) -> torch.Tensor:
         """Algorithm 1: add the gradient of one perturbation, times share, to `.grad`; return the loss at w."""
-        if self.rho == 0:
+        if self.rho == 0 or self.ascent in ONE_PASS:
             return self.runner.descend(loss, batch, share)
 
         # Drawn before the masks, whose random numbers pass 2 draws again.
@@ -384,6 +419,48 @@ class SAM:
         assert not self.ranks.is_sharded
         return self.ranks.reduce_ascent([torch.randn_like(w, requires_grad=False) for w in self._params])
 
+    def _checked_optimizer(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+        """The optimizer, whose state gives directions. Raises ValueError if it cannot."""
+        if optimizer is None:
+            raise ValueError(f"ascent {self.ascent}: give the base optimizer, SAM(..., optimizer=optimizer)")
+        known = {id(w) for group in optimizer.param_groups for w in group["params"]}
+        if not any(id(w) in known for w in self._params):
+            raise ValueError(f"ascent {self.ascent}: the optimizer has none of the perturbed parameters")
+        if self.ascent == "momentum" and all(group.get("momentum") == 0 for group in optimizer.param_groups):
+            raise ValueError("ascent momentum: the optimizer has momentum 0")
+        return optimizer
+
+    def _known_direction(self) -> list[torch.Tensor]:
+        """What takes the place of g1 in a step without pass 1; [] while there is nothing."""
+        assert self._optimizer is not None
+        states = [self._optimizer.state.get(w, {}) for w in self._params]
+        keys = _MOMENTUM if self.ascent == "momentum" else (_PREVIOUS,)
+        found = [next((state[key] for key in keys if state.get(key) is not None), None) for state in states]
+        if all(one is None for one in found):
+            if self.ascent == "momentum" and any(states):
+                raise ValueError(f"ascent momentum: {type(self._optimizer).__name__} keeps no momentum")
+            return []
+        direction = [torch.zeros_like(w) if one is None else one for w, one in zip(self._params, found, strict=True)]
+        return list(torch._foreach_neg(direction)) if self.ascent == "momentum" else direction
+
+    @torch.no_grad()
+    def _keep_gradient(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Keep the gradient of a step that was taken, for the next one."""
+        # That of a fused optimizer which a GradScaler calls, though it is to change nothing if a value was not finite.
+        found_inf = getattr(optimizer, "found_inf", None)
+        kept, new = [], []
+        for w in self._params:
+            if w.grad is None:
+                optimizer.state.get(w, {}).pop(_PREVIOUS, None)
+                continue
+            state = optimizer.state[w]
+            if _PREVIOUS not in state:
+                state[_PREVIOUS] = torch.zeros_like(w, requires_grad=False)
+            kept.append(state[_PREVIOUS])
+            new.append(w.grad if found_inf is None else torch.where(found_inf == 0, w.grad, state[_PREVIOUS]))
+        if kept:
+            torch._foreach_copy_(kept, new)
+
     def _mean_loss(self, loss: ScalarLoss, batch: Batch) -> torch.Tensor:
         """Mean loss at the present weights, detached."""
         return torch.stack([share * self.runner.evaluate(loss, x) for x, share in self._micro_batches(batch)]).sum()
@@ -428,14 +505,18 @@ class SAM:
         return split(batch, size) if count is None else chunk(batch, count)
 
     @contextmanager
-    def _perturb(self, g1: list[torch.Tensor], radius: float) -> Iterator[None]:
+    def _perturb(self, g1: list[torch.Tensor], radius: float, *, statistics_stay: bool = True) -> Iterator[None]:
         """Inside the block weights are w + e, batch-norm statistics stay, and the model refuses to be saved.
 
-        g1: one gradient per perturbed parameter. The list is emptied, since pass 2 needs the memory.
+        g1: one gradient per perturbed parameter. The list is emptied, since pass 2 needs the memory. statistics_stay:
+        False for the only pass of a step.
         """
         guard = self._inner.register_state_dict_pre_hook(_refuse_to_save)
         try:
-            with self._perturbation.perturbed(g1, radius), self._after_pass_1():
+            with (
+                self._perturbation.perturbed(g1, radius),
+                self._after_pass_1() if statistics_stay else _fresh_autocast_cache(),
+            ):
                 g1.clear()
                 yield
         finally:
@@ -445,13 +526,21 @@ class SAM:
     def _after_pass_1(self) -> Iterator[None]:
         """Inside the block batch-norm statistics stay, and `perturbed` is True: pass 1 is over."""
         try:
-            with bn_stats_frozen(self._batch_norms):
+            with bn_stats_frozen(self._batch_norms), _fresh_autocast_cache():
                 self.perturbed = True
-                torch.clear_autocast_cache()  # 16-bit copies of w, where a caller's autocast is around all passes
                 yield
         finally:
             self.perturbed = False
-            torch.clear_autocast_cache()
+
+
+@contextmanager
+def _fresh_autocast_cache() -> Iterator[None]:
+    """Weights are cast to 16 bits anew in the block, and after it."""
+    torch.clear_autocast_cache()  # 16-bit copies of w, where a caller's autocast is around all passes
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _refuse_to_save(*_: Any) -> None:

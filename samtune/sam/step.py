@@ -20,6 +20,8 @@ from samtune.sam.losses import Loss
 class StepResult:
     """Results of a step over all ranks; at w, before the update, so that SAM and SGD curves compare.
 
+    Where SAM has one pass (ascent momentum or previous), loss and wrong are those at w + e.
+
     loss: mean over the samples of pass 1, nats. n: number of these samples. wrong: how many were misclassified.
     grad_norm: L2 norm of the final gradient before clipping. applied: False if a value was not finite and nothing
     was updated. passes: forward-backward passes over the batch. stop_requested: whether any rank was asked to stop.

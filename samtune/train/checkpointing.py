@@ -245,6 +245,7 @@ def needed_bytes(setup: Setup, folder: Path) -> tuple[int, int, Path]:
     tensors = [*setup.model.parameters(), *setup.model.buffers()] * (1 if setup.average is None else 2)
     slots = 2 if isinstance(setup.optimizer, torch.optim.AdamW) else int(setup.config.momentum > 0)
     tensors += [w for group in setup.optimizer.param_groups for w in group["params"]] * slots
+    tensors += setup.update.sam.perturbed_parameters if setup.update.sam.ascent == "previous" else []
     needed = most_at_once(setup) * sum(w.numel() * w.element_size() for w in tensors)
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return needed, shutil.disk_usage(parent).free, parent

@@ -13,6 +13,7 @@ from samtune.errors import plural
 from samtune.report import run_report
 from samtune.runs import run_log
 from samtune.runs.folder import BOOTSTRAP, read_provenance
+from samtune.sam.gradient import ONE_PASS
 from samtune.train.setup import Setup
 
 
@@ -76,7 +77,7 @@ def describe(setup: Setup) -> dict[str, Any]:
             "adaptive": config.adaptive,
             "eta": config.eta,
             "m": config.m,
-            "m_images": setup.batch.sharing(config.m),
+            "m_images": setup.batch.sharing("global" if config.ascent in ONE_PASS else config.m),
             "perturb": config.perturb,
             "perturb_from": setup.update.sam.perturb_from,
             "suffix_share": setup.update.sam.suffix_share if setup.update.sam.shares_front else 1.0,

@@ -20,7 +20,7 @@ from samtune.models.cuts import find_cut
 from samtune.models.head import head_names
 from samtune.models.names import resolve
 from samtune.models.timm_format import ModelInfo
-from samtune.sam.gradient import SAM
+from samtune.sam.gradient import ONE_PASS, SAM
 from samtune.sam.losses import cross_entropy, l2_penalty
 from samtune.sam.step import Step
 from samtune.train.batch_plan import BatchPlan, group_size
@@ -169,7 +169,7 @@ def build_setup(
         average.start = length.tail_start
     optimizer, penalty = _optimizer(model, config, lr, target)
     with device.oom_as_user_error(f"SAM's copy of the weights of {info.resolved}, or the buffers of the ranks"):
-        sam = _sam(model, config, batch, info.data_config["input_size"])
+        sam = _sam(model, config, batch, info.data_config["input_size"], optimizer)
         if obstacle:
             sam.runner.reason = obstacle
         else:
@@ -225,11 +225,17 @@ def _optimizer(
     return torch.optim.AdamW(groups, fused=fused), penalty
 
 
-def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan, input_size: Sequence[int]) -> SAM:
+def _sam(
+    model: nn.Module,
+    config: RunConfig,
+    batch: BatchPlan,
+    input_size: Sequence[int],
+    optimizer: torch.optim.Optimizer,
+) -> SAM:
     batch.sharing(config.m)  # whether it can be
     m: Any = config.m
     micro_batch = config.micro_batch
-    if batch.parts > 1 and m == "device":
+    if batch.parts > 1 and m == "device" and config.ascent not in ONE_PASS:
         m = batch.part  # a part has the perturbation that it would have on a device of its own
     elif batch.parts > 1 and isinstance(m, str):
         micro_batch = min(micro_batch or batch.part, batch.part)
@@ -256,7 +262,8 @@ def _sam(model: nn.Module, config: RunConfig, batch: BatchPlan, input_size: Sequ
             micro_batch=micro_batch,
             ascent_fraction=config.ascent_fraction,
             ascent_steps=config.ascent_steps,
-            ascent=config.ascent,
+            ascent=config.ascent if config.rho > 0 else "gradient",  # which keeps nothing
+            optimizer=optimizer,
             second_order=config.second_order,
         )
     except ValueError as error:  # what only the model can tell

@@ -112,7 +112,8 @@ def passes(settings: RunConfig) -> float:
     """Forward-backward passes of a run: one in each step, and those that SAM adds where it is on."""
     rows = settings.max_train or int((1 - settings.val_fraction) * CATALOG[settings.dataset].counts.get("train", 0))
     steps = settings.epochs.steps(rows // (settings.global_batch_size or settings.batch_size))
-    added = 1 / 3 if settings.ascent == "random" else settings.ascent_steps + 3 * settings.second_order
+    before = settings.ascent_steps + 3 * settings.second_order
+    added = {"gradient": before, "random": 1 / 3, "momentum": 0, "previous": 0}[settings.ascent]
     with_sam = steps - settings.sam_start.steps(0, steps) if settings.rho else 0
     return (1 + settings.bootstrap) * (steps + added * with_sam)
 

@@ -167,6 +167,34 @@ def test_ranks_that_share_a_perturbation_move_in_one_random_direction_and_others
         assert (other[0] == first[0]) == (m == "global")
 
 
+def one_pass_steps(ascent):
+    """Weights after steps on this rank's share of the batch."""
+    ddp = DistributedDataParallel(make_model())
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
+    sam = SAM(ddp, RHO, ascent=ascent, optimizer=optimizer)
+    for _ in range(5):
+        optimizer.zero_grad()
+        images, labels, weight = my_share()
+        sam.backward(lambda x, y, weight=weight: weight * F.cross_entropy(ddp(x), y), images, labels)
+        optimizer.step()
+    return torch.cat([w.detach().reshape(-1) for w in ddp.parameters()]).tolist()
+
+
+@pytest.mark.parametrize("ascent", ["momentum", "previous"])
+def test_with_one_pass_ranks_take_the_steps_of_one_process_on_the_joined_batch(ranks, ascent):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sam = SAM(model, RHO, ascent=ascent, optimizer=optimizer)
+    for _ in range(5):
+        optimizer.zero_grad()
+        sam.backward(cross_entropy_of(model), *joined_batch(ranks.world))
+        optimizer.step()
+    expected = torch.cat([w.detach().reshape(-1) for w in model.parameters()])
+    first, *others = ranks(one_pass_steps, ascent)
+    assert all(other == first for other in others)
+    torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), expected, rtol=1e-10, atol=1e-12)
+
+
 def wrapped():
     """Names are those of the model inside, which refuses to be saved too."""
     ddp = DistributedDataParallel(make_model())

@@ -84,6 +84,9 @@ SETTINGS = {
     "adaptive": {"adaptive": True},
     "random direction": {"ascent": "random"},
     "random direction, micro-batches": {"ascent": "random", "micro_batch": 3},
+    "momentum": {"ascent": "momentum"},
+    "previous gradient": {"ascent": "previous"},
+    "previous gradient, micro-batches": {"ascent": "previous", "micro_batch": 3},
 }
 
 

@@ -78,6 +78,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "head rho": {"head_rho_factor": 0.5},
     "ascent in 2 steps": {"ascent_steps": 2},
     "ascent on half": {"ascent_fraction": 0.5},
+    "momentum": {"ascent": "momentum"},
+    "previous gradient": {"ascent": "previous"},
     "m in pieces": {"m": 4},
     "micro-batches": {"micro_batch": 4},
     "accumulation": {"global_batch_size": 16, "batch_size": 8},

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from samtune import SAM
+from samtune.sam.gradient import ONE_PASS
 from samtune.sam.step import Step
 
 
@@ -22,6 +23,8 @@ def make_step(
     penalty=None,
     **sam,
 ):
+    if sam.get("ascent") in ONE_PASS:
+        sam["optimizer"] = optimizer
     own = {"clip_grad": clip_grad, "autocast": autocast, "scaler": scaler, "penalty": penalty}
     return Step(SAM(model, rho, **sam), optimizer, loss, **own)
 

@@ -276,6 +276,7 @@ def test_points_whose_steps_take_the_same_time_share_a_probe(tmp_path):
         ("ascent_fraction = 0.25", [80, 64]),
         ("ascent_steps = 9", [80, 20]),
         ('ascent = "random"', [80, 60]),
+        ('ascent = "momentum"', [80, 80]),
     ],  # 20 at least
 )
 def test_probes_side_by_side_cost_the_same_so_that_both_share_the_machine_to_the_end(tmp_path, more, steps):

@@ -31,6 +31,8 @@ OPERATIONS = {
     "head rho": 443,
     "ascent in 2 steps": 645,
     "ascent on half": 438,
+    "momentum": 250,
+    "previous gradient": 250,
     "m in pieces": 903,
     "micro-batches": 889,
     "accumulation": 903,

@@ -285,6 +285,8 @@ VARIANTS = {
     "half_a_batch": ({"ascent_fraction": 0.5}, 1.5),
     "three_ascents": ({"ascent_steps": 3}, 4),
     "random_direction": ({"ascent": "random"}, 4 / 3),
+    "momentum": ({"ascent": "momentum", "rho": 0.5}, 1),
+    "previous": ({"ascent": "previous"}, 1),
     "second_order": ({"second_order": True, "m": 4}, 5),
     "l2_in_loss": ({"l2_in_loss": True}, 2),
     "float16": ({"amp_dtype": "float16"}, 2),
@@ -309,6 +311,7 @@ def test_a_variant_runs_costs_what_it_should_and_is_reported(name, folder_data, 
     for key in reported.keys() & given.keys():
         assert reported[key] == ("inf" if given[key] == math.inf else given[key])
     words = {"three_ascents": "3 ascent steps", "random_direction": "random direction", "second_order": "second-order"}
+    words |= {"momentum": "along the momentum", "previous": "along the previous gradient"}
     assert [said for said in words.values() if said in run_report.sam_words(reported, 8)] == [
         words[n] for n in words if n == name
     ]
