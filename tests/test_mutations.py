@@ -71,11 +71,11 @@ MUTATIONS = {
         "sam/test_lifecycle.py::test_an_autocast_around_all_passes_is_no_trap",
     ),
     "a pass along the momentum looks behind": (
-        {"sam/gradient.py": [("list(torch._foreach_neg(direction)) if", "direction if")]},
+        {"sam/known_direction.py": [("list(torch._foreach_neg(direction)) if", "direction if")]},
         "sam/test_one_pass.py::test_momentum_is_the_algorithm_of_the_paper_which_keeps_the_shifted_weights",
     ),
     "the gradient of a skipped step is kept": (
-        {"sam/gradient.py": [("torch.where(found_inf == 0, w.grad, state[_PREVIOUS])", "w.grad")]},
+        {"sam/known_direction.py": [("torch.where(found_inf == 0, w.grad, state[_PREVIOUS])", "w.grad")]},
         "sam/test_one_pass.py::test_a_loss_scale_changes_nothing_and_an_overflow_leaves_the_previous_gradient[True]",
     ),
     "the only pass leaves batch-norm statistics": (
@@ -301,6 +301,21 @@ MUTATIONS = {
     "a kept graph outlives a change of the weights": (
         {"sharpness/hessian.py": [("self._kept.clear()", "pass")]},
         "sharpness/test_hessian.py::test_kept_graphs_do_not_outlive_a_change_of_the_weights",
+    ),
+    "a rule compares with the mean before the step": (
+        {
+            "sam/gradient_rule.py": [
+                (
+                    "self.state = mean, variance\n        return x >= mean",
+                    "before, self.state = self.state, (mean, variance)\n        return x >= before[0]",
+                )
+            ]
+        },
+        "sam/test_gradient_rule.py::test_thirty_steps_are_those_of_the_rule_written_out",
+    ),
+    "a step without pass 2 drops the gradient that was there": (
+        {"sam/gradient.py": [("w.grad = grad if w.grad is None else w.grad.add_(grad)", "w.grad = grad")]},
+        "sam/test_gradient_rule.py::test_a_gradient_is_added_to_the_one_that_is_there",
     ),
     "the search follows the gradient at w": (
         {

@@ -262,6 +262,22 @@ def _check_ascent(config: RunConfig) -> None:
         _refuse_together(f"--ascent {config.ascent}", others, why)
     if config.ascent == "momentum" and config.opt == "sgd" and config.momentum == 0:
         raise UsageError("--ascent momentum with --momentum 0", "there is none to follow", "leave one out")
+    if config.sam_when is not None:
+        others = {
+            f"--ascent {config.ascent}": config.ascent != "gradient",
+            f"--ascent-fraction {config.ascent_fraction:g}": config.ascent_fraction < 1,
+            f"--perturb {config.perturb}": config.perturb != "all",
+            "--perturb-from": config.perturb_from is not None,
+            "--second-order": config.second_order,
+            f"--m {config.m}": config.m not in ("device", "global"),
+            "--global-batch-size": config.global_batch_size is not None,
+            f"--processes {config.processes}": (config.processes or 1) > 1,
+            f"--nnodes {config.nnodes}": config.nnodes > 1,
+            "--shard": config.shard,
+            "--amp-dtype float16": config.amp_dtype == "float16",
+        }
+        why = "a step without a second pass needs the whole gradient of the batch, unscaled, from the first"
+        _refuse_together("--sam-when", others, why)
     if config.perturb_from is not None:
         others = {
             "--batch-size auto": config.batch_size == "auto",

@@ -330,6 +330,12 @@ class RunConfig(BaseModel):
     )
     sam_end: types.DurationField = _sam("update", "SAM ends after so much of the run", Duration(100, "%"))
     sam_every: int = _sam("update", "SAM in every k-th step only, the plain optimizer between", 1, ge=1)
+    sam_when: types.When | None = _sam(
+        "results",
+        "experimental: gradient:1 perturbs only where the squared norm of the gradient is so many standard deviations "
+        "above its moving mean (AE-SAM); a step costs one pass or two; on one device",
+        None,
+    )
     rho_schedule: Literal["constant", "linear", "cosine", "lr"] = _sam(
         "update",
         "rho after the warm-up: constant, from rho to --rho-final along a line or a cosine, or in proportion to lr",

@@ -53,6 +53,13 @@ def _images(batch_size: int | str) -> int | str:
     return int(batch_size)
 
 
+def _when(rule: str) -> str:
+    match = re.fullmatch(r"gradient:(-?[0-9]{1,3}(\.[0-9]{1,6})?)", rule) if isinstance(rule, str) else None
+    if match is None:
+        raise ValueError('must be "gradient:1", with a number of standard deviations')
+    return f"gradient:{float(match[1]):g}"
+
+
 def _seed_or_auto(seed: int | str) -> int | str:
     if seed == "auto":
         return seed
@@ -119,6 +126,7 @@ Seed = Annotated[int, Field(ge=0, lt=_SEEDS)]
 SeedOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_seed_or_auto)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Alpha = Annotated[float, _alpha]
+When = Annotated[str, BeforeValidator(_when)]
 Samples = Annotated[int | str, BeforeValidator(_samples)]
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_images)]
 Gpus = Annotated[str, BeforeValidator(gpu_choice)]

@@ -272,6 +272,7 @@ def sam_words(sam: Mapping[str, Any], steps: int) -> str:
         "random direction": sam.get("ascent") == "random",
         "along the momentum": sam.get("ascent") == "momentum",
         "along the previous gradient": sam.get("ascent") == "previous",
+        f"where {sam.get('when')} says so": sam.get("when") is not None,
         "second-order": sam.get("second_order", False),
         f"on {100 * sam['ascent_fraction']:g} % of the batch": sam["ascent_fraction"] < 1,
     }

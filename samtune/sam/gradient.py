@@ -14,6 +14,8 @@ from samtune.distributed import collectives, ddp
 from samtune.sam.batch import Batch, check_divisible, chunk, head, num_samples, split
 from samtune.sam.cuda_graphs import GraphRunner
 from samtune.sam.filters import first_match, select_parameters, unwrapped
+from samtune.sam.gradient_rule import GradientRule
+from samtune.sam.known_direction import ONE_PASS, KnownDirection
 from samtune.sam.losses import Loss, ScalarLoss, as_scalar, explain_second_backward
 from samtune.sam.perturbation import Perturbation
 from samtune.sam.runner import EagerRunner
@@ -24,11 +26,6 @@ from samtune.sam.suffix import Cut
 
 Ascent = Literal["gradient", "random", "momentum", "previous"]
 
-ONE_PASS = ("momentum", "previous")
-"""The ascents whose direction is there before the step, in the optimizer's state: there is no pass 1."""
-
-_MOMENTUM = ("momentum_buffer", "exp_avg")  # as torch's optimizers name an average of gradients, SGD and Adam
-_PREVIOUS = "previous_gradient"
 _FORWARD_PASS = 1 / 3  # a backward pass costs about two forward passes
 
 
@@ -104,6 +101,8 @@ class SAM:
         second_order: add the term that Algorithm 1 drops, which gives the exact gradient of w -> L(w + e(w)). A third
             pass differentiates the gradient again. For p = 2, one ascent step and one process. Attention is computed by
             its plain formula, since the fused kernels have no second derivative.
+        when: experimental: perturb only where this rule says so, by the gradient of pass 1; else that gradient is the
+            result, for one pass. In one process, with one perturbation, of all parameters, for the whole batch.
         micro_batch: the most samples that pass through the model at once; None: all that share a perturbation. It
             bounds memory and changes nothing else: the samples of m still share one perturbation, made of their mean
             gradient. But each micro-batch draws its own dropout and drop-path masks (the same in all passes, not those
@@ -131,6 +130,7 @@ class SAM:
         ascent: Ascent = "gradient",
         optimizer: torch.optim.Optimizer | None = None,
         second_order: bool = False,
+        when: GradientRule | None = None,
         micro_batch: int | None = None,
     ) -> None:
         if not 0 < ascent_fraction <= 1:
@@ -166,6 +166,9 @@ class SAM:
             raise ValueError("second_order: not with perturb_from, whose front has no derivative of the perturbation")
         self._cut = None if perturb_from is None else Cut(self._inner, perturb_from)
         self._is_whole = micro_batch is None  # whether samples that share a perturbation passed at once, the last time
+        self.when = when
+        """The rule that decides in each step, or None."""
+        self._has_perturbed = True  # in the last call
         self.suffix_share = 1.0
         """What a pass over the network from perturb_from on costs of a whole one, for `passes`: set it if you know."""
         if self._cut is not None:
@@ -173,14 +176,18 @@ class SAM:
             if not named:
                 raise ValueError(f"pattern {perturb!r} matches no trainable parameter from {perturb_from} on")
         self._params = list(named.values())
+        if when is not None:
+            trainable = sum(w.requires_grad for w in self._inner.parameters())
+            if ascent != "gradient" or second_order or ascent_fraction < 1 or len(named) < trainable:
+                raise ValueError("when: a step without pass 2 needs the whole gradient of the whole batch from pass 1")
+            if isinstance(m, int) or collectives.is_initialized():
+                raise ValueError("when: only with one perturbation for the batch, in one process")
         self.perturb_from = perturb_from
         self.ranks = ddp.ranks_of(model, self._inner, self._params, m)
         """The part of this that concerns other ranks."""
         if ascent == "random" and self.ranks.is_sharded:
             raise ValueError("ascent random: not for a sharded model, of which no rank draws a whole direction")
-        self._optimizer = self._checked_optimizer(optimizer) if ascent in ONE_PASS else None
-        if self._optimizer is not None and ascent == "previous":
-            self._optimizer.register_step_post_hook(self._keep_gradient)
+        self._known_direction = KnownDirection(ascent, optimizer, self._params) if ascent in ONE_PASS else None
         self._perturbation = Perturbation(
             self.ranks.parts(self._params),
             p=p,
@@ -261,8 +268,8 @@ class SAM:
 
     @property
     def passes(self) -> float:
-        """Forward-backward passes over the batch in one call."""
-        if self.rho == 0:
+        """Forward-backward passes over the batch in one call; with `when`, in the last one."""
+        if self.rho == 0 or not self._has_perturbed:
             return 1
         share = self.suffix_share if self.shares_front else 1.0
         return sam_passes(self.ascent_steps, self.ascent_fraction, self.ascent, self.second_order, share)
@@ -309,9 +316,9 @@ class SAM:
         n = 1 if n is None else n
         scalar_loss = as_scalar(loss)
         together = self.m if isinstance(self.m, int) else n  # the samples of one perturbation
-        has_pass_1 = self.rho > 0 and self.ascent not in ONE_PASS
+        has_pass_1 = self.rho > 0 and self._known_direction is None
         pieces = split(batch, together) if has_pass_1 else self.split_batch(*batch)
-        known = self._known_direction() if self.rho > 0 and not has_pass_1 else []
+        known = self._known_direction() if self.rho > 0 and self._known_direction is not None else []
         at_w = []
         with (
             self.ranks.during_backward(self.ascent_steps if has_pass_1 else 0),
@@ -327,7 +334,7 @@ class SAM:
 
     def _backward(self, loss: ScalarLoss, batch: Batch, share: float) -> torch.Tensor:
         """Algorithm 1: add the gradient of one perturbation, times share, to `.grad`; return the loss at w."""
-        if self.rho == 0 or self.ascent in ONE_PASS:
+        if self.rho == 0 or self._known_direction is not None:
             return self.runner.descend(loss, batch, share)
 
         # Drawn before the masks, whose random numbers pass 2 draws again.
@@ -344,6 +351,10 @@ class SAM:
                     at_w, g1 = self._ascent_gradient(loss, part)
                 else:
                     at_w, g1 = self._mean_loss(loss, part), direction
+            self._has_perturbed = self.when is None or self.when(g1)
+            if not self._has_perturbed:
+                self._add_gradient(g1, share, at_w)
+                return at_w
             # e = rho * dual(g1)
             with self._perturb(g1, radius):
                 # Further ascent steps, if any, each from where the last one ended.
@@ -361,6 +372,12 @@ class SAM:
             if cut is not None:
                 cut.release()
         return at_w
+
+    def _add_gradient(self, g1: list[torch.Tensor], share: float, at_w: torch.Tensor) -> None:
+        """Add a gradient that is there, times share, to `.grad`; NaN if the loss at w is not finite."""
+        torch._foreach_mul_(g1, torch.where(at_w.isfinite(), share, math.nan))
+        for w, grad in zip(self._params, g1, strict=True):
+            w.grad = grad if w.grad is None else w.grad.add_(grad)
 
     def _second_order_backward(self, loss: ScalarLoss, batch: Batch, share: float) -> torch.Tensor:
         """`_backward` with the derivative of e: add the gradient of L(w + e(w)), times share, to `.grad`.
@@ -418,48 +435,6 @@ class SAM:
         """Normal random numbers in the place of g1, summed over ranks that share a perturbation: normal again."""
         assert not self.ranks.is_sharded
         return self.ranks.reduce_ascent([torch.randn_like(w, requires_grad=False) for w in self._params])
-
-    def _checked_optimizer(self, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
-        """The optimizer, whose state gives directions. Raises ValueError if it cannot."""
-        if optimizer is None:
-            raise ValueError(f"ascent {self.ascent}: give the base optimizer, SAM(..., optimizer=optimizer)")
-        known = {id(w) for group in optimizer.param_groups for w in group["params"]}
-        if not any(id(w) in known for w in self._params):
-            raise ValueError(f"ascent {self.ascent}: the optimizer has none of the perturbed parameters")
-        if self.ascent == "momentum" and all(group.get("momentum") == 0 for group in optimizer.param_groups):
-            raise ValueError("ascent momentum: the optimizer has momentum 0")
-        return optimizer
-
-    def _known_direction(self) -> list[torch.Tensor]:
-        """What takes the place of g1 in a step without pass 1; [] while there is nothing."""
-        assert self._optimizer is not None
-        states = [self._optimizer.state.get(w, {}) for w in self._params]
-        keys = _MOMENTUM if self.ascent == "momentum" else (_PREVIOUS,)
-        found = [next((state[key] for key in keys if state.get(key) is not None), None) for state in states]
-        if all(one is None for one in found):
-            if self.ascent == "momentum" and any(states):
-                raise ValueError(f"ascent momentum: {type(self._optimizer).__name__} keeps no momentum")
-            return []
-        direction = [torch.zeros_like(w) if one is None else one for w, one in zip(self._params, found, strict=True)]
-        return list(torch._foreach_neg(direction)) if self.ascent == "momentum" else direction
-
-    @torch.no_grad()
-    def _keep_gradient(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Keep the gradient of a step that was taken, for the next one."""
-        # That of a fused optimizer which a GradScaler calls, though it is to change nothing if a value was not finite.
-        found_inf = getattr(optimizer, "found_inf", None)
-        kept, new = [], []
-        for w in self._params:
-            if w.grad is None:
-                optimizer.state.get(w, {}).pop(_PREVIOUS, None)
-                continue
-            state = optimizer.state[w]
-            if _PREVIOUS not in state:
-                state[_PREVIOUS] = torch.zeros_like(w, requires_grad=False)
-            kept.append(state[_PREVIOUS])
-            new.append(w.grad if found_inf is None else torch.where(found_inf == 0, w.grad, state[_PREVIOUS]))
-        if kept:
-            torch._foreach_copy_(kept, new)
 
     def _mean_loss(self, loss: ScalarLoss, batch: Batch) -> torch.Tensor:
         """Mean loss at the present weights, detached."""

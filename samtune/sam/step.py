@@ -99,7 +99,12 @@ class Step:
         most = math.ceil(len(images) / weight - 1e-9) if weight > 0 else 1
         tried_first = self.sam.effective_micro_batch(most)
 
+        rule = self.sam.when
+        moments = None if rule is None else rule.state
+
         def attempt(micro_batch: int) -> list[float]:
+            if rule is not None and moments is not None:
+                rule.state = moments  # as before an attempt that failed
             if micro_batch < tried_first:
                 self.sam.runner.release()
                 self.sam.micro_batch = micro_batch

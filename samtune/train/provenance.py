@@ -13,7 +13,7 @@ from samtune.errors import plural
 from samtune.report import run_report
 from samtune.runs import run_log
 from samtune.runs.folder import BOOTSTRAP, read_provenance
-from samtune.sam.gradient import ONE_PASS
+from samtune.sam.known_direction import ONE_PASS
 from samtune.train.setup import Setup
 
 
@@ -92,6 +92,7 @@ def describe(setup: Setup) -> dict[str, Any]:
             "ascent_steps": config.ascent_steps,
             "ascent": config.ascent,
             "second_order": config.second_order,
+            "when": config.sam_when,
         },
         "average": _average(setup),
         "bad_images": setup.bad_images,

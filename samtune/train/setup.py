@@ -13,14 +13,16 @@ from samtune import console
 from samtune.config.run_config import RunConfig
 from samtune.data.transforms import model_input
 from samtune.distributed import collectives, ddp, device, environment, fsdp
-from samtune.errors import UsageError
+from samtune.errors import UsageError, plural
 from samtune.models import compiled, training
 from samtune.models.build import build_model, check_size
 from samtune.models.cuts import find_cut
 from samtune.models.head import head_names
 from samtune.models.names import resolve
 from samtune.models.timm_format import ModelInfo
-from samtune.sam.gradient import ONE_PASS, SAM
+from samtune.sam.gradient import SAM
+from samtune.sam.gradient_rule import GradientRule
+from samtune.sam.known_direction import ONE_PASS
 from samtune.sam.losses import cross_entropy, l2_penalty
 from samtune.sam.step import Step
 from samtune.train.batch_plan import BatchPlan, group_size
@@ -233,6 +235,12 @@ def _sam(
     optimizer: torch.optim.Optimizer,
 ) -> SAM:
     batch.sharing(config.m)  # whether it can be
+    if config.sam_when is not None and batch.devices > 1:
+        raise UsageError(
+            f"--sam-when {config.sam_when} with {plural(batch.devices, 'device')}",
+            "each would have to decide as the others do",
+            "give --gpus 1, or leave --sam-when out",
+        )
     m: Any = config.m
     micro_batch = config.micro_batch
     if batch.parts > 1 and m == "device" and config.ascent not in ONE_PASS:
@@ -265,8 +273,9 @@ def _sam(
             ascent=config.ascent if config.rho > 0 else "gradient",  # which keeps nothing
             optimizer=optimizer,
             second_order=config.second_order,
+            when=None if config.sam_when is None else GradientRule(float(config.sam_when.partition(":")[2])),
         )
-    except ValueError as error:  # what only the model can tell
+    except ValueError as error:  # what only the model and the ranks can tell
         raise UsageError(
             f"--perturb {config.perturb}" + (f" --perturb-from {config.perturb_from}" if cut else ""),
             str(error),
@@ -288,6 +297,8 @@ def _obstacle_to_graphs(config: RunConfig, target: torch.device) -> str:
         "--grad-checkpointing": config.grad_checkpointing,
         # The second pass begins with what the first one has computed.
         "--perturb-from": config.perturb_from is not None,
+        # Whether there is a second pass is decided by the first one's gradient.
+        "--sam-when": config.sam_when is not None,
         # Its passes are differentiated twice.
         "--second-order": config.second_order,
         # A replay is not shown to be what the same operations give one by one, to the last bit.

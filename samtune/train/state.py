@@ -99,6 +99,7 @@ def state_dict(setup: Setup, state: TrainState) -> dict[str, Any]:
         "scaler": None if scaler is None else scaler.state_dict(),
         "generators": generator_states(setup.device),
         "micro_batch": setup.update.sam.micro_batch,
+        "gradient_rule": None if setup.update.sam.when is None else setup.update.sam.when.state,
         "averaged_steps": 0 if setup.average is None else setup.average.count,
     }
 
@@ -120,6 +121,8 @@ def load_state_dict(setup: Setup, folder: Path) -> TrainState:
             setup.update.scaler.load_state_dict(state["scaler"])
         set_generator_states(state["generators"], setup.device)
         setup.update.sam.micro_batch = state["micro_batch"]
+        if setup.update.sam.when is not None and state.get("gradient_rule") is not None:
+            setup.update.sam.when.state = tuple(state["gradient_rule"])
         kept = state["position"]
         if "settled" in kept:  # as checkpoints called it before
             kept["evaluated_step"] = kept.pop("settled")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from samtune import SAM
-from samtune.sam.gradient import ONE_PASS
+from samtune.sam.known_direction import ONE_PASS
 from samtune.sam.step import Step
 
 

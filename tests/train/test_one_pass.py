@@ -28,6 +28,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(ascent, more, photos, tmp_pat
     assert fingerprint(parts) == fingerprint(whole)
 
 
+def test_a_rule_for_the_second_pass_goes_on_with_its_moving_mean_and_its_passes_are_counted(photos, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = ("--sam-when", "gradient:0.2")
+    done = run(photos, whole, *settings, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["steps"] < report["cost"]["forward_backward_passes"] < 2 * report["steps"]
+    assert report["sam"]["when"] == "gradient:0.2"
+    broken = run(photos, parts, *settings, faults=[{"at": "perturb", "call": 4, "do": "SIGTERM"}])
+    assert broken.returncode == 75, broken.stderr
+    done = resume(parts)
+    assert done.returncode == 0, done.stderr
+    assert fingerprint(parts) == fingerprint(whole)
+
+
 def test_the_previous_gradient_is_in_the_checkpoint_if_there_is_a_radius(photos, tmp_path):
     for rho in (0.05, 0):
         folder = tmp_path / f"rho{rho}"

@@ -123,7 +123,7 @@ def test_the_report_has_what_its_readers_rely_on(finished):
             "end",
             "every",
         ),
-        *("schedule", "final", "warmup_steps", "ascent_fraction", "ascent_steps", "ascent", "second_order"),
+        *("schedule", "final", "warmup_steps", "ascent_fraction", "ascent_steps", "ascent", "second_order", "when"),
         *("perturb_from", "suffix_share"),
     }
     assert {
