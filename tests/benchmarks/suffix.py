@@ -1,9 +1,9 @@
 """What SAM on the last part of a network costs: python -m tests.benchmarks.suffix
 
 Whole steps on one batch, in turn in one process, compared by their medians: SGD; SAM; SAM from each stage on
-(perturb_from), beside the six lines of a plain script that has the network in two parts; SAM of norm layers alone; and
-SAM in a quarter of the steps, as --sam-start 75% has it, computed from the first two. "counted" is 1 + the suffix's
-share of the multiplications.
+(perturb_from), beside the six lines of a plain script that has the network in two parts; SAM of norm layers alone; SAM
+along the momentum, which takes one pass; and SAM in a quarter of the steps, as --sam-schedule "late 25%" has it,
+computed from the first two. "counted" is 1 + the suffix's share of the multiplications.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def steps(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[st
 
     def ours(**options):
         own = copy.deepcopy(model)
-        optimizer, sam = sgd(own), samtune.SAM(own, RHO, **options)
+        optimizer = sgd(own)
+        sam = samtune.SAM(own, RHO, optimizer=optimizer, **options)
 
         def step():
             optimizer.zero_grad()
@@ -88,6 +89,7 @@ def steps(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[st
 
     name = "resnet10t" if hasattr(model, "layer1") else "tf_efficientnet_lite0"
     kinds: dict[str, Callable[[], object]] = {"SGD": plain(), "SAM": ours(), "SAM, norm layers": ours(perturb="norm")}
+    kinds["SAM along the momentum"] = ours(ascent="momentum")
     for cut in CUTS[name]:
         kinds[f"SAM from {cut}"] = ours(perturb_from=cut)
         kinds[f"script, {cut}"] = script(cut)
