@@ -55,7 +55,7 @@ def test_the_report_counts_both_trainings_and_names_the_labels_of_each(whole):
     result, first = report(whole), report(whole / "bootstrap")
     assert result["steps"] == first["steps"] == 6
     assert result["cost"] == {
-        **{"forward_backward_passes": 24, "sgd_equivalents": 4, "bootstrap_passes": 12},
+        **{"forward_backward_passes": 24, "sgd_equivalents": 4, "seconds_against_sgd": None, "bootstrap_passes": 12},
         "bootstrap_seconds": first["train_seconds"],
     }
     assert result["train_seconds"] > first["train_seconds"] > 0
