@@ -240,7 +240,7 @@ MUTATIONS = {
         {
             "sam/suffix.py": [
                 (
-                    "forward(*arguments, **named) if reached else _zeros(next(outputs[module]))",
+                    "forward(*arguments, **named) if reached else _placeholder(next(outputs[module]))",
                     "forward(*arguments, **named)",
                 )
             ]

@@ -126,7 +126,7 @@ class Cut:
             return (z if with_front else z.detach(), *arguments[1:])
 
         def again(module: nn.Module, forward: Any, *arguments: Any, **named: Any) -> Any:
-            return forward(*arguments, **named) if reached else _zeros(next(outputs[module]))
+            return forward(*arguments, **named) if reached else _placeholder(next(outputs[module]))
 
         hook = self._module.register_forward_pre_hook(cut)
         replaced = [module for module in outputs if "forward" not in vars(module)]
@@ -203,12 +203,12 @@ def _on_meta(output: Any) -> Any:
     return output
 
 
-def _zeros(kept: Any) -> Any:
-    """Zeros in the place of what a module returned: nothing but its shape matters before the cut."""
+def _placeholder(kept: Any) -> Any:
+    """A tensor, of any values, in the place of what a module returned: nothing but its shape matters before the cut."""
     if isinstance(kept, tuple) and len(kept) == 2 and isinstance(kept[0], torch.device):
-        return torch.zeros_like(kept[1], device=kept[0])
+        return torch.empty_like(kept[1], device=kept[0])  # filled, it would cost a hundredth of a step
     if isinstance(kept, tuple | list):
-        return type(kept)(map(_zeros, kept))
+        return type(kept)(map(_placeholder, kept))
     return kept
 
 
