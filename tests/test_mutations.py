@@ -79,7 +79,7 @@ MUTATIONS = {
         "sam/test_one_pass.py::test_a_loss_scale_changes_nothing_and_an_overflow_leaves_the_previous_gradient[True]",
     ),
     "the only pass leaves batch-norm statistics": (
-        {"sam/gradient.py": [("statistics_stay=False) if known", "statistics_stay=True) if known")]},
+        {"sam/gradient.py": [("statistics_stay=False) if direction", "statistics_stay=True) if direction")]},
         "sam/test_one_pass.py::test_the_model_is_called_once_and_statistics_are_those_of_one_pass[momentum-None]",
     ),
     "the first gradient is kept through pass 2": (

@@ -74,7 +74,7 @@ def load_over(
 
 def given_settings(recipe: Path | None, flags: Mapping[str, Any] | None) -> dict[str, Any]:
     """The settings that flags or the recipe give."""
-    return {key: value for key, (value, _) in _with_origins(recipe, flags).items()}
+    return {key: value for key, (value, _) in _with_origins(recipe, flags, length=None).items()}
 
 
 def check_devices(gpus: str, processes: int | None) -> None:
@@ -97,7 +97,8 @@ def _with_origins(
 ) -> dict[str, tuple[Any, str]]:
     """Key -> (value, origin) of all settings that a recipe, flags and overrides give.
 
-    variant: used if no flag chooses one. length: of the run, if none of them gives it.
+    variant: used if no flag chooses one. length: of the run, if none of them gives it; None keeps --sam-schedule, which
+    stands for other settings.
     """
     flags = flags or {}
     layers = [
@@ -106,10 +107,11 @@ def _with_origins(
     ]
     layers.append({key: (value, "flag") for key, value in flags.items() if key != "variant"})
     layers.append(dict(overrides or {}))
-    length = next((layer["epochs"][0] for layer in reversed(layers) if "epochs" in layer), length)
+    if length is not None:
+        length = next((layer["epochs"][0] for layer in reversed(layers) if "epochs" in layer), length)
     values: dict[str, tuple[Any, str]] = {}
     for layer in layers:
-        values = _merge(values, _with_sam_schedule(layer, length))
+        values = _merge(values, layer if length is None else _with_sam_schedule(layer, length))
     return values
 
 
@@ -129,7 +131,7 @@ def _with_sam_schedule(given: dict[str, tuple[Any, str]], length: Any) -> dict[s
         raise UsageError(f"{where}: {error}") from None
     _refuse_together(where, {flag_name(key): key in given for key in derived}, "the schedule stands for all of these")
     rest = {key: value for key, value in given.items() if key != "sam_schedule"}
-    return rest | {key: (value, f"derived: --sam-schedule {text}") for key, value in derived.items()}
+    return rest | {key: (value, f"{origin} (sam_schedule {text})") for key, value in derived.items()}
 
 
 def _layers(recipe: Path | None, asked: str | None, default: str | None = None) -> list[tuple[str, Mapping[str, Any]]]:

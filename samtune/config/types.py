@@ -57,7 +57,7 @@ def _when(rule: str) -> str:
     match = re.fullmatch(r"gradient:(-?[0-9]{1,3}(\.[0-9]{1,6})?)", rule) if isinstance(rule, str) else None
     if match is None:
         raise ValueError('must be "gradient:1", with a number of standard deviations')
-    return f"gradient:{float(match[1]):g}"
+    return rule
 
 
 def _seed_or_auto(seed: int | str) -> int | str:

@@ -57,7 +57,8 @@ def _settings_rows(plan: Mapping[str, Any]) -> dict[str, str]:
         "steps": f"{length['steps']} of {plural(batch['images'], 'image')}, {length['steps_per_epoch']} an epoch; "
         f"warm-up {length['warmup_steps']}",
         "SAM": f"{run_report.sam_words(plan['sam'], length['steps'])}; in {plural(length['sam_steps'], 'step')}",
-        "passes": f"{length['passes']:,.0f} forward and backward, {length['passes'] / length['steps']:.3g} times SGD's"
+        "passes": ("at most " if plan["sam"]["when"] else "")
+        + f"{length['passes']:,.0f} forward and backward, {length['passes'] / length['steps']:.3g} times SGD's"
         + (", in two trainings (bootstrap)" if length["trainings"] > 1 else ""),
     }
     for key, setting in plan["settings"].items():

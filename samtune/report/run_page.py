@@ -188,11 +188,15 @@ def _curves(folder: Path, report: Report) -> dict[str, Any]:
     if sam["enabled"] and (sam["start"] > 0 or sam["end"] < report["steps"]):
         spans = [Span("SAM", sam["start"] / per_epoch, min(sam["end"], report["steps"]) / per_epoch)]
         note = f" The shaded part is trained with SAM, steps {sam['start']} to {sam['end']}; the rest without."
+    if sam["enabled"] and sam.get("ascent") in ("momentum", "previous"):
+        where = "Train is measured at the perturbed weights, validation at the weights w."
+    else:
+        where = "Everything is measured at the weights w, not at the perturbed ones."
     return {
         "curves": learning_curves.run_charts(rows, per_epoch, spans),
-        "curves_note": "Everything is measured at the weights w, not at the perturbed ones. Train is the mean over an "
-        "epoch while it was trained, with augmentation, dropout and label smoothing, so that it may lie above "
-        f"validation, which has none of them.{note} A gap is a value that was not finite.",
+        "curves_note": f"{where} Train is the mean over an epoch while it was trained, with augmentation, dropout and "
+        "label smoothing, so that it may lie above validation, which has none of them."
+        f"{note} A gap is a value that was not finite.",
     }
 
 

@@ -74,7 +74,7 @@ def build(folder: Path) -> dict[str, Any]:
     `start`).
     cost.sgd_equivalents is the number of forward-backward passes over that of plain SGD for as many steps, a pass over
     a part of the network counted by its multiplications. cost.seconds_against_sgd is the same of measured time, where
-    the run has rows of plain steps to compare with. With
+    the run has rows of plain steps to compare with, and one training. With
     --bootstrap, passes and train_seconds are those of both trainings; cost.bootstrap_passes and cost.bootstrap_seconds
     are those of the first. Values that missing rows of metrics leave open are null.
     """
@@ -91,6 +91,9 @@ def build(folder: Path) -> dict[str, Any]:
     chosen = best if selected == "best" else (val[-1] if val else None)
     average = _average(config, provenance)
     if average is not None:
+        # As it was, after a rollback or with another length of the run than planned.
+        averaged = [row["averaged_steps"] for row in (*val_ema, *test_ema) if "averaged_steps" in row]
+        average |= {"steps": averaged[-1]} if averaged else {}
         # The tail of a run is whole only at its end.
         of_average = val[-1] if val and average["kind"] == "tail" else chosen
         average |= {
@@ -147,7 +150,7 @@ def build(folder: Path) -> dict[str, Any]:
         "cost": {
             "forward_backward_passes": passes,
             "sgd_equivalents": passes / steps if passes is not None else None,
-            "seconds_against_sgd": _seconds_against_sgd(train),
+            "seconds_against_sgd": None if cost else _seconds_against_sgd(train),
             **cost,
         },
         "checkpoints": [f"checkpoints/{name}" for name in ("last", "best") if (folder / "checkpoints" / name).exists()],

@@ -312,18 +312,21 @@ def open_weights(path: Path, name: str | None = None, *, ema: bool | None = None
     folder = locate(path, name)
     manifest = verify(folder)
     config = run_config(manifest)
+    why = "--select average" if ema is None else "--ema"
     if ema is None:
         is_run = path.name == "checkpoints" or (path / "checkpoints").is_dir()
         ema = is_run and name is None and config.select == "average"
     if ema and not config.averages_weights:
         raise UsageError(
-            f"--ema: {folder} has no averaged weights", hint="train with --average-tail 25%, or with --model-ema"
+            f"{why}: {folder} has no averaged weights", hint="train with --average-tail 25%, or with --model-ema"
         )
     if ema and not (folder / "ema").is_dir():
         raise UsageError(
-            f"--ema: {folder} has no averaged weights yet",
+            f"{why}: {folder} has no averaged weights yet",
             f"step {manifest['step']} is before the last part of the run, --average-tail {config.average_tail}",
-            "take the last one: --checkpoint last",
+            "take the last one: --checkpoint last"
+            if why == "--ema"
+            else "let the run go on, or give the path of a checkpoint, whose own weights are taken",
         )
     return Opened(folder, manifest, config, folder / "ema" if ema else folder, ema)
 

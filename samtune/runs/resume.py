@@ -67,6 +67,8 @@ def resolve_resume(
             f"config.toml: {error}",
             "fix it: manifest.json of a checkpoint has them as `config`",
         ) from None
+    if "sam_schedule" in allow_change:
+        allow_change = {*allow_change, "sam_start", "sam_end", "sam_every"}  # what it stands for
     settings, before, keys = loading.load_over(stored, origins, recipe, flags)
     changed = {key: (getattr(before, key), getattr(settings, key)) for key in keys if key != "output"}
     if not set(changed) <= RUNTIME_ONLY | set(allow_change):

@@ -318,12 +318,11 @@ class SAM:
         together = self.m if isinstance(self.m, int) else n  # the samples of one perturbation
         has_pass_1 = self.rho > 0 and self._known_direction is None
         pieces = split(batch, together) if has_pass_1 else self.split_batch(*batch)
-        known = self._known_direction() if self.rho > 0 and self._known_direction is not None else []
         at_w = []
         with (
             self.ranks.during_backward(self.ascent_steps if has_pass_1 else 0),
             explain_second_backward(),
-            self._perturb(known, self.rho, statistics_stay=False) if known else nullcontext(),
+            self._perturbed_along_known() if self.rho > 0 and not has_pass_1 else nullcontext(),
         ):
             backward = self._second_order_backward if self.second_order and has_pass_1 else self._backward
             for piece in pieces:
@@ -372,6 +371,14 @@ class SAM:
             if cut is not None:
                 cut.release()
         return at_w
+
+    @contextmanager
+    def _perturbed_along_known(self) -> Iterator[None]:
+        """Inside the block weights are w + e, for the one pass of a step; w while there is no direction."""
+        assert self._known_direction is not None
+        direction = self._known_direction()
+        with self._perturb(direction, self.rho, statistics_stay=False) if direction else nullcontext():
+            yield
 
     def _add_gradient(self, g1: list[torch.Tensor], share: float, at_w: torch.Tensor) -> None:
         """Add a gradient that is there, times share, to `.grad`; NaN if the loss at w is not finite."""

@@ -17,15 +17,15 @@ class KnownDirection:
     """What takes the place of g1: minus the optimizer's momentum, or the gradient of the step before.
 
     ascent: one of ONE_PASS. "previous" is kept by a hook of the optimizer, in its state. params: the perturbed
-    parameters. Raises ValueError for an optimizer that is missing, or has no momentum or none of these parameters.
+    parameters. Raises ValueError for an optimizer that is missing, or has no momentum, or not all of these parameters.
     """
 
     def __init__(self, ascent: str, optimizer: torch.optim.Optimizer | None, params: Sequence[nn.Parameter]) -> None:
         if optimizer is None:
             raise ValueError(f"ascent {ascent}: give the base optimizer, SAM(..., optimizer=optimizer)")
         known = {id(w) for group in optimizer.param_groups for w in group["params"]}
-        if not any(id(w) in known for w in params):
-            raise ValueError(f"ascent {ascent}: the optimizer has none of the perturbed parameters")
+        if not all(id(w) in known for w in params):
+            raise ValueError(f"ascent {ascent}: the optimizer does not have all perturbed parameters")
         if ascent == "momentum" and all(group.get("momentum") == 0 for group in optimizer.param_groups):
             raise ValueError("ascent momentum: the optimizer has momentum 0")
         self._ascent, self._optimizer, self._params = ascent, optimizer, params

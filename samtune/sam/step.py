@@ -129,6 +129,8 @@ class Step:
             ddp.average_over_ranks(self._stats.kept_floats(), weight)
         else:
             self._stats.restore()  # nothing of this step stays
+            if rule is not None and moments is not None:
+                rule.state = moments
         if self.scaler is not None:
             self.scaler.update()
         return StepResult(loss_sum / n, int(wrong), int(n), grad_norm, applied, self.sam.passes, stopping > 0)

@@ -69,6 +69,7 @@ class Plan:
         steps = max(2 * _PROBE_PART, round(_PROBE_PASSES / passes))
         settings |= {"epochs": f"{steps} steps", "eval_every": f"{_PROBE_PART} steps", "max_eval": 1}
         settings |= {"bootstrap": False} if config.bootstrap else {}
+        settings |= {"average_tail": "100%"} if config.average_tail is not None else {}
         return self._run(_probe_id(kind, point), "probe", None, None, point, 0, settings | {"val": True, "test": False})
 
     def selections(self, budget: Budget | None, arm: str, paces: Mapping[str, float]) -> list[list[Run]]:

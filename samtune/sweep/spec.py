@@ -198,7 +198,7 @@ def _read_seeds(seeds: str) -> int | list[int] | str:
 def _with_defaults(table: SweepSpec) -> SweepSpec:
     """Add the paper's rho, and the starts of late SAM, if the recipe has no others."""
     late = table.sam_late
-    if "sam-late" in table.arms and "sam_start" not in (*late, *table.grid):
+    if "sam-late" in table.arms and not {"sam_start", "sam_schedule"} & {*late, *table.grid}:
         late = {"sam_start": SAM_START} | late
     grid = table.grid
     if {"sam", "sam-late"} & set(table.arms):
@@ -210,8 +210,13 @@ def _with_flags(table: SweepSpec, flags: Mapping[str, Any]) -> SweepSpec:
     """Replace grids by flags, which take precedence over the recipe and its grids."""
     grids = {name: getattr(table, name) for name in ("grid", "sam", "sam_late", "sgd", "sgd_2x")}
     given = {key: [value] for key, value in flags.items() if value is not None}
+    stands_for = {"sam_start", "sam_end", "sam_every"}
+    replaced = stands_for if "sam_schedule" in given else {"sam_schedule"} if stands_for & given.keys() else set()
     return table.model_copy(
-        update={name: {key: given.get(key, values) for key, values in grid.items()} for name, grid in grids.items()}
+        update={
+            name: {key: given.get(key, values) for key, values in grid.items() if key not in replaced}
+            for name, grid in grids.items()
+        }
     )
 
 

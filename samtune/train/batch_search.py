@@ -16,6 +16,7 @@ from samtune.errors import OutOfMemory, plural
 from samtune.models.timm_format import ModelInfo
 from samtune.models.training import train_mode
 from samtune.sam.gradient import SAM
+from samtune.sam.known_direction import ONE_PASS
 from samtune.sam.losses import cross_entropy
 from samtune.sam.snapshot import BatchNormStats, batch_norms, generator_states, set_generator_states
 
@@ -48,6 +49,7 @@ def resolve_batch_size(
         default: int = RunConfig.model_fields["batch_size"].default
         return config.derive("batch_size", default, f"the default, on device {target.type}")
     copies = (2 if config.opt == "adamw" else 1) + (devices > 1)  # its state; buffers in which ranks add up gradients
+    copies += config.ascent in ONE_PASS  # the direction
     console.info(f"searching the batch that fits {device.describe(target)} ...")
     found = largest_batch(model, config, info, train_images // devices, _show, copies)
     if found.images == 0:

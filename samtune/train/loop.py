@@ -255,9 +255,10 @@ class Trainer:
             if validating:
                 validation, averaged = self._validate()
                 scores = validation.summary()
-                for scored in (validation, averaged):
-                    if scored is not None:
-                        self.log.metrics(step=step, epoch=setup.epoch(step), **scored.summary())
+                self.log.metrics(step=step, epoch=setup.epoch(step), **validation.summary())
+                if averaged is not None:
+                    of_average = averaged.summary() | self._averaged_steps
+                    self.log.metrics(step=step, epoch=setup.epoch(step), **of_average)
                 key = best_key(scores)
                 if state.best is None or key < state.best:
                     state.best, state.best_step = key, step
@@ -281,11 +282,13 @@ class Trainer:
 
     def _log_gradient_share(self) -> None:
         """Say how a radius of a part of the network compares with one of the whole."""
-        sam, rho = self.setup.update.sam, self.setup.config.rho
+        sam, config = self.setup.update.sam, self.setup.config
         share = sam.gradient_share()
-        if share is not None and rho > 0:
-            part = f"from {sam.perturb_from} on is {share:.2f} of the gradient's norm"
-            self.log.info(f"{part}: SAM of the whole network would move it as far with rho {rho / share:.2g}")
+        if share:
+            text = f"from {sam.perturb_from} on is {share:.2f} of the gradient's norm"
+            if config.rho > 0 and (config.p, config.adaptive, config.ascent) == (2, False, "gradient"):
+                text += f": SAM of the whole network would move it as far with rho {config.rho / share:.2g}"
+            self.log.info(text)
 
     def _estimate_batch_norm(self) -> None:
         """Estimate the batch-norm statistics of the averaged weights, on the batches of the first steps.
@@ -410,7 +413,13 @@ class Trainer:
                 scored = self._score(model, setup.test, setup.test_rows, split)
                 if (name, split) == self._result:  # before its row, which says that nothing is missing
                     self._write_predictions(scored)
-                self.log.metrics(**row, **scored.summary())
+                self.log.metrics(**row, **scored.summary(), **(self._averaged_steps if split == "test_ema" else {}))
+
+    @property
+    def _averaged_steps(self) -> dict[str, int]:
+        """What a row of metrics of averaged weights says besides: the length of a tail's mean so far."""
+        average = self.setup.average
+        return {} if average is None or average.decay is not None else {"averaged_steps": average.count}
 
     @property
     def _result(self) -> tuple[str, str]:
@@ -469,7 +478,7 @@ class Trainer:
             with self.log.best_effort("predictions.parquet"):
                 predictions.write(
                     self.log.folder / "predictions.parquet",
-                    split=scored.split,
+                    split=scored.split.removesuffix("_ema"),  # the report's result, whatever the weights
                     rows=scored.rows,
                     labels=scored.labels,
                     predicted=scored.predictions,

@@ -134,6 +134,7 @@ def startup_lines(setup: Setup, provenance: Mapping[str, Any]) -> list[str]:
     val_origin = val_origin if config.val else "trained on, too"
     sizes = f"train {len(setup.train_rows)}, val {len(setup.val_rows)} ({val_origin}), test {len(setup.test_rows)}"
     head_lr = provenance["optimizer"]["head_lr"]
+    most = "at most " if config.sam_when is not None else ""
     pieces = f", {setup.update.sam.micro_batch} at once" if setup.update.sam.micro_batch else ""
     return [
         f"model   {model['requested']}{resolved}: pretrained on {model['pretraining']}, weights {model['weights']}, "
@@ -142,7 +143,7 @@ def startup_lines(setup: Setup, provenance: Mapping[str, Any]) -> list[str]:
         f"steps   {setup.total_steps} of {setup.batch.words()}{pieces} ({config.epochs}), "
         f"warm-up {setup.warmup_steps}, cosine",
         f"update  {run_report.sam_words(provenance['sam'], setup.total_steps)}"
-        + (f"; {setup.passes / setup.total_steps:.3g} passes a step" if config.rho > 0 else ""),
+        + (f"; {most}{setup.passes / setup.total_steps:.3g} passes a step" if config.rho > 0 else ""),
         f"        {config.opt}, lr {setup.lr:g}{_scaled(setup)} (head {head_lr:g}), clip {config.clip_grad:g}",
         *([f"average {run_report.average_words(provenance['average'])}"] if provenance["average"] else []),
         f"device  {_devices(provenance['devices'])}, {provenance['arithmetic']}"

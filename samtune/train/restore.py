@@ -65,6 +65,12 @@ def _resume(
             f"--epochs {setup.config.epochs} is {plural(setup.total_steps, 'step')}",
             "give it more",
         )
+    if setup.config.average_tail is not None and "epochs" in resumed.changed and setup.total_steps == state.step:
+        raise CheckpointError(
+            f"run {folder} has done all its {plural(state.step, 'step')} already",
+            f"none is left to average, by --average-tail {setup.config.average_tail}",
+            "give it more --epochs",
+        )
     if "micro_batch" in resumed.changed:
         setup.update.sam.micro_batch = setup.config.micro_batch
     changed = {key: [str(value) for value in values] for key, values in resumed.changed.items()}

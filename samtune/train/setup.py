@@ -235,11 +235,17 @@ def _sam(
     optimizer: torch.optim.Optimizer,
 ) -> SAM:
     batch.sharing(config.m)  # whether it can be
-    if config.sam_when is not None and batch.devices > 1:
+    if config.sam_when is not None and environment.rank_info() is not None:
         raise UsageError(
-            f"--sam-when {config.sam_when} with {plural(batch.devices, 'device')}",
+            f"--sam-when {config.sam_when} with {plural(batch.devices, 'rank')}",
             "each would have to decide as the others do",
-            "give --gpus 1, or leave --sam-when out",
+            "give --gpus 1 without a launcher, or leave --sam-when out",
+        )
+    if config.sam_when is not None and config.amp_dtype == "float16":
+        raise UsageError(
+            f"--sam-when {config.sam_when} with float16",
+            "a gradient's norm follows the scale of the loss",
+            "give --amp-dtype float32",
         )
     m: Any = config.m
     micro_batch = config.micro_batch

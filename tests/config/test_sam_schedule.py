@@ -27,7 +27,7 @@ BASE = {"model": "test_resnet", "dataset": "cifar10", "epochs": 8}
 def test_a_schedule_is_short_for_the_three_settings(text, flags):
     config = loading.load(None, BASE | {"sam_schedule": text})
     assert config.model_dump() == loading.load(None, BASE | flags).model_dump()
-    assert config.origins["sam_start"] == f"derived: --sam-schedule {text}"
+    assert config.origins["sam_start"] == f"flag (sam_schedule {text})"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,10 @@ def test_beside_one_of_the_three_it_is_refused_and_a_flag_goes_before_that_of_a_
     recipe.write_text('sam_every = 3\nsam_start = "10%"\n')
     config = loading.load(recipe, BASE | {"sam_schedule": "early 50%"})
     assert (str(config.sam_start), str(config.sam_end), config.sam_every) == ("0%", "50%", 1)
+
+
+def test_a_schedule_is_known_before_the_length_of_the_run_is():
+    assert loading.given_settings(None, {"sam_schedule": "late 100 steps", "output": "r"})["output"] == "r"
 
 
 def test_a_resumed_run_may_have_another_one():

@@ -111,6 +111,18 @@ def test_a_norm_that_is_not_finite_changes_nothing():
     assert all(w.grad.isnan().all() for w in net.parameters())
 
 
+def test_a_step_that_is_not_applied_leaves_the_rule_as_it_was():
+    net = small_net().eval()
+    sam = SAM(net, 0.1, when=GradientRule(-1e6))
+    before = sam.when.state
+
+    def objective(logits, labels):
+        return F.cross_entropy(logits, labels) * (math.inf if sam.perturbed else 1)
+
+    assert not Step(sam, torch.optim.SGD(net.parameters(), lr=0.1), objective)(*next(batches(1))).applied
+    assert sam.when.state == before
+
+
 def test_when_memory_runs_out_the_rule_sees_the_step_once():
     results = []
     for full in (True, False):
@@ -144,9 +156,16 @@ def test_what_leaves_no_whole_gradient_is_refused(options):
         ({"perturb_from": "layer3"}, "--perturb-from contradict"),
         ({"shard": True, "m": "global"}, "--shard contradict"),
         ({"processes": 2}, "--processes 2 contradict"),
+        ({"amp_dtype": "float16"}, "float16 contradict"),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_refused_in_a_line(more, said):
     with pytest.raises(UsageError) as error:
         loading.load(None, BASE | {"sam_when": "gradient:1"} | more)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["gradient:0.00001", "gradient:-1", "gradient:123.123456"])
+def test_a_rule_is_read_again_as_it_was_written(text):
+    config = loading.load(None, BASE | {"sam_when": text})
+    assert loading.load(None, config.model_dump(mode="json", exclude_none=True)).sam_when == text

@@ -343,7 +343,7 @@ def test_a_parameter_that_has_no_gradient_any_more_is_not_moved(small_net, batch
         ({"m": 4}, "leave m out"),
         ({"m": "global"}, "leave m out"),
         ({"optimizer": None}, "give the base optimizer"),
-        ({"optimizer": sgd(SmallNet())}, "none of the perturbed parameters"),
+        ({"optimizer": sgd(SmallNet())}, "not have all perturbed"),
     ],
 )
 @pytest.mark.parametrize("ascent", ASCENTS)

@@ -23,10 +23,10 @@ from tests.conftest import samtune, write_image_folder
 from tests.support.small_sweep import attempts, sweep, write_recipe
 
 
-def load(tmp_path, table="", base="", **more):
+def load(tmp_path, table="", base="", flags=None, **more):
     path = tmp_path / "recipe.toml"
     path.write_text(f'model = "test_resnet"\ndataset = "cifar10"\n{base}\n[sweep]\n{table}\n')
-    return spec.load(path, {}, **more)
+    return spec.load(path, flags or {}, **more)
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -72,7 +72,18 @@ def test_a_schedule_of_sam_may_be_a_grid_or_that_of_the_recipe(tmp_path):
     late, often = (asked.config(arms.settings(asked, "sam", point)) for point in arms.points(asked, "sam"))
     assert (str(late.sam_start), str(late.sam_end), often.sam_every) == ("75%", "100%", 2)
     assert arms.points(asked, "sgd") == [{}]
+    assert arms.points(load(tmp_path, grid), "sam-late") == arms.points(asked, "sam")  # without starts of its own
+    flagged = load(tmp_path, flags={"sam_schedule": "late 10%"})
+    (late,) = {
+        flagged.config(arms.settings(flagged, "sam-late", p)).sam_start for p in arms.points(flagged, "sam-late")
+    }
+    assert str(late) == "90%"
     asked = load(tmp_path, "[sweep.grid]\nrho = [0.1]\n", 'sam_schedule = "early 50%"')
+    assert 'sam_end = "50%"' in asked.to_toml().replace("  ", "")
+    copy = tmp_path / "copy.toml"
+    copy.write_text(asked.to_toml())
+    again = spec.load(copy, {})
+    assert str(again.base.sam_end) == "50%"
     assert str(asked.config(arms.settings(asked, "sam", arms.points(asked, "sam")[0])).sam_end) == "50%"
 
 

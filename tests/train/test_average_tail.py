@@ -16,7 +16,8 @@ from samtune.data.transforms import train_transform
 from samtune.errors import UsageError
 from samtune.models.training import WeightAverage, estimate_batch_norm
 from samtune.predict.predictor import Predictor
-from samtune.runs import checkpoint
+from samtune.report import finished_run
+from samtune.runs import checkpoint, predictions
 from samtune.runs.metrics import read_metrics
 from samtune.train.batch_plan import BatchPlan
 from samtune.train.schedule import TrainingLength
@@ -84,6 +85,27 @@ def test_statistics_at_the_end_are_those_of_the_averaged_weights_on_the_first_ba
     for name in names:
         torch.testing.assert_close(found[name], setup.model.state_dict()[name], rtol=1e-5, atol=1e-6)
     assert any(not torch.allclose(found[name].double(), before[name], rtol=1e-3) for name in names)
+
+
+def test_the_predictions_are_those_of_the_average_and_the_report_uses_them(averaged):
+    folder, result, _ = averaged
+    table = predictions.read(folder / "predictions.parquet", result["dataset"]["classes"])
+    assert table.split == "test"
+    assert int((~table.correct).sum()) == result["test"]["wrong"]
+    assert finished_run.read(folder, "tail").predictions is not None
+    assert "predictions.parquet is not of the result" not in (folder / "report.md").read_text()
+    assert result["ema"]["steps"] == 5
+
+
+def test_a_run_that_ends_where_it_is_has_nothing_to_average(photos, tmp_path):
+    folder = tmp_path / "r"
+    given = ("--no-model-ema", "--average-tail", "25%", "--epochs", "8 steps", "--rho", 0)
+    stopped = run(photos, folder, *given, faults=[{"at": "step", "call": 4, "do": "SIGTERM"}])
+    assert stopped.returncode == 75, stopped.stderr
+    step = step_of(folder)
+    done = resume(folder, "--epochs", f"{step} steps", "--allow-change", "epochs")
+    assert done.returncode == 5, done.stderr
+    assert "none is left to average" in done.stderr
 
 
 def test_the_average_is_the_result_and_what_eval_and_predict_take(averaged):
