@@ -363,6 +363,36 @@ def without_memory(bad_rank, where, m, again):
     return [w.sum().item() for w in model.parameters()], results, step.sam.micro_batch
 
 
+def without_memory_for_the_direction(fails):
+    """Three updates along the momentum; in the second there is no memory for the direction on rank 0."""
+    torch.manual_seed(0)
+    model = Wide().double()
+    wrapped_model = ddp.data_parallel(model, torch.device("cpu"))
+    optimizer = sgd(wrapped_model)
+    step = make_step(wrapped_model, optimizer, rho=RHO, ascent="momentum")
+    direction, calls = step.sam._known_direction, []
+
+    def broken():
+        calls.append(1)
+        if fails and dist.get_rank() == 0 and len(calls) == 2:
+            raise MemoryError("simulated")
+        return direction()
+
+    step.sam._known_direction = broken
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    batches = [torch.randn(4, 400, generator=generator, dtype=torch.float64) for _ in range(3)]
+    results = [step(images, torch.arange(4) % 3) for images in batches]
+    return [w.sum().item() for w in model.parameters()], [one.loss for one in results], step.sam.micro_batch
+
+
+def test_where_a_rank_has_no_memory_for_a_direction_all_begin_the_step_again(ranks):
+    whole, broken = ranks(without_memory_for_the_direction, False), ranks(without_memory_for_the_direction, True)
+    for (weights, losses, _), (again, losses_again, micro_batch) in zip(whole, broken, strict=True):
+        assert again == pytest.approx(weights, rel=1e-9)
+        assert losses_again == pytest.approx(losses, rel=1e-9)
+        assert micro_batch == 2
+
+
 @pytest.mark.parametrize("m", ["device", "global"])
 @pytest.mark.parametrize(
     "where", [("forward", False), ("forward", True), ("backward", False), ("backward", True)], ids=str
