@@ -240,15 +240,15 @@ MUTATIONS = {
         {
             "sam/suffix.py": [
                 (
-                    "forward(*arguments, **named) if reached else _placeholder(next(outputs[module]))",
-                    "forward(*arguments, **named)",
+                    "            if reached:\n                return forward(",
+                    "            if True:\n                return forward(",
                 )
             ]
         },
         "sam/test_suffix.py::test_the_front_costs_one_pass_and_the_suffix_two",
     ),
     "the front stays replaced": (
-        {"sam/suffix.py": [("                del module.forward\n", "                pass\n")]},
+        {"sam/suffix.py": [('vars(module).pop("forward", None)', "pass")]},
         "sam/test_suffix.py::test_weights_and_modules_are_as_before_also_after_an_error",
     ),
     "what goes past the cut is not looked for": (

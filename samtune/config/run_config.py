@@ -315,7 +315,7 @@ class RunConfig(BaseModel):
         "results",
         "perturb only the network from a module on, as blocks.5, and compute what is before it once for both passes: "
         "SAM at a fraction of its cost. Or a share: 40% is the stage from which on a pass takes nearest to 40 % of its "
-        "multiplications; auto is 25%. Such a part bears, and wants, a larger rho",
+        "multiplications; auto is 25%. It has a rho of its own",
         None,
     )
     head_rho_factor: float = _sam("update", "rho of the new head over that of the body", 1.0, ge=0)

@@ -202,9 +202,7 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no limit is "max"
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    return total
+    return min([total, *(limit for limit, _ in _container_memory())])
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -214,11 +212,36 @@ def free_memory_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    with suppress(OSError, ValueError):  # no limit is "max"
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-        free = min(free, max(0, limit - used))
-    return free
+    return max(0, min([free, *(limit - used for limit, used in _container_memory())]))
+
+
+def _container_memory(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
+    """(limit, used) bytes of each control group with a limit that this process is in, of version 2 or 1.
+
+    Slurm and systemd set limits in groups of their own, below a container's. What the page cache could give back does
+    not count as used. root: where proc and sys are.
+    """
+    files = {
+        "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controller, path = group.split(":", 2)
+        if controller not in files:
+            continue
+        mounted, limit, used, cache = files[controller]
+        place = root / mounted / path.lstrip("/")
+        while place.is_relative_to(root / mounted):
+            with suppress(OSError, ValueError):  # no limit is "max", and a container does not see the groups above it
+                lines = [line.split() for line in (place / "memory.stat").read_text(encoding="utf-8").splitlines()]
+                unused = sum(int(value) for key, value in lines if key == cache)
+                most, taken = (int((place / name).read_text(encoding="utf-8")) for name in (limit, used))
+                yield most, taken - unused
+            place = place.parent
 
 
 def is_out_of_memory(error: BaseException) -> bool:

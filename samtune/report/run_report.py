@@ -170,13 +170,18 @@ def build(folder: Path) -> dict[str, Any]:
 def _seconds_against_sgd(train: Sequence[Row]) -> float | None:
     """Seconds of all steps over what they would have taken without SAM, by the rows of plain steps; None without any.
 
-    The median of these rows leaves out the first steps, which are slow.
+    Medians leave out the first steps, which are slow.
     """
-    plain = [1 / row["images_per_second"] for row in train if not row["sam"]]
-    if len(plain) in (0, len(train)):
+    with_sam, plain = ([row for row in train if bool(row["sam"]) is has_sam] for has_sam in (True, False))
+    if not with_sam or not plain:
         return None
-    images = sum(row["n"] for row in train)
-    return float(sum(row["n"] / row["images_per_second"] for row in train) / (images * statistics.median(plain)))
+    share = float(sum(row["n"] for row in with_sam) / sum(row["n"] for row in train))
+    return 1 + share * (_median_seconds(with_sam) / _median_seconds(plain) - 1)
+
+
+def _median_seconds(train: Sequence[Row]) -> float:
+    """Seconds for an image, over rows of metrics."""
+    return float(statistics.median(1 / row["images_per_second"] for row in train))
 
 
 def _average(config: Row, provenance: Mapping[str, Any]) -> dict[str, Any] | None:

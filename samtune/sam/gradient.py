@@ -384,7 +384,8 @@ class SAM:
         """Add a gradient that is there, times share, to `.grad`; NaN if the loss at w is not finite."""
         torch._foreach_mul_(g1, torch.where(at_w.isfinite(), share, math.nan))
         for w, grad in zip(self._params, g1, strict=True):
-            w.grad = grad if w.grad is None else w.grad.add_(grad)
+            if w not in self.runner.unused:  # SGD would not touch it, and weight decay would
+                w.grad = grad if w.grad is None else w.grad.add_(grad)
 
     def _second_order_backward(self, loss: ScalarLoss, batch: Batch, share: float) -> torch.Tensor:
         """`_backward` with the derivative of e: add the gradient of L(w + e(w)), times share, to `.grad`.
@@ -415,9 +416,10 @@ class SAM:
 
         vector: v, one tensor for each perturbed parameter.
         """
+        recomputes = any(getattr(module, "grad_checkpointing", False) for module in self._inner.modules())
         with self._after_pass_1(), true_gradient(self._shaking):
             for micro, share in self._micro_batches(batch):
-                grads = differentiable_gradient(partial(loss, *micro), self._params)
+                grads = differentiable_gradient(partial(loss, *micro), self._params, recomputes=recomputes)
                 if grads:
                     torch.autograd.backward(list(grads.values()), [share * vector[i] for i in grads])
 

@@ -21,6 +21,8 @@ class EagerRunner:
     def __init__(self, model: nn.Module, perturbed: Sequence[nn.Parameter], ranks: Any) -> None:
         self.reason = ""
         """Why passes are not recorded as CUDA graphs, for reports."""
+        self.unused: frozenset[nn.Parameter] = frozenset()
+        """The perturbed parameters that the loss of the last `ascend` did not use: their gradient is zero there."""
         self._perturbed = perturbed
         self._ranks = ranks
         recomputes = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
@@ -40,7 +42,10 @@ class EagerRunner:
         with self._ranks.no_sync():
             value = loss(*batch)
         with self._recomputed_stats.restored():
-            return value.detach(), list(torch.autograd.grad(value, self._perturbed, materialize_grads=True))
+            grads = torch.autograd.grad(value, self._perturbed, allow_unused=True)
+        pairs = list(zip(self._perturbed, grads, strict=True))
+        self.unused = frozenset(w for w, grad in pairs if grad is None)
+        return value.detach(), [torch.zeros_like(w, requires_grad=False) if g is None else g for w, g in pairs]
 
     def evaluate(self, loss: ScalarLoss, batch: Batch) -> torch.Tensor:
         """Loss at the present weights, detached, by a forward pass only."""

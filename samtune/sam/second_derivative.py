@@ -1,6 +1,7 @@
 """The derivative of a gradient along vectors: products with the Hessian, without the matrix (Pearlmutter 1994)."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ It goes forward (1), backward (2), and backward through both (6).
 
 
 def differentiable_gradient(
-    loss: Callable[[], torch.Tensor], params: Sequence[nn.Parameter]
+    loss: Callable[[], torch.Tensor], params: Sequence[nn.Parameter], *, recomputes: bool = False
 ) -> dict[int, torch.Tensor]:
     """The gradient of a loss, () -> (), to be differentiated again: by the number of the parameter in `params`.
 
     A gradient that is constant, such as that of a linear loss, or of a parameter that the loss does not use, has no
-    derivative and is left out.
+    derivative and is left out. recomputes: whether activations are recomputed in the backward pass, which must then
+    have the very operations of the forward pass.
     """
-    with _CheapSecondDerivatives():
+    with nullcontext() if recomputes else _CheapSecondDerivatives():
         at_w = loss()
         grads = torch.autograd.grad(at_w, params, create_graph=True, materialize_grads=True)
     return {number: grad for number, grad in enumerate(grads) if grad.requires_grad}
@@ -41,7 +43,8 @@ class _CheapSecondDerivatives(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         cheap: dict[Callable[..., Any], Callable[..., Any]] = {torch.conv2d: _conv2d, F.batch_norm: _batch_norm}
-        return cheap.get(func, func)(*args, **(kwargs or {}))
+        chosen = cheap.get(func, func) if args else func  # the names of torch's arguments are not ours
+        return chosen(*args, **(kwargs or {}))
 
 
 def _batch_norm(
@@ -55,7 +58,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     """F.batch_norm; by frozen statistics it is one product and one sum for each channel."""
-    if training or mean is None or var is None or x.dtype != var.dtype:
+    if training or mean is None or var is None or x.dtype != var.dtype or x.element_size() < 4:
         return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
     shift = -mean * scale if bias is None else bias - mean * scale
@@ -98,9 +101,10 @@ class _Convolution(torch.autograd.Function):
 
 
 class _ConvolutionBackward(torch.autograd.Function):
-    """The gradients of `_Convolution` by x and w, both linear in its gradient by y.
+    """The gradients of `_Convolution` by x and w: by_x = A(by_y, w), linear in both, and by_w = B(by_y, x).
 
-    Their own derivatives are convolutions and gradients of convolutions again.
+    The derivative of the function along_x . by_x + along_w . by_w, which `backward` is asked for, by by_y is
+    along_x * w + x * along_w; by x it is A(by_y, along_w); by w it is B(by_y, along_x).
     """
 
     @staticmethod

@@ -12,13 +12,14 @@ This is SAM exactly, for a perturbation that is restricted to the suffix. It cos
 the suffix. Activations take as much memory as in a plain pass: those of the suffix are free again before pass 2.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from samtune.sam.snapshot import generator_states, set_generator_states
 
@@ -29,7 +30,8 @@ class Cut:
     What is registered before the module, on any level of the network, belongs to the front, with the parameters that
     the modules around it have themselves. All data must pass through the module's first argument, once in a forward
     pass, nothing else may lead from the front to the output, and the module must not change its argument in place.
-    `check` and the first pass look for that.
+    `check` and the first pass look for that. What the front does must not depend on the values of its activations: in
+    later passes its modules return tensors of any values.
 
     Args:
         model: the network, without wrappers.
@@ -57,7 +59,7 @@ class Cut:
         self._is_checked = False
         self._z: torch.Tensor | None = None
         self._at_cut: list[torch.Tensor] = []
-        self._outputs: dict[nn.Module, list[Any]] = {}
+        self._outputs: dict[nn.Module, list[tuple[Any]]] = {}
 
     def check(self, example: torch.Tensor) -> None:
         """Raise ValueError unless this is a place to cut: a later pass must come to what the first one came to.
@@ -69,7 +71,7 @@ class Cut:
             self._model.eval()
             with self.first_pass():
                 first = self._model(example)
-            with torch.no_grad(), self.later_pass(with_front=False):
+            with self.later_pass(with_front=False):  # with gradients, too: torch has other kernels without
                 later = self._model(example)
             if not all(torch.equal(a, b) for a, b in zip(_tensors(first), _tensors(later), strict=True)):
                 raise ValueError(f"module {self.name!r} is no place to cut: more than its argument leads past it")
@@ -86,7 +88,7 @@ class Cut:
 
         def keep_output(module: nn.Module, _: Any, output: Any) -> None:
             if not reached:
-                self._outputs.setdefault(module, []).append(_on_meta(output))
+                self._outputs.setdefault(module, []).append((_on_meta(output),))
 
         def cut(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             nonlocal reached, version
@@ -97,11 +99,12 @@ class Cut:
             self._at_cut = generator_states(self._z.device)
             return (self._z.detach(), *arguments[1:])
 
-        hooks = [module.register_forward_hook(keep_output) for module in self._front_modules]
-        hooks.append(self._module.register_forward_pre_hook(cut))
-        if not self._is_checked:
-            hooks.append(self._model.register_forward_hook(self._check))
+        hooks: list[RemovableHandle] = []
         try:
+            hooks += (module.register_forward_hook(keep_output) for module in self._front_modules)
+            hooks.append(self._module.register_forward_pre_hook(cut))
+            if not self._is_checked:
+                hooks.append(self._model.register_forward_hook(self._check))
             yield
             if self._z is None:
                 raise ValueError(f"module {self.name!r}: no data pass through it")
@@ -126,10 +129,15 @@ class Cut:
             return (z if with_front else z.detach(), *arguments[1:])
 
         def again(module: nn.Module, forward: Any, *arguments: Any, **named: Any) -> Any:
-            return forward(*arguments, **named) if reached else _placeholder(next(outputs[module]))
+            if reached:
+                return forward(*arguments, **named)
+            kept = next(outputs[module], None)
+            if kept is None:
+                raise ValueError(f"module {self.name!r} is no place to cut: what is before it differs between passes")
+            return _placeholder(kept[0])
 
-        hook = self._module.register_forward_pre_hook(cut)
         replaced = [module for module in outputs if "forward" not in vars(module)]
+        hook = self._module.register_forward_pre_hook(cut)
         try:
             for module in replaced:
                 module.forward = partial(again, module, module.forward)
@@ -137,7 +145,7 @@ class Cut:
         finally:
             hook.remove()
             for module in replaced:
-                del module.forward
+                vars(module).pop("forward", None)
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a module is part of the suffix."""
@@ -198,18 +206,20 @@ def _on_meta(output: Any) -> Any:
     """What a module returned; what has a graph without its values, which take no memory then."""
     if isinstance(output, torch.Tensor) and output.requires_grad:
         return output.device, torch.empty_like(output, device="meta", requires_grad=False)
-    if isinstance(output, tuple | list):
-        return type(output)(map(_on_meta, output))
-    return output
+    return _mapped(_on_meta, output) if isinstance(output, tuple | list) else output
 
 
 def _placeholder(kept: Any) -> Any:
     """A tensor, of any values, in the place of what a module returned: nothing but its shape matters before the cut."""
     if isinstance(kept, tuple) and len(kept) == 2 and isinstance(kept[0], torch.device):
         return torch.empty_like(kept[1], device=kept[0])  # filled, it would cost a hundredth of a step
-    if isinstance(kept, tuple | list):
-        return type(kept)(map(_placeholder, kept))
-    return kept
+    return _mapped(_placeholder, kept) if isinstance(kept, tuple | list) else kept
+
+
+def _mapped(function: Callable[[Any], Any], parts: Any) -> Any:
+    """A tuple, named or not, or a list, with the function applied to each part."""
+    found = map(function, parts)
+    return type(parts)(*found) if hasattr(parts, "_fields") else type(parts)(found)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from samtune.distributed import collectives
+from samtune.distributed import collectives, device
 from samtune.distributed.collectives import flat_views
 from samtune.sam.batch import Batch, num_samples
 from samtune.sam.losses import Loss, as_scalar
@@ -29,7 +29,8 @@ class Hessian:
         loss: (*batch) -> (), the mean over the samples it is given.
         params: the parameters that the loss is differentiated by, all on one device and of one dtype.
         batches: the samples of this rank, in parts that fit into memory.
-        memory: bytes that kept graphs may take; a batch whose graph no longer fits goes forward for each product.
+        memory: bytes that kept graphs may take; a batch whose graph no longer fits goes forward for each product. 0
+            keeps none.
     """
 
     def __init__(
@@ -65,13 +66,26 @@ class Hessian:
 
     def __matmul__(self, v: torch.Tensor) -> torch.Tensor:
         """H v: (dim,) -> (dim,)."""
-        product = torch.zeros_like(v)
-        sums = self.as_tensors(product)
-        along = self.as_tensors(v)
         if self._versions != [w._version for w in self._params]:
             self._versions = [w._version for w in self._params]
             self._sizes.clear()
             self._kept.clear()
+        try:
+            product = self._product(v)
+        except Exception as error:
+            if not self._kept or not device.may_be_out_of_memory(error):
+                raise
+            self._kept.clear()
+            self._memory = 0
+            product = self._product(v)
+        self.products += 1
+        return collectives.all_reduce_sum(product)
+
+    def _product(self, v: torch.Tensor) -> torch.Tensor:
+        """The part of this rank's samples."""
+        product = torch.zeros_like(v)
+        sums = self.as_tensors(product)
+        along = self.as_tensors(v)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
             for number, share in enumerate(self._shares):
                 grads = self._gradient(number)
@@ -84,8 +98,7 @@ class Hessian:
                         materialize_grads=True,
                     )
                     torch._foreach_add_(sums, list(more), alpha=share)
-        self.products += 1
-        return collectives.all_reduce_sum(product)
+        return product
 
     def _gradient(self, number: int) -> dict[int, torch.Tensor]:
         """`differentiable_gradient` of a batch, kept if memory is left for its graph."""
@@ -94,16 +107,35 @@ class Hessian:
         loss = partial(self._loss, *self._batches[number])
         if number in self._sizes or self._memory == 0:
             return differentiable_gradient(loss, self._params)
-        saved: dict[int, int] = {}  # bytes by address
-
-        def measure(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
+        saved = _SavedTensors(self._params)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
             grads = differentiable_gradient(loss, self._params)
-        self._sizes[number] = sum(saved.values())
+        self._sizes[number] = saved.bytes + sum(g.nbytes for g in grads.values())
         if self._sizes[number] + sum(self._sizes[kept] for kept in self._kept) <= self._memory:
             self._kept[number] = grads
         return grads
+
+
+class _SavedTensors:
+    """Hooks of autograd that count the bytes of what a graph saves, parameters left out."""
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        self._params = {w.untyped_storage().data_ptr() for w in params}
+        self._sizes: dict[int, int] = {}  # by address
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._params:
+            size = min(storage.nbytes(), tensor.nbytes)  # of a batch that is a part of the data, the part
+            self._sizes[storage.data_ptr()] = max(size, self._sizes.get(storage.data_ptr(), 0))
+        return tensor.detach(), tensor._version  # with its graph it would hold itself alive
+
+    def unpack(self, packed: tuple[torch.Tensor, int]) -> torch.Tensor:
+        tensor, version = packed
+        if tensor._version != version:  # torch looks for that only without hooks
+            raise RuntimeError("a tensor that the loss depends on was changed in place between two products")
+        return tensor

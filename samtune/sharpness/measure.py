@@ -67,6 +67,12 @@ class Measures:
         """The most Lanczos steps for the largest eigenvalues."""
         return max(100, 4 * self.top) if self.max_steps is None else self.max_steps
 
+    @property
+    def vectors(self) -> int:
+        """The most vectors of the Hessian's dimension that are held at once."""
+        first = self.most_steps + self.top if self.top else self.lanczos_steps * (self.probes > 0)
+        return first + max(0, self.probes - 1) * self.lanczos_steps
+
     def work(self, n: int) -> int:
         """Upper bound on the images that go forward and backward, for n images: the total of the progress display."""
         each = sum(1 + (1 + self.restarts) * self.ascent_steps for _ in self.sizes(n))
@@ -123,7 +129,7 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Yield entries of the report one after the other, loss and error first.
 
-    memory: bytes for what products with the Hessian share.
+    memory: as in `Hessian`, bytes for graphs that are kept between its products.
     check_stop: called on all ranks at the same points; what it raises ends the measurement. Losses are in nats, errors
     in percent, eigenvalues in nats per squared unit of weight.
     """

@@ -187,7 +187,7 @@ def _measure(
                     f"{measures.micro_batch} images of a second derivative, or Lanczos' vectors of the model's size",
                     "lower --micro-batch, --top or --lanczos-steps",
                 ):
-                    memory = _memory_for_graphs(subject.images.device)
+                    memory = _memory_for_graphs(subject, measures)
                     parts = measure(subject, measures, counter.add, check_stop, memory)
                     checkpoints.append(found | next(parts))
                     for part in parts:
@@ -256,10 +256,15 @@ def _load(
     return subject, {"dataset": selected.origin, "images": len(drawn), "pixels_sha256": sha256, "device": str(target)}
 
 
-def _memory_for_graphs(target: torch.device) -> int:
-    """Bytes for graphs that are kept on a rank: half of what is free, of a CPU's divided by the ranks that share it."""
+def _memory_for_graphs(subject: Subject, measures: Measures) -> int:
+    """Bytes for graphs that are kept on a rank: half of what Lanczos' vectors leave free.
+
+    Of a CPU's memory, a part for each rank that shares it.
+    """
+    target, params = subject.images.device, select_parameters(subject.model, measures.params).values()
     sharing = 1 if target.type == "cuda" else collectives.local_world_size()
-    return device.free_memory_bytes(target) // (2 * sharing)
+    vectors = measures.vectors * sum(w.nbytes for w in params)
+    return max(0, device.free_memory_bytes(target) // sharing - vectors) // 2
 
 
 class _Counter:

@@ -149,3 +149,19 @@ def test_the_gpu_of_a_process_is_its_default_without_other_ranks_too(monkeypatch
     assert chosen == []
     collectives.init(GPU)
     assert chosen == [GPU]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_each_control_group_counts_without_the_page_cache(tmp_path, version):
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    mounted = tmp_path / ("sys/fs/cgroup" if version == 2 else "sys/fs/cgroup/memory")
+    job = mounted / "slurm" / "job"
+    job.mkdir(parents=True)
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/slurm/job\n" if version == 2 else "3:cpu:/\n2:memory:/slurm/job\n")
+    for folder, limit in ((job, "1000"), (mounted / "slurm", "max"), (mounted, "5000")):
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text("700\n")
+        (folder / "memory.stat").write_text("inactive_file 100\ntotal_inactive_file 100\nother 5\n")
+    assert [*device._container_memory(tmp_path)] == [(1000, 600), (5000, 600)]
+    assert [*device._container_memory(tmp_path / "nothing")] == []

@@ -88,6 +88,15 @@ def test_a_rule_that_always_or_never_holds_is_sam_or_sgd_bit_for_bit(c, rho):
     assert torch.equal(drawn, drawn_by_it)
 
 
+def test_a_plain_step_leaves_alone_what_the_loss_does_not_use():
+    """As SGD does: weight decay moves no parameter without a gradient."""
+    net = small_net().eval()
+    net.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+    SAM(net, 0.1, when=GradientRule(1e6)).backward(lambda x, y: F.cross_entropy(net(x), y), *next(batches(1)))
+    assert net.unused.grad is None
+    assert net[0].weight.grad is not None
+
+
 def test_a_gradient_is_added_to_the_one_that_is_there():
     net = small_net().eval()
     sam = SAM(net, 0.1, when=GradientRule(1e6))

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -273,6 +274,41 @@ def test_data_that_reach_the_suffix_beside_the_cut_keep_their_values_and_a_chang
     model = Front("changes its input")
     with pytest.raises(ValueError, match="changed in place"):
         SAM(model, 0.1, perturb_from="act").backward(lambda x, y: F.cross_entropy(model(x), y), images, labels)
+
+
+def test_a_front_that_changes_between_passes_is_refused_and_named_tuples_are_kept():
+    class Pair(NamedTuple):
+        left: torch.Tensor
+        right: torch.Tensor
+
+    class Split(nn.Module):
+        def forward(self, x):
+            return Pair(x[:, :2], x[:, 2:])
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.split, self.fc = nn.Conv2d(3, 4, 32), Split(), nn.Linear(4, 5)
+            self.calls, self.changes = 0, False
+
+        def forward(self, x):
+            self.calls += 1
+            x = (
+                self.conv(x)
+                if not (self.changes and self.calls % 2 == 0)
+                else self.conv(self.conv(x).repeat(1, 1, 32, 32)[:, :3])
+            )
+            pair = self.split(x.flatten(1))
+            return self.fc(torch.cat([pair.left, pair.right], 1))
+
+    torch.manual_seed(0)
+    model = Net().double()
+    ours = gradients(copy.deepcopy(model), freeze_bn=True, perturb_from="fc")
+    assert_equal(ours, gradients(copy.deepcopy(model), freeze_bn=True, perturb_from="fc", plain=True))
+    model.changes = True
+    with pytest.raises(ValueError, match="differs between passes"):
+        gradients(model, freeze_bn=True, perturb_from="fc")
+    assert "forward" not in vars(model.conv)
 
 
 def test_two_parts_of_ones_own_make_a_sequence_that_can_be_cut():

@@ -1,7 +1,9 @@
 """Hessian products against the dense Hessian of torch.func, in float64."""
 
+import gc
 import re
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 
 from samtune.distributed import collectives
 from samtune.distributed.collectives import flat_views
-from samtune.sharpness.hessian import Hessian
+from samtune.sharpness.hessian import Hessian, _SavedTensors
 from samtune.sharpness.lanczos import top_eigenpairs
 from tests.support.rank_processes import Ranks
 
@@ -107,6 +109,59 @@ def test_kept_graphs_change_no_product():
     assert passes[0] == 9
     assert 3 < passes[1] < 9
     assert passes[2] == 3
+
+
+def test_kept_graphs_are_freed_with_their_hessian_and_when_memory_runs_out(monkeypatch):
+    net = small_net()
+    alive, pack = [], _SavedTensors.pack
+
+    def watched(self, tensor):
+        packed = pack(self, tensor)
+        alive.append(weakref.ref(packed[0]))
+        return packed
+
+    monkeypatch.setattr(_SavedTensors, "pack", watched)
+    hessian = Hessian(loss_of(net), list(net.parameters()), [samples()], memory=1 << 30)
+    expected = hessian @ hessian.draw(0)
+    assert any(one() is not None for one in alive)
+    product, failures = hessian._product, [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def full(v):
+        if failures:
+            raise failures.pop()
+        return product(v)
+
+    hessian._product = full
+    assert torch.equal(hessian @ hessian.draw(0), expected)
+    gc.collect()
+    assert all(one() is None for one in alive)
+    assert not hessian._kept
+    again = Hessian(loss_of(net), list(net.parameters()), [samples()], memory=1 << 30)
+    _ = again @ again.draw(0)
+    del again
+    gc.collect()
+    assert all(one() is None for one in alive)
+
+
+def test_a_kept_graph_does_not_go_on_with_what_changed_in_place():
+    net = small_net()
+    images, labels = samples()
+    hessian = Hessian(loss_of(net), list(net.parameters()), [(images, labels)], memory=1 << 30)
+    _ = hessian @ hessian.draw(0)
+    images.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        _ = hessian @ hessian.draw(0)
+
+
+def test_a_part_of_a_data_set_counts_as_large_as_it_is():
+    net = small_net()
+    images, labels = samples()
+    sizes = []
+    for part in (images[:4], images[:4].clone()):
+        hessian = Hessian(loss_of(net), list(net.parameters()), [(part, labels[:4])], memory=1 << 30)
+        _ = hessian @ hessian.draw(0)
+        sizes.append(hessian._sizes[0])
+    assert sizes[0] == sizes[1]
 
 
 def test_kept_graphs_do_not_outlive_a_change_of_the_weights():
