@@ -204,6 +204,15 @@ class SAM:
         self.runner = EagerRunner(model, self._params, self.ranks)
         """How forward-backward passes are run."""
 
+    @classmethod
+    def split(cls, prefix: nn.Module, suffix: nn.Module, rho: float = 0.05, **options: Any) -> "SAM":
+        """SAM of the suffix alone, for a network in two parts of one's own: logits = suffix(prefix(x)).
+
+        `sam.model` is the two in sequence; the loss must call it, and the optimizer has its parameters. options: as of
+        SAM, but perturb_from, which is the suffix.
+        """
+        return cls(nn.Sequential(prefix, suffix), rho, perturb_from="1", **options)
+
     @property
     def rho(self) -> float:
         """Radius of the perturbation in weight units."""

@@ -325,6 +325,11 @@ def test_two_parts_of_ones_own_make_a_sequence_that_can_be_cut():
     model = nn.Sequential(front, Rest()).double()
     ours = gradients(copy.deepcopy(model), freeze_bn=True, perturb_from="1")
     assert_equal(ours, gradients(copy.deepcopy(model), freeze_bn=True, perturb_from="1", plain=True))
+    sam = SAM.split(*model.train(), 0.1)
+    torch.manual_seed(3)
+    sam.backward(lambda x, y: F.cross_entropy(sam.model(x), y), *batch())
+    assert sam.shares_front
+    assert all(torch.equal(w.grad, ours[0][name]) for name, w in sam.model.named_parameters())
 
 
 def test_a_front_that_does_not_train_is_shared_too():
