@@ -246,10 +246,10 @@ class SAM:
     def use_cuda_graphs(self, *, required: bool = False) -> None:
         """Record the passes as CUDA graphs; see cuda_graphs.GraphRunner, also for `required`.
 
-        Raises ValueError with second_order: a gradient that was recorded cannot be differentiated.
+        Raises ValueError with second_order, since a gradient that was recorded cannot be differentiated, and with when.
         """
-        if self.second_order:
-            raise ValueError("second_order: its passes cannot be recorded as CUDA graphs")
+        if self.second_order or self.when is not None:
+            raise ValueError("second_order, when: such passes cannot be recorded as CUDA graphs")
         self.runner = GraphRunner(
             self._inner, self._params, self.ranks, is_perturbed=lambda: self.perturbed, required=required
         )

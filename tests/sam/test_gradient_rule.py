@@ -156,6 +156,11 @@ def test_what_leaves_no_whole_gradient_is_refused(options):
         SAM(copy.deepcopy(small_net()), 0.1, when=GradientRule(1.0), **options)
 
 
+def test_its_passes_are_not_recorded():
+    with pytest.raises(ValueError, match="cannot be recorded"):
+        SAM(small_net(), 0.1, when=GradientRule(1.0)).use_cuda_graphs()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
