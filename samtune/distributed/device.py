@@ -234,14 +234,14 @@ def _container_memory(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
         if controller not in files:
             continue
         mounted, limit, used, cache = files[controller]
-        place = root / mounted / path.lstrip("/")
-        while place.is_relative_to(root / mounted):
+        folder = root / mounted / path.lstrip("/")
+        while folder.is_relative_to(root / mounted):
             with suppress(OSError, ValueError):  # no limit is "max", and a container does not see the groups above it
-                lines = [line.split() for line in (place / "memory.stat").read_text(encoding="utf-8").splitlines()]
+                lines = [line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()]
                 unused = sum(int(value) for key, value in lines if key == cache)
-                most, taken = (int((place / name).read_text(encoding="utf-8")) for name in (limit, used))
+                most, taken = (int((folder / name).read_text(encoding="utf-8")) for name in (limit, used))
                 yield most, taken - unused
-            place = place.parent
+            folder = folder.parent
 
 
 def is_out_of_memory(error: BaseException) -> bool:

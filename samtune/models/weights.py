@@ -46,9 +46,11 @@ def locate(given: Path) -> WeightsFile:
         return WeightsFile(given, {})
     if not given.is_dir():
         raise CheckpointError(f"weights {given} are not there", hint="check the path of --weights")
-    folder = checkpoint.open_weights(given).weights if (given / "checkpoints").is_dir() else given
-    if (folder / "manifest.json").is_file():
-        checkpoint.verify(folder)
+    folder = given
+    if (given / "checkpoints").is_dir():
+        folder = checkpoint.open_weights(given).weights  # verified
+    elif (given / "manifest.json").is_file():
+        checkpoint.verify(given)
     path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(

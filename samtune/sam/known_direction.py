@@ -36,12 +36,12 @@ class KnownDirection:
         """One tensor for each perturbed parameter; [] while there is nothing."""
         states = [self._optimizer.state.get(w, {}) for w in self._params]
         keys = _MOMENTUM if self._ascent == "momentum" else (_PREVIOUS,)
-        found = [next((state[key] for key in keys if state.get(key) is not None), None) for state in states]
-        if all(one is None for one in found):
+        stored = [next((state[key] for key in keys if state.get(key) is not None), None) for state in states]
+        if all(one is None for one in stored):
             if self._ascent == "momentum" and any(states):
                 raise ValueError(f"ascent momentum: {type(self._optimizer).__name__} keeps no momentum")
             return []
-        direction = [torch.zeros_like(w) if one is None else one for w, one in zip(self._params, found, strict=True)]
+        direction = [torch.zeros_like(w) if one is None else one for w, one in zip(self._params, stored, strict=True)]
         return list(torch._foreach_neg(direction)) if self._ascent == "momentum" else direction
 
     @torch.no_grad()

@@ -141,5 +141,5 @@ def _gradients(
     by_y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, how: tuple[Any, ...], by_x: bool, by_w: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(gradient by x, gradient by w) of a convolution, each None where it is not asked for."""
-    found = torch.ops.aten.convolution_backward(by_y, x, w, None, *how, [by_x, by_w, False])
-    return found[0], found[1]
+    grads = torch.ops.aten.convolution_backward(by_y, x, w, None, *how, [by_x, by_w, False])
+    return grads[0], grads[1]

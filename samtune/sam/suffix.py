@@ -218,8 +218,8 @@ def _placeholder(kept: Any) -> Any:
 
 def _mapped(function: Callable[[Any], Any], parts: Any) -> Any:
     """A tuple, named or not, or a list, with the function applied to each part."""
-    found = map(function, parts)
-    return type(parts)(*found) if hasattr(parts, "_fields") else type(parts)(found)
+    mapped = map(function, parts)
+    return type(parts)(*mapped) if hasattr(parts, "_fields") else type(parts)(mapped)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -10,7 +10,6 @@ with m = batch; their quotient is samtune's own part.
 import argparse
 import copy
 import json
-import platform
 from collections.abc import Callable
 
 import torch
@@ -18,8 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import samtune
-from samtune.distributed import device
-from tests.benchmarks.step import CLASSES, CPU, RHO, build, in_turn, sgd
+from tests.benchmarks.step import CLASSES, RHO, build, conditions, in_turn, sgd, show_conditions
 
 SETTINGS = (("resnet10t", 32, 32), ("tf_efficientnet_lite0", 32, 32), ("tf_efficientnet_lite0", 64, 32))
 
@@ -70,18 +68,11 @@ def main() -> None:
         loss, sam = (seconds[f"{kind} in pieces"] / seconds[kind] for kind in ("passes", "SAM"))
         row = {"model": name, "px": img_size, "batch": n, "m": options.m, "loss": loss, "sam": sam, "own": sam / loss}
         rows.append(row | {"ms": {kind: 1000 * s for kind, s in seconds.items()}})
-    result = {
-        "device": device.describe(CPU),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "repeat": options.repeat,
-        "rows": rows,
-    }
+    result = {**conditions(options.repeat), "rows": rows}
     if options.json:
         print(json.dumps(result, indent=2))
         return
-    print(", ".join(f"{key} {result[key]}" for key in ("device", "torch", "python", "threads", "repeat")))
+    show_conditions(result)
     for row in rows:
         ms = ", ".join(f"{kind} {value:.0f} ms" for kind, value in row["ms"].items())
         print(f"{row['model']}, {row['px']} px, batch {row['batch']}, m {row['m']}: {ms}")

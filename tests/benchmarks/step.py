@@ -211,8 +211,23 @@ def table(title: str, seconds: dict[str, float]) -> dict[str, object]:
     return {"title": title, "rows": {name: {"ms": 1000 * s, "ratio": s / floor} for name, s in seconds.items()}}
 
 
+def conditions(repeat: int) -> dict[str, object]:
+    """What a measurement was made with."""
+    return {
+        "device": device.describe(CPU),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "repeat": repeat,
+    }
+
+
+def show_conditions(result: dict) -> None:
+    print(", ".join(f"{key} {result[key]}" for key in conditions(0)))
+
+
 def show(result: dict) -> None:
-    print(", ".join(f"{key} {result[key]}" for key in ("device", "torch", "python", "repeat")))
+    show_conditions(result)
     for part in result["tables"]:
         print(f"\n{part['title']}")
         for name, row in part["rows"].items():
@@ -236,13 +251,7 @@ def main() -> None:
         count = sum(p.numel() for p in model.parameters()) / 1e6
         seconds = in_turn(optimizer_sides(model), options.repeat)
         tables.append(table(f"optimizer's side, {name}, {count:.1f} M parameters", seconds))
-    result = {
-        "device": device.describe(CPU),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "repeat": options.repeat,
-        "tables": tables,
-    }
+    result = {**conditions(options.repeat), "tables": tables}
     print(json.dumps(result, indent=2)) if options.json else show(result)
 
 

@@ -9,7 +9,6 @@ computed from the first two. "counted" is 1 + the suffix's share of the multipli
 import argparse
 import copy
 import json
-import platform
 from collections.abc import Callable
 
 import torch
@@ -17,9 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import samtune
-from samtune.distributed import device
 from samtune.models.cuts import cut_points
-from tests.benchmarks.step import CLASSES, CPU, RHO, build, in_turn, sgd
+from tests.benchmarks.step import CLASSES, RHO, build, conditions, in_turn, sgd, show_conditions
 
 SETTINGS = (("tf_efficientnet_lite0", 128, 16), ("tf_efficientnet_lite0", 64, 16), ("resnet10t", 32, 32))
 CUTS = {
@@ -114,18 +112,11 @@ def main() -> None:
             for kind, s in seconds.items()
         }
         tables.append({"title": f"{name}, {img_size} px, batch {batch_size}", "rows": rows})
-    result = {
-        "device": device.describe(CPU),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "repeat": options.repeat,
-        "tables": tables,
-    }
+    result = {**conditions(options.repeat), "tables": tables}
     if options.json:
         print(json.dumps(result, indent=2))
         return
-    print(", ".join(f"{key} {result[key]}" for key in ("device", "torch", "python", "threads", "repeat")))
+    show_conditions(result)
     for table in tables:
         print(f"\n{table['title']}")
         for kind, row in table["rows"].items():

@@ -11,36 +11,37 @@ from tests.support.fingerprint import fingerprint
 from tests.support.small_run import resume, run
 
 
+def interrupted(photos, folder, *settings, call):
+    """The folder of a run that was stopped in a perturbation, and resumed."""
+    broken = run(photos, folder, *settings, faults=[{"at": "perturb", "call": call, "do": "SIGTERM"}])
+    assert broken.returncode == 75, broken.stderr
+    done = resume(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize(
     ("ascent", "more"),
     [("momentum", ("--opt", "adamw", "--rho", 0.5)), ("previous", ("--no-freeze-bn",))],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(ascent, more, photos, tmp_path):
     settings = ("--ascent", ascent, *more)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole = tmp_path / "whole"
     done = run(photos, whole, *settings, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["cost"]["sgd_equivalents"] == 1
-    broken = run(photos, parts, *settings, faults=[{"at": "perturb", "call": 7, "do": "SIGTERM"}])
-    assert broken.returncode == 75, broken.stderr
-    done = resume(parts)
-    assert done.returncode == 0, done.stderr
-    assert fingerprint(parts) == fingerprint(whole)
+    assert fingerprint(interrupted(photos, tmp_path / "parts", *settings, call=7)) == fingerprint(whole)
 
 
 def test_a_rule_for_the_second_pass_goes_on_with_its_moving_mean_and_its_passes_are_counted(photos, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole = tmp_path / "whole"
     settings = ("--sam-when", "gradient:0.2")
     done = run(photos, whole, *settings, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["steps"] < report["cost"]["forward_backward_passes"] < 2 * report["steps"]
     assert report["sam"]["when"] == "gradient:0.2"
-    broken = run(photos, parts, *settings, faults=[{"at": "perturb", "call": 4, "do": "SIGTERM"}])
-    assert broken.returncode == 75, broken.stderr
-    done = resume(parts)
-    assert done.returncode == 0, done.stderr
-    assert fingerprint(parts) == fingerprint(whole)
+    assert fingerprint(interrupted(photos, tmp_path / "parts", *settings, call=4)) == fingerprint(whole)
 
 
 def test_the_previous_gradient_is_in_the_checkpoint_if_there_is_a_radius(photos, tmp_path):
